@@ -1,0 +1,82 @@
+"""The protocol of a method: ``ask -> local on every chosen client -> tell``.
+
+An algorithm is a value: a frozen dataclass whose fields are its hyperparameters. Its methods are
+pure, state in and state out; what they compute with is in the `Kit`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedkd.data.readers import Images
+    from fedkd.kit import Kit
+    from fedkd.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client in a round: its number, its seed for this round, its model, its data, its memory."""
+
+    id: int
+    seed: int
+    model: str
+    data: Images
+    memory: Tensors
+
+
+@dataclass(frozen=True)
+class Update:
+    """What leaves a client, and nothing else."""
+
+    tensors: Tensors
+    examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Algorithm(ABC):
+    """A method of federated learning."""
+
+    #: Whether all clients and the student must have one architecture.
+    one_model: ClassVar[bool] = False
+    #: Whether the private data of all clients lies in one place (the ceiling, not a federation).
+    pooled: ClassVar[bool] = False
+
+    def init(self, kit: Kit) -> Tensors:
+        """The server's state before the first round."""
+        return {}
+
+    def ask(self, kit: Kit, state: Tensors) -> Tensors:
+        """What every chosen client is sent."""
+        return {}
+
+    @abstractmethod
+    def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
+        """A client's turn: what it answers, and its new memory.
+
+        The memory holds the client's own model as ``model/NAME``; evaluation takes it from there.
+        """
+
+    def sends(self, kit: Kit) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of the tensors in an update. The server refuses any other.
+
+        A tensor named ``probs`` must hold distributions.
+        """
+        return {}
+
+    def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
+        """The server's turn: its new state. ``updates`` is ordered by client and not empty."""
+        return state
+
+    def teacher(self, kit: Kit, logits: Sequence[Tensor]) -> Tensor:
+        """The ensemble's probs [N, C] from its members' logits [N, C]; by default the run's aggregator."""
+        return kit.ensemble(logits)
+
+    def deploy(self, kit: Kit, state: Tensors) -> Tensors:
+        """The weights of the global student, or nothing where a method has none."""
+        return {}

@@ -1,0 +1,138 @@
+"""Options of a command: flags win over FEDKD_* variables, those over the scenario file."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import signal
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_type_hints
+
+from cyclopts import App, CycloptsError, Group, Parameter
+
+from fedkd.config import Config
+from fedkd.errors import FedkdError, UsageError
+
+ALIASES = {"FEDKD_DATA": "data_dir"}
+OURS = {"FEDKD_CACHE"}  # variables that are no options
+
+
+def main(command: Callable[[Config], None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Parse, run, and end the process with the documented exit code; no traceback for a mistake."""
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in tokens
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app = _app(command)
+        app(tokens, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        _fail(UsageError(" ".join(str(error).split())), as_json)
+    except FedkdError as error:
+        _fail(error, as_json)
+    except OSError as error:
+        _fail(_Storage(f"{error.strerror or error}: {error.filename or 'cannot write'}."), as_json)
+    except KeyboardInterrupt:
+        print("fedkd: interrupted; the rounds so far are in the run directory.", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+class _Storage(FedkdError):
+    code = 74
+
+
+def _terminated(signum: int, frame: object) -> NoReturn:
+    print("fedkd: terminated.", file=sys.stderr)
+    sys.exit(128 + signum)
+
+
+def _fail(error: FedkdError, as_json: bool) -> NoReturn:
+    print(f"fedkd: {error}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"status": "error", "code": error.code, "message": str(error)}))
+    sys.exit(error.code)
+
+
+def _app(command: Callable[[Config], None]) -> App:
+    """A cyclopts app with a flag for each field of `Config`, none of them required."""
+
+    def run(scenario: Path | None = None, **flags: Any) -> None:
+        given = {key: value for key, value in flags.items() if value is not None}
+        command(Config.parse(from_file(scenario) | from_environment(os.environ) | given))
+
+    first = Parameter(help="Scenario file (TOML) with these options as keys.", group=Group("Scenario", sort_key=0))
+    parameters = [
+        inspect.Parameter(
+            "scenario",
+            inspect.Parameter.POSITIONAL_ONLY,
+            default=None,
+            annotation=Annotated[Path | None, first],
+        )
+    ]
+    run.__signature__ = inspect.Signature([*parameters, *_flags()])  # type: ignore[attr-defined]
+    run.__annotations__ = {}
+    run.__doc__ = inspect.getdoc(command)
+    app = App(
+        name=f"python -m {command.__module__}" if command.__module__ != "__main__" else "python -m fedkd.simulate",
+        help_flags=["--help", "-h"],
+        version_flags=[],
+        result_action="return_value",
+        help_format="plaintext",
+    )
+    app.default(run)
+    return app
+
+
+def _flags() -> list[inspect.Parameter]:
+    hints = get_type_hints(Config)
+    groups: dict[str, Group] = {}
+    flags = []
+    for field in dataclasses.fields(Config):
+        extra = field.default.json_schema_extra  # type: ignore[union-attr]
+        default = field.default.default  # type: ignore[union-attr]
+        name = extra["group"]
+        group = groups.setdefault(name, Group(name, sort_key=len(groups) + 1))
+        several = field.name == "compare"
+        shown = "" if default == "" or default is False else f" [default: {str(default).lower() if default is True else default}]"
+        parameter = Parameter(
+            help=f"{field.default.description}{shown}",  # type: ignore[union-attr]
+            group=group,
+            show_default=False,
+            consume_multiple=several,
+            negative=() if default is False or several else None,
+        )
+        kind = tuple[str, ...] if several else hints[field.name]
+        flags.append(
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, parameter]
+            )
+        )
+    return flags
+
+
+def from_file(path: Path | None) -> dict[str, Any]:
+    """The keys of a scenario file.
+
+    Raises:
+        UsageError: there is no such file, or it is not TOML.
+    """
+    if path is None:
+        return {}
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"Cannot read the scenario file {path}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}.") from error
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Options set by FEDKD_NAME variables. Others of that prefix are left to whoever set them."""
+    names = {f"FEDKD_{f.name.upper()}": f.name for f in dataclasses.fields(Config)} | ALIASES
+    return {names[key]: value for key, value in environment.items() if key in names and value}

@@ -1,0 +1,144 @@
+"""Playing what a config asks for, from the first byte to ``result.json``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from rich.console import Console
+
+from fedkd import measure, runs, tensors
+from fedkd.data import partitioners
+from fedkd.errors import FedkdError, PluginError
+from fedkd.experiment import Experiment, choose_dataset, prepared
+from fedkd.report import figure, header, table
+from fedkd.report.screen import HEAD, Screen
+from fedkd.rounds import Reply, play
+from fedkd.specs import parse
+
+if TYPE_CHECKING:
+    from fedkd.config import Config
+    from fedkd.measure import Row
+    from fedkd.rounds import Round
+    from fedkd.tensors import Tensors
+
+
+class Send(Protocol):
+    """An exchange that is told which run it is for."""
+
+    def __call__(
+        self, member: Config, kind: str, number: int, clients: list[int], request: Tensors
+    ) -> Iterable[Reply]: ...
+
+
+def conduct(config: Config, send: Send) -> None:
+    """Play every member of ``config`` and write its run directory; ``result.json`` comes last.
+
+    Raises:
+        FedkdError: what stopped it; the result then says so too.
+    """
+    out = Path(config.out)
+    screen = Screen(Console(stderr=config.json))
+    finished: list[Row] = []
+    curves: dict[tuple[str, int], list[Row]] = {}
+    status = "failed"
+    try:
+        _prepare(config, out, screen)
+        for member in config.members():
+            rows = curves[member.algorithm, member.seed] = []
+            finished.append(_member(member, partial(send, member), out, screen, rows))
+        figure.draw(curves, _title(config), out)
+        screen.console.print(table.side_by_side(finished, curves))
+        status = "ok"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        dataset, fallback = choose_dataset(config) if finished else (config.dataset, "")
+        result = {"status": status, "out": str(out), "dataset": dataset, "dataset_fallback": fallback, "runs": finished}
+        runs.write_json(out / "result.json", result)
+
+
+def _prepare(config: Config, out: Path, screen: Screen) -> None:
+    """Build every experiment once, so that a mistake shows before the first round; say what will run."""
+    experiments: dict[int, Experiment] = {}
+    for member in config.members():
+        experiments.setdefault(member.seed, prepared(member))
+    first = experiments[config.seed]
+    dataset, fallback = choose_dataset(config)
+    runs.write_json(out / "env.json", runs.environment(first.kit.device, dataset, fallback))
+    runs.save_partitions(out / "partition.npz", experiments)
+    for title, text in header.lines(first):
+        screen.say(f"{title:>10}  {text}")
+
+
+def _member(member: Config, exchange: partial[Iterable[Reply]], out: Path, screen: Screen, rows: list[Row]) -> Row:
+    """One method with one seed: its rows as they come, its student, its summary."""
+    experiment = prepared(member)
+    screen.say(f"\n{member.algorithm}, seed {member.seed}\n{HEAD}")
+    round_ = None
+    with screen.live(member.algorithm, member.rounds):
+        watched = screen.watch(exchange, member.rounds)
+        for round_, seconds in _timed(_blamed(member, play(experiment.algorithm, experiment.kit, watched, experiment.clients))):
+            row = _measured(experiment, watched, round_, seconds)
+            _log_failures(out / "errors.log", member, round_)
+            runs.append(out / "rounds.jsonl", row)
+            rows.append(row)
+            screen.row(row, member.rounds)
+    assert round_ is not None
+    student = experiment.algorithm.deploy(experiment.kit, round_.state)
+    if student:
+        tensors.save(student, out / _student_name(member, out))
+    return measure.summary(experiment, rows, partitioners.digest(experiment.dealt))
+
+
+def _measured(experiment: Experiment, exchange: measure.Exchange, round_: Round, seconds: float) -> Row:
+    """The row of a round, with what it took and what measuring it took."""
+    config, start = experiment.config, time.perf_counter()
+    due = round_.number % config.evaluate_every == 0 or round_.number == config.rounds
+    members = measure.ensemble(experiment, exchange, round_) if due else None
+    row = measure.row(experiment, round_, measure.student(experiment, round_), members)
+    return {**row, "seconds": round(seconds, 3), "evaluation_seconds": round(time.perf_counter() - start, 3)}
+
+
+def _timed(rounds: Iterable[Round]) -> Iterator[tuple[Round, float]]:
+    """Each round with the seconds it took, what is done between rounds left out."""
+    start = time.perf_counter()
+    for round_ in rounds:
+        yield round_, time.perf_counter() - start
+        start = time.perf_counter()
+
+
+def _blamed(member: Config, rounds: Iterator[Round]) -> Iterator[Round]:
+    """The rounds; whatever somebody's own algorithm raises on the server is called by its name."""
+    try:
+        yield from rounds
+    except FedkdError:
+        raise
+    except Exception as error:
+        if not parse(member.algorithm).is_plugin:
+            raise
+        raise PluginError(f"--algorithm {member.algorithm} failed on the server: {type(error).__name__}: {error}.") from error
+
+
+def _log_failures(path: Path, member: Config, round_: Round) -> None:
+    if round_.failures:
+        with path.open("a", encoding="utf-8") as file:
+            for client, reason in round_.failures.items():
+                file.write(f"{member.algorithm} seed {member.seed} round {round_.number} client {client}\n{reason}\n")
+
+
+def _student_name(member: Config, out: Path) -> str:
+    """The first method's first student has the plain name; the others say whose they are."""
+    if not (out / "student.safetensors").exists():
+        return "student.safetensors"
+    words = "".join(c if c.isalnum() else "-" for c in member.algorithm).strip("-")
+    return f"student-{words}-seed{member.seed}.safetensors"
+
+
+def _title(config: Config) -> str:
+    return f"{choose_dataset(config)[0]}, {config.clients} clients, {config.partitioner}, {config.model}"
+

@@ -1,0 +1,290 @@
+"""How rows are dealt to clients: flwr-datasets' partitioners by name, or one's own.
+
+A partition depends on labels and seed alone. Each function here returns a `Recipe`; the library
+behind it takes seconds to import and is touched only when a partition is not in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from fedkd import cache, seeds, specs
+from fedkd.errors import FedkdError, PluginError, UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Rows = NDArray[np.int64]
+
+Alpha = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A partitioner of flwr-datasets and its arguments; ``by_clients`` may add some."""
+
+    kind: str
+    by_label: bool = False
+    is_counted: bool = True  # takes num_partitions
+    is_seeded: bool = False
+    options: Mapping[str, object] = field(default_factory=dict)
+    by_clients: Callable[[Rows, int], Mapping[str, object]] | None = None
+
+
+def iid() -> Recipe:
+    """Equal shares, drawn at random."""
+    return Recipe("IidPartitioner")
+
+
+def dirichlet(*, alpha: Alpha = 0.5, min_size: PositiveInt = 2, self_balancing: bool = False) -> Recipe:
+    """Each class is dealt by a draw of Dirichlet(alpha) over clients (Yurochkin et al., 2019)."""
+    options = {"alpha": alpha, "min_partition_size": min_size, "self_balancing": self_balancing}
+    return Recipe("DirichletPartitioner", by_label=True, is_seeded=True, options=options)
+
+
+def inner_dirichlet(*, alpha: Alpha = 0.5) -> Recipe:
+    """Equal sizes; each client draws its class mix from Dirichlet(alpha) (Acar et al., 2021)."""
+
+    def equal_sizes(labels: Rows, clients: int) -> Mapping[str, object]:
+        return {"partition_sizes": [len(part) for part in np.array_split(labels, clients)]}
+
+    return Recipe("InnerDirichletPartitioner", True, False, True, {"alpha": alpha}, equal_sizes)
+
+
+def pathological(
+    *,
+    classes: PositiveInt = 2,
+    mode: Literal["random", "deterministic", "first-deterministic"] = "first-deterministic",
+) -> Recipe:
+    """Each client has ``classes`` classes (McMahan et al., 2017)."""
+    options = {"num_classes_per_partition": classes, "class_assignment_mode": mode}
+    return Recipe("PathologicalPartitioner", by_label=True, is_seeded=True, options=options)
+
+
+def shard(*, shards: PositiveInt = 2) -> Recipe:
+    """Rows sorted by label are cut into shards; each client gets ``shards`` (McMahan et al., 2017)."""
+    options = {"num_shards_per_partition": shards}
+    return Recipe("ShardPartitioner", by_label=True, is_seeded=True, options=options)
+
+
+def distribution(*, classes: PositiveInt = 2, preassigned: PositiveInt = 5, sigma: Alpha = 1.0) -> Recipe:
+    """``classes`` classes a client in log-normal amounts (Li et al., 2020, FedProx)."""
+
+    def log_normal(labels: Rows, clients: int) -> Mapping[str, object]:
+        kinds = len(np.unique(labels))
+        draws = seeds.rng(0, "distribution").lognormal(0.0, sigma, size=(kinds, clients * classes // kinds))
+        return {"distribution_array": draws}
+
+    options = {"num_unique_labels_per_partition": classes, "preassigned_num_samples_per_label": preassigned}
+    return Recipe("DistributionPartitioner", True, True, True, options, log_normal)
+
+
+def size(*, sizes: str) -> Recipe:
+    """Given sizes, separated by plus signs: ``size:sizes=100+200+300``."""
+    if not all(part.isdigit() and int(part) for part in sizes.split("+")):
+        raise ValueError("sizes are positive integers separated by +")
+    options = {"partition_sizes": [int(part) for part in sizes.split("+")]}
+    return Recipe("SizePartitioner", is_counted=False, options=options)
+
+
+def linear() -> Recipe:
+    """Client i gets a share proportional to i + 1."""
+    return Recipe("LinearPartitioner")
+
+
+def square() -> Recipe:
+    """Client i gets a share proportional to (i + 1) squared."""
+    return Recipe("SquarePartitioner")
+
+
+def exponential() -> Recipe:
+    """Client i gets a share proportional to exp(i + 1); for few clients."""
+    return Recipe("ExponentialPartitioner")
+
+
+def id_to_size(*, power: Alpha = 1.0) -> Recipe:
+    """Client i gets a share proportional to (i + 1) ** power."""
+    options = {"partition_id_to_size_fn": partial(_power, power=power)}
+    return Recipe("IdToSizeFncPartitioner", options=options)
+
+
+def _power(client: Any, power: float) -> Any:
+    """Of one client's number, or of an array of them."""
+    return (client + 1.0) ** power
+
+
+def continuous(*, strictness: Annotated[float, Field(ge=0, le=1)] = 0.5) -> Recipe:
+    """Rows sorted by label, blurred by ``1 - strictness``, cut into equal shares."""
+    return Recipe("ContinuousPartitioner", True, True, True, {"strictness": strictness})
+
+
+def natural_id() -> Recipe:
+    """One class a client: the labels are the only natural id there is."""
+    return Recipe("NaturalIdPartitioner", by_label=True, is_counted=False)
+
+
+def grouped_natural_id(*, group: PositiveInt = 2) -> Recipe:
+    """``group`` classes a client, in order."""
+    options = {"group_size": group, "sort_unique_ids": True}
+    return Recipe("GroupedNaturalIdPartitioner", by_label=True, is_counted=False, options=options)
+
+
+def check(text: str) -> None:
+    """Look the name and the options up, without dealing anything."""
+    if not specs.parse(text).is_plugin:
+        specs.call("partitioner", text)
+    else:
+        specs.bind("partitioner", text, RESERVED)
+
+
+RESERVED = ("num_partitions", "seed", "partition_by")
+
+
+def deal(text: str, labels: Rows, clients: int, seed: int) -> list[Rows]:
+    """One sorted array of positions in ``labels`` for each client, no position twice.
+
+    Raises:
+        UsageError: the labels cannot be dealt so.
+        PluginError: one's own partitioner broke the contract.
+    """
+    if clients > len(labels):
+        raise UsageError(
+            f"{clients} clients cannot share {len(labels)} images; use --clients {len(labels)} or fewer."
+        )
+    if specs.parse(text).is_plugin:
+        return _checked(_by_plugin(text, labels, clients, seed), len(labels), clients, text, PluginError)
+    described = json.dumps([2, text, clients, seed, hashlib.sha256(labels.tobytes()).hexdigest()])
+    path = cache.directory() / "partitions" / f"{hashlib.sha256(described.encode()).hexdigest()[:24]}.npz"
+    if (cached := _cached(path)) is None:
+        cached = _by_flower(specs.call("partitioner", text), text, labels, clients, seed)
+        cached = _checked(cached, len(labels), clients, text, UsageError)
+        _keep(cached, path)
+    return cached
+
+
+def digest(parts: Sequence[Rows]) -> str:
+    """SHA-256 of a partition: sizes and positions, little-endian, the same on every machine."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(np.int64(len(part)).astype("<i8").tobytes() + part.astype("<i8").tobytes())
+    return sha.hexdigest()
+
+
+def _by_flower(recipe: Recipe, text: str, labels: Rows, clients: int, seed: int) -> list[Any]:
+    from datasets import Dataset
+    from flwr_datasets import partitioner as flower
+
+    options = dict(recipe.options)
+    if recipe.by_clients is not None:
+        options |= recipe.by_clients(labels, clients)
+    if recipe.by_label:
+        options["partition_by"] = "label"
+    if recipe.is_counted:
+        options["num_partitions"] = clients
+    if recipe.is_seeded:  # the library's own default is the constant 42
+        options["seed"] = seeds.derive(seed, "partition") % 2**32
+    # Shuffled first: several of the partitioners cut the rows as they lie.
+    order = seeds.rng(seed, "partition", "order").permutation(len(labels))
+    table = Dataset.from_dict({"index": order, "label": labels[order]})
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what it warns of is checked or shown by us
+            dealer = getattr(flower, recipe.kind)(**options)
+            dealer.dataset = table
+            _require_count(dealer.num_partitions, clients, text, UsageError)
+            return [dealer.load_partition(i)["index"][:] for i in range(clients)]
+    except (ValueError, TypeError, IndexError, OverflowError, ZeroDivisionError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
+        raise UsageError(
+            f"--partitioner {text!r} cannot deal {len(labels)} rows to {clients} clients ({reason}); "
+            "use fewer clients, a milder skew, or inner-dirichlet, which keeps sizes equal."
+        ) from error
+
+
+def _by_plugin(text: str, labels: Rows, clients: int, seed: int) -> object:
+    """One's own function ``(labels, clients, rng)``, or subclass of flwr-datasets' Partitioner."""
+    bound = specs.bind("partitioner", text, RESERVED)
+    try:
+        if not inspect.isclass(bound.func):
+            return bound(labels.copy(), clients, seeds.rng(seed, "partition"))
+        parameters = inspect.signature(bound.func).parameters
+        given = {"num_partitions": clients, "seed": seeds.derive(seed, "partition") % 2**32, "partition_by": "label"}
+        dealer = bound(**{k: v for k, v in given.items() if k in parameters})
+        return _by_subclass(dealer, text, labels, clients)
+    except FedkdError:
+        raise
+    except Exception as error:  # whatever somebody's code raises
+        raise PluginError(f"--partitioner {text} failed: {type(error).__name__}: {error}.") from error
+
+
+def _by_subclass(dealer: Any, text: str, labels: Rows, clients: int) -> list[Any]:
+    from datasets import Dataset
+    from flwr_datasets.partitioner import Partitioner
+
+    if not isinstance(dealer, Partitioner):
+        raise PluginError(
+            f"--partitioner {text} is neither a subclass of flwr_datasets.partitioner.Partitioner "
+            "nor a function (labels, clients, rng)."
+        )
+    dealer.dataset = Dataset.from_dict({"index": np.arange(len(labels)), "label": labels})
+    _require_count(dealer.num_partitions, clients, text, PluginError)
+    return [dealer.load_partition(i)["index"][:] for i in range(clients)]
+
+
+def _require_count(count: int, clients: int, text: str, kind: type[FedkdError]) -> None:
+    if count != clients:
+        raise kind(f"--partitioner {text!r} makes {count} shares for {clients} clients; use --clients {count}.")
+
+
+def _checked(parts: object, rows: int, clients: int, text: str, kind: type[FedkdError]) -> list[Rows]:
+    """The parts as sorted int64 arrays, if they are a partition of some of the rows."""
+
+    def wrong(what: str) -> FedkdError:
+        return kind(f"--partitioner {text} {what}.")
+
+    if not isinstance(parts, list | tuple):
+        raise wrong(f"returned {type(parts).__name__}, not a list of index arrays")
+    if len(parts) != clients:
+        raise wrong(f"returned {len(parts)} index arrays for {clients} clients")
+    checked = []
+    for client, part in enumerate(parts):
+        array = np.asarray(part)
+        if array.size == 0:
+            raise wrong(f"gave client {client} no rows; every client needs at least one")
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise wrong(f"gave client {client} {array.dtype} of shape {array.shape}, not a row of integer indices")
+        if array.min() < 0 or array.max() >= rows:
+            raise wrong(f"gave client {client} an index out of range: there are {rows} rows, counted from 0")
+        checked.append(np.sort(array.astype(np.int64)))
+    together = np.concatenate(checked)
+    values, counts = np.unique(together, return_counts=True)
+    if len(values) < len(together):
+        raise wrong(f"dealt row {values[counts > 1][0]} more than once; shares may not overlap")
+    return checked
+
+
+def _cached(path: Any) -> list[Rows] | None:
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            return list(np.split(held["rows"], held["ends"][:-1]))
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _keep(parts: list[Rows], path: Any) -> None:
+    part = path.with_name(path.stem + ".part.npz")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(part, rows=np.concatenate(parts), ends=np.cumsum([len(p) for p in parts]))
+        part.replace(path)
+    except OSError:  # only costs time at the next start
+        part.unlink(missing_ok=True)

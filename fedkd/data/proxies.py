@@ -1,0 +1,77 @@
+"""The public proxy set: unlabeled images that every client and the server hold.
+
+Its labels are dropped here and read nowhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fedkd import seeds, specs
+from fedkd.data.sources import Source
+from fedkd.errors import UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from fedkd.data.readers import Images
+
+DEFAULT_SIZE = 5000
+
+
+def parse(text: str) -> tuple[Source | None, int | None]:
+    """The source of the images (None: held out of the training set) and how many are wanted."""
+    spec = specs.parse(text)
+    options = dict(spec.options)
+    wanted = options.pop("size", None)
+    if wanted is not None and (not wanted.isdigit() or int(wanted) < 1):
+        raise UsageError(f"--proxy {text!r}: size is the number of images, at least 1, not {wanted!r}.")
+    size = None if wanted is None else int(wanted)
+    if spec.name == "holdout":
+        if options or spec.argument:
+            raise UsageError(f"--proxy {text!r}: holdout has one option, size (holdout:size=5000).")
+        return None, size
+    items = [*([spec.argument] if spec.argument else []), *(f"{k}={v}" for k, v in options.items())]
+    try:
+        source: Source = specs.call("dataset", ":".join([spec.name, *([",".join(items)] if items else [])]))
+    except UsageError as error:
+        raise UsageError(f"--proxy {text!r}: {error} Or holdout, images held out of the training set.") from error
+    return dataclasses.replace(source, count=size or DEFAULT_SIZE), size
+
+
+def hold_out(size: int | None, rows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions of the proxy images in the training set, and of the private rest, both sorted.
+
+    By default a fifth of the rows, 5,000 at most.
+    """
+    count = min(DEFAULT_SIZE, rows // 5) if size is None else size
+    if not 0 < count < rows:
+        raise UsageError(
+            f"--proxy holdout:size={count} leaves nothing to share out of {rows} training images; use a smaller size."
+        )
+    order = seeds.rng(seed, "proxy").permutation(rows)
+    return np.sort(order[:count]), np.sort(order[count:])
+
+
+def draw(public: Tensor, size: int | None, known: list[Images], seed: int, text: str) -> Tensor:
+    """``size`` images [P, H, W, 3] of another data set, without those that occur in ``known``."""
+    taken = {key for images in known for key in _keys(images.pixels)}
+    fresh = np.array([i for i, key in enumerate(_keys(public)) if key not in taken], dtype=np.int64)
+    count = min(DEFAULT_SIZE, len(fresh)) if size is None else size
+    if not 0 < count <= len(fresh):
+        raise UsageError(
+            f"--proxy {text!r}: only {len(fresh)} of its {len(public)} images are neither private nor test images; "
+            f"{'use another proxy set' if not len(fresh) else f'use size={len(fresh)} or less'}."
+        )
+    rows = np.sort(seeds.rng(seed, "proxy").permutation(fresh)[:count])
+    return public[torch.from_numpy(rows)]
+
+
+def _keys(pixels: Tensor) -> list[bytes]:
+    return [hashlib.blake2b(image.tobytes(), digest_size=12).digest() for image in pixels.numpy()]

@@ -1,0 +1,212 @@
+"""How images become one uint8 tensor: decoded once, kept in the cache, mapped from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkd import cache, seeds, tensors
+from fedkd.data.sources import Source, is_reachable, parquet_files, searched
+from fedkd.errors import DataError, FedkdError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LAYOUT = 1  # of the cached files; raise it when what is in them changes
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pixels [N, H, W, 3] uint8, labels [N] int64, and how many classes there are."""
+
+    pixels: Tensor
+    labels: Tensor
+    classes: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def read(source: Source, split: str, data_dir: str = "") -> Images:
+    """One split of a data set. Decoding is done once; later starts map the cached tensors.
+
+    Raises:
+        DataError: the data is missing, cannot be downloaded, or is damaged.
+    """
+    files = parquet_files(source, split, data_dir)
+    stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    described = json.dumps([LAYOUT, source.__dict__, split, stamps, _place(source)], sort_keys=True)
+    name = f"{source.reader}-{split}-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
+    path = cache.directory() / "decoded" / f"{name}.safetensors"
+    if (cached := _cached(path)) is not None:
+        return cached
+    try:
+        images = _parquet(source, files) if files else READERS[source.reader](source, split, data_dir)
+    except FedkdError:
+        raise
+    except Exception as error:  # whatever a reader raises over damaged files
+        raise DataError(f"Cannot read {source.name} ({split}): {type(error).__name__}: {error}.") from error
+    if source.reader not in ("digits", "noise"):  # those are made faster than they are read
+        _keep(images, path)
+    return images
+
+
+def _place(source: Source) -> object:
+    """What tells one state of a local folder from another."""
+    root = Path(source.argument)
+    if source.reader not in ("class_folders", "hugging_face") or not root.is_dir():
+        return None
+    files = sorted(root.rglob("*"))
+    return [str(root.resolve()), len(files), max((f.stat().st_mtime_ns for f in files), default=0)]
+
+
+def _cached(path: Path) -> Images | None:
+    if not path.is_file():
+        return None
+    try:
+        held = tensors.load(path)
+        return Images(held["pixels"], held["labels"], int(held["classes"]))
+    except Exception:  # a torn or foreign file is made again
+        return None
+
+
+def _keep(images: Images, path: Path) -> None:
+    held = {"pixels": images.pixels, "labels": images.labels, "classes": torch.tensor(images.classes)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors.save(held, path)
+    except OSError:  # a full or read-only disk costs time at the next start, nothing else
+        path.with_name(path.name + ".part").unlink(missing_ok=True)
+
+
+def pixels_of(pictures: Iterable[Image], size: int) -> Tensor:
+    """Pictures as RGB [N, size, size, 3] uint8, scaled by area-true resampling where they differ."""
+    from PIL import Image as pil
+
+    rows = []
+    for picture in pictures:
+        rgb = picture.convert("RGB")
+        if rgb.size != (size, size):
+            rgb = rgb.resize((size, size), pil.Resampling.BICUBIC)
+        rows.append(np.asarray(rgb))
+    if not rows:
+        raise DataError("A data set without images cannot be used.")
+    return torch.from_numpy(np.stack(rows))
+
+
+def _torchvision(source: Source, split: str, data_dir: str) -> Images:
+    """A class of torchvision.datasets; its archives are checked by MD5 before they are opened."""
+    import torchvision
+
+    kind = getattr(torchvision.datasets, source.argument)
+    is_split = source.argument in ("SVHN", "STL10")
+    options: dict[str, Any] = {"split": split} if is_split else {"train": split == "train"}
+    roots = searched(data_dir)
+    for root in roots:
+        try:
+            return _of_torchvision(kind(str(root), download=False, **options), source)
+        except (RuntimeError, FileNotFoundError, NotADirectoryError):
+            continue  # not here, or not whole: torchvision raises RuntimeError for both
+    help_ = (
+        f"{source.name} is not in {', '.join(map(str, roots))} and {{}}. Point --data-dir (or FEDKD_DATA) to a "
+        f"folder with torchvision's files or parquet files, or try --dataset digits, which needs no download."
+    )
+    if not is_reachable(source.host):
+        raise DataError(help_.format(f"{source.host} cannot be reached within ten seconds"))
+    try:
+        return _of_torchvision(kind(str(roots[-1]), download=True, **options), source)
+    except Exception as error:  # urllib, ssl, a full disk, a checksum: all end the same way
+        raise DataError(help_.format(f"its download failed ({type(error).__name__}: {error})")) from error
+
+
+def _of_torchvision(dataset: Any, source: Source) -> Images:
+    labels = getattr(dataset, "targets", None)
+    labels = torch.as_tensor(np.asarray(dataset.labels if labels is None else labels), dtype=torch.int64)
+    pictures = (dataset[i][0] for i in range(len(dataset)))
+    classes = len(getattr(dataset, "classes", ())) or int(labels.max()) + 1
+    return Images(pixels_of(pictures, source.pixels), labels, classes)
+
+
+def _parquet(source: Source, files: list[Path]) -> Images:
+    """Local parquet files as the hub stores them."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    return _of_hugging_face(datasets.Dataset.from_parquet([str(f) for f in files]), source)
+
+
+def _hugging_face(source: Source, split: str, data_dir: str) -> Images:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        splits = datasets.load_dataset(source.argument)
+    except Exception as error:  # the library raises a dozen kinds
+        reason = str(error).splitlines()[0]
+        raise DataError(f"Hugging Face cannot load {source.argument!r}: {reason}") from error
+    names = [split] if split == "train" else ["test", "validation"]
+    for name in names:
+        if name in splits:
+            return _of_hugging_face(splits[name], source)
+    raise DataError(f"{source.name} has no {split} split; it has {', '.join(splits)}.")
+
+
+def _of_hugging_face(table: Any, source: Source) -> Images:
+    """The first image column and the label column of a Hugging Face table."""
+    import datasets
+
+    images = [n for n, f in table.features.items() if isinstance(f, datasets.Image)]
+    labels = [n for n, f in table.features.items() if isinstance(f, datasets.ClassLabel)]
+    labels += [n for n in ("label", "labels", "fine_label") if n in table.features and n not in labels]
+    if not images or not labels:
+        raise DataError(f"{source.name} has no image and label columns; it has {', '.join(table.features)}.")
+    values = torch.tensor(table[labels[0]][:], dtype=torch.int64)
+    names = getattr(table.features[labels[0]], "names", None)
+    pictures = (row[images[0]] for row in table.select_columns(images[:1]))
+    return Images(pixels_of(pictures, source.pixels), values, len(names) if names else int(values.max()) + 1)
+
+
+def _class_folders(source: Source, split: str, data_dir: str) -> Images:
+    from torchvision.datasets import ImageFolder
+
+    root = Path(source.argument).expanduser()
+    if not (root / split).is_dir():
+        raise DataError(f"There is no folder {root / split}; it should hold one folder of images per class.")
+    dataset = ImageFolder(str(root / split))
+    return _of_torchvision(dataset, source)
+
+
+def _digits(source: Source, split: str, data_dir: str) -> Images:
+    """Every fifth row is a test row: the set is not sorted, and its writers stay mixed."""
+    from PIL import Image as pil
+    from sklearn.datasets import load_digits
+
+    data, labels = load_digits(return_X_y=True)
+    rows = (np.arange(len(labels)) % 5 == 4) == (split == "test")
+    gray = (data[rows].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+    pictures = (pil.fromarray(image) for image in gray)
+    return Images(pixels_of(pictures, source.pixels), torch.from_numpy(labels[rows]).long(), 10)
+
+
+def _noise(source: Source, split: str, data_dir: str) -> Images:
+    count = source.count if split == "train" else min(source.count, 2000)
+    generator = seeds.generator(0, "noise", split)
+    pixels = torch.randint(256, (count, source.pixels, source.pixels, 3), dtype=torch.uint8, generator=generator)
+    return Images(pixels, torch.randint(10, (count,), generator=generator), 10)
+
+
+READERS = {
+    "torchvision": _torchvision,
+    "hugging_face": _hugging_face,
+    "class_folders": _class_folders,
+    "digits": _digits,
+    "noise": _noise,
+}

@@ -1,0 +1,125 @@
+"""Data sets by name: how each one is found, checked and read.
+
+A source only says where its images are (a `Source`); nothing heavy is imported before `read`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
+
+from fedkd.errors import DataError
+
+Pixels = Annotated[int, Field(ge=8, le=1024)]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named data set. ``read(split, data_dir)`` decodes ``"train"`` or ``"test"``."""
+
+    name: str
+    reader: str  # a function of fedkd.data.readers
+    argument: str = ""
+    folder: str = ""  # its directory in the parquet layout
+    host: str = ""  # where a download would come from
+    pixels: int = 32  # height and width the images are scaled to
+    flip: bool = True  # whether a mirrored image is still of its class
+    count: int = 0
+
+
+def cifar10() -> Source:
+    """CIFAR-10 (Krizhevsky, 2009): 50,000 and 10,000 images of 10 classes."""
+    return Source("cifar10", "torchvision", "CIFAR10", "cifar10", "www.cs.toronto.edu")
+
+
+def cifar100() -> Source:
+    """CIFAR-100 (Krizhevsky, 2009): 50,000 and 10,000 images of 100 classes."""
+    return Source("cifar100", "torchvision", "CIFAR100", "cifar100", "www.cs.toronto.edu")
+
+
+def svhn() -> Source:
+    """Street View House Numbers (Netzer et al., 2011)."""
+    return Source("svhn", "torchvision", "SVHN", "svhn", "ufldl.stanford.edu", flip=False)
+
+
+def stl10(*, pixels: Pixels = 32) -> Source:
+    """STL-10 (Coates et al., 2011), its labeled images, scaled from 96 pixels."""
+    return Source("stl10", "torchvision", "STL10", "stl10", "ai.stanford.edu", pixels=pixels)
+
+
+def fashion_mnist() -> Source:
+    """Fashion-MNIST (Xiao et al., 2017), gray made RGB, scaled from 28 pixels."""
+    host = "fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+    return Source("fashion-mnist", "torchvision", "FashionMNIST", "fashion_mnist", host)
+
+
+def digits() -> Source:
+    """Scikit-learn's handwritten digits: 1,797 real images of 8x8, bundled; a fifth is the test set."""
+    return Source("digits", "digits", flip=False)
+
+
+def hf(name: str, /, *, pixels: Pixels = 32, flip: bool = True) -> Source:
+    """A Hugging Face image data set: its name on the hub, or a folder."""
+    return Source(f"hf:{name}", "hugging_face", name, pixels=pixels, flip=flip)
+
+
+def folder(path: str, /, *, pixels: Pixels = 32, flip: bool = True) -> Source:
+    """A folder with ``train/CLASS/*.png`` and ``test/CLASS/*.png`` (or jpg, ...)."""
+    return Source(f"folder:{path}", "class_folders", path, pixels=pixels, flip=flip)
+
+
+def noise(*, size: PositiveInt = 5000) -> Source:
+    """Uniform noise with random labels, for measuring: nothing can be learned from it."""
+    return Source("noise", "noise", count=size)
+
+
+def searched(data_dir: str) -> list[Path]:
+    """The directories that may hold data, in order."""
+    named = data_dir or os.environ.get("FEDKD_DATA", "")
+    from fedkd import cache
+
+    return [*([Path(named).expanduser()] if named else []), cache.directory() / "data"]
+
+
+def parquet_files(source: Source, split: str, data_dir: str) -> list[Path]:
+    """The parquet files of a split in the layout of the Hugging Face hub, if there are any."""
+    for root in searched(data_dir):
+        for place in (root / source.folder, root / source.folder / "data", root):
+            files = sorted(place.glob(f"{split}-*.parquet"))
+            named_otherwise = place == root and root.name != source.folder
+            if files and source.folder and not named_otherwise:
+                return files
+    return []
+
+
+def is_reachable(host: str, seconds: float = 10.0) -> bool:
+    """Whether a connection to ``host`` opens in time; looking its name up counts."""
+    opened = threading.Event()
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, 443), timeout=seconds).close()
+        except OSError:
+            return
+        opened.set()
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return opened.is_set()
+
+
+def by_auto(data_dir: str, load: Callable[[Source], object]) -> tuple[str, str]:
+    """CIFAR-10 where it is found or can be downloaded, else digits: its name, and why if it fell back."""
+    try:
+        load(cifar10())
+    except DataError as error:
+        return "digits", str(error)
+    return "cifar10", ""

@@ -1,0 +1,44 @@
+"""What a person sees when something is wrong: one sentence and an exit code (docs/exit-codes.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FedkdError(Exception):
+    """A mistake a person can mend. The message says what is wrong and what to do."""
+
+    code = 1
+
+
+class UsageError(FedkdError):
+    """An option, a scenario file or a combination of them cannot be used."""
+
+    code = 2
+
+
+class DataError(FedkdError):
+    """Data is missing, unreadable or not what it should be."""
+
+    code = 3
+
+
+class RunError(FedkdError):
+    """A run could not go on."""
+
+    code = 4
+
+
+class PluginError(FedkdError):
+    """Somebody's own component cannot be imported, or broke its contract."""
+
+    code = 7
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """One sentence naming what is unknown, the nearest known name, and all of them."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"Unknown {what} {name!r}.{hint} Known: {', '.join(names) or 'none'}."

@@ -1,0 +1,195 @@
+"""The composition root: the only place where the names in a config become objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from fedkd import models, seeds, specs
+from fedkd.algorithm import Algorithm
+from fedkd.data import partitioners, proxies, sources
+from fedkd.errors import PluginError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from fedkd.algorithm import Client
+    from fedkd.config import Config
+    from fedkd.data.readers import Images
+    from fedkd.data.sources import Source
+    from fedkd.kit import Kit
+    from fedkd.learning import Scaling
+    from fedkd.tensors import Tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """A method on its data: everything a server and its clients share."""
+
+    config: Config
+    algorithm: Algorithm
+    kit: Kit
+    train: Images
+    test: Images
+    proxy_rows: NDArray[np.int64] | None  # of the training set, where the proxy is held out of it
+    dealt: list[NDArray[np.int64]]  # rows of the training set, a sorted array a client
+    parts: list[NDArray[np.int64]]  # the same, or everything for one client where data is pooled
+    models: list[str]
+
+    def client(self, number: int, round_number: int, memory: Tensors) -> Client:
+        """A client in a round. Its data is cut out here, and only here."""
+        import torch
+
+        from fedkd.algorithm import Client
+        from fedkd.data.readers import Images
+
+        rows = torch.from_numpy(self.parts[number])
+        data = Images(self.train.pixels[rows], self.train.labels[rows], self.train.classes)
+        seed = seeds.derive(self.config.seed, "client", round_number, number)
+        return Client(number, seed, self.model_of(number), data, memory)
+
+    def model_of(self, number: int) -> str:
+        """The spec of a client's model: the list is dealt in turn."""
+        return self.models[number % len(self.models)]
+
+    @property
+    def clients(self) -> int:
+        return len(self.parts)
+
+
+def check(config: Config) -> None:
+    """Resolve every name and option before anything heavy is imported.
+
+    Raises:
+        UsageError, PluginError: the first thing that cannot be used.
+    """
+    for member in config.members():
+        algorithm = _algorithm(member)
+        if algorithm.one_model and len({*models.split(member.model), member.student or models.split(member.model)[0]}) > 1:
+            raise UsageError(
+                f"{member.algorithm} averages weights, so clients and student need one model, "
+                f"not --model {member.model} --student {member.student or models.split(member.model)[0]}."
+            )
+    specs.bind("aggregator", config.aggregator)
+    specs.bind("loss", config.loss)
+    for model in [*models.split(config.model), *([config.student] if config.student else [])]:
+        specs.bind("model", model, models.RESERVED)
+    if config.dataset != "auto":
+        specs.call("dataset", config.dataset)
+    proxies.parse(config.proxy)
+    partitioners.check(config.partitioner)
+
+
+def prepare(config: Config) -> Experiment:
+    """The experiment of one member of a config (one algorithm, one seed).
+
+    Raises:
+        UsageError, DataError, PluginError: what cannot be used, in one sentence.
+    """
+    import numpy as np
+    import torch
+
+    from fedkd.kit import Kit
+
+    source = dataset_source(config)
+    train, test = (_read(source, split, config.data_dir) for split in ("train", "test"))
+    if train.classes != test.classes:
+        classes = max(train.classes, test.classes)
+        train, test = (dataclasses.replace(images, classes=classes) for images in (train, test))
+    proxy_source, size = proxies.parse(config.proxy)
+    if proxy_source is None:
+        proxy_rows, private = proxies.hold_out(size, len(train), config.seed)
+        proxy = train.pixels[torch.from_numpy(proxy_rows)]
+    else:
+        proxy_rows, private = None, np.arange(len(train), dtype=np.int64)
+        public = _read(dataclasses.replace(proxy_source, pixels=source.pixels), "train", config.data_dir)
+        proxy = proxies.draw(public.pixels, size, [train, test], config.seed, config.proxy)
+    algorithm = _algorithm(config)
+    shares = partitioners.deal(config.partitioner, train.labels.numpy()[private], config.clients, config.seed)
+    dealt = [private[positions] for positions in shares]
+    parts = [np.concatenate(dealt)] if algorithm.pooled else dealt
+    names = models.split(config.model)
+    kit = Kit(
+        config=config,
+        classes=train.classes,
+        proxy=proxy,
+        scaling=_scaling(source, config.data_dir),
+        flip=source.flip,
+        device=device(config.device),
+        student=config.student or names[0],
+        aggregator=specs.bind("aggregator", config.aggregator),
+        loss=specs.bind("loss", config.loss),
+    )
+    for model in {*names, kit.student}:
+        _buildable(kit, model)
+    return Experiment(config, algorithm, kit, train, test, proxy_rows, dealt, parts, names)
+
+
+prepared = lru_cache(maxsize=2)(prepare)
+
+
+@lru_cache(maxsize=4)
+def _choice(dataset: str, data_dir: str, environment: str) -> tuple[str, str]:
+    if dataset != "auto":
+        return dataset, ""
+    return sources.by_auto(data_dir, lambda source: _read(source, "train", data_dir))
+
+
+def choose_dataset(config: Config) -> tuple[str, str]:
+    """The spec of the data set, and why it is not CIFAR-10 if ``auto`` fell back."""
+    return _choice(config.dataset, config.data_dir, os.environ.get("FEDKD_DATA", ""))
+
+
+def dataset_source(config: Config) -> Source:
+    source: Source = specs.call("dataset", choose_dataset(config)[0])
+    return source
+
+
+@lru_cache(maxsize=8)
+def _read(source: Source, split: str, data_dir: str) -> Images:
+    from fedkd.data.readers import read
+
+    return read(source, split, data_dir)
+
+
+@lru_cache(maxsize=4)
+def _scaling(source: Source, data_dir: str) -> Scaling:
+    from fedkd.learning import Scaling
+
+    return Scaling.of(_read(source, "train", data_dir).pixels)
+
+
+def device(name: str) -> str:
+    """The device to compute on; ``auto`` is the first GPU if there is one."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used here; use cpu or auto.") from error
+    return name
+
+
+def _algorithm(config: Config) -> Algorithm:
+    algorithm = specs.call("algorithm", config.algorithm)
+    if not isinstance(algorithm, Algorithm):
+        raise PluginError(f"--algorithm {config.algorithm} is not a subclass of fedkd.algorithm.Algorithm.")
+    return algorithm
+
+
+def _buildable(kit: Kit, model: str) -> None:
+    """Try the model on one proxy image, so that a mistake shows before the first round."""
+    try:
+        shape = tuple(kit.predict(model, kit.initial(model), kit.proxy[:2]).shape)
+    except (UsageError, PluginError):
+        raise
+    except Exception as error:
+        raise UsageError(f"--model {model} cannot be used on these images: {error}.") from error
+    if shape != (2, kit.classes):
+        raise UsageError(f"--model {model} returns {shape} for 2 images, not (2, {kit.classes}).")

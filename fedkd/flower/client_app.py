@@ -1,0 +1,71 @@
+"""The ClientApp: a client's turn, and what evaluation asks of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedkd import learning
+from fedkd.algorithm import Client
+from fedkd.config import Config
+from fedkd.experiment import Experiment, prepared
+from fedkd.flower.records import ARRAYS, CONFIG, MEMORY, METRICS, from_record, to_record
+from fedkd.runtime import settle
+from fedkd.tensors import take
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Run the algorithm's local turn; keep the new memory in the context, answer with the update."""
+    experiment, client = _client(message, context)
+    request = from_record(_arrays(message.content))
+    update, memory = experiment.algorithm.local(experiment.kit, client, request)
+    context.state[MEMORY] = to_record(memory)
+    metrics = MetricRecord({"num-examples": update.examples, **update.metrics})
+    content = RecordDict({ARRAYS: to_record(update.tensors), METRICS: metrics})
+    return Message(content, reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Measure the client's own model on the test set: a yardstick of the simulation, no part of a method.
+
+    The logits go up too, so that the server can measure the teacher they make.
+    """
+    experiment, client = _client(message, context)
+    weights = take("model", client.memory)
+    logits = experiment.kit.predict(client.model, weights, experiment.test.pixels)
+    accuracy, loss = learning.score(logits, experiment.test.labels)
+    metrics = MetricRecord({"num-examples": len(experiment.test), "accuracy": accuracy, "loss": loss})
+    content = RecordDict({ARRAYS: to_record({"logits": logits}), METRICS: metrics})
+    return Message(content, reply_to=message)
+
+
+def _client(message: Message, context: Context) -> tuple[Experiment, Client]:
+    """Which run this is, and this client in it. A new run starts with an empty memory."""
+    config = message.content[CONFIG]
+    assert isinstance(config, ConfigRecord)
+    algorithm, seed, number = str(config["algorithm"]), _int(config["seed"]), _int(config["round"])
+    member = Config.parse(context.run_config).member(algorithm, seed)
+    settle(member.threads)
+    experiment = prepared(member)
+    held = context.state.get(MEMORY)
+    owner = f"{algorithm} {seed}"
+    if context.state.get("owner") != (mark := ConfigRecord({"run": owner})):
+        held, context.state["owner"] = None, mark
+    memory = from_record(held) if isinstance(held, ArrayRecord) else {}
+    return experiment, experiment.client(_int(context.node_config["partition-id"]), number, memory)
+
+
+def _arrays(content: RecordDict) -> ArrayRecord:
+    record = content[ARRAYS]
+    assert isinstance(record, ArrayRecord)
+    return record
+
+
+def _int(value: Any) -> int:
+    return int(value)

@@ -1,0 +1,122 @@
+"""Fitting, distilling, predicting, evaluating: the only module that calls ``backward``.
+
+Images are uint8 [N, H, W, 3]; seen as [N, 3, H, W] they are in channels_last order without a copy,
+the layout in which CPUs and GPUs convolve fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedkd.data.augment import crop_and_flip
+
+CPU_CHUNK, GPU_CHUNK = 64, 2048  # images a forward pass: what fits the cache of a CPU core, what fills a GPU
+
+Objective = Callable[[Tensor, Tensor], Tensor]  # logits [B, C], targets of these rows -> scalar
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Mean and standard deviation of a channel, in units of the pixels (0 to 255)."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @staticmethod
+    def of(pixels: Tensor) -> Scaling:
+        """That of a set of images [N, H, W, 3]; a constant channel is left unscaled."""
+        total = torch.zeros(3, dtype=torch.float64)
+        squares = torch.zeros(3, dtype=torch.float64)
+        for part in pixels.split(4096):
+            values = part.reshape(-1, 3).double()
+            total += values.sum(0)
+            squares += values.square().sum(0)
+        count = pixels.numel() // 3
+        mean = total / count
+        std = (squares / count - mean.square()).clamp_min(0).sqrt()
+        std[std < 1e-3] = 1.0
+        return Scaling((*mean.tolist(),), (*std.tolist(),))
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, H, W, 3] uint8 as network input [B, 3, H, W] float32, channels_last."""
+        mean = torch.tensor(self.mean, device=pixels.device)
+        std = torch.tensor(self.std, device=pixels.device)
+        return ((pixels.float() - mean) / std).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Whether images are cropped at random, and whether they are flipped."""
+
+    crop: bool = False
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A proximal term mu / 2 * ||w - w0||^2 over the parameters (FedProx: Li et al., 2020)."""
+
+    mu: float
+    parameters: Mapping[str, Tensor]
+
+
+def descend(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pixels: Tensor,
+    targets: Tensor,
+    objective: Objective,
+    scaling: Scaling,
+    *,
+    epochs: int,
+    batch_size: int,
+    augmentation: Augmentation,
+    seed: int,
+    anchor: Anchor | None = None,
+) -> None:
+    """Minimize ``objective`` over (pixels, targets), in place. Order and augmentation follow ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    model.train()
+    for rows in batches(len(pixels), epochs, batch_size, generator):
+        images, wanted = pixels[rows].to(device), targets[rows].to(device)
+        if augmentation.crop:
+            images = crop_and_flip(images, augmentation.flip, generator)
+        loss = objective(model(scaling(images)), wanted)
+        if anchor is not None:
+            loss = loss + proximal(model, anchor)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+
+def batches(count: int, epochs: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Rows of each batch: a fresh shuffle an epoch, the last batch of it may be smaller."""
+    for _ in range(epochs):
+        yield from torch.randperm(count, generator=generator).split(size)
+
+
+def proximal(model: nn.Module, anchor: Anchor) -> Tensor:
+    """mu / 2 times the squared distance of the parameters from the anchor's."""
+    distances = [(p - anchor.parameters[n].to(p.device)).square().sum() for n, p in model.named_parameters()]
+    return 0.5 * anchor.mu * torch.stack(distances).sum()
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, pixels: Tensor, scaling: Scaling) -> Tensor:
+    """Logits [N, C] float32 on the CPU, in evaluation mode."""
+    device = next(model.parameters()).device
+    chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+    model.eval()
+    answers = [model(scaling(part.to(device))).float().cpu() for part in pixels.split(chunk)]
+    return torch.cat(answers).clone()
+
+
+def score(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Accuracy in [0, 1] and mean negative log-likelihood, in nats."""
+    accuracy = (logits.argmax(-1) == labels).double().mean().item()
+    return accuracy, nn.functional.cross_entropy(logits.double(), labels).item()

@@ -1,0 +1,1 @@
+"""Distillation losses: plain functions, one family a file."""

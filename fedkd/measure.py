@@ -1,0 +1,133 @@
+"""What is measured after a round, and what is said of a run at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from fedkd.rounds import Round, Traffic, refusal
+
+if TYPE_CHECKING:
+    from fedkd.experiment import Experiment
+    from fedkd.rounds import Exchange
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The participants' own models on the test set: their mean, and the teacher they make."""
+
+    client_accuracy: float | None
+    teacher_accuracy: float | None
+    traffic: Traffic
+
+
+def student(experiment: Experiment, round_: Round) -> tuple[float, float] | None:
+    """Test accuracy and loss of the global student, if the method has one."""
+    from fedkd import learning
+
+    kit = experiment.kit
+    weights = experiment.algorithm.deploy(kit, round_.state)
+    if not weights:
+        return None
+    logits = kit.predict(kit.student, weights, experiment.test.pixels)
+    return learning.score(logits, experiment.test.labels)
+
+
+def ensemble(experiment: Experiment, exchange: Exchange, round_: Round) -> Ensemble:
+    """Ask the round's participants how their models do on the test set.
+
+    A yardstick of the simulation: its traffic is kept apart from the method's.
+    """
+    declared = {"logits": (len(experiment.test), experiment.kit.classes)}
+    replies = sorted(exchange("evaluate", round_.number, list(round_.updates), {}), key=lambda r: r.client)
+    traffic = sum((reply.traffic for reply in replies), Traffic())
+    updates = [r.update for r in replies if r.update is not None and not refusal(r.update, declared)]
+    if not updates:
+        return Ensemble(None, None, traffic)
+    probs = experiment.algorithm.teacher(experiment.kit, [update.tensors["logits"] for update in updates])
+    right = (probs.argmax(-1) == experiment.test.labels).double().mean().item()
+    return Ensemble(fmean(update.metrics["accuracy"] for update in updates), right, traffic)
+
+
+def row(experiment: Experiment, round_: Round, scores: tuple[float, float] | None, members: Ensemble | None) -> Row:
+    """A line of ``rounds.jsonl``, but for the times.
+
+    Where a method has no global student, what it deploys are the clients' own models: their mean
+    accuracy is its test accuracy.
+    """
+    config = experiment.config
+    accuracy, loss = scores or (members.client_accuracy if members else None, None)
+    return {
+        "algorithm": config.algorithm,
+        "seed": config.seed,
+        "round": round_.number,
+        "test_accuracy": accuracy,
+        "test_loss": loss,
+        "teacher_accuracy": members.teacher_accuracy if members else None,
+        "client_accuracy": members.client_accuracy if members else None,
+        "bytes_up": round_.traffic.arrays_up,
+        "bytes_down": round_.traffic.arrays_down,
+        "config_bytes_up": round_.traffic.rest_up,
+        "config_bytes_down": round_.traffic.rest_down,
+        "evaluation_bytes": members.traffic.arrays_up + members.traffic.arrays_down if members else 0,
+        "participants": len(round_.updates),
+        "failures": {str(client): reason.strip().splitlines()[-1] for client, reason in round_.failures.items()},
+        "train_metrics": _mean_metrics(round_),
+    }
+
+
+def _mean_metrics(round_: Round) -> dict[str, float]:
+    names = sorted({name for update in round_.updates.values() for name in update.metrics})
+    return {n: fmean(u.metrics[n] for u in round_.updates.values() if n in u.metrics) for n in names}
+
+
+def summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: str) -> Row:
+    """One entry of ``runs`` in the result."""
+    accuracies = [r["test_accuracy"] for r in rows if r["test_accuracy"] is not None]
+    config = experiment.config
+    return {
+        "algorithm": config.algorithm,
+        "seed": config.seed,
+        "rounds": len(rows),
+        "clients": config.clients,
+        "deploys": "clients" if rows[-1]["test_loss"] is None else "student",
+        "test_accuracy": rows[-1]["test_accuracy"],
+        "test_accuracy_last5": fmean(accuracies[-5:]),
+        "test_loss": rows[-1]["test_loss"],
+        "teacher_accuracy": rows[-1]["teacher_accuracy"],
+        "client_accuracy": rows[-1]["client_accuracy"],
+        "bytes_up": sum(r["bytes_up"] for r in rows),
+        "bytes_down": sum(r["bytes_down"] for r in rows),
+        "config_bytes": sum(r["config_bytes_up"] + r["config_bytes_down"] for r in rows),
+        "evaluation_bytes": sum(r["evaluation_bytes"] for r in rows),
+        "failures": sum(len(r["failures"]) for r in rows),
+        "seconds": sum(r["seconds"] for r in rows),
+        "evaluation_seconds": sum(r["evaluation_seconds"] for r in rows),
+        "partition_sha256": partition_sha256,
+    }
+
+
+def common_accuracy(curves: Sequence[Sequence[Row]]) -> float | None:
+    """The best test accuracy that every method that communicates reached in some round."""
+    peaks = []
+    for rows in curves:
+        reached = [r["test_accuracy"] for r in rows if r["test_accuracy"] is not None]
+        if reached and any(r["bytes_up"] for r in rows):
+            peaks.append(max(reached))
+    return min(peaks) if peaks else None
+
+
+def bytes_to(accuracy: float, rows: Sequence[Row]) -> int | None:
+    """Bytes up and down until a run's test accuracy first reaches ``accuracy``; None if it never does."""
+    total = 0
+    for line in rows:
+        total += line["bytes_up"] + line["bytes_down"]
+        if line["test_accuracy"] is not None and line["test_accuracy"] >= accuracy:
+            return total
+    return None
+
+

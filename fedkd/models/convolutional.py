@@ -1,0 +1,69 @@
+"""The small convolutional networks: a plain one and the CIFAR ResNets."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def normalization(channels: int, norm: str) -> nn.Module:
+    """BatchNorm, or GroupNorm with eight channels a group (statistics of a skewed shard stay out)."""
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    return nn.GroupNorm(max(1, channels // 8), channels)
+
+
+def convolution(inputs: int, outputs: int, norm: str, stride: int = 1, kernel: int = 3) -> nn.Sequential:
+    """Convolution without bias, then normalization."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(conv, normalization(outputs, norm))
+
+
+def cnn(classes: int, norm: str, width: int) -> nn.Sequential:
+    """Three convolutions with pooling between them, then one linear layer."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, width), (width, 2 * width), (2 * width, 2 * width)):
+        layers += [convolution(inputs, outputs, norm), nn.ReLU(), nn.MaxPool2d(2)]
+    # Four by four is what 32 pixels give; other sizes are pooled to it.
+    layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(2 * width * 16, classes)]
+    return nn.Sequential(*layers)
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut; where the shape changes, the shortcut is a 1x1 convolution."""
+
+    def __init__(self, inputs: int, outputs: int, norm: str, stride: int) -> None:
+        super().__init__()
+        self.first = convolution(inputs, outputs, norm, stride)
+        self.second = convolution(outputs, outputs, norm)
+        keeps = stride == 1 and inputs == outputs
+        self.shortcut = nn.Identity() if keeps else convolution(inputs, outputs, norm, stride, kernel=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.second(self.first(x).relu())
+        total: Tensor = (inner + self.shortcut(x)).relu()
+        return total
+
+
+class ResNet(nn.Module):
+    """The 6n + 2 layer ResNet for CIFAR: three stages of ``blocks`` blocks, widths w, 2w, 4w."""
+
+    def __init__(self, blocks: int, classes: int, norm: str, width: int) -> None:
+        super().__init__()
+        self.stem = convolution(3, width, norm)
+        stages: list[nn.Module] = []
+        inputs = width
+        for stage, outputs in enumerate((width, 2 * width, 4 * width)):
+            for block in range(blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                stages.append(Block(inputs, outputs, norm, stride))
+                inputs = outputs
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(inputs, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.stages(self.stem(x).relu())
+        logits: Tensor = self.head(features.mean((2, 3)))
+        return logits

@@ -1,0 +1,56 @@
+"""What is said before a run starts: data, partition, models, and what will travel."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+from fedkd import tensors
+from fedkd.data import skew
+from fedkd.experiment import choose_dataset
+from fedkd.report.text import percent, plain, size
+
+if TYPE_CHECKING:
+    from fedkd.experiment import Experiment
+
+FLOAT = 4  # bytes of a float32, as weights and logits travel
+
+
+def lines(experiment: Experiment) -> list[tuple[str, str]]:
+    """Titles and texts that hold for every method of a comparison."""
+    kit, config = experiment.kit, experiment.config
+    dataset, fallback = choose_dataset(config)
+    private = sum(map(len, experiment.dealt))
+    height, width = kit.proxy.shape[1:3]
+    said = []
+    if fallback:
+        said.append(("notice", f"CIFAR-10 is not at hand, so this run falls back to digits. {fallback}"))
+    said.append(
+        (
+            "data",
+            f"{dataset}: {plain(private, 'private image')}, {len(kit.proxy):,} proxy ({config.proxy}), "
+            f"{len(experiment.test):,} test, {height}x{width}, {kit.classes} classes",
+        )
+    )
+    rows = len(experiment.train) - (0 if experiment.proxy_rows is None else len(experiment.proxy_rows))
+    found = skew.measure(experiment.train.labels.numpy(), experiment.dealt, kit.classes, rows)
+    said.append(
+        (
+            "partition",
+            f"{config.partitioner}, {plain(config.clients, 'client')} of {found.smallest:,} to {found.largest:,} images "
+            f"(median {found.median:,}), {found.classes:.1f} classes each in effect, {percent(found.distance, 0)} away "
+            f"from everybody's mix, {percent(found.coverage, 0)} of the rows dealt",
+        )
+    )
+    counted = {name: tensors.numel(kit.initial(name)) for name in dict.fromkeys([*experiment.models, kit.student])}
+    said.append(("models", ", ".join(f"{name} ({count:,} numbers)" for name, count in counted.items())))
+    answer, weights = prod(kit.answers()) * FLOAT, counted[kit.student] * FLOAT
+    per_image = kit.classes * FLOAT
+    said.append(
+        (
+            "travels",
+            f"logits {list(kit.answers())}: {size(answer)} per client, round and direction; weights: {size(weights)}; "
+            f"equal at {weights // per_image:,} proxy images",
+        )
+    )
+    return said

@@ -1,0 +1,28 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+
+def size(count: float | None) -> str:
+    """Bytes in decimal units, three digits: ``200 kB``, ``1.23 MB``."""
+    if count is None:
+        return "–"
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    return "–" if share is None else f"{100 * share:.{digits}f}%"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 100 else f"{value / 60:.1f} min"
+
+
+def plain(count: int, noun: str) -> str:
+    """``1 client``, ``20 clients``, ``40,000 images``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

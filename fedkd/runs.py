@@ -1,0 +1,105 @@
+"""Run directories: what a run leaves on disk, each file whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fedkd
+from fedkd.errors import UsageError
+from fedkd.seeds import derive
+
+if TYPE_CHECKING:
+    from fedkd.config import Config
+    from fedkd.experiment import Experiment
+
+
+def default_out(config: Config) -> Path:
+    """``runs/NAME-TIME-HASH``: the method, the time in UTC, and a hash of config and process."""
+    name = config.algorithm.partition(":")[0].rpartition("/")[2].removesuffix(".py")
+    tail = derive(time.time_ns(), str(config), os.getpid())
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{tail:016x}"[: -10]
+
+
+def claim(out: Path) -> None:
+    """Make the directory of a run; one that holds anything already is refused.
+
+    Raises:
+        UsageError: it is in use, or cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise UsageError(f"--out {out} is in use: it is not empty. Name another directory, or remove it.")
+        os.close(os.open(out / "config.toml", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be made: {error.strerror}.") from error
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def append(path: Path, row: Mapping[str, object]) -> None:
+    """Add one JSON line; what was written before stays whole whatever happens."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def toml(config: Config) -> str:
+    """The config as a scenario file. A JSON scalar is a TOML scalar."""
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.run_config().items())
+
+
+def environment(device: str, dataset: str, fallback: str) -> dict[str, Any]:
+    """What results may depend on beside the config: versions, processor, device, data."""
+    import torch
+
+    names = ("torch", "torchvision", "numpy", "flwr", "flwr-datasets", "safetensors")
+    return {
+        "fedkd": fedkd.__version__,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in names},
+        "platform": platform.platform(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "dataset": dataset,
+        "dataset_fallback": fallback,
+        "command": sys.argv,
+    }
+
+
+def save_partitions(path: Path, experiments: Mapping[int, Experiment]) -> None:
+    """Rows of every client (split at ``ends``), class counts and proxy rows, for each seed."""
+    import numpy as np
+
+    from fedkd.data import skew
+
+    arrays = {}
+    for seed, experiment in experiments.items():
+        arrays[f"seed{seed}_rows"] = np.concatenate(experiment.dealt)
+        arrays[f"seed{seed}_ends"] = np.cumsum([len(part) for part in experiment.dealt])
+        arrays[f"seed{seed}_counts"] = skew.counts(experiment.train.labels.numpy(), experiment.dealt, experiment.kit.classes)
+        if experiment.proxy_rows is not None:
+            arrays[f"seed{seed}_proxy"] = experiment.proxy_rows
+    part = path.with_name("partition.part.npz")
+    np.savez_compressed(part, **arrays)
+    part.replace(path)
