@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.data.augment import crop_and_flip
+from fedkd.seeds import seeded
 
 CPU_CHUNK, GPU_CHUNK = 64, 2048  # images a forward pass: what fits the cache of a CPU core, what fills a GPU
 
@@ -82,16 +83,17 @@ def descend(
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     model.train()
-    for rows in batches(len(pixels), epochs, batch_size, generator):
-        images, wanted = pixels[rows].to(device), targets[rows].to(device)
-        if augmentation.crop:
-            images = crop_and_flip(images, augmentation.flip, generator)
-        loss = objective(model(scaling(images)), wanted)
-        if anchor is not None:
-            loss = loss + proximal(model, anchor)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+    with seeded(seed):  # for dropout, which draws from torch's own stream
+        for rows in batches(len(pixels), epochs, batch_size, generator):
+            images, wanted = pixels[rows].to(device), targets[rows].to(device)
+            if augmentation.crop:
+                images = crop_and_flip(images, augmentation.flip, generator)
+            loss = objective(model(scaling(images)), wanted)
+            if anchor is not None:
+                loss = loss + proximal(model, anchor)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
 
 
 def batches(count: int, epochs: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -106,14 +108,14 @@ def proximal(model: nn.Module, anchor: Anchor) -> Tensor:
     return 0.5 * anchor.mu * torch.stack(distances).sum()
 
 
-@torch.inference_mode()
 def predict(model: nn.Module, pixels: Tensor, scaling: Scaling) -> Tensor:
     """Logits [N, C] float32 on the CPU, in evaluation mode."""
     device = next(model.parameters()).device
     chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
     model.eval()
-    answers = [model(scaling(part.to(device))).float().cpu() for part in pixels.split(chunk)]
-    return torch.cat(answers).clone()
+    with torch.inference_mode():
+        answers = torch.cat([model(scaling(part.to(device))).float().cpu() for part in pixels.split(chunk)])
+    return answers.clone()  # a plain tensor again, which may be trained on
 
 
 def score(logits: Tensor, labels: Tensor) -> tuple[float, float]:

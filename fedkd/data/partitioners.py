@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -276,8 +277,8 @@ def _cached(path: Any) -> list[Rows] | None:
     try:
         with np.load(path, allow_pickle=False) as held:
             return list(np.split(held["rows"], held["ends"][:-1]))
-    except (OSError, ValueError, KeyError):
-        return None
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None  # not there, or torn: dealt again
 
 
 def _keep(parts: list[Rows], path: Any) -> None:

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedkd import specs
+from fedkd.catalog import CATALOG
+from fedkd.data import partitioners, skew
+from fedkd.errors import PluginError, UsageError
+
+LABELS = np.random.default_rng(0).integers(0, 10, 2000)
+SPECS = {
+    "natural-id": ("natural-id", 10),
+    "distribution": ("distribution", 10),
+    "grouped-natural-id": ("grouped-natural-id:group=2", 5),
+    "size": ("size:sizes=100+200+300+400", 4),
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDKD_CACHE", str(tmp_path / "cache"))
+
+
+def deal(text: str, clients: int = 5, seed: int = 0):
+    return partitioners.deal(text, LABELS, clients, seed)
+
+
+@pytest.mark.parametrize("name", CATALOG["partitioner"])
+def test_every_partitioner_deals_each_row_at_most_once(name):
+    text, clients = SPECS.get(name, (name, 5))
+    parts = deal(text, clients)
+    together = np.concatenate(parts)
+    assert len(parts) == clients
+    assert min(map(len, parts)) > 0
+    assert len(np.unique(together)) == len(together)
+    assert together.min() >= 0
+    assert together.max() < len(LABELS)
+    assert all((np.diff(part) > 0).all() for part in parts)
+
+
+def test_the_catalog_has_every_horizontal_partitioner_of_the_library():
+    from flwr_datasets import partitioner as flower
+
+    theirs = {n for n in dir(flower) if n.endswith("Partitioner") and n != "Partitioner" and "Vertical" not in n}
+    recipes = (specs.call("partitioner", SPECS.get(name, (name, 0))[0]) for name in CATALOG["partitioner"])
+    assert {recipe.kind for recipe in recipes} == theirs
+
+
+@pytest.mark.parametrize("text", ["dirichlet:alpha=0.5", "iid", "pathological:classes=2", "shard"])
+def test_the_seed_alone_decides(text, monkeypatch, tmp_path):
+    first = partitioners.digest(deal(text, seed=1))
+    monkeypatch.setenv("FEDKD_CACHE", str(tmp_path / "another"))
+    assert partitioners.digest(deal(text, seed=1)) == first
+    assert partitioners.digest(deal(text, seed=2)) != first
+
+
+def test_a_partition_is_the_same_on_every_machine():
+    """Integers of NumPy's own generators: this hash may be committed."""
+    assert partitioners.digest(deal("dirichlet:alpha=0.5")) == "a9f6ae2d6ebc347110aa6f78ac8fe0d5280baddd854df0ebf0fcfececa69f03c"
+
+
+def test_the_second_time_it_comes_from_the_cache(monkeypatch):
+    first = deal("dirichlet:alpha=0.5")
+    monkeypatch.setattr(partitioners, "_by_flower", None)
+    again = deal("dirichlet:alpha=0.5")
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_damaged_cache_is_made_again(tmp_path):
+    first = partitioners.digest(deal("iid"))
+    for path in (tmp_path / "cache" / "partitions").iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    assert partitioners.digest(deal("iid")) == first
+
+
+def test_smaller_alpha_is_more_skewed():
+    distances = [skew.measure(LABELS, deal(f"dirichlet:alpha={a}"), 10, 2000).distance for a in (100, 1, 0.1)]
+    assert distances == sorted(distances)
+    assert distances[0] < 0.1 < distances[2]
+
+
+def test_pathological_gives_the_classes_it_says():
+    parts = deal("pathological:classes=2", clients=10)
+    assert all(len(np.unique(LABELS[part])) == 2 for part in parts)
+
+
+def test_skew_of_known_shares():
+    labels = np.array([0, 0, 1, 1])
+    alike = skew.measure(labels, [np.array([0, 2]), np.array([1, 3])], 2, 4)
+    apart = skew.measure(labels, [np.array([0, 1]), np.array([2])], 2, 4)
+    assert (alike.distance, alike.classes, alike.coverage) == (0.0, pytest.approx(2.0), 1.0)
+    assert (apart.classes, apart.coverage, apart.smallest, apart.largest) == (pytest.approx(1.0), 0.75, 1, 2)
+    assert apart.distance == pytest.approx((1 / 3 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "clients", "says"),
+    [
+        ("iid", 3000, "3000 clients cannot share 2000 images; use --clients 2000 or fewer"),
+        ("dirichlet:alpha=0.001", 200, "cannot deal 2000 rows to 200 clients"),
+        ("size:sizes=1+2", 3, "makes 2 shares for 3 clients; use --clients 2"),
+        ("natural-id", 3, "use --clients 10"),
+        ("exponential", 40, "cannot deal"),
+        ("size:sizes=a", 3, "positive integers separated by"),
+    ],
+)
+def test_what_cannot_be_dealt_is_said_in_one_sentence(text, clients, says):
+    with pytest.raises(UsageError, match=says) as caught:
+        deal(text, clients)
+    assert "\n" not in str(caught.value)
+
+
+OWN = '''
+import numpy as np
+from flwr_datasets.partitioner import Partitioner
+
+def every_other(labels, clients, rng, *, step: int = 2):
+    return [np.arange(k, len(labels), step * clients) for k in range(clients)]
+
+class EveryOther(Partitioner):
+    def __init__(self, num_partitions: int, step: int = 2) -> None:
+        super().__init__()
+        self._count, self._step = num_partitions, step
+    @property
+    def num_partitions(self) -> int:
+        return self._count
+    def load_partition(self, partition_id):
+        return self.dataset.select(range(partition_id, len(self.dataset), self._step * self._count))
+
+class Foreign:
+    def __init__(self, num_partitions): pass
+
+def overlapping(labels, clients, rng): return [np.arange(10)] * clients
+def out_of_range(labels, clients, rng): return [np.array([k, len(labels) + k]) for k in range(clients)]
+def negative(labels, clients, rng): return [np.array([-k - 1]) for k in range(clients)]
+def too_few(labels, clients, rng): return [np.arange(3)]
+def missing(labels, clients, rng): return [np.array([k]) if k else None for k in range(clients)]
+def empty(labels, clients, rng): return [np.arange(0)] * clients
+def fractions(labels, clients, rng): return [np.array([k + 0.5]) for k in range(clients)]
+def nothing(labels, clients, rng): return None
+def raising(labels, clients, rng): raise KeyError("no such thing")
+def greedy(labels, clients, rng):
+    labels[:] = 0
+    return [np.array([k]) for k in range(clients)]
+'''
+
+
+@pytest.fixture
+def own(tmp_path) -> str:
+    (tmp_path / "mine.py").write_text(OWN)
+    return str(tmp_path / "mine.py")
+
+
+@pytest.mark.parametrize("name", ["every_other", "EveryOther"])
+def test_ones_own_function_and_subclass(own, name):
+    for step in (2, 4):
+        parts = deal(f"{own}:{name}:step={step}")
+        assert sum(map(len, parts)) == 2000 // step
+        assert parts[1][:2].tolist() == [1, 1 + 5 * step]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("overlapping", "dealt row 0 more than once"),
+        ("out_of_range", "index out of range: there are 2000 rows"),
+        ("negative", "index out of range"),
+        ("too_few", "returned 1 index arrays for 5 clients"),
+        ("missing", "gave client 0"),
+        ("empty", "gave client 0 no rows"),
+        ("fractions", "not a row of integer indices"),
+        ("nothing", "returned NoneType, not a list"),
+        ("raising", "KeyError"),
+        ("Foreign", "neither a subclass of"),
+    ],
+)
+def test_a_broken_contract_is_named(own, name, says):
+    with pytest.raises(PluginError, match=says):
+        deal(f"{own}:{name}")
+
+
+def test_a_plug_in_cannot_change_the_labels(own):
+    before = LABELS.copy()
+    deal(f"{own}:greedy")
+    assert np.array_equal(LABELS, before)

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from fedkd import specs
+from fedkd.data import proxies, readers, sources
+from fedkd.data.readers import Images, read
+from fedkd.errors import DataError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDKD_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.delenv("FEDKD_DATA", raising=False)
+    monkeypatch.setattr(readers, "is_reachable", lambda host: False)
+
+
+def picture(value: int):
+    from PIL import Image
+
+    return Image.fromarray(np.full((20, 30, 3), value, dtype=np.uint8))
+
+
+def test_digits_are_scikit_learns_scaled():
+    from sklearn.datasets import load_digits
+
+    train, test = (read(sources.digits(), split) for split in ("train", "test"))
+    assert (len(train), len(test), train.classes) == (1438, 359, 10)
+    assert train.pixels.shape[1:] == (32, 32, 3)
+    assert train.pixels.dtype == torch.uint8
+    labels = load_digits().target
+    assert np.array_equal(test.labels.numpy(), labels[4::5])
+    assert train.pixels.max() == 255
+
+
+def test_a_folder_of_class_folders(tmp_path):
+    for split in ("train", "test"):
+        for index, name in enumerate(("cat", "dog")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for copy in range(3):
+                picture(100 * index + copy).save(tmp_path / split / name / f"{copy}.png")
+    source = specs.call("dataset", f"folder:{tmp_path},pixels=16")
+    images = read(source, "train")
+    assert images.pixels.shape == (6, 16, 16, 3)
+    assert images.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert images.pixels[:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
+    picture(7).save(tmp_path / "train" / "cat" / "new.png")
+    assert len(read(source, "train")) == 7, "a changed folder is read again"
+
+
+def test_a_hugging_face_folder_and_parquet(tmp_path):
+    import datasets
+
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    table = datasets.Dataset.from_dict({"img": [picture(v) for v in (1, 2)], "label": [2, 0]}, features=features)
+    (tmp_path / "cifar10").mkdir()
+    for split in ("train", "test"):
+        table.to_parquet(str(tmp_path / "cifar10" / f"{split}-00000-of-00001.parquet"))
+    for source, data_dir in (
+        (specs.call("dataset", f"hf:{tmp_path}/cifar10"), ""),
+        (sources.cifar10(), str(tmp_path)),
+        (sources.cifar10(), str(tmp_path / "cifar10")),
+    ):
+        images = read(source, "test", data_dir)
+        assert images.labels.tolist() == [2, 0]
+        assert images.classes == 3
+        assert images.pixels[:, 3, 3].tolist() == [[1, 1, 1], [2, 2, 2]]
+
+
+def test_the_second_start_maps_the_decoded_tensors(tmp_path, monkeypatch, offline):
+    test_a_hugging_face_folder_and_parquet(tmp_path)
+    monkeypatch.setattr(readers, "_parquet", None)
+    assert len(read(sources.cifar10(), "test", str(tmp_path))) == 2
+    held = sorted((tmp_path / "cache" / "decoded").iterdir())[0]
+    held.write_bytes(b"torn")
+    assert readers._cached(held) is None
+
+
+def test_missing_data_names_the_places_and_the_ways_out(offline, tmp_path):
+    with pytest.raises(DataError, match=r"--data-dir .*--dataset digits"):
+        read(sources.cifar10(), "train", str(tmp_path))
+    with pytest.raises(DataError, match="train"):
+        read(specs.call("dataset", f"folder:{tmp_path}/absent"), "train")
+
+
+def test_a_damaged_archive_is_refused(offline, tmp_path):
+    batches = tmp_path / "cifar-10-batches-py"
+    batches.mkdir()
+    for name in ("data_batch_1", "test_batch", "batches.meta"):
+        (batches / name).write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    with pytest.raises(DataError):
+        read(sources.cifar10(), "train", str(tmp_path))
+
+
+def test_damaged_parquet_is_a_data_error(tmp_path):
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / "train-00000-of-00001.parquet").write_bytes(b"PAR1 but no more")
+    with pytest.raises(DataError, match="Cannot read cifar10"):
+        read(sources.cifar10(), "train", str(tmp_path))
+
+
+def test_auto_falls_back_and_says_why(offline, tmp_path):
+    def load(source):
+        return read(source, "train", str(tmp_path))
+
+    name, why = sources.by_auto(str(tmp_path), load)
+    assert name == "digits"
+    assert "cannot be reached" in why
+    assert sources.by_auto("", lambda source: None) == ("cifar10", "")
+
+
+def test_a_host_that_does_not_answer_costs_no_more_than_it_may():
+    start = time.monotonic()
+    assert not sources.is_reachable("host.invalid", seconds=1.0)
+    assert time.monotonic() - start < 3
+
+
+def test_noise_is_the_same_every_time():
+    source = specs.call("dataset", "noise:size=50")
+    first, again = read(source, "train"), read(source, "train")
+    assert torch.equal(first.pixels, again.pixels)
+    assert first.pixels.shape == (50, 32, 32, 3)
+
+
+def test_a_held_out_proxy_is_disjoint_and_follows_the_seed():
+    proxy, private = proxies.hold_out(300, 1000, seed=0)
+    assert (len(proxy), len(private)) == (300, 700)
+    assert not set(proxy) & set(private)
+    assert not np.array_equal(proxy, proxies.hold_out(300, 1000, seed=1)[0])
+    assert len(proxies.hold_out(None, 50_000, 0)[0]) == 5000
+    assert len(proxies.hold_out(None, 1438, 0)[0]) == 287
+
+
+@pytest.mark.parametrize("size", [1000, 5000])
+def test_a_proxy_that_leaves_nothing_is_refused(size):
+    with pytest.raises(UsageError, match="use a smaller size"):
+        proxies.hold_out(size, 1000, 0)
+
+
+@pytest.mark.parametrize("text", ["holdout:size=0", "holdout:size=-5", "holdout:count=3", "cifar1000", "noise:size=x"])
+def test_a_proxy_that_cannot_be_is_refused_by_its_text(text):
+    with pytest.raises(UsageError, match="--proxy"):
+        proxies.parse(text)
+
+
+def test_sizes_and_options_of_proxies():
+    source, size = proxies.parse("stl10:size=100,pixels=48")
+    assert (source.name, source.pixels, size) == ("stl10", 48, 100)
+    source, size = proxies.parse("noise:size=64")
+    assert (source.count, size) == (64, 64)
+    assert proxies.parse("hf:some/name,size=3")[0].argument == "some/name"
+
+
+def test_images_that_are_private_or_test_images_never_become_proxy():
+    public = read(specs.call("dataset", "noise:size=60"), "train")
+    known = Images(public.pixels[:20], public.labels[:20], 10)
+    drawn = proxies.draw(public.pixels, None, [known], 0, "noise")
+    assert len(drawn) == 40
+    assert not any((drawn == image).flatten(1).all(1).any() for image in known.pixels)
+    with pytest.raises(UsageError, match="only 40 of its 60"):
+        proxies.draw(public.pixels, 41, [known], 0, "noise")
+    with pytest.raises(UsageError, match="use another proxy set"):
+        proxies.draw(known.pixels, None, [known], 0, "noise")
+
+
+@pytest.mark.real
+def test_cifar10_as_stored(data_dir):
+    test = read(sources.cifar10(), "test", data_dir)
+    assert test.pixels.shape == (10_000, 32, 32, 3)
+    assert torch.bincount(test.labels).tolist() == [1000] * 10
+    # The published statistics of CIFAR-10's channels are close to (125.3, 123.0, 113.9).
+    assert test.pixels.double().mean((0, 1, 2)).tolist() == pytest.approx([126.0, 123.7, 114.9], abs=1.0)
+    assert dataclasses.astuple(test)[2] == 10

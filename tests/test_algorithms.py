@@ -1,0 +1,213 @@
+"""Conformance: what holds for every registered algorithm. And what each one claims for itself."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from fedkd import ensembles, specs, tensors
+from fedkd.algorithm import Update
+from fedkd.catalog import CATALOG
+from fedkd.experiment import prepare
+from fedkd.losses.logits import cross_entropy
+from fedkd.rounds import refusal
+from tests.conftest import tiny
+
+NAMES = sorted(CATALOG["algorithm"])
+MORE = [*NAMES, "dsfl:aggregation=sa", "ensemble:feedback=true", "ensemble:feedback=false", "fedprox:mu=0.1"]
+
+
+def turns(experiment, algorithm, number, state, memories, clients=None):
+    """One round, played by hand."""
+    kit = experiment.kit
+    request = algorithm.ask(kit, state)
+    updates, new = {}, dict(memories)
+    for client in range(experiment.clients) if clients is None else clients:
+        held = experiment.client(client, number, memories.get(client, {}))
+        updates[client], new[client] = algorithm.local(kit, held, request)
+    return updates, new, algorithm.tell(kit, state, updates, seed=number)
+
+
+@pytest.fixture(scope="module", params=MORE)
+def played(request):
+    """Two rounds of a method."""
+    experiment = prepare(tiny(algorithm=request.param, model="cnn:width=8", clients=3))
+    algorithm, kit = experiment.algorithm, experiment.kit
+    first = turns(experiment, algorithm, 1, algorithm.init(kit), {})
+    second = turns(experiment, algorithm, 2, first[2], first[1])
+    return experiment, first, second
+
+
+def test_the_same_turn_twice_gives_the_same_bits(played):
+    experiment, first, second = played
+    torch.manual_seed(1234)  # the process-wide stream must not matter
+    updates, memories, state = turns(experiment, experiment.algorithm, 2, first[2], first[1])
+    assert all(tensors.equal(updates[k].tensors, second[0][k].tensors) for k in updates)
+    assert all(tensors.equal(memories[k], second[1][k]) for k in memories)
+    assert tensors.equal(state, second[2])
+
+
+def test_arguments_are_not_changed(played):
+    experiment, first, second = played
+    kit, algorithm = experiment.kit, experiment.algorithm
+    state, memories, updates = copy.deepcopy((first[2], first[1], second[0]))
+    request = algorithm.ask(kit, state)
+    asked = copy.deepcopy(request)
+    algorithm.local(kit, experiment.client(0, 2, memories[0]), request)
+    algorithm.tell(kit, state, updates, 2)
+    algorithm.deploy(kit, state)
+    assert tensors.equal(asked, request)
+    assert tensors.equal(state, first[2])
+    assert tensors.equal(memories[0], first[1][0])
+    assert all(tensors.equal(updates[k].tensors, second[0][k].tensors) for k in updates)
+
+
+def test_everything_that_lasts_is_cpu_tensors_without_grad(played):
+    experiment, _, (updates, memories, state) = played
+    lasting = [state, *memories.values(), *(u.tensors for u in updates.values()), experiment.algorithm.ask(experiment.kit, state)]
+    for mapping in lasting:
+        for tensor in mapping.values():
+            assert tensor.device.type == "cpu"
+            assert not tensor.requires_grad
+            assert not tensor.is_inference()
+
+
+def test_an_update_holds_what_is_declared_and_nothing_else(played):
+    experiment, first, second = played
+    declared = experiment.algorithm.sends(experiment.kit)
+    for updates in (first[0], second[0]):
+        assert all(refusal(update, declared) == "" for update in updates.values())
+
+
+def test_a_missing_client_is_survived(played):
+    experiment, first, _ = played
+    clients = [0] if experiment.clients == 1 else [0, 2]
+    _, memories, state = turns(experiment, experiment.algorithm, 2, first[2], first[1], clients)
+    turns(experiment, experiment.algorithm, 3, state, memories)
+
+
+def test_a_client_that_comes_late_is_survived(played):
+    experiment, first, _ = played
+    memories = {client: memory for client, memory in first[1].items() if client != 0}
+    turns(experiment, experiment.algorithm, 2, first[2], memories)
+
+
+def test_the_memory_holds_the_clients_model(played):
+    experiment, _, (_, memories, _) = played
+    weights = tensors.take("model", memories[0])
+    assert experiment.kit.predict(experiment.model_of(0), weights, experiment.test.pixels[:3]).shape == (3, 10)
+
+
+def test_what_is_deployed_is_a_student_or_nothing(played):
+    experiment, _, (_, _, state) = played
+    weights = experiment.algorithm.deploy(experiment.kit, state)
+    if weights:
+        assert experiment.kit.predict(experiment.kit.student, weights, experiment.test.pixels[:3]).shape == (3, 10)
+    else:
+        assert experiment.config.algorithm in ("fedmd", "local", "central")
+
+
+@pytest.fixture(scope="module")
+def kit():
+    return prepare(tiny()).kit
+
+
+def answers(count=3, seed=0, kit=None):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(count, *kit.answers(), generator=generator)
+    return {k: Update({"logits": value}, 10 + k) for k, value in enumerate(logits)}
+
+
+def test_an_ensemble_of_one_is_plain_distillation(kit):
+    algorithm = specs.call("algorithm", "ensemble")
+    (update,) = answers(1, kit=kit).values()
+    state = algorithm.tell(kit, algorithm.init(kit), {0: update}, seed=5)
+    student = kit.distill(
+        kit.student, kit.initial(kit.student), kit.subset(1), update.tensors["logits"].softmax(-1), epochs=kit.config.distill_epochs, seed=5
+    )
+    ours = algorithm.deploy(kit, state)
+    assert all(torch.allclose(ours[name], student[name], atol=1e-5) for name in student)
+
+
+def test_feedback_is_what_goes_down(kit):
+    for on in (True, False):
+        algorithm = specs.call("algorithm", f"ensemble:feedback={on}")
+        state = algorithm.tell(kit, algorithm.init(kit), answers(kit=kit), seed=1)
+        assert set(algorithm.ask(kit, state)) == ({"round", "told", "probs"} if on else {"round"})
+        assert set(algorithm.ask(kit, algorithm.init(kit))) == {"round"}
+
+
+def test_dsfl_sends_probabilities_and_sharpens_their_mean(kit):
+    algorithm = specs.call("algorithm", "dsfl:temperature=0.1")
+    probs = {k: dataclasses.replace(u, tensors={"probs": u.tensors["logits"].softmax(-1)}) for k, u in answers(kit=kit).items()}
+    state = algorithm.tell(kit, algorithm.init(kit), probs, seed=1)
+    mean = torch.stack([u.tensors["probs"].double() for u in probs.values()]).mean(0)
+    assert torch.allclose(state["probs"].double(), (mean / 0.1).softmax(-1), atol=1e-5)
+    plain = specs.call("algorithm", "dsfl:aggregation=sa").tell(kit, algorithm.init(kit), probs, seed=1)
+    assert torch.allclose(plain["probs"].double(), mean, atol=1e-6)
+
+
+def test_dsfl_does_not_listen_to_the_runs_loss_aggregator_and_temperature(kit):
+    other = dataclasses.replace(
+        kit, aggregator=ensembles.mean_logits, loss=lambda s, p: s.sum() * 0, config=dataclasses.replace(kit.config, temperature=4.0)
+    )
+    algorithm = specs.call("algorithm", "dsfl")
+    probs = {k: dataclasses.replace(u, tensors={"probs": u.tensors["logits"].softmax(-1)}) for k, u in answers(kit=kit).items()}
+    assert tensors.equal(*(algorithm.tell(k, algorithm.init(k), probs, seed=1) for k in (kit, other)))
+    assert kit.loss is not cross_entropy
+
+
+def test_fedmd_averages_scores_not_probabilities(kit):
+    algorithm = specs.call("algorithm", "fedmd")
+    updates = answers(kit=kit)
+    state = algorithm.tell(kit, algorithm.init(kit), updates, seed=1)
+    mean = torch.stack([u.tensors["logits"].double() for u in updates.values()]).mean(0)
+    assert torch.allclose(state["logits"].double(), mean, atol=1e-6)
+    assert int(algorithm.ask(kit, state)["told"]) == 1
+    assert int(algorithm.ask(kit, state)["round"]) == 2
+
+
+def test_fedavg_weighs_by_examples(kit):
+    algorithm = specs.call("algorithm", "fedavg")
+    updates = {0: Update({"w": torch.tensor([0.0])}, 1), 1: Update({"w": torch.tensor([4.0])}, 3)}
+    assert algorithm.tell(kit, {}, updates, 0)["w"].item() == 3.0
+
+
+def test_fedprox_without_its_term_is_fedavg(experiment):
+    kit, client = experiment.kit, experiment.client(0, 1, {})
+    start = kit.initial(kit.student)
+    plain = specs.call("algorithm", "fedavg").local(kit, client, start)[0].tensors
+    for mu, same in ((0.0, True), (1.0, False)):
+        held = specs.call("algorithm", f"fedprox:mu={mu}").local(kit, client, start)[0].tensors
+        assert tensors.equal(plain, held) is same
+
+
+def test_central_has_everybodys_rows_and_local_sends_nothing():
+    central, local = (prepare(tiny(algorithm=name)) for name in ("central", "local"))
+    assert central.clients == 1
+    assert sorted(central.parts[0]) == sorted(row for part in local.parts for row in part)
+    assert not local.algorithm.sends(local.kit)
+    assert not local.algorithm.ask(local.kit, {})
+
+
+def test_a_subset_of_the_proxy_is_named_by_its_round():
+    kit = prepare(tiny(proxy_samples=15)).kit
+    first, second = kit.subset(1), kit.subset(2)
+    assert kit.answers() == (15, 10)
+    assert len(first.unique()) == 15
+    assert torch.equal(first, kit.subset(1))
+    assert not torch.equal(first, second)
+    assert kit.subset(10**6).max() < 40
+
+
+@pytest.mark.parametrize("name", ["ensemble", "fedmd", "dsfl", "local"])
+def test_clients_of_different_architectures_take_part_in_one_run(name):
+    experiment = prepare(tiny(algorithm=name, model="cnn:width=8,resnet8:width=8", student="cnn:width=16"))
+    algorithm, kit = experiment.algorithm, experiment.kit
+    _, memories, state = turns(experiment, algorithm, 1, algorithm.init(kit), {})
+    turns(experiment, algorithm, 2, state, memories)
+    shapes = [{k: v.shape for k, v in memories[c].items()} for c in range(3)]
+    assert shapes[0] == shapes[2] != shapes[1]

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedkd.cli import from_environment, from_file
+from fedkd.config import Config
+from fedkd.errors import UsageError
+
+
+def test_flowers_config_block_is_the_defaults():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert project["tool"]["flwr"]["app"]["config"] == Config().run_config()
+
+
+def test_run_config_and_back():
+    config = Config.parse({"clients": 3, "compare": ["fedavg", "local"], "partitioner": "iid"})
+    assert Config.parse(config.run_config()) == config
+    assert all(isinstance(value, str | int | float | bool) for value in config.run_config().values())
+
+
+def test_members_pair_methods_within_a_seed():
+    config = Config.parse({"algorithm": "fedmd", "compare": "fedavg fedmd", "seed": 4, "seeds": 2})
+    assert [(m.algorithm, m.seed) for m in config.members()] == [("fedmd", 4), ("fedavg", 4), ("fedmd", 5), ("fedavg", 5)]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"clients": 0},
+        {"clients": -3},
+        {"clients": "many"},
+        {"participation": 0},
+        {"participation": 1.01},
+        {"participation": "nan"},
+        {"rounds": 0},
+        {"learning_rate": "inf"},
+        {"temperature": 0},
+        {"momentum": 1},
+        {"seed": -1},
+        {"norm": "layer"},
+    ],
+)
+def test_values_out_of_range_are_named(values):
+    with pytest.raises(UsageError, match=next(iter(values)).replace("_", "-")):
+        Config.parse(values)
+
+
+def test_an_unknown_key_is_answered_with_the_nearest():
+    with pytest.raises(UsageError, match="Did you mean 'local-epochs'"):
+        Config.parse({"local-epoch": 1})
+
+
+def test_every_option_is_grouped_and_explained():
+    for field in dataclasses.fields(Config):
+        assert field.default.description.endswith(".")
+        assert field.default.json_schema_extra["group"]
+
+
+def test_environment_and_file(tmp_path):
+    assert from_environment({"FEDKD_LOCAL_EPOCHS": "3", "FEDKD_DATA": "d", "FEDKD_CACHE": "x", "HOME": "y"}) == {
+        "local_epochs": "3",
+        "data_dir": "d",
+    }
+    path = tmp_path / "scenario.toml"
+    path.write_text('local-epochs = 3\ncompare = ["fedavg"]\n')
+    assert from_file(path) == {"local_epochs": 3, "compare": ["fedavg"]}
+    path.write_text("local-epochs =")
+    for bad in (path, tmp_path / "absent.toml", tmp_path):
+        with pytest.raises(UsageError):
+            from_file(bad)

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedkd import models
+from fedkd.errors import UsageError
+
+
+def count(text: str, norm="group") -> int:
+    return sum(p.numel() for p in models.build(text, 10, norm).parameters())
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize(("name", "parameters"), [("cnn", 66_730), ("resnet8", 78_042), ("resnet20", 272_474)])
+def test_published_sizes(name, parameters, norm):
+    assert count(name, norm) == parameters
+
+
+def test_torchvisions_models():
+    assert count("torchvision:resnet18") == 11_181_642  # 11.69 M for 1,000 classes, less 990 rows of 513
+    with pytest.raises(UsageError, match="Did you mean 'resnet18'"):
+        models.build("torchvision:resnet118", 10, "group")
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet8", "resnet20"])
+@pytest.mark.parametrize("pixels", [32, 48])
+def test_shapes_and_layout(name, pixels):
+    model = models.build(name, 7, "group").to(memory_format=torch.channels_last)
+    images = torch.randn(2, pixels, pixels, 3).permute(0, 3, 1, 2)
+    assert model(images).shape == (2, 7)
+
+
+def test_the_option_of_a_spec_wins_over_the_runs():
+    def has_batch_norm(text: str) -> bool:
+        return any(isinstance(m, torch.nn.BatchNorm2d) for m in models.build(text, 10, "group").modules())
+
+    assert has_batch_norm("resnet8:norm=batch")
+    assert not has_batch_norm("resnet8")
+
+
+def test_a_comma_list_is_told_from_options():
+    text = "cnn,resnet8:norm=batch,width=8,torchvision:resnet18,cnn:width=4"
+    assert models.split(text) == ["cnn", "resnet8:norm=batch,width=8", "torchvision:resnet18", "cnn:width=4"]
+
+
+def test_group_norm_answers_do_not_depend_on_the_batch():
+    model = models.build("resnet8", 10, "group")
+    images = torch.randn(4, 3, 32, 32)
+    assert torch.allclose(model(images)[:1], model(images[:1]), atol=1e-5)
