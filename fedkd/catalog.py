@@ -7,10 +7,10 @@ Nothing is imported to look a name up. An installed package adds names by the en
 
 from __future__ import annotations
 
-_PARTITIONERS = (
-    "iid dirichlet inner-dirichlet pathological shard distribution size linear square exponential "
-    "id-to-size continuous natural-id grouped-natural-id"
-).split()
+_PARTITIONERS = """
+iid dirichlet inner-dirichlet pathological shard distribution size linear square exponential
+id-to-size continuous natural-id grouped-natural-id
+""".split()  # noqa: SIM905
 
 CATALOG: dict[str, dict[str, str]] = {
     "algorithm": {
@@ -51,7 +51,5 @@ CATALOG: dict[str, dict[str, str]] = {
         "folder": "fedkd.data.sources:folder",
         "noise": "fedkd.data.sources:noise",
     },
-    "partitioner": {
-        name: f"fedkd.data.partitioners:{name.replace('-', '_')}" for name in _PARTITIONERS
-    },
+    "partitioner": {name: f"fedkd.data.partitioners:{name.replace('-', '_')}" for name in _PARTITIONERS},
 }

@@ -35,14 +35,14 @@ def main(command: Callable[[Config], None], argv: Sequence[str] | None = None) -
     except FedkdError as error:
         _fail(error, as_json)
     except OSError as error:
-        _fail(_Storage(f"{error.strerror or error}: {error.filename or 'cannot write'}."), as_json)
+        _fail(_StorageError(f"{error.strerror or error}: {error.filename or 'cannot write'}."), as_json)
     except KeyboardInterrupt:
         print("fedkd: interrupted; the rounds so far are in the run directory.", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
 
-class _Storage(FedkdError):
+class _StorageError(FedkdError):
     code = 74
 
 
@@ -98,7 +98,11 @@ def _flags() -> list[inspect.Parameter]:
         name = extra["group"]
         group = groups.setdefault(name, Group(name, sort_key=len(groups) + 1))
         several = field.name == "compare"
-        shown = "" if default == "" or default is False else f" [default: {str(default).lower() if default is True else default}]"
+        shown = (
+            ""
+            if default == "" or default is False
+            else f" [default: {str(default).lower() if default is True else default}]"
+        )
         parameter = Parameter(
             help=f"{field.default.description}{shown}",  # type: ignore[union-attr]
             group=group,
@@ -120,6 +124,7 @@ def from_file(path: Path | None) -> dict[str, Any]:
 
     Raises:
         UsageError: there is no such file, or it is not TOML.
+
     """
     if path is None:
         return {}

@@ -22,7 +22,7 @@ from fedkd.specs import parse
 if TYPE_CHECKING:
     from fedkd.config import Config
     from fedkd.measure import Row
-    from fedkd.rounds import Round
+    from fedkd.rounds import Exchange, Round
     from fedkd.tensors import Tensors
 
 
@@ -39,6 +39,7 @@ def conduct(config: Config, send: Send) -> None:
 
     Raises:
         FedkdError: what stopped it; the result then says so too.
+
     """
     out = Path(config.out)
     screen = Screen(Console(stderr=config.json))
@@ -51,7 +52,7 @@ def conduct(config: Config, send: Send) -> None:
             rows = curves[member.algorithm, member.seed] = []
             finished.append(_member(member, partial(send, member), out, screen, rows))
         figure.draw(curves, _title(config), out)
-        screen.console.print(table.side_by_side(finished, curves))
+        screen.show(table.side_by_side(finished, curves))
         status = "ok"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -82,7 +83,9 @@ def _member(member: Config, exchange: partial[Iterable[Reply]], out: Path, scree
     round_ = None
     with screen.live(member.algorithm, member.rounds):
         watched = screen.watch(exchange, member.rounds)
-        for round_, seconds in _timed(_blamed(member, play(experiment.algorithm, experiment.kit, watched, experiment.clients))):
+        for round_, seconds in _timed(
+            _blamed(member, play(experiment.algorithm, experiment.kit, watched, experiment.clients))
+        ):
             row = _measured(experiment, watched, round_, seconds)
             _log_failures(out / "errors.log", member, round_)
             runs.append(out / "rounds.jsonl", row)
@@ -95,7 +98,7 @@ def _member(member: Config, exchange: partial[Iterable[Reply]], out: Path, scree
     return measure.summary(experiment, rows, partitioners.digest(experiment.dealt))
 
 
-def _measured(experiment: Experiment, exchange: measure.Exchange, round_: Round, seconds: float) -> Row:
+def _measured(experiment: Experiment, exchange: Exchange, round_: Round, seconds: float) -> Row:
     """The row of a round, with what it took and what measuring it took."""
     config, start = experiment.config, time.perf_counter()
     due = round_.number % config.evaluate_every == 0 or round_.number == config.rounds
@@ -121,7 +124,9 @@ def _blamed(member: Config, rounds: Iterator[Round]) -> Iterator[Round]:
     except Exception as error:
         if not parse(member.algorithm).is_plugin:
             raise
-        raise PluginError(f"--algorithm {member.algorithm} failed on the server: {type(error).__name__}: {error}.") from error
+        raise PluginError(
+            f"--algorithm {member.algorithm} failed on the server: {type(error).__name__}: {error}."
+        ) from error
 
 
 def _log_failures(path: Path, member: Config, round_: Round) -> None:
@@ -141,4 +146,3 @@ def _student_name(member: Config, out: Path) -> str:
 
 def _title(config: Config) -> str:
     return f"{choose_dataset(config)[0]}, {config.clients} clients, {config.partitioner}, {config.model}"
-

@@ -10,8 +10,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from pydantic import TypeAdapter, ValidationError
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 
 from fedkd.errors import UsageError, unknown
@@ -38,46 +46,76 @@ class Config:
     """The options of ``fedkd.simulate``, the keys of a scenario file and of Flower's run config."""
 
     # What is compared
-    algorithm: str = option("ensemble", "Methods", "What clients and server do: ensemble, fedmd, dsfl, fedavg, fedprox, local, central.")
-    compare: Several = option("", "Methods", "Further algorithms to play on the same data, students and seeds (several).")
-    aggregator: str = option("mean-probs", "Methods", "How the clients' logits become a teacher: mean-logits, mean-probs, era, entropy, variance.")
+    algorithm: str = option(
+        "ensemble", "Methods", "What clients and server do: ensemble, fedmd, dsfl, fedavg, fedprox, local, central."
+    )
+    compare: Several = option(
+        "", "Methods", "Further algorithms to play on the same data, students and seeds (several)."
+    )
+    aggregator: str = option(
+        "mean-probs",
+        "Methods",
+        "How the clients' logits become a teacher: mean-logits, mean-probs, era, entropy, variance.",
+    )
     loss: str = option("kl", "Methods", "What pulls a student to its teacher: kl, ce, mse.")
     temperature: Rate = option(1.0, "Methods", "Divides logits before the softmax, the teacher's and the student's.")
 
     # The federation
     clients: PositiveInt = option(20, "Federation", "Number of clients.")
-    rounds: PositiveInt = option(10, "Federation", "Number of rounds.")
+    rounds: PositiveInt = option(5, "Federation", "Number of rounds.")
     participation: Fraction = option(1.0, "Federation", "Fraction of the clients that take part in a round.")
-    partitioner: str = option("dirichlet:alpha=0.5", "Federation", "How rows are dealt: iid, dirichlet:alpha=A, pathological:classes=N, shard:shards=N, ..., ./mine.py:Name.")
+    partitioner: str = option(
+        "dirichlet:alpha=0.5",
+        "Federation",
+        "How rows are dealt: iid, dirichlet:alpha=A, pathological:classes=N, shard:shards=N, ..., ./mine.py:Name.",
+    )
 
     # Data
-    dataset: str = option("auto", "Data", "auto (CIFAR-10, else digits), cifar10, cifar100, svhn, stl10, fashion-mnist, digits, hf:NAME, folder:PATH, noise:size=N.")
+    dataset: str = option(
+        "auto",
+        "Data",
+        "auto (CIFAR-10, else digits), cifar10, cifar100, svhn, stl10, fashion-mnist, digits, hf:NAME, folder:PATH.",
+    )
     data_dir: str = option("", "Data", "Where data is looked for: torchvision's files or parquet; also FEDKD_DATA.")
-    proxy: str = option("holdout", "Data", "The public unlabeled images: holdout:size=N, cifar100:size=N, any dataset, noise:size=N.")
-    proxy_samples: Annotated[int, Field(ge=0)] = option(0, "Data", "Proxy images used per round, drawn anew each round; 0 for all.")
+    proxy: str = option(
+        "holdout", "Data", "The public unlabeled images: holdout:size=N, cifar100:size=N, any dataset, noise:size=N."
+    )
+    proxy_samples: Annotated[int, Field(ge=0)] = option(
+        0, "Data", "Proxy images used per round, drawn anew each round; 0 for all."
+    )
 
     # Models
-    model: str = option("cnn", "Models", "The clients' model: cnn, resnet8, resnet20, torchvision:NAME; a comma list is dealt in turn.")
+    model: str = option(
+        "cnn", "Models", "The clients' model: cnn, resnet8, resnet20, torchvision:NAME; a comma list is dealt in turn."
+    )
     student: str = option("", "Models", "The server's global student; by default the clients' (first) model.")
     norm: Literal["group", "batch"] = option("group", "Models", "Normalization layers of the built-in models.")
 
     # Training
     local_epochs: PositiveInt = option(2, "Training", "Epochs over its own rows that a client trains in a round.")
     batch_size: PositiveInt = option(32, "Training", "Batch size of local training.")
-    learning_rate: Rate = option(0.05, "Training", "Learning rate of local training (SGD).")
+    learning_rate: Rate = option(0.01, "Training", "Learning rate of local training (SGD).")
     momentum: Annotated[float, Field(ge=0, lt=1)] = option(0.9, "Training", "Momentum of local training.")
     weight_decay: Decay = option(0.0005, "Training", "Weight decay of local training.")
     augment: bool = option(True, "Training", "Random crops, and flips where the data allows them, in local training.")
-    distill_epochs: PositiveInt = option(10, "Training", "Epochs over the proxy images in which the server distills its student in a round.")
-    distill_batch_size: PositiveInt = option(64, "Training", "Batch size of distillation, on the server and on clients.")
+    distill_epochs: PositiveInt = option(
+        5, "Training", "Epochs over the proxy images in which the server distills its student in a round."
+    )
+    distill_batch_size: PositiveInt = option(
+        64, "Training", "Batch size of distillation, on the server and on clients."
+    )
     distill_learning_rate: Rate = option(0.001, "Training", "Learning rate of distillation (Adam).")
 
     # The run
-    seed: Annotated[int, Field(ge=0)] = option(0, "Run", "Seed of the first repetition; everything random follows from it.")
+    seed: Annotated[int, Field(ge=0)] = option(
+        0, "Run", "Seed of the first repetition; everything random follows from it."
+    )
     seeds: PositiveInt = option(1, "Run", "Repetitions, with seed, seed + 1, ...")
     device: str = option("auto", "Run", "auto, cpu, cuda, cuda:N.")
     threads: PositiveInt = option(1, "Run", "Threads of arithmetic; results depend on it, to the bit.")
-    evaluate_every: PositiveInt = option(1, "Run", "Rounds between evaluations of clients and teacher on the test set; the last is always one.")
+    evaluate_every: PositiveInt = option(
+        1, "Run", "Rounds between evaluations of clients and teacher on the test set; the last is always one."
+    )
     out: str = option("", "Run", "Directory of the run; by default runs/NAME-TIME-HASH.")
     json: bool = option(False, "Run", "One JSON object on standard output, everything else on standard error.")
 
@@ -87,6 +125,7 @@ class Config:
 
         Raises:
             UsageError: an unknown key or a value out of range, named in one sentence.
+
         """
         named = {key.replace("-", "_"): value for key, value in values.items()}
         known = {field.name for field in dataclasses.fields(cls)}

@@ -66,10 +66,14 @@ def check(config: Config) -> None:
 
     Raises:
         UsageError, PluginError: the first thing that cannot be used.
+
     """
     for member in config.members():
         algorithm = _algorithm(member)
-        if algorithm.one_model and len({*models.split(member.model), member.student or models.split(member.model)[0]}) > 1:
+        if (
+            algorithm.one_model
+            and len({*models.split(member.model), member.student or models.split(member.model)[0]}) > 1
+        ):
             raise UsageError(
                 f"{member.algorithm} averages weights, so clients and student need one model, "
                 f"not --model {member.model} --student {member.student or models.split(member.model)[0]}."
@@ -89,6 +93,7 @@ def prepare(config: Config) -> Experiment:
 
     Raises:
         UsageError, DataError, PluginError: what cannot be used, in one sentence.
+
     """
     import numpy as np
     import torch
@@ -145,6 +150,7 @@ def choose_dataset(config: Config) -> tuple[str, str]:
 
 
 def dataset_source(config: Config) -> Source:
+    """Where the private data comes from."""
     source: Source = specs.call("dataset", choose_dataset(config)[0])
     return source
 

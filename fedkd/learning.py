@@ -32,7 +32,7 @@ class Scaling:
         """That of a set of images [N, H, W, 3]; a constant channel is left unscaled."""
         total = torch.zeros(3, dtype=torch.float64)
         squares = torch.zeros(3, dtype=torch.float64)
-        for part in pixels.split(4096):
+        for part in torch.split(pixels, 4096):
             values = part.reshape(-1, 3).double()
             total += values.sum(0)
             squares += values.square().sum(0)
@@ -99,11 +99,11 @@ def descend(
 def batches(count: int, epochs: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Rows of each batch: a fresh shuffle an epoch, the last batch of it may be smaller."""
     for _ in range(epochs):
-        yield from torch.randperm(count, generator=generator).split(size)
+        yield from torch.split(torch.randperm(count, generator=generator), size)
 
 
 def proximal(model: nn.Module, anchor: Anchor) -> Tensor:
-    """mu / 2 times the squared distance of the parameters from the anchor's."""
+    """Mu / 2 times the squared distance of the parameters from the anchor's."""
     distances = [(p - anchor.parameters[n].to(p.device)).square().sum() for n, p in model.named_parameters()]
     return 0.5 * anchor.mu * torch.stack(distances).sum()
 
@@ -114,7 +114,7 @@ def predict(model: nn.Module, pixels: Tensor, scaling: Scaling) -> Tensor:
     chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
     model.eval()
     with torch.inference_mode():
-        answers = torch.cat([model(scaling(part.to(device))).float().cpu() for part in pixels.split(chunk)])
+        answers = torch.cat([model(scaling(part.to(device))).float().cpu() for part in torch.split(pixels, chunk)])
     return answers.clone()  # a plain tensor again, which may be trained on
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from fedkd.rounds import Round, Traffic, refusal
+from fedkd.rounds import Round, Traffic, last_line, refusal
 
 if TYPE_CHECKING:
     from fedkd.experiment import Experiment
@@ -75,7 +75,7 @@ def row(experiment: Experiment, round_: Round, scores: tuple[float, float] | Non
         "config_bytes_down": round_.traffic.rest_down,
         "evaluation_bytes": members.traffic.arrays_up + members.traffic.arrays_down if members else 0,
         "participants": len(round_.updates),
-        "failures": {str(client): reason.strip().splitlines()[-1] for client, reason in round_.failures.items()},
+        "failures": {str(client): last_line(reason) for client, reason in round_.failures.items()},
         "train_metrics": _mean_metrics(round_),
     }
 
@@ -123,11 +123,9 @@ def common_accuracy(curves: Sequence[Sequence[Row]]) -> float | None:
 
 def bytes_to(accuracy: float, rows: Sequence[Row]) -> int | None:
     """Bytes up and down until a run's test accuracy first reaches ``accuracy``; None if it never does."""
-    total = 0
+    total: int = 0
     for line in rows:
-        total += line["bytes_up"] + line["bytes_down"]
+        total += int(line["bytes_up"] + line["bytes_down"])
         if line["test_accuracy"] is not None and line["test_accuracy"] >= accuracy:
             return total
     return None
-
-

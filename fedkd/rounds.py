@@ -73,6 +73,7 @@ def play(
 
     Raises:
         RunError: in some round no client gave a usable answer.
+
     """
     config = kit.config
     state = algorithm.init(kit) if state is None else state
@@ -91,10 +92,16 @@ def play(
         if not updates:
             first = min(failures)
             raise RunError(
-                f"Round {number}: none of {len(chosen)} clients gave a usable answer; client {first}: {failures[first]}."
+                f"Round {number}: none of {len(chosen)} clients gave a usable answer; "
+                f"client {first}: {last_line(failures[first])}."
             )
         state = algorithm.tell(kit, state, updates, seeds.derive(config.seed, "tell", number))
         yield Round(number, state, updates, failures, traffic)
+
+
+def last_line(failure: str) -> str:
+    """The end of a traceback is what a person wants to read; the whole of it goes to ``errors.log``."""
+    return failure.strip().splitlines()[-1].rstrip(".")
 
 
 def sample(clients: int, participation: float, seed: int, number: int) -> list[int]:

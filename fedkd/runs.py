@@ -25,7 +25,7 @@ def default_out(config: Config) -> Path:
     """``runs/NAME-TIME-HASH``: the method, the time in UTC, and a hash of config and process."""
     name = config.algorithm.partition(":")[0].rpartition("/")[2].removesuffix(".py")
     tail = derive(time.time_ns(), str(config), os.getpid())
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{tail:016x}"[: -10]
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{tail:016x}"[:-10]
 
 
 def claim(out: Path) -> None:
@@ -33,6 +33,7 @@ def claim(out: Path) -> None:
 
     Raises:
         UsageError: it is in use, or cannot be made.
+
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -54,6 +55,7 @@ def write(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
+    """Write a JSON file, whole or not at all."""
     write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -93,11 +95,13 @@ def save_partitions(path: Path, experiments: Mapping[int, Experiment]) -> None:
 
     from fedkd.data import skew
 
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for seed, experiment in experiments.items():
         arrays[f"seed{seed}_rows"] = np.concatenate(experiment.dealt)
         arrays[f"seed{seed}_ends"] = np.cumsum([len(part) for part in experiment.dealt])
-        arrays[f"seed{seed}_counts"] = skew.counts(experiment.train.labels.numpy(), experiment.dealt, experiment.kit.classes)
+        arrays[f"seed{seed}_counts"] = skew.counts(
+            experiment.train.labels.numpy(), experiment.dealt, experiment.kit.classes
+        )
         if experiment.proxy_rows is not None:
             arrays[f"seed{seed}_proxy"] = experiment.proxy_rows
     part = path.with_name("partition.part.npz")

@@ -19,7 +19,7 @@ def settle(threads: int) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """glibc hands big buffers back at each free; the page faults cost up to 2.9 times on a CPU."""
+    """Glibc hands big buffers back at each free; the page faults cost up to 2.9 times on a CPU."""
     if not sys.platform.startswith("linux"):
         return
     try:

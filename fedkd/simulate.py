@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def simulate(config: Config) -> None:
-    """Simulate federated distillation: clients answer a public proxy set with soft logits, the server distills a global student.
+    """Simulate federated distillation.
+
+    Clients answer a public proxy set with soft logits; the server distills a global student from the
+    ensemble they make.
 
     Components are named by specs: name:key=value,... for built-in ones (dsfl:temperature=0.1),
     package.module:Name or ./file.py:Name for your own.

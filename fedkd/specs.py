@@ -70,6 +70,7 @@ def bind(kind: str, text: str, reserved: tuple[str, ...] = ()) -> partial[Any]:
     Raises:
         UsageError: an unknown name or option, or a value that does not fit.
         PluginError: somebody's own component that cannot be imported.
+
     """
     spec = parse(text)
     component = _find(kind, spec)
@@ -138,7 +139,8 @@ def _module_of_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     loader = importlib.util.spec_from_file_location(name, path)
-    assert loader is not None and loader.loader is not None
+    assert loader is not None
+    assert loader.loader is not None
     module = importlib.util.module_from_spec(loader)
     sys.modules[name] = module
     try:
@@ -153,10 +155,15 @@ def _options(
     component: object, parameters: Mapping[str, inspect.Parameter], reserved: tuple[str, ...]
 ) -> dict[str, inspect.Parameter]:
     """The parameters that a spec may set."""
-    kinds = {inspect.Parameter.KEYWORD_ONLY}
-    if inspect.isclass(component):
-        kinds.add(inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return {n: p for n, p in parameters.items() if p.kind in kinds and n not in reserved}
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if name not in reserved
+        and (
+            parameter.kind is parameter.KEYWORD_ONLY
+            or (inspect.isclass(component) and parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
+        )
+    }
 
 
 def _annotation(component: Callable[..., Any], parameter: inspect.Parameter) -> Any:

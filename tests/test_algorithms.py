@@ -67,7 +67,12 @@ def test_arguments_are_not_changed(played):
 
 def test_everything_that_lasts_is_cpu_tensors_without_grad(played):
     experiment, _, (updates, memories, state) = played
-    lasting = [state, *memories.values(), *(u.tensors for u in updates.values()), experiment.algorithm.ask(experiment.kit, state)]
+    lasting = [
+        state,
+        *memories.values(),
+        *(u.tensors for u in updates.values()),
+        experiment.algorithm.ask(experiment.kit, state),
+    ]
     for mapping in lasting:
         for tensor in mapping.values():
             assert tensor.device.type == "cpu"
@@ -126,7 +131,12 @@ def test_an_ensemble_of_one_is_plain_distillation(kit):
     (update,) = answers(1, kit=kit).values()
     state = algorithm.tell(kit, algorithm.init(kit), {0: update}, seed=5)
     student = kit.distill(
-        kit.student, kit.initial(kit.student), kit.subset(1), update.tensors["logits"].softmax(-1), epochs=kit.config.distill_epochs, seed=5
+        kit.student,
+        kit.initial(kit.student),
+        kit.subset(1),
+        update.tensors["logits"].softmax(-1),
+        epochs=kit.config.distill_epochs,
+        seed=5,
     )
     ours = algorithm.deploy(kit, state)
     assert all(torch.allclose(ours[name], student[name], atol=1e-5) for name in student)
@@ -142,7 +152,10 @@ def test_feedback_is_what_goes_down(kit):
 
 def test_dsfl_sends_probabilities_and_sharpens_their_mean(kit):
     algorithm = specs.call("algorithm", "dsfl:temperature=0.1")
-    probs = {k: dataclasses.replace(u, tensors={"probs": u.tensors["logits"].softmax(-1)}) for k, u in answers(kit=kit).items()}
+    probs = {
+        k: dataclasses.replace(u, tensors={"probs": u.tensors["logits"].softmax(-1)})
+        for k, u in answers(kit=kit).items()
+    }
     state = algorithm.tell(kit, algorithm.init(kit), probs, seed=1)
     mean = torch.stack([u.tensors["probs"].double() for u in probs.values()]).mean(0)
     assert torch.allclose(state["probs"].double(), (mean / 0.1).softmax(-1), atol=1e-5)
@@ -152,10 +165,16 @@ def test_dsfl_sends_probabilities_and_sharpens_their_mean(kit):
 
 def test_dsfl_does_not_listen_to_the_runs_loss_aggregator_and_temperature(kit):
     other = dataclasses.replace(
-        kit, aggregator=ensembles.mean_logits, loss=lambda s, p: s.sum() * 0, config=dataclasses.replace(kit.config, temperature=4.0)
+        kit,
+        aggregator=ensembles.mean_logits,
+        loss=lambda s, p: s.sum() * 0,
+        config=dataclasses.replace(kit.config, temperature=4.0),
     )
     algorithm = specs.call("algorithm", "dsfl")
-    probs = {k: dataclasses.replace(u, tensors={"probs": u.tensors["logits"].softmax(-1)}) for k, u in answers(kit=kit).items()}
+    probs = {
+        k: dataclasses.replace(u, tensors={"probs": u.tensors["logits"].softmax(-1)})
+        for k, u in answers(kit=kit).items()
+    }
     assert tensors.equal(*(algorithm.tell(k, algorithm.init(k), probs, seed=1) for k in (kit, other)))
     assert kit.loss is not cross_entropy
 

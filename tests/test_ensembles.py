@@ -17,7 +17,9 @@ NAMES = sorted(CATALOG["aggregator"])
 
 def draw(seed: int, clients: int = 4, samples: int = 6, classes: int = 5, scale: float = 3.0):
     generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(clients, samples, classes, generator=generator), torch.rand(clients, 1, generator=generator) + 0.1
+    return scale * torch.randn(clients, samples, classes, generator=generator), torch.rand(
+        clients, 1, generator=generator
+    ) + 0.1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,17 +69,24 @@ def per_sample(name, rows, weights):
     """The teacher of one image from each client's logits, written from the papers."""
     if name in ("mean-probs", "era"):
         shares = weights
-        mixed = [math.fsum(w * softmax(r)[c] for w, r in zip(shares, rows, strict=True)) / sum(shares) for c in range(len(rows[0]))]
+        mixed = [
+            math.fsum(w * softmax(r)[c] for w, r in zip(shares, rows, strict=True)) / sum(shares)
+            for c in range(len(rows[0]))
+        ]
         return softmax([p / 0.1 for p in mixed]) if name == "era" else mixed
     if name == "entropy":
         probs = [softmax(r) for r in rows]
         shares = [w * math.exp(sum(p * math.log(p) for p in ps)) for w, ps in zip(weights, probs, strict=True)]
-        return [math.fsum(s * ps[c] for s, ps in zip(shares, probs, strict=True)) / sum(shares) for c in range(len(rows[0]))]
+        return [
+            math.fsum(s * ps[c] for s, ps in zip(shares, probs, strict=True)) / sum(shares) for c in range(len(rows[0]))
+        ]
     shares = weights
     if name == "variance":
         means = [sum(r) / len(r) for r in rows]
         shares = [w * sum((v - m) ** 2 for v in r) / len(r) for w, r, m in zip(weights, rows, means, strict=True)]
-    return softmax([math.fsum(s * r[c] for s, r in zip(shares, rows, strict=True)) / sum(shares) for c in range(len(rows[0]))])
+    return softmax(
+        [math.fsum(s * r[c] for s, r in zip(shares, rows, strict=True)) / sum(shares) for c in range(len(rows[0]))]
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -73,7 +73,9 @@ def test_descend_is_the_plain_loop(pixels, labels):
         order = torch.randperm(50, generator=generator)
         for start in range(0, 50, 16):
             rows = order[start : start + 16]
-            images = (pixels[rows].permute(0, 3, 1, 2).float() - torch.tensor(scaling.mean).view(3, 1, 1)) / torch.tensor(scaling.std).view(3, 1, 1)
+            images = (
+                pixels[rows].permute(0, 3, 1, 2).float() - torch.tensor(scaling.mean).view(3, 1, 1)
+            ) / torch.tensor(scaling.std).view(3, 1, 1)
             optimizer.zero_grad()
             F.cross_entropy(oracle(images), labels[rows]).backward()
             optimizer.step()

@@ -39,7 +39,9 @@ def test_against_the_formula_in_loops(pair, loss, term):
 
 def test_against_pytorch(pair):
     student, teacher = pair
-    assert kl(student, teacher).item() == pytest.approx(F.kl_div(student.log_softmax(-1), teacher, reduction="batchmean").item(), rel=1e-5)
+    assert kl(student, teacher).item() == pytest.approx(
+        F.kl_div(student.log_softmax(-1), teacher, reduction="batchmean").item(), rel=1e-5
+    )
     assert cross_entropy(student, teacher).item() == pytest.approx(F.cross_entropy(student, teacher).item(), rel=1e-5)
     assert logit_mae(student, teacher).item() == pytest.approx(F.l1_loss(student, teacher).item(), rel=1e-6)
 
@@ -52,7 +54,9 @@ def test_kl_is_zero_where_they_agree_even_for_a_one_hot_teacher(pair):
 
 def test_kl_and_cross_entropy_pull_alike(pair):
     student, teacher = pair
-    gradients = [torch.autograd.grad(loss(s := student.clone().requires_grad_(), teacher), s)[0] for loss in (kl, cross_entropy)]
+    gradients = [
+        torch.autograd.grad(loss(s := student.clone().requires_grad_(), teacher), s)[0] for loss in (kl, cross_entropy)
+    ]
     assert torch.allclose(*gradients, atol=1e-7)
     expected = (student.softmax(-1) - teacher) / len(student)  # the closed form
     assert torch.allclose(gradients[0], expected, atol=1e-6)

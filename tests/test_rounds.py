@@ -105,8 +105,7 @@ def test_a_round_without_any_answer_ends_the_run(kit):
 
 def test_stopping_early_is_a_break_and_resuming_is_a_state(kit):
     exchange = replies({0: 1.0, 1: 2.0})
-    for first in play(Counting(), kit, exchange, clients=2):
-        break
+    first = next(play(Counting(), kit, exchange, clients=2))
     (last,) = play(Counting(), kit, exchange, clients=2, state=first.state, start=2)
     assert last.state["sum"].item() == 6.0
     assert tiny().rounds == 2

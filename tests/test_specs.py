@@ -6,7 +6,7 @@ from fedkd import specs
 from fedkd.catalog import CATALOG
 from fedkd.errors import PluginError, UsageError
 
-OWN = '''
+OWN = """
 import dataclasses
 
 def function(labels, clients, rng, *, step: int = 2, name="x"):
@@ -17,7 +17,7 @@ class Kind:
         self.num_partitions, self.step = num_partitions, step
 
 value = 3
-'''
+"""
 
 
 @pytest.fixture
@@ -32,7 +32,9 @@ def test_parts_of_a_spec():
     assert (spec.name, spec.argument, dict(spec.options)) == ("torchvision", "resnet50", {"pretrained": "a/b.pth"})
     assert dict(specs.parse("x:a-b=1").options) == {"a_b": "1"}
     assert specs.parse("hf:uoft-cs/cifar10").argument == "uoft-cs/cifar10"
-    assert specs.parse("./mine.py:Name:step=2") == specs.Spec("./mine.py:Name:step=2", "./mine.py:Name", None, {"step": "2"})
+    assert specs.parse("./mine.py:Name:step=2") == specs.Spec(
+        "./mine.py:Name:step=2", "./mine.py:Name", None, {"step": "2"}
+    )
     assert specs.parse("package.module:Name,step=2").name == "package.module:Name"
 
 
@@ -44,7 +46,9 @@ def test_what_cannot_be_read_is_said(text):
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in CATALOG.items() for name in names])
 def test_every_name_of_the_catalog_leads_somewhere(kind, name):
-    text = {"hf": "hf:x", "folder": "folder:x", "torchvision": "torchvision:resnet18", "size": "size:sizes=1"}.get(name, name)
+    text = {"hf": "hf:x", "folder": "folder:x", "torchvision": "torchvision:resnet18", "size": "size:sizes=1"}.get(
+        name, name
+    )
     assert callable(specs.bind(kind, text))
 
 

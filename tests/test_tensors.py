@@ -31,7 +31,12 @@ def test_weighted_mean_of_one_is_that_one(generator: torch.Generator):
 
 def test_equality_sees_names_types_shapes_and_bits():
     base = {"a": torch.zeros(4)}
-    for other in ({"b": torch.zeros(4)}, {"a": torch.zeros(4).double()}, {"a": torch.zeros(2, 2)}, {"a": -torch.zeros(4)}):
+    for other in (
+        {"b": torch.zeros(4)},
+        {"a": torch.zeros(4).double()},
+        {"a": torch.zeros(2, 2)},
+        {"a": -torch.zeros(4)},
+    ):
         assert not tensors.equal(base, other)
     assert tensors.equal(base, {"a": torch.zeros(4)})
 

@@ -29,6 +29,7 @@ class DSFL(Ensemble):
     the soft cross-entropy, whatever ``--aggregator``, ``--loss`` and ``--temperature`` say.
     """
 
+    feedback: bool = True
     aggregation: Literal["era", "sa"] = "era"
     temperature: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = 0.1
 
@@ -50,7 +51,9 @@ class DSFL(Ensemble):
 
     def teacher(self, kit: Kit, logits: Sequence[Tensor]) -> Tensor:
         if self.aggregation == "era":
-            return replace(_plain(kit), aggregator=partial(ensembles.era, temperature=self.temperature)).ensemble(logits)
+            return replace(_plain(kit), aggregator=partial(ensembles.era, temperature=self.temperature)).ensemble(
+                logits
+            )
         return replace(_plain(kit), aggregator=ensembles.mean_probs).ensemble(logits)
 
 

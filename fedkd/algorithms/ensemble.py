@@ -27,7 +27,7 @@ class Ensemble(Algorithm):
     With ``feedback`` the teacher's soft labels go down, and a client digests them before it trains.
     """
 
-    feedback: bool = True
+    feedback: bool = False
     digest_epochs: PositiveInt = 1
 
     def init(self, kit: Kit) -> Tensors:
@@ -41,9 +41,7 @@ class Ensemble(Algorithm):
         weights = kit.own(client)
         if "probs" in request:
             rows, seed = kit.subset(int(request["told"])), derive(client.seed, "digest")
-            weights = kit.distill(
-                client.model, weights, rows, request["probs"], epochs=self.digest_epochs, seed=seed
-            )
+            weights = kit.distill(client.model, weights, rows, request["probs"], epochs=self.digest_epochs, seed=seed)
         weights = kit.fit(client, weights)
         logits = kit.predict(client.model, weights, kit.proxy[kit.subset(int(request["round"]))])
         return Update({"logits": logits}, len(client.data)), put("model", weights)

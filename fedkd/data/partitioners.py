@@ -157,11 +157,10 @@ def deal(text: str, labels: Rows, clients: int, seed: int) -> list[Rows]:
     Raises:
         UsageError: the labels cannot be dealt so.
         PluginError: one's own partitioner broke the contract.
+
     """
     if clients > len(labels):
-        raise UsageError(
-            f"{clients} clients cannot share {len(labels)} images; use --clients {len(labels)} or fewer."
-        )
+        raise UsageError(f"{clients} clients cannot share {len(labels)} images; use --clients {len(labels)} or fewer.")
     if specs.parse(text).is_plugin:
         return _checked(_by_plugin(text, labels, clients, seed), len(labels), clients, text, PluginError)
     described = json.dumps([2, text, clients, seed, hashlib.sha256(labels.tobytes()).hexdigest()])

@@ -10,7 +10,6 @@ import hashlib
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from fedkd import seeds, specs
 from fedkd.data.sources import Source
@@ -69,6 +68,8 @@ def draw(public: Tensor, size: int | None, known: list[Images], seed: int, text:
             f"--proxy {text!r}: only {len(fresh)} of its {len(public)} images are neither private nor test images; "
             f"{'use another proxy set' if not len(fresh) else f'use size={len(fresh)} or less'}."
         )
+    import torch
+
     rows = np.sort(seeds.rng(seed, "proxy").permutation(fresh)[:count])
     return public[torch.from_numpy(rows)]
 

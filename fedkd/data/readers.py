@@ -40,6 +40,7 @@ def read(source: Source, split: str, data_dir: str = "") -> Images:
 
     Raises:
         DataError: the data is missing, cannot be downloaded, or is damaged.
+
     """
     files = parquet_files(source, split, data_dir)
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
@@ -88,14 +89,14 @@ def _keep(images: Images, path: Path) -> None:
 
 
 def pixels_of(pictures: Iterable[Image], size: int) -> Tensor:
-    """Pictures as RGB [N, size, size, 3] uint8, scaled by area-true resampling where they differ."""
-    from PIL import Image as pil
+    """Pictures as RGB [N, size, size, 3] uint8, scaled bicubically where they differ in size."""
+    import PIL.Image
 
     rows = []
     for picture in pictures:
         rgb = picture.convert("RGB")
         if rgb.size != (size, size):
-            rgb = rgb.resize((size, size), pil.Resampling.BICUBIC)
+            rgb = rgb.resize((size, size), PIL.Image.Resampling.BICUBIC)
         rows.append(np.asarray(rgb))
     if not rows:
         raise DataError("A data set without images cannot be used.")
@@ -186,13 +187,13 @@ def _class_folders(source: Source, split: str, data_dir: str) -> Images:
 
 def _digits(source: Source, split: str, data_dir: str) -> Images:
     """Every fifth row is a test row: the set is not sorted, and its writers stay mixed."""
-    from PIL import Image as pil
+    import PIL.Image
     from sklearn.datasets import load_digits
 
     data, labels = load_digits(return_X_y=True)
     rows = (np.arange(len(labels)) % 5 == 4) == (split == "test")
     gray = (data[rows].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
-    pictures = (pil.fromarray(image) for image in gray)
+    pictures = (PIL.Image.fromarray(image) for image in gray)
     return Images(pixels_of(pictures, source.pixels), torch.from_numpy(labels[rows]).long(), 10)
 
 

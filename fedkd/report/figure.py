@@ -24,7 +24,9 @@ def draw(curves: Curves, title: str, out: Path) -> None:
     from matplotlib import pyplot as plt
 
     # A fixed salt and no date, so that the same numbers give the same file.
-    with plt.rc_context({"svg.hashsalt": "fedkd", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    with plt.rc_context(
+        {"svg.hashsalt": "fedkd", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    ):
         figure, (over_rounds, over_bytes) = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
         names = list(dict.fromkeys(name for name, _ in curves))
         for index, name in enumerate(names):
@@ -47,9 +49,11 @@ def _means(curves: Curves, name: str, key: str) -> tuple[list[int], list[float],
     """Rounds, the mean over seeds, and each seed's own curve, where all seeds have a value."""
     runs = [rows for (algorithm, _), rows in curves.items() if algorithm == name]
     whole = [rows for rows in zip(*runs, strict=True) if all(row[key] is not None for row in rows)]
-    return [rows[0]["round"] for rows in whole], [100 * fmean(r[key] for r in rows) for rows in whole], [
-        [100 * rows[i][key] for rows in whole] for i in range(len(runs))
-    ]
+    return (
+        [rows[0]["round"] for rows in whole],
+        [100 * fmean(r[key] for r in rows) for rows in whole],
+        [[100 * rows[i][key] for rows in whole] for i in range(len(runs))],
+    )
 
 
 def _curve(axes: Axes, curves: Curves, name: str, color: str, with_others: bool) -> None:
@@ -71,6 +75,10 @@ def _against_bytes(axes: Axes, curves: Curves, name: str, color: str) -> None:
     runs = [rows for (algorithm, _), rows in curves.items() if algorithm == name]
     for rows in runs:
         spent = list(accumulate(row["bytes_up"] + row["bytes_down"] for row in rows))
-        points = [(b / 1e6, 100 * r["test_accuracy"]) for b, r in zip(spent, rows, strict=True) if r["test_accuracy"] is not None]
+        points = [
+            (b / 1e6, 100 * r["test_accuracy"])
+            for b, r in zip(spent, rows, strict=True)
+            if r["test_accuracy"] is not None
+        ]
         if points and spent[-1]:
             axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3)

@@ -37,9 +37,9 @@ def lines(experiment: Experiment) -> list[tuple[str, str]]:
     said.append(
         (
             "partition",
-            f"{config.partitioner}, {plain(config.clients, 'client')} of {found.smallest:,} to {found.largest:,} images "
-            f"(median {found.median:,}), {found.classes:.1f} classes each in effect, {percent(found.distance, 0)} away "
-            f"from everybody's mix, {percent(found.coverage, 0)} of the rows dealt",
+            f"{config.partitioner}, {plain(config.clients, 'client')} of {found.smallest:,} to {found.largest:,} "
+            f"images (median {found.median:,}), {found.classes:.1f} classes each in effect, "
+            f"{percent(found.distance, 0)} away from everybody's mix, {percent(found.coverage, 0)} of the rows dealt",
         )
     )
     counted = {name: tensors.numel(kit.initial(name)) for name in dict.fromkeys([*experiment.models, kit.student])}

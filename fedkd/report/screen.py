@@ -14,11 +14,15 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from fedkd.report.text import percent, seconds, size
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fedkd.measure import Row
     from fedkd.rounds import Exchange, Reply
     from fedkd.tensors import Tensors
 
-HEAD = f"{'round':>7}  {'test acc':>8}  {'loss':>6}  {'teacher':>8}  {'clients':>8}  {'up':>8}  {'down':>8}  {'time':>8}"
+HEAD = (
+    f"{'round':>7}  {'test acc':>8}  {'loss':>6}  {'teacher':>8}  {'clients':>8}  {'up':>8}  {'down':>8}  {'time':>8}"
+)
 QUIET = 10.0  # seconds between plain lines inside a round
 
 
@@ -36,6 +40,10 @@ class Screen:
 
     def say(self, text: str = "") -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, table: Table) -> None:
+        """A table at its own width: a narrow terminal may wrap lines, it must not cut numbers."""
+        self.console.print(table, width=max(self.console.width, 100), crop=False, soft_wrap=True)
 
     @contextmanager
     def live(self, name: str, rounds: int) -> Iterator[None]:

@@ -22,22 +22,29 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Table:
     """A row for each method: means over seeds, with the standard deviation where there are several."""
     common = common_accuracy(list(curves.values()))
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method")
-    for title in ("test acc", "last 5", "teacher", "clients", "up", "down", "time"):
-        table.add_column(title, justify="right")
-    table.add_column("bytes to common" if common is None else f"bytes to {percent(common)}", justify="right")
+    table.add_column("method", overflow="fold")
+    to_common = "to common" if common is None else f"to {percent(common)}"
+    for title in ("test acc", "last 5", "teacher", "clients", "bytes", "time", to_common):
+        table.add_column(title, justify="right", no_wrap=True)
     for name in dict.fromkeys(run["algorithm"] for run in runs):
         mine = [run for run in runs if run["algorithm"] == name]
         spent = [None if common is None else bytes_to(common, curves[name, run["seed"]]) for run in mine]
         reached = [value for value in spent if value is not None]
         table.add_row(
-            name if mine[0]["deploys"] == "student" else f"{name} (own models)",
+            name if mine[0]["deploys"] == "student" else f"{name}*",
             *(_spread([run[key] for run in mine]) for key in ("test_accuracy", "test_accuracy_last5")),
             *(_spread([run[key] for run in mine]) for key in ("teacher_accuracy", "client_accuracy")),
-            *(size(fmean(run[key] for run in mine)) for key in ("bytes_up", "bytes_down")),
+            size(fmean(run["bytes_up"] + run["bytes_down"] for run in mine)),
             seconds(fmean(run["seconds"] for run in mine)),
             size(fmean(reached)) if len(reached) == len(mine) else "–",
         )
+    own = (
+        " *: no global student; the test accuracy is that of the clients' own models."
+        if any(run["deploys"] == "clients" for run in runs)
+        else ""
+    )
+    table.caption = f"bytes: arrays up and down, all clients and rounds; to …: until that accuracy.{own}"
+    table.caption_justify = "left"
     return table
 
 

@@ -16,10 +16,12 @@ def size(count: float | None) -> str:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
+    """A share as a percentage: ``51.3%``."""
     return "–" if share is None else f"{100 * share:.{digits}f}%"
 
 
 def seconds(value: float) -> str:
+    """A time as people say it: ``12.3 s``, ``4.5 min``."""
     return f"{value:.1f} s" if value < 100 else f"{value / 60:.1f} min"
 
 

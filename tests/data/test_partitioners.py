@@ -57,7 +57,10 @@ def test_the_seed_alone_decides(text, monkeypatch, tmp_path):
 
 def test_a_partition_is_the_same_on_every_machine():
     """Integers of NumPy's own generators: this hash may be committed."""
-    assert partitioners.digest(deal("dirichlet:alpha=0.5")) == "a9f6ae2d6ebc347110aa6f78ac8fe0d5280baddd854df0ebf0fcfececa69f03c"
+    assert (
+        partitioners.digest(deal("dirichlet:alpha=0.5"))
+        == "a9f6ae2d6ebc347110aa6f78ac8fe0d5280baddd854df0ebf0fcfececa69f03c"
+    )
 
 
 def test_the_second_time_it_comes_from_the_cache(monkeypatch):
@@ -111,7 +114,7 @@ def test_what_cannot_be_dealt_is_said_in_one_sentence(text, clients, says):
     assert "\n" not in str(caught.value)
 
 
-OWN = '''
+OWN = """
 import numpy as np
 from flwr_datasets.partitioner import Partitioner
 
@@ -143,7 +146,7 @@ def raising(labels, clients, rng): raise KeyError("no such thing")
 def greedy(labels, clients, rng):
     labels[:] = 0
     return [np.array([k]) for k in range(clients)]
-'''
+"""
 
 
 @pytest.fixture
