@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from fedkd import measure
+from fedkd.report import figure, table, text
+from fedkd.report.screen import Screen
+from fedkd.rounds import Reply, Traffic
+
+
+def curve(accuracies, up=100, down=50, deploys="student", name="a", seed=0):
+    return [
+        {
+            "algorithm": name, "seed": seed, "round": number, "test_accuracy": accuracy,
+            "test_loss": None if deploys == "clients" else 1.0, "teacher_accuracy": accuracy, "client_accuracy": 0.1,
+            "bytes_up": up, "bytes_down": down, "seconds": 1.0, "evaluation_seconds": 0.5, "failures": {},
+        }
+        for number, accuracy in enumerate(accuracies, 1)
+    ]  # fmt: skip
+
+
+def summary(rows):
+    last = rows[-1]
+    return {
+        **{key: last[key] for key in ("algorithm", "seed", "test_accuracy", "teacher_accuracy", "client_accuracy")},
+        "test_accuracy_last5": 0.5,
+        "deploys": "clients" if last["test_loss"] is None else "student",
+        "bytes_up": sum(r["bytes_up"] for r in rows),
+        "bytes_down": sum(r["bytes_down"] for r in rows),
+        "seconds": 3.0,
+    }
+
+
+def test_bytes_to_a_common_accuracy():
+    slow, fast, silent = curve([0.1, 0.2, 0.3]), curve([0.2, 0.6, 0.5], up=1000), curve([0.05], up=0, down=0)
+    common = measure.common_accuracy([slow, fast, silent])
+    assert common == 0.3, "the best of the slowest; who sends nothing does not hold the others down"
+    assert measure.bytes_to(common, slow) == 450
+    assert measure.bytes_to(common, fast) == 2100
+    assert measure.bytes_to(0.9, fast) is None
+    assert measure.common_accuracy([silent]) is None
+
+
+def test_rounds_that_were_not_measured_are_passed_over():
+    rows = curve([None, 0.4])
+    assert measure.common_accuracy([rows]) == 0.4
+    assert measure.bytes_to(0.4, rows) == 300
+
+
+def test_the_table_has_means_and_spreads_over_seeds():
+    curves = {("a", s): curve([0.2, 0.4 + 0.1 * s], seed=s) for s in (0, 1)}
+    curves |= {("b", s): curve([0.3, 0.3], name="b", seed=s, deploys="clients") for s in (0, 1)}
+    out = io.StringIO()
+    Console(file=out, width=120).print(table.side_by_side([summary(rows) for rows in curves.values()], curves))
+    shown = out.getvalue()
+    assert "45.0% ±7.1" in shown
+    assert "b*" in shown
+    assert "to 30.0%" in shown
+
+
+def test_figures_are_written_and_repeat_to_the_byte(tmp_path):
+    curves = {("a", 0): curve([0.2, 0.4]), ("a", 1): curve([0.3, 0.5], seed=1), ("b", 0): curve([None, 0.3], name="b")}
+    files = []
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        figure.draw(curves, "title", tmp_path / name)
+        files.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert set(files[0]) == {"curve.png", "curve.svg"}
+    assert files[0] == files[1]
+    assert files[0]["curve.png"].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(None, "–"), (0, "0 B"), (999, "999 B"), (1000, "1 kB"), (40_134, "40.1 kB"), (999_600, "1 MB"), (2.5e12, "2.5 TB")],
+)
+def test_sizes_as_people_read_them(count, shown):
+    assert text.size(count) == shown
+
+
+def test_other_numbers_as_people_read_them():
+    assert text.percent(0.5149) == "51.5%"
+    assert text.percent(None) == "–"
+    assert text.seconds(99.9) == "99.9 s"
+    assert text.seconds(150) == "2.5 min"
+    assert text.plain(1, "client") == "1 client"
+    assert text.plain(20_000, "image") == "20,000 images"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_every_reply_moves_the_bar(terminal):
+    out = io.StringIO()
+    screen = Screen(Console(file=out, force_terminal=terminal, width=100))
+    seen = []
+
+    def exchange(kind, number, clients, request):
+        for client in clients:
+            if terminal:
+                seen.append(screen.bar.tasks[0].completed)
+            yield Reply(client, None, "x", Traffic())
+
+    with screen.live("ensemble", 3):
+        replies = list(screen.watch(exchange, 3)("train", 1, [0, 1, 2], {}))
+    assert [reply.client for reply in replies] == [0, 1, 2]
+    assert seen == ([0, 1, 2] if terminal else [])
+    assert ("the server works" in out.getvalue()) is terminal
