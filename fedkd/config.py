@@ -113,6 +113,9 @@ class Config:
     seeds: PositiveInt = option(1, "Run", "Repetitions, with seed, seed + 1, ...")
     device: str = option("auto", "Run", "auto, cpu, cuda, cuda:N.")
     threads: PositiveInt = option(1, "Run", "Threads of arithmetic; results depend on it, to the bit.")
+    workers: Annotated[str, Field(pattern=r"^(auto|[1-9]\d*)$")] = option(
+        "auto", "Run", "Processes that play clients side by side; auto: as many as the cores have room for."
+    )
     evaluate_every: PositiveInt = option(
         1, "Run", "Rounds between evaluations of clients and teacher on the test set; the last is always one."
     )

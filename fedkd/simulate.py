@@ -37,16 +37,18 @@ def simulate(config: Config) -> None:
 
 
 def _play(config: Config) -> None:
-    """Run Flower's two apps in this process."""
+    """Run Flower's two apps on this machine."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     from flwr.app import Context, RecordDict
 
-    from fedkd.flower import client_app, server_app
-    from fedkd.flower.grid import RUN_ID, SERVER, LocalGrid
+    from fedkd.flower.grid import RUN_ID, SERVER, LocalGrid, count_workers
 
+    workers = count_workers(config.workers, config.clients, config.threads, experiment.device(config.device))
     run_config = config.run_config()
-    grid = LocalGrid(client_app.app, config.clients, run_config)
-    server_app.app(grid, Context(RUN_ID, SERVER, {}, RecordDict(), run_config))
+    with LocalGrid("fedkd.flower.client_app:app", config.clients, run_config, workers) as grid:
+        from fedkd.flower import server_app
+
+        server_app.app(grid, Context(RUN_ID, SERVER, {}, RecordDict(), run_config))
 
 
 if __name__ == "__main__":

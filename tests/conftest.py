@@ -23,6 +23,7 @@ TINY = {
     "local-epochs": 1,
     "distill-epochs": 1,
     "device": "cpu",
+    "workers": "1",
 }
 
 

@@ -53,6 +53,14 @@ class NoAlgorithm:
 '''
 
 
+DROPPING = """
+from torch import nn
+
+def dropping(*, classes: int):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, classes))
+"""
+
+
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fedkd.simulate", *map(str, arguments)]
     env = {k: v for k, v in os.environ.items() if k != "FEDKD_DATA"} | environment
@@ -170,6 +178,18 @@ def test_two_runs_with_one_seed_give_the_same_rounds(tmp_path):
     students = [tensors.load(tmp_path / name / "student.safetensors") for name in ("a", "b")]
     assert tensors.equal(*students)
     assert (tmp_path / "a" / "curve.svg").read_bytes() == (tmp_path / "b" / "curve.svg").read_bytes()
+
+
+@pytest.mark.parametrize("model", ["cnn:width=8", "{own}:dropping"])
+def test_the_number_of_workers_changes_no_bit(tmp_path, model):
+    """Two and three processes against one, for a model without and with dropout."""
+    (tmp_path / "models.py").write_text(DROPPING)
+    model = model.replace("{own}", f"{tmp_path}/models.py")
+    played = {}
+    for workers in ("1", "2", "3") if "cnn" in model else ("1", "2"):
+        rows = play(tmp_path / workers, workers=workers, model=model, algorithm="ensemble:feedback=true", clients=5)
+        played[workers] = rows, tensors.digest(tensors.load(tmp_path / workers / "student.safetensors"))
+    assert len({str(result) for result in played.values()}) == 1
 
 
 def test_a_comparison_does_not_change_the_run_it_is_compared_with(tmp_path):

@@ -75,7 +75,15 @@ def test_figures_are_written_and_repeat_to_the_byte(tmp_path):
 
 @pytest.mark.parametrize(
     ("count", "shown"),
-    [(None, "–"), (0, "0 B"), (999, "999 B"), (1000, "1 kB"), (40_134, "40.1 kB"), (999_600, "1 MB"), (2.5e12, "2.5 TB")],
+    [
+        (None, "–"),
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (40_134, "40.1 kB"),
+        (999_600, "1 MB"),
+        (2.5e12, "2.5 TB"),
+    ],
 )
 def test_sizes_as_people_read_them(count, shown):
     assert text.size(count) == shown
