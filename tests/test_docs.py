@@ -1,0 +1,73 @@
+"""What the documents say, held to what is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedkd import experiment
+from fedkd.cli import from_file
+from fedkd.config import Config
+
+ROOT = Path(__file__).parents[1]
+RECIPES = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+COMMANDS = re.findall(
+    r"^python -m fedkd\.simulate (.*?)(?:\s{2,}#.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE
+)
+
+
+def test_the_recipes_are_short_and_work(tmp_path):
+    from fedkd.simulate import simulate
+    from tests.conftest import tiny
+
+    assert len(RECIPES) == 3
+    assert all(len(recipe.strip().splitlines()) <= 15 for recipe in RECIPES)
+    for name, recipe in zip(("algorithm", "partitioner", "loss"), RECIPES, strict=True):
+        (tmp_path / f"{name}.py").write_text(recipe)
+    simulate(
+        tiny(
+            algorithm=f"{tmp_path}/algorithm.py:Name",
+            partitioner=f"{tmp_path}/partitioner.py:every_other:step=3",
+            loss=f"{tmp_path}/loss.py:squared:weight=2",
+            out=str(tmp_path / "run"),
+            rounds=1,
+        )
+    )
+    assert (tmp_path / "run" / "student.safetensors").exists()
+
+
+def test_the_readmes_commands_are_understood(monkeypatch):
+    assert len(COMMANDS) >= 6
+    for command in COMMANDS:
+        words = shlex.split(command)
+        values: dict[str, object] = {}
+        while words:
+            word = words.pop(0)
+            if not word.startswith("--"):
+                values |= from_file(ROOT / word)
+                continue
+            taken = []
+            while words and not words[0].startswith("--"):
+                taken.append(words.pop(0))
+            values[word[2:].replace("-", "_")] = taken if len(taken) > 1 else taken[0]
+        if "./mine.py" in command:
+            del values["partitioner"]
+        experiment.check(Config.parse(values))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "simulations").glob("*.toml")), ids=lambda path: path.name)
+def test_scenarios_are_understood(path):
+    experiment.check(Config.parse(tomllib.loads(path.read_text())))
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "simulations/README.md"]
+)
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)#]+)", path.read_text()):
+        if not link.startswith("http"):
+            assert (path.parent / link).exists(), link
