@@ -30,7 +30,7 @@ def test_the_recipes_are_short_and_work(tmp_path):
         (tmp_path / f"{name}.py").write_text(recipe)
     simulate(
         tiny(
-            algorithm=f"{tmp_path}/algorithm.py:Name",
+            algorithm=f"{tmp_path}/algorithm.py:Slow:rate=0.3",
             partitioner=f"{tmp_path}/partitioner.py:every_other:step=3",
             loss=f"{tmp_path}/loss.py:squared:weight=2",
             out=str(tmp_path / "run"),
