@@ -45,34 +45,34 @@ def conduct(config: Config, send: Send) -> None:
     screen = Screen(Console(stderr=config.json))
     finished: list[Row] = []
     curves: dict[tuple[str, int], list[Row]] = {}
-    status = "failed"
+    status, dataset, fallback = "failed", config.dataset, ""
     try:
-        _prepare(config, out, screen)
-        for member in config.members():
+        dataset, fallback = choose_dataset(config)
+        members = config.members(dataset)
+        _prepare(members, fallback, out, screen)
+        for member in members:
             rows = curves[member.algorithm, member.seed] = []
             finished.append(_member(member, partial(send, member), out, screen, rows))
-        figure.draw(curves, _title(config), out)
+        figure.draw(curves, _title(members[0]), out)
         screen.show(table.side_by_side(finished, curves))
         status = "ok"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or asked to terminate
         status = "interrupted"
         raise
     finally:
-        dataset, fallback = choose_dataset(config) if finished else (config.dataset, "")
         result = {"status": status, "out": str(out), "dataset": dataset, "dataset_fallback": fallback, "runs": finished}
         runs.write_json(out / "result.json", result)
 
 
-def _prepare(config: Config, out: Path, screen: Screen) -> None:
+def _prepare(members: list[Config], fallback: str, out: Path, screen: Screen) -> None:
     """Build every experiment once, so that a mistake shows before the first round; say what will run."""
     experiments: dict[int, Experiment] = {}
-    for member in config.members():
+    for member in members:
         experiments.setdefault(member.seed, prepared(member))
-    first = experiments[config.seed]
-    dataset, fallback = choose_dataset(config)
-    runs.write_json(out / "env.json", runs.environment(first.kit.device, dataset, fallback))
+    first = experiments[members[0].seed]
+    runs.write_json(out / "env.json", runs.environment(first.kit.device, members[0].dataset, fallback))
     runs.save_partitions(out / "partition.npz", experiments)
-    for title, text in header.lines(first):
+    for title, text in header.lines(first, fallback):
         screen.say(f"{title:>10}  {text}")
 
 
@@ -145,4 +145,4 @@ def _student_name(member: Config, out: Path) -> str:
 
 
 def _title(config: Config) -> str:
-    return f"{choose_dataset(config)[0]}, {config.clients} clients, {config.partitioner}, {config.model}"
+    return f"{config.dataset}, {config.clients} clients, {config.partitioner}, {config.model}"

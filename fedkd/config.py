@@ -146,11 +146,11 @@ class Config:
         """The same as Flower carries it: keys with dashes, scalars."""
         return {key.replace("_", "-"): value for key, value in dataclasses.asdict(self).items()}
 
-    def member(self, algorithm: str, seed: int) -> Self:
-        """The config of one of the runs that this one compares."""
-        return dataclasses.replace(self, algorithm=algorithm, seed=seed, compare="", seeds=1)
+    def member(self, algorithm: str, seed: int, dataset: str) -> Self:
+        """The config of one of the runs that this one compares; ``dataset`` is what auto came to."""
+        return dataclasses.replace(self, algorithm=algorithm, seed=seed, dataset=dataset, compare="", seeds=1)
 
-    def members(self) -> list[Self]:
+    def members(self, dataset: str) -> list[Self]:
         """One config for each algorithm and seed, algorithms side by side within a seed."""
         algorithms = list(dict.fromkeys([self.algorithm, *self.compare.split()]))
-        return [self.member(a, self.seed + r) for r in range(self.seeds) for a in algorithms]
+        return [self.member(a, self.seed + r, dataset) for r in range(self.seeds) for a in algorithms]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -68,7 +67,7 @@ def check(config: Config) -> None:
         UsageError, PluginError: the first thing that cannot be used.
 
     """
-    for member in config.members():
+    for member in config.members(config.dataset):
         algorithm = _algorithm(member)
         if (
             algorithm.one_model
@@ -100,7 +99,7 @@ def prepare(config: Config) -> Experiment:
 
     from fedkd.kit import Kit
 
-    source = dataset_source(config)
+    source: Source = specs.call("dataset", choose_dataset(config)[0])
     train, test = (_read(source, split, config.data_dir) for split in ("train", "test"))
     if train.classes != test.classes:
         classes = max(train.classes, test.classes)
@@ -137,22 +136,11 @@ def prepare(config: Config) -> Experiment:
 prepared = lru_cache(maxsize=2)(prepare)
 
 
-@lru_cache(maxsize=4)
-def _choice(dataset: str, data_dir: str, environment: str) -> tuple[str, str]:
-    if dataset != "auto":
-        return dataset, ""
-    return sources.by_auto(data_dir, lambda source: _read(source, "train", data_dir))
-
-
 def choose_dataset(config: Config) -> tuple[str, str]:
     """The spec of the data set, and why it is not CIFAR-10 if ``auto`` fell back."""
-    return _choice(config.dataset, config.data_dir, os.environ.get("FEDKD_DATA", ""))
-
-
-def dataset_source(config: Config) -> Source:
-    """Where the private data comes from."""
-    source: Source = specs.call("dataset", choose_dataset(config)[0])
-    return source
+    if config.dataset != "auto":
+        return config.dataset, ""
+    return sources.by_auto(lambda source: _read(source, "train", config.data_dir))
 
 
 @lru_cache(maxsize=8)

@@ -102,7 +102,7 @@ def test_our_fedavg_equals_flowers_own_strategy(monkeypatch, tmp_path):
         """Only tells our client which run it is in."""
 
         def configure_train(self, server_round, arrays, config, grid):
-            config.update({"round": server_round, "algorithm": "fedavg", "seed": 0})
+            config.update({"round": server_round, "algorithm": "fedavg", "seed": 0, "dataset": "digits"})
             for index, message in enumerate(super().configure_train(server_round, arrays, config, grid)):
                 message.metadata.__dict__["_message_id"] = f"{server_round}-{index}"
                 yield message
@@ -205,7 +205,7 @@ def test_a_worker_that_dies_is_replaced_and_its_turn_played_again(tmp_path, name
 
 def test_a_new_run_starts_with_an_empty_memory():
     config = tiny(algorithm="local", compare="fedmd")
-    one, other = (prepared(member) for member in config.members())
+    one, other = (prepared(member) for member in config.members("digits"))
     grid = LocalGrid(client_app.app, config.clients, config.run_config())
 
     def ask(member, number):

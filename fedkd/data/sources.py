@@ -116,7 +116,7 @@ def is_reachable(host: str, seconds: float = 10.0) -> bool:
     return opened.is_set()
 
 
-def by_auto(data_dir: str, load: Callable[[Source], object]) -> tuple[str, str]:
+def by_auto(load: Callable[[Source], object]) -> tuple[str, str]:
     """CIFAR-10 where it is found or can be downloaded, else digits: its name, and why if it fell back."""
     try:
         load(cifar10())

@@ -50,7 +50,7 @@ def _client(message: Message, context: Context) -> tuple[Experiment, Client]:
     config = message.content[CONFIG]
     assert isinstance(config, ConfigRecord)
     algorithm, seed, number = str(config["algorithm"]), _int(config["seed"]), _int(config["round"])
-    member = Config.parse(context.run_config).member(algorithm, seed)
+    member = Config.parse(context.run_config).member(algorithm, seed, str(config["dataset"]))
     settle(member.threads)
     experiment = prepared(member)
     held = context.state.get(MEMORY)

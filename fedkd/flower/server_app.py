@@ -40,6 +40,7 @@ def exchange(
     arrays, pending = to_record(request), {}
     for client in clients:
         config = ConfigRecord({"round": number, "algorithm": member.algorithm, "seed": member.seed})
+        config["dataset"] = member.dataset
         content = RecordDict({ARRAYS: arrays, CONFIG: config})
         message = grid.create_message(content, kind, nodes[client], str(number))
         down = weigh(content)

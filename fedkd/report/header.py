@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from fedkd import tensors
 from fedkd.data import skew
-from fedkd.experiment import choose_dataset
 from fedkd.report.text import percent, plain, size
 
 if TYPE_CHECKING:
@@ -16,10 +15,9 @@ if TYPE_CHECKING:
 FLOAT = 4  # bytes of a float32, as weights and logits travel
 
 
-def lines(experiment: Experiment) -> list[tuple[str, str]]:
-    """Titles and texts that hold for every method of a comparison."""
+def lines(experiment: Experiment, fallback: str) -> list[tuple[str, str]]:
+    """Titles and texts that hold for every method of a comparison; ``fallback`` is why it is not CIFAR-10."""
     kit, config = experiment.kit, experiment.config
-    dataset, fallback = choose_dataset(config)
     private = sum(map(len, experiment.dealt))
     height, width = kit.proxy.shape[1:3]
     said = []
@@ -28,7 +26,7 @@ def lines(experiment: Experiment) -> list[tuple[str, str]]:
     said.append(
         (
             "data",
-            f"{dataset}: {plain(private, 'private image')}, {len(kit.proxy):,} proxy ({config.proxy}), "
+            f"{config.dataset}: {plain(private, 'private image')}, {len(kit.proxy):,} proxy ({config.proxy}), "
             f"{len(experiment.test):,} test, {height}x{width}, {kit.classes} classes",
         )
     )

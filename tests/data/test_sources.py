@@ -112,10 +112,10 @@ def test_auto_falls_back_and_says_why(offline, tmp_path):
     def load(source):
         return read(source, "train", str(tmp_path))
 
-    name, why = sources.by_auto(str(tmp_path), load)
+    name, why = sources.by_auto(load)
     assert name == "digits"
     assert "cannot be reached" in why
-    assert sources.by_auto("", lambda source: None) == ("cifar10", "")
+    assert sources.by_auto(lambda source: None) == ("cifar10", "")
 
 
 def test_a_host_that_does_not_answer_costs_no_more_than_it_may():
