@@ -136,6 +136,10 @@ class Kit:
         """Logits [N, C] on images [N, H, W, 3]."""
         return learning.predict(self._module(model, weights), pixels, self.scaling)
 
+    def answer(self, client: Client, weights: Tensors, number: int) -> Tensor:
+        """The client's logits [P, C] on the proxy images of a round."""
+        return self.predict(client.model, weights, self.proxy[self.subset(number)])
+
     def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
         """The teacher's probs [N, C] at the run's temperature; every member counts the same."""
         stacked = torch.stack(list(logits)) / self.config.temperature

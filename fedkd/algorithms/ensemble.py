@@ -43,7 +43,7 @@ class Ensemble(Algorithm):
             rows, seed = kit.subset(int(request["told"])), derive(client.seed, "digest")
             weights = kit.distill(client.model, weights, rows, request["probs"], epochs=self.digest_epochs, seed=seed)
         weights = kit.fit(client, weights)
-        logits = kit.predict(client.model, weights, kit.proxy[kit.subset(int(request["round"]))])
+        logits = kit.answer(client, weights, int(request["round"]))
         return Update({"logits": logits}, len(client.data)), put("model", weights)
 
     def sends(self, kit: Kit) -> Mapping[str, tuple[int, ...]]:

@@ -49,7 +49,7 @@ class FedMD(Algorithm):
                 objective=logit_mae,
             )
         weights = kit.fit(client, weights)
-        logits = kit.predict(client.model, weights, kit.proxy[kit.subset(int(request["round"]))])
+        logits = kit.answer(client, weights, int(request["round"]))
         return Update({"logits": logits}, len(client.data)), put("model", weights)
 
     def sends(self, kit: Kit) -> Mapping[str, tuple[int, ...]]:

@@ -35,7 +35,8 @@ def draw(curves: Curves, title: str, out: Path) -> None:
             _against_bytes(over_bytes, curves, name, color)
         over_rounds.set(xlabel="round", ylabel="test accuracy (%)")
         over_rounds.xaxis.get_major_locator().set_params(integer=True)
-        over_bytes.set(xlabel="bytes up and down, all clients (MB)")
+        # Methods differ by orders of magnitude here.
+        over_bytes.set(xlabel="bytes up and down, all clients (MB)", xscale="log")
         over_rounds.legend(frameon=False, fontsize=8)
         for axes in (over_rounds, over_bytes):
             axes.grid(alpha=0.25, linewidth=0.6)
