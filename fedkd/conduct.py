@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,10 @@ def conduct(config: Config, send: Send) -> None:
         figure.draw(curves, _title(members[0]), out)
         screen.show(table.side_by_side(finished, curves))
         status = "ok"
+    except FedkdError as error:
+        if error.details:
+            runs.log(out, error.details)
+        raise
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or asked to terminate
         status = "interrupted"
         raise
@@ -87,7 +92,8 @@ def _member(member: Config, exchange: partial[Iterable[Reply]], out: Path, scree
             _blamed(member, play(experiment.algorithm, experiment.kit, watched, experiment.clients))
         ):
             row = _measured(experiment, watched, round_, seconds)
-            _log_failures(out / "errors.log", member, round_)
+            for client, reason in round_.failures.items():
+                runs.log(out, f"{member.algorithm} seed {member.seed} round {round_.number} client {client}\n{reason}")
             runs.append(out / "rounds.jsonl", row)
             rows.append(row)
             screen.row(row, member.rounds)
@@ -124,16 +130,11 @@ def _blamed(member: Config, rounds: Iterator[Round]) -> Iterator[Round]:
     except Exception as error:
         if not parse(member.algorithm).is_plugin:
             raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
         raise PluginError(
-            f"--algorithm {member.algorithm} failed on the server: {type(error).__name__}: {error}."
+            f"--algorithm {member.algorithm} failed on the server: {type(error).__name__}: {error} "
+            f"({Path(place.filename).name}, line {place.lineno})."
         ) from error
-
-
-def _log_failures(path: Path, member: Config, round_: Round) -> None:
-    if round_.failures:
-        with path.open("a", encoding="utf-8") as file:
-            for client, reason in round_.failures.items():
-                file.write(f"{member.algorithm} seed {member.seed} round {round_.number} client {client}\n{reason}\n")
 
 
 def _student_name(member: Config, out: Path) -> str:

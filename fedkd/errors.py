@@ -7,9 +7,16 @@ from difflib import get_close_matches
 
 
 class FedkdError(Exception):
-    """A mistake a person can mend. The message says what is wrong and what to do."""
+    """A mistake a person can mend. The message says what is wrong and what to do.
+
+    ``details`` are for a log: tracebacks of somebody's code.
+    """
 
     code = 1
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
 
 
 class UsageError(FedkdError):

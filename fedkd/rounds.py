@@ -93,7 +93,8 @@ def play(
             first = min(failures)
             raise RunError(
                 f"Round {number}: none of {len(chosen)} clients gave a usable answer; "
-                f"client {first}: {last_line(failures[first])}."
+                f"client {first}: {last_line(failures[first])}.",
+                details="\n".join(f"client {client}\n{failures[client]}" for client in sorted(failures)),
             )
         state = algorithm.tell(kit, state, updates, seeds.derive(config.seed, "tell", number))
         yield Round(number, state, updates, failures, traffic)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 def default_out(config: Config) -> Path:
     """``runs/NAME-TIME-HASH``: the method, the time in UTC, and a hash of config and process."""
     name = config.algorithm.partition(":")[0].rpartition("/")[2].removesuffix(".py")
-    tail = derive(time.time_ns(), str(config), os.getpid())
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{tail:016x}"[:-10]
+    tail = f"{derive(time.time_ns(), str(config), os.getpid()):016x}"[-6:]
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{tail}"
 
 
 def claim(out: Path) -> None:
@@ -42,6 +43,12 @@ def claim(out: Path) -> None:
         os.close(os.open(out / "config.toml", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except OSError as error:
         raise UsageError(f"--out {out} cannot be made: {error.strerror}.") from error
+
+
+def release(out: Path) -> None:
+    """Remove a claimed directory in which no round was played, so that its name is free again."""
+    if not (out / "rounds.jsonl").exists():
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def write(path: Path, text: str) -> None:
@@ -63,6 +70,12 @@ def append(path: Path, row: Mapping[str, object]) -> None:
     """Add one JSON line; what was written before stays whole whatever happens."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def log(out: Path, text: str) -> None:
+    """Add to ``errors.log``: tracebacks of clients that failed."""
+    with (out / "errors.log").open("a", encoding="utf-8") as file:
+        file.write(text.rstrip("\n") + "\n")
 
 
 def toml(config: Config) -> str:

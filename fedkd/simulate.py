@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd import experiment, runs
+from fedkd.errors import DataError, PluginError, UsageError
 
 if TYPE_CHECKING:
     from fedkd.config import Config
@@ -30,7 +31,11 @@ def simulate(config: Config) -> None:
     runs.write(out / "config.toml", runs.toml(config))
     stream = sys.stderr if config.json else sys.stdout
     print(f"run directory: {out}", file=stream, flush=True)
-    _play(config)
+    try:
+        _play(config)
+    except (UsageError, DataError, PluginError):
+        runs.release(out)
+        raise
     print(f"run directory: {out}", file=stream, flush=True)
     if config.json:
         print((out / "result.json").read_text(encoding="utf-8"), end="")

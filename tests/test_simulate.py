@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -292,7 +293,11 @@ BAD = [
     (7, ["--partitioner", "no.such:Name"], "No module named"),
     (7, ["--algorithm", "{own}:NoAlgorithm"], "not a subclass of fedkd.algorithm.Algorithm"),
     (7, ["--algorithm", "{own}:Nmae"], "Did you mean 'Name'"),
-    (7, ["--algorithm", "{own}:Name:fail=tell"], "failed on the server: ZeroDivisionError"),
+    (
+        7,
+        ["--algorithm", "{own}:Name:fail=tell"],
+        "failed on the server: ZeroDivisionError: a server of mine .mine.py, line 2",
+    ),
     (
         4,
         ["--algorithm", "{own}:Name:fail=local"],
@@ -314,9 +319,10 @@ def test_bad_input_is_one_sentence_and_a_code(code, flags, says, own, tmp_path, 
     assert ended.value.code == code, error
     assert len(error) == 1
     assert error[0].startswith("fedkd: ")
-    import re
-
     assert re.search(says, error[0]), error[0]
+    assert (tmp_path / "out").exists() is (code == 4), "a name is taken only by a run that started"
+    if code == 4:
+        assert "Traceback" in (tmp_path / "out" / "errors.log").read_text()
 
 
 def test_a_mistake_is_answered_before_torch_is_imported(tmp_path):
