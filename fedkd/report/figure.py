@@ -22,12 +22,13 @@ def draw(curves: Curves, title: str, out: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     # A fixed salt and no date, so that the same numbers give the same file.
     with plt.rc_context(
         {"svg.hashsalt": "fedkd", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     ):
-        figure, (over_rounds, over_bytes) = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+        figure, (over_rounds, over_bytes) = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
         names = list(dict.fromkeys(name for name, _ in curves))
         for index, name in enumerate(names):
             color = COLORS[index % len(COLORS)]
@@ -37,7 +38,11 @@ def draw(curves: Curves, title: str, out: Path) -> None:
         over_rounds.xaxis.get_major_locator().set_params(integer=True)
         # Methods differ by orders of magnitude here.
         over_bytes.set(xlabel="bytes up and down, all clients (MB)", xscale="log")
-        over_rounds.legend(frameon=False, fontsize=8)
+        over_bytes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        over_bytes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        over_bytes.xaxis.set_minor_formatter(NullFormatter())
+        handles, labels = over_rounds.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
         for axes in (over_rounds, over_bytes):
             axes.grid(alpha=0.25, linewidth=0.6)
         figure.suptitle(title, fontsize=10)

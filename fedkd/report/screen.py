@@ -42,8 +42,10 @@ class Screen:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, table: Table) -> None:
-        """A table at its own width: a narrow terminal may wrap lines, it must not cut numbers."""
-        self.console.print(table, width=max(self.console.width, 100), crop=False, soft_wrap=True)
+        """A table at its own width: a narrow terminal may wrap its lines, but no number is cut."""
+        needed = Console(width=1000).measure(table).maximum
+        wide = Console(file=self.console.file, width=max(self.console.width, needed), no_color=True)
+        wide.print(table)
 
     @contextmanager
     def live(self, name: str, rounds: int) -> Iterator[None]:

@@ -61,6 +61,14 @@ def test_the_table_has_means_and_spreads_over_seeds():
     assert "to 30.0%" in shown
 
 
+def test_no_number_is_cut_on_a_narrow_terminal():
+    name = "dsfl:aggregation=sa,feedback=false"
+    rows = curve([0.5], up=10**9, name=name)
+    out = io.StringIO()
+    Screen(Console(file=out, width=40)).show(table.side_by_side([summary(rows)], {(name, 0): rows}))
+    assert any(name in line and "50.0%" in line and "1 GB" in line for line in out.getvalue().splitlines())
+
+
 def test_figures_are_written_and_repeat_to_the_byte(tmp_path):
     curves = {("a", 0): curve([0.2, 0.4]), ("a", 1): curve([0.3, 0.5], seed=1), ("b", 0): curve([None, 0.3], name="b")}
     files = []
