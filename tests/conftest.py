@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch
 from fedkd.config import Config
 from fedkd.experiment import Experiment, prepare
 from fedkd.runtime import settle
+from fedkd.simulate import simulate
 
 TINY = {
     "dataset": "digits",
@@ -27,9 +31,28 @@ TINY = {
 }
 
 
+ROOT = Path(__file__).parents[1]
+FLAGS = [part for key, value in TINY.items() for part in (f"--{key}", str(value))]
+
+
 def tiny(**changes: object) -> Config:
     """A run of seconds: digits, three clients, a small model."""
     return Config.parse({**TINY, **{key.replace("_", "-"): value for key, value in changes.items()}})
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fedkd.simulate", *map(str, arguments)]
+    env = {k: v for k, v in os.environ.items() if k != "FEDKD_DATA"} | environment
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=240, check=False)
+
+
+def play(out: Path, **changes: object) -> list[dict]:
+    """Run in this process; the rows without the times."""
+    simulate(tiny(out=str(out), **changes))
+    return [
+        {k: v for k, v in json.loads(line).items() if "seconds" not in k}
+        for line in (out / "rounds.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture(autouse=True, scope="session")

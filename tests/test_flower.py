@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -163,44 +162,6 @@ def test_every_client_has_one_context_that_lasts(grid):
 def test_only_clients_that_are_asked_cost_anything(grid):
     list(grid.send_and_receive([grid.create_message(RecordDict(), "query", 1, "1")]))
     assert list(grid._contexts) == [1]
-
-
-app = ClientApp()
-
-
-@app.query()
-def dying(message: Message, context: Context) -> Message:
-    """Dies when it is asked to, once for each file it finds, or always."""
-    import os
-    from pathlib import Path
-
-    path = Path(str(message.content["config"]["path"]))
-    if context.node_config["partition-id"] == 1 and path.exists():
-        if path.name == "once":
-            path.unlink()
-        os._exit(9)
-    return echo(message, context)
-
-
-@pytest.mark.parametrize("name", ["once", "always"])
-def test_a_worker_that_dies_is_replaced_and_its_turn_played_again(tmp_path, name):
-    import multiprocessing
-
-    (tmp_path / name).touch()
-    asked = RecordDict({"config": ConfigRecord({"path": str(tmp_path / name)})})
-    with LocalGrid("tests.test_flower:app", 2, {}, workers=2) as grid:
-        for _ in range(2):
-            replies = list(grid.send_and_receive([grid.create_message(asked, "query", node, "1") for node in (1, 2)]))
-            assert len(replies) == 2
-            failed = [reply.error.reason for reply in replies if reply.has_error()]
-            if name == "once":
-                assert not failed
-            else:
-                assert "died, twice" in str(failed)
-    deadline = 50
-    while multiprocessing.active_children() and (deadline := deadline - 1):
-        time.sleep(0.1)
-    assert not multiprocessing.active_children()
 
 
 def test_a_new_run_starts_with_an_empty_memory():

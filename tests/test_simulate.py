@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,10 +17,7 @@ from fedkd import tensors
 from fedkd.config import Config
 from fedkd.data import partitioners, readers
 from fedkd.simulate import simulate
-from tests.conftest import TINY, tiny
-
-ROOT = Path(__file__).parents[1]
-FLAGS = [part for key, value in TINY.items() for part in (f"--{key}", str(value))]
+from tests.conftest import FLAGS, ROOT, TINY, play, run, tiny
 
 OWN = '''
 from dataclasses import dataclass
@@ -52,29 +48,6 @@ class Name(Algorithm):
 class NoAlgorithm:
     pass
 '''
-
-
-DROPPING = """
-from torch import nn
-
-def dropping(*, classes: int):
-    return nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, classes))
-"""
-
-
-def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fedkd.simulate", *map(str, arguments)]
-    env = {k: v for k, v in os.environ.items() if k != "FEDKD_DATA"} | environment
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=240, check=False)
-
-
-def play(out: Path, **changes: object) -> list[dict]:
-    """Run in this process; the rows without the times."""
-    simulate(tiny(out=str(out), **changes))
-    return [
-        {k: v for k, v in json.loads(line).items() if "seconds" not in k}
-        for line in (out / "rounds.jsonl").read_text().splitlines()
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -179,18 +152,6 @@ def test_two_runs_with_one_seed_give_the_same_rounds(tmp_path):
     students = [tensors.load(tmp_path / name / "student.safetensors") for name in ("a", "b")]
     assert tensors.equal(*students)
     assert (tmp_path / "a" / "curve.svg").read_bytes() == (tmp_path / "b" / "curve.svg").read_bytes()
-
-
-@pytest.mark.parametrize("model", ["cnn:width=8", "{own}:dropping"])
-def test_the_number_of_workers_changes_no_bit(tmp_path, model):
-    """Two and three processes against one, for a model without and with dropout."""
-    (tmp_path / "models.py").write_text(DROPPING)
-    model = model.replace("{own}", f"{tmp_path}/models.py")
-    played = {}
-    for workers in ("1", "2", "3") if "cnn" in model else ("1", "2"):
-        rows = play(tmp_path / workers, workers=workers, model=model, algorithm="ensemble:feedback=true", clients=5)
-        played[workers] = rows, tensors.digest(tensors.load(tmp_path / workers / "student.safetensors"))
-    assert len({str(result) for result in played.values()}) == 1
 
 
 def test_a_comparison_does_not_change_the_run_it_is_compared_with(tmp_path):
@@ -374,17 +335,3 @@ def test_an_interrupt_keeps_the_rounds_and_ends_with_130(tmp_path):
     assert "Traceback" not in error
     assert json.loads((out / "result.json").read_text())["status"] == "interrupted"
     assert (out / "rounds.jsonl").read_text().endswith("\n")
-
-
-@pytest.mark.real
-def test_real_cifar10(data_dir, tmp_path):
-    """Two clients on a small share of CIFAR-10, with CIFAR-100 as the proxy where it is."""
-    proxy = "cifar100:size=200" if (Path(data_dir) / "cifar100").is_dir() else "holdout:size=200"
-    flags = ["--clients", 3, "--partitioner", "size:sizes=600+600+600", "--rounds", 1, "--local-epochs", 1]
-    process = run(
-        "--dataset", "cifar10", "--proxy", proxy, *flags, "--json", "--out", tmp_path / "r", FEDKD_DATA=data_dir
-    )
-    assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout)
-    assert result["dataset"] == "cifar10"
-    assert result["runs"][0]["teacher_accuracy"] > 0.12
