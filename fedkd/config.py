@@ -116,6 +116,9 @@ class Config:
     workers: Annotated[str, Field(pattern=r"^(auto|[1-9]\d*)$")] = option(
         "auto", "Run", "Processes that play clients side by side; auto: as many as the cores have room for."
     )
+    client_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = option(
+        0.0, "Run", "Seconds after which a client's turn is ended and tried once more; 0: no limit."
+    )
     evaluate_every: PositiveInt = option(
         1, "Run", "Rounds between evaluations of clients and teacher on the test set; the last is always one."
     )

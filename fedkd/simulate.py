@@ -44,13 +44,24 @@ def simulate(config: Config) -> None:
 def _play(config: Config) -> None:
     """Run Flower's two apps on this machine."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    is_fresh = "torch" not in sys.modules  # nothing was computed in this process: it can be forked
     from flwr.app import Context, RecordDict
 
-    from fedkd.flower.grid import RUN_ID, SERVER, LocalGrid, count_workers
+    from fedkd.flower.grid import LocalGrid, count_workers
+    from fedkd.flower.turns import RUN_ID, SERVER
 
-    workers = count_workers(config.workers, config.clients, config.threads, experiment.device(config.device))
+    device = experiment.device(config.device)
+    workers = count_workers(config.workers, config.clients, config.threads, device)
     run_config = config.run_config()
-    with LocalGrid("fedkd.flower.client_app:app", config.clients, run_config, workers) as grid:
+    with LocalGrid(
+        "fedkd.flower.client_app:app",
+        config.clients,
+        run_config,
+        workers,
+        timeout=config.client_timeout,
+        fork=is_fresh and device == "cpu" and sys.platform == "linux",
+        disk=Path(config.out),
+    ) as grid:
         from fedkd.flower import server_app
 
         server_app.app(grid, Context(RUN_ID, SERVER, {}, RecordDict(), run_config))

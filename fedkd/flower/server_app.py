@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedkd.algorithm import Update
 from fedkd.conduct import conduct
 from fedkd.config import Config
+from fedkd.experiment import prepared
 from fedkd.flower.records import ARRAYS, CONFIG, METRICS, from_record, to_record, weigh
 from fedkd.rounds import Reply, Traffic
 from fedkd.runtime import settle
@@ -35,10 +36,14 @@ def main(grid: Grid, context: Context) -> None:
 def exchange(
     grid: Grid, member: Config, kind: str, number: int, clients: list[int], request: Tensors
 ) -> Iterator[Reply]:
-    """Send ``request`` to the clients and yield their replies as they come."""
+    """Send ``request`` to the clients and yield their replies as they come.
+
+    Those with most rows come first: what is begun last should not be what takes longest.
+    """
     nodes = sorted(grid.get_node_ids())
+    parts = prepared(member).parts
     arrays, pending = to_record(request), {}
-    for client in clients:
+    for client in sorted(clients, key=lambda client: -len(parts[client])):
         config = ConfigRecord({"round": number, "algorithm": member.algorithm, "seed": member.seed})
         config["dataset"] = member.dataset
         content = RecordDict({ARRAYS: arrays, CONFIG: config})
