@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fedkd import learning, models, seeds
+from fedkd import learning, models, optimizers, seeds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,16 +73,9 @@ class Kit:
         """The weights after local training on the client's own rows; mu adds FedProx's term."""
         config = self.config
         module = self._module(client.model, weights)
-        optimizer = torch.optim.SGD(
-            module.parameters(),
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
         learning.descend(
             module,
-            optimizer,
+            optimizers.sgd(list(module.parameters()), config.learning_rate, config.momentum, config.weight_decay),
             client.data.pixels,
             client.data.labels,
             nn.functional.cross_entropy,
@@ -112,10 +105,9 @@ class Kit:
         No augmentation: the targets belong to these very pixels.
         """
         module = self._module(model, weights)
-        optimizer = torch.optim.Adam(module.parameters(), lr=self.config.distill_learning_rate, fused=True)
         learning.descend(
             module,
-            optimizer,
+            optimizers.adam(list(module.parameters()), self.config.distill_learning_rate),
             self.proxy[rows],
             targets,
             objective or self.softened,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.data.augment import crop_and_flip
+from fedkd.optimizers import Step
 from fedkd.seeds import seeded
 
 CPU_CHUNK, GPU_CHUNK = 64, 2048  # images a forward pass: what fits the cache of a CPU core, what fills a GPU
@@ -69,7 +70,7 @@ class Anchor:
 
 def descend(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    step: Step,
     pixels: Tensor,
     targets: Tensor,
     objective: Objective,
@@ -93,9 +94,8 @@ def descend(
             loss = objective(model(scaling(images)), wanted)
             if anchor is not None:
                 loss = loss + proximal(model, anchor)
-            optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            step()
 
 
 def batches(count: int, epochs: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -116,8 +116,13 @@ def predict(model: nn.Module, pixels: Tensor, scaling: Scaling) -> Tensor:
     chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
     model.eval()
     with torch.inference_mode():
-        answers = torch.cat([model(scaling(part.to(device))).float().cpu() for part in torch.split(pixels, chunk)])
-    return answers.clone()  # a plain tensor again, which may be trained on
+        parts = torch.split(pixels, chunk)
+        first = model(scaling(parts[0].to(device)))
+        # Filled in place: small results kept between big buffers would break up the heap, which then grows.
+        logits = torch.empty(len(pixels), *first.shape[1:])
+        for part, rows in zip(parts, torch.split(logits, chunk), strict=True):
+            rows.copy_(first if part is parts[0] else model(scaling(part.to(device))))
+    return logits.clone()  # a plain tensor again, which may be trained on
 
 
 def score(logits: Tensor, labels: Tensor) -> tuple[float, float]:

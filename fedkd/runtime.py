@@ -9,12 +9,18 @@ from functools import cache
 
 @cache
 def settle(threads: int) -> None:
-    """Pin the threads of arithmetic (bits depend on them) and keep freed memory in the process."""
+    """Pin the threads of arithmetic (bits depend on them) and keep freed memory in the process.
+
+    A CPU computes the same bits with the same number of threads; asking PyTorch for it would cost a
+    second at the start. A GPU has to be asked, but not to fill fresh memory.
+    """
     import torch
 
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = False
     _keep_freed_memory()
 
 

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedkd import learning, seeds
+from fedkd import learning, optimizers, seeds
 from fedkd.data.augment import PAD, crop_and_flip
 from fedkd.learning import Anchor, Augmentation, Scaling
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -28,8 +32,8 @@ def small() -> nn.Module:
 
 def train(model: nn.Module, pixels, labels, **changes) -> nn.Module:
     options = {"epochs": 2, "batch_size": 16, "augmentation": Augmentation(), "seed": 7} | changes
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    learning.descend(model, optimizer, pixels, labels, F.cross_entropy, Scaling.of(pixels), **options)
+    step = optimizers.sgd(list(model.parameters()), 0.1, 0.9, 0.0)
+    learning.descend(model, step, pixels, labels, F.cross_entropy, Scaling.of(pixels), **options)
     return model
 
 
@@ -149,3 +153,46 @@ def test_score():
     accuracy, loss = learning.score(logits, torch.tensor([0, 1, 1]))
     assert accuracy == pytest.approx(2 / 3)
     assert loss == pytest.approx((2 * np.log1p(np.exp(-2)) + np.log1p(np.exp(2))) / 3)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_optimizers_give_the_bits_of_torchs_own(kind, pixels, labels):
+    """Over some steps, in channels_last; a frozen parameter stays, one without gradient counts as zero."""
+
+    def convolutional() -> nn.Module:
+        with seeds.seeded(3):
+            model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 900, 10), nn.Linear(2, 2))
+        model[2].bias.requires_grad_(False)
+        return model.to(memory_format=torch.channels_last)
+
+    ours, theirs = convolutional(), convolutional()
+    used = [p for p in theirs.parameters() if p.requires_grad]
+    if kind == "sgd":
+        step = optimizers.sgd(list(ours.parameters()), 0.01, 0.9, 5e-4)
+        oracle = torch.optim.SGD(used, lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
+    else:
+        step = optimizers.adam(list(ours.parameters()), 1e-3)
+        oracle = torch.optim.Adam(used, lr=1e-3, fused=True)
+    images = Scaling.of(pixels)(pixels)
+    for _ in range(4):
+        for model in (ours, theirs):
+            F.cross_entropy(model[2](model[1](model[0](images))), labels).backward()
+        for parameter in theirs[3].parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        step()
+        oracle.step()
+        oracle.zero_grad()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert mine.grad is None
+        assert torch.equal(mine, other)
+    assert torch.equal(ours[2].bias, convolutional()[2].bias)
+
+
+def test_training_does_not_import_the_compiler():
+    code = (
+        "import sys; from fedkd.runtime import settle; settle(1);"
+        "from tests.conftest import tiny; from fedkd.experiment import prepare;"
+        "e = prepare(tiny()); e.kit.fit(e.client(0, 1, {}), e.kit.initial('cnn:width=8'));"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

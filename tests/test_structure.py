@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "fedkd").rglob("*.py"))
 
 # From what knows nobody to what knows everybody. A module imports only from its own rank or below.
 RANKS = [
-    {"errors", "seeds", "tensors", "catalog", "cache", "runtime", "ensembles", "losses"},
+    {"errors", "seeds", "tensors", "catalog", "cache", "runtime", "ensembles", "losses", "optimizers"},
     {"specs", "config"},
     {"data"},
     {"models", "learning"},

@@ -55,9 +55,8 @@ def read(source: Source, split: str, data_dir: str = "") -> Images:
         raise
     except Exception as error:  # whatever a reader raises over damaged files
         raise DataError(f"Cannot read {source.name} ({split}): {type(error).__name__}: {error}.") from error
-    if source.reader != "noise":  # which is made faster than it is read
-        _keep(images, path)
-    return images
+    _keep(images, path)
+    return _cached(path) or images  # mapped from the file, so that processes share it
 
 
 def _place(source: Source) -> object:

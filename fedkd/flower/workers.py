@@ -87,7 +87,7 @@ class Workers:
 
 
 class _Worker:
-    """This side of one process."""
+    """One process, seen from the one that owns it."""
 
     def __init__(self, line: socket.socket) -> None:
         self._line = line
