@@ -75,3 +75,20 @@ def test_how_many_workers():
     assert count_workers("auto", 1, 1, "cpu") == 1
     assert count_workers("auto", 20, 1, "cuda") == 1
     assert count_workers("7", 20, 1, "cpu") == 7
+
+
+@app.train()
+def hanging(message: Message, context: Context) -> Message:
+    if context.node_config["partition-id"] == 1:
+        time.sleep(60)
+    return Message(RecordDict({"metrics": MetricRecord({"count": 1})}), reply_to=message)
+
+
+def test_a_turn_that_hangs_is_ended_and_the_others_go_on():
+    start = time.monotonic()
+    with LocalGrid("tests.test_workers:app", 3, {}, workers=1, timeout=0.5) as grid:
+        messages = [grid.create_message(RecordDict(), "train", node, "1") for node in (1, 2, 3)]
+        replies = {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(messages)}
+    assert [replies[node].has_error() for node in (1, 2, 3)] == [False, True, False]
+    assert "--client-timeout, twice" in replies[2].error.reason
+    assert time.monotonic() - start < 50
