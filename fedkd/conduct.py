@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Protocol
 from rich.console import Console
 
 from fedkd import measure, runs, tensors
-from fedkd.data import partitioners
 from fedkd.errors import FedkdError, PluginError
 from fedkd.experiment import Experiment, choose_dataset, prepared
 from fedkd.report import figure, header, table
@@ -35,8 +34,8 @@ class Send(Protocol):
     ) -> Iterable[Reply]: ...
 
 
-def conduct(config: Config, send: Send) -> None:
-    """Play every member of ``config`` and write its run directory; ``result.json`` comes last.
+def conduct(config: Config, connect: Callable[[], Send]) -> None:
+    """Play every member of ``config`` over what ``connect`` gives; ``result.json`` comes last.
 
     Raises:
         FedkdError: what stopped it; the result then says so too.
@@ -51,6 +50,7 @@ def conduct(config: Config, send: Send) -> None:
         dataset, fallback = choose_dataset(config)
         members = config.members(dataset)
         _prepare(members, fallback, out, screen)
+        send = connect()
         for member in members:
             rows = curves[member.algorithm, member.seed] = []
             finished.append(_member(member, partial(send, member), out, screen, rows))
@@ -101,7 +101,7 @@ def _member(member: Config, exchange: partial[Iterable[Reply]], out: Path, scree
     student = experiment.algorithm.deploy(experiment.kit, round_.state)
     if student:
         tensors.save(student, out / _student_name(member, out))
-    return measure.summary(experiment, rows, partitioners.digest(experiment.dealt))
+    return measure.summary(experiment, rows, experiment.dealt.digest())
 
 
 def _measured(experiment: Experiment, exchange: Exchange, round_: Round, seconds: float) -> Row:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fedkd import models, seeds, specs
 from fedkd.algorithm import Algorithm
 from fedkd.data import partitioners, proxies, sources
-from fedkd.errors import PluginError, UsageError
+from fedkd.errors import DataError, PluginError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     from fedkd.algorithm import Client
     from fedkd.config import Config
+    from fedkd.data.partition import Partition
     from fedkd.data.readers import Images
     from fedkd.data.sources import Source
     from fedkd.kit import Kit
-    from fedkd.learning import Scaling
     from fedkd.tensors import Tensors
 
 
@@ -35,19 +35,20 @@ class Experiment:
     train: Images
     test: Images
     proxy_rows: NDArray[np.int64] | None  # of the training set, where the proxy is held out of it
-    dealt: list[NDArray[np.int64]]  # rows of the training set, a sorted array a client
-    parts: list[NDArray[np.int64]]  # the same, or everything for one client where data is pooled
+    dealt: Partition  # rows of the training set, sorted for each client
+    parts: Partition  # the same, or everything for one client where data is pooled
     models: list[str]
 
-    def client(self, number: int, round_number: int, memory: Tensors) -> Client:
-        """A client in a round. Its data is cut out here, and only here."""
+    def client(self, number: int, round_number: int, memory: Tensors, data: Images | None = None) -> Client:
+        """A client in a round, with ``data`` of its own or its share, which is cut out here, and only here."""
         import torch
 
         from fedkd.algorithm import Client
         from fedkd.data.readers import Images
 
-        rows = torch.from_numpy(self.parts[number])
-        data = Images(self.train.pixels[rows], self.train.labels[rows], self.train.classes)
+        if data is None:
+            rows = torch.from_numpy(self.parts[number])
+            data = Images(self.train.pixels[rows], self.train.labels[rows], self.train.classes)
         seed = seeds.derive(self.config.seed, "client", round_number, number)
         return Client(number, seed, self.model_of(number), data, memory)
 
@@ -97,14 +98,19 @@ def prepare(config: Config) -> Experiment:
     import numpy as np
     import torch
 
+    from fedkd.data.partition import Partition
+    from fedkd.data.scaling import Scaling
     from fedkd.kit import Kit
 
     source: Source = specs.call("dataset", choose_dataset(config)[0])
-    train, test = (_read(source, split, config.data_dir) for split in ("train", "test"))
-    if train.classes != test.classes:
-        classes = max(train.classes, test.classes)
-        train, test = (dataclasses.replace(images, classes=classes) for images in (train, test))
+    algorithm, computer = _algorithm(config), device(config.device)
     proxy_source, size = proxies.parse(config.proxy)
+    is_own = config.partitioner == partitioners.OWN
+    test = _read(source, "test", config.data_dir)
+    # Where nodes bring their own rows, the training set serves only to hold the proxy out of it.
+    is_needed = proxy_source is None or not is_own
+    train = _read(source, "train", config.data_dir) if is_needed else test.first(0)
+    classes = max(train.classes, test.classes)
     if proxy_source is None:
         proxy_rows, private = proxies.hold_out(size, len(train), config.seed)
         proxy = train.pixels[torch.from_numpy(proxy_rows)]
@@ -112,24 +118,29 @@ def prepare(config: Config) -> Experiment:
         proxy_rows, private = None, np.arange(len(train), dtype=np.int64)
         public = _read(dataclasses.replace(proxy_source, pixels=source.pixels), "train", config.data_dir)
         proxy = proxies.draw(public.pixels, size, [train, test], config.seed, config.proxy)
-    algorithm = _algorithm(config)
-    shares = partitioners.deal(config.partitioner, train.labels.numpy()[private], config.clients, config.seed)
-    dealt = [private[positions] for positions in shares]
-    parts = [np.concatenate(dealt)] if algorithm.pooled else dealt
+    if is_own:
+        dealt = Partition.of([np.zeros(0, np.int64)] * config.clients)
+    else:
+        shares = partitioners.deal(config.partitioner, train.labels.numpy()[private], config.clients, config.seed)
+        dealt = Partition(private[shares.rows], shares.ends)
+    parts = Partition(dealt.rows, dealt.ends[-1:]) if algorithm.pooled else dealt
     names = models.split(config.model)
     kit = Kit(
         config=config,
-        classes=train.classes,
-        proxy=proxy,
-        scaling=_scaling(source, config.data_dir),
+        classes=classes,
+        proxy=proxy.to(computer),
+        scaling=train.scaling or Scaling.of(proxy),
         flip=source.flip,
-        device=device(config.device),
+        device=computer,
         student=config.student or names[0],
         aggregator=specs.bind("aggregator", config.aggregator),
         loss=specs.bind("loss", config.loss),
     )
     for model in {*names, kit.student}:
         _buildable(kit, model)
+    train, test = (
+        dataclasses.replace(images, classes=classes, pixels=images.pixels.to(computer)) for images in (train, test)
+    )
     return Experiment(config, algorithm, kit, train, test, proxy_rows, dealt, parts, names)
 
 
@@ -150,11 +161,26 @@ def _read(source: Source, split: str, data_dir: str) -> Images:
     return read(source, split, data_dir)
 
 
-@lru_cache(maxsize=4)
-def _scaling(source: Source, data_dir: str) -> Scaling:
-    from fedkd.learning import Scaling
+@lru_cache(maxsize=2)
+def own(path: str, config: Config) -> Images:
+    """What a node of a deployment holds, with the classes numbered as in the public set.
 
-    return Scaling.of(_read(source, "train", data_dir).pixels)
+    Raises:
+        DataError: it cannot be read, has classes that nobody knows, or images of the proxy or the test set.
+
+    """
+    from fedkd.data.readers import renumbered
+
+    experiment = prepared(config)
+    pixels = experiment.kit.proxy.shape[1]
+    images = renumbered(
+        _read(sources.own(path, pixels), "train", ""), experiment.test.names, experiment.kit.classes, path
+    )
+    if public := proxies.shared(images.pixels, [experiment.kit.proxy.cpu(), experiment.test.pixels.cpu()]):
+        raise DataError(
+            f"{public} of the {len(images)} images in {path} are in the proxy or the test set; remove them."
+        )
+    return dataclasses.replace(images, pixels=images.pixels.to(experiment.kit.device))
 
 
 def device(name: str) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from fedkd.algorithm import Client
     from fedkd.config import Config
+    from fedkd.data.scaling import Scaling
     from fedkd.learning import Objective
     from fedkd.tensors import Tensors
 
@@ -35,7 +36,7 @@ class Kit:
     config: Config
     classes: int
     proxy: Tensor
-    scaling: learning.Scaling
+    scaling: Scaling
     flip: bool
     device: str
     student: str

@@ -13,43 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.data.augment import crop_and_flip
+from fedkd.data.scaling import Scaling
 from fedkd.optimizers import Step
 from fedkd.seeds import seeded
 
 CPU_CHUNK, GPU_CHUNK = 64, 2048  # images a forward pass: what fits the cache of a CPU core, what fills a GPU
 
 Objective = Callable[[Tensor, Tensor], Tensor]  # logits [B, C], targets of these rows -> scalar
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """Mean and standard deviation of a channel, in units of the pixels (0 to 255)."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    @staticmethod
-    def of(pixels: Tensor) -> Scaling:
-        """That of a set of images [N, H, W, 3]; a constant channel is left unscaled.
-
-        By counting the 256 values: exact, and ten times as fast as adding up in float64.
-        """
-        counts = torch.zeros(3, 256, dtype=torch.float64)
-        for part in torch.split(pixels, 4096):
-            for channel in range(3):
-                counts[channel] += torch.bincount(part[..., channel].flatten(), minlength=256)
-        values = torch.arange(256, dtype=torch.float64)
-        count = pixels.numel() // 3
-        mean = counts @ values / count
-        std = (counts @ values.square() / count - mean.square()).clamp_min(0).sqrt()
-        std[std < 1e-3] = 1.0
-        return Scaling((*mean.tolist(),), (*std.tolist(),))
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, H, W, 3] uint8 as network input [B, 3, H, W] float32, channels_last."""
-        mean = torch.tensor(self.mean, device=pixels.device)
-        std = torch.tensor(self.std, device=pixels.device)
-        return ((pixels.float() - mean) / std).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -27,6 +28,15 @@ def default_out(config: Config) -> Path:
     name = config.algorithm.partition(":")[0].rpartition("/")[2].removesuffix(".py")
     tail = f"{derive(time.time_ns(), str(config), os.getpid()):016x}"[-6:]
     return Path("runs") / f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{tail}"
+
+
+def begin(config: Config) -> Config:
+    """The config with a directory to write to, which is claimed and holds ``config.toml``."""
+    out = Path(config.out) if config.out else default_out(config)
+    config = dataclasses.replace(config, out=str(out))
+    claim(out)
+    write(out / "config.toml", toml(config))
+    return config
 
 
 def claim(out: Path) -> None:
@@ -110,8 +120,8 @@ def save_partitions(path: Path, experiments: Mapping[int, Experiment]) -> None:
 
     arrays: dict[str, Any] = {}
     for seed, experiment in experiments.items():
-        arrays[f"seed{seed}_rows"] = np.concatenate(experiment.dealt)
-        arrays[f"seed{seed}_ends"] = np.cumsum([len(part) for part in experiment.dealt])
+        arrays[f"seed{seed}_rows"] = experiment.dealt.rows
+        arrays[f"seed{seed}_ends"] = experiment.dealt.ends
         arrays[f"seed{seed}_counts"] = skew.counts(
             experiment.train.labels.numpy(), experiment.dealt, experiment.kit.classes
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd import experiment, runs
+from fedkd.data.partitioners import OWN
 from fedkd.errors import DataError, PluginError, UsageError
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ def simulate(config: Config) -> None:
     package.module:Name or ./file.py:Name for your own.
     """
     experiment.check(config)  # before torch is imported: a mistake is answered within a second
-    out = Path(config.out) if config.out else runs.default_out(config)
-    config = dataclasses.replace(config, out=str(out))
-    runs.claim(out)
-    runs.write(out / "config.toml", runs.toml(config))
+    if config.partitioner == OWN:
+        raise UsageError("--partitioner own is for deployed nodes, which bring their own rows (docs/deployment.md).")
+    config = runs.begin(config)
+    out = Path(config.out)
     stream = sys.stderr if config.json else sys.stdout
     print(f"run directory: {out}", file=stream, flush=True)
     try:
@@ -45,26 +45,21 @@ def _play(config: Config) -> None:
     """Run Flower's two apps on this machine."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     is_fresh = "torch" not in sys.modules  # nothing was computed in this process: it can be forked
-    from flwr.app import Context, RecordDict
-
     from fedkd.flower.grid import LocalGrid, count_workers
-    from fedkd.flower.turns import RUN_ID, SERVER
 
     device = experiment.device(config.device)
-    workers = count_workers(config.workers, config.clients, config.threads, device)
-    run_config = config.run_config()
     with LocalGrid(
         "fedkd.flower.client_app:app",
         config.clients,
-        run_config,
-        workers,
+        config.run_config(),
+        count_workers(config.workers, config.clients, config.threads, device),
         timeout=config.client_timeout,
         fork=is_fresh and device == "cpu" and sys.platform == "linux",
         disk=Path(config.out),
     ) as grid:
-        from fedkd.flower import server_app
+        from fedkd.flower.server_app import serve
 
-        server_app.app(grid, Context(RUN_ID, SERVER, {}, RecordDict(), run_config))
+        serve(grid, config)
 
 
 if __name__ == "__main__":

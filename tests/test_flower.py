@@ -27,7 +27,7 @@ def exchange_of(config):
     grid = LocalGrid(client_app.app, config.clients, config.run_config())
 
     def exchange(kind, number, clients, request):
-        return server_app.exchange(grid, config, kind, number, clients, request)
+        return server_app.exchange(grid, grid.get_node_ids(), config, kind, number, clients, request)
 
     return exchange
 
@@ -170,7 +170,13 @@ def test_a_new_run_starts_with_an_empty_memory():
     grid = LocalGrid(client_app.app, config.clients, config.run_config())
 
     def ask(member, number):
-        return next(iter(server_app.exchange(grid, member, "train", number, [0], {"round": torch.tensor(number)})))
+        return next(
+            iter(
+                server_app.exchange(
+                    grid, grid.get_node_ids(), member, "train", number, [0], {"round": torch.tensor(number)}
+                )
+            )
+        )
 
     first = ask(other.config, 1)
     ask(one.config, 1)
@@ -184,7 +190,7 @@ def test_replies_that_are_no_replies_are_failures_with_a_reason(grid):
     def answers(content):
         app = ClientApp()
         app.train()(lambda message, context: Message(content, reply_to=message))
-        return next(iter(server_app.exchange(LocalGrid(app, 1, {}), config, "train", 1, [0], {})))
+        return next(iter(server_app.exchange(LocalGrid(app, 1, {}), range(1, 2), config, "train", 1, [0], {})))
 
     assert "without arrays" in answers(RecordDict()).failure
     broken = to_record({"x": torch.zeros(3)})

@@ -15,7 +15,8 @@ import pytest
 
 from fedkd import tensors
 from fedkd.config import Config
-from fedkd.data import partitioners, readers
+from fedkd.data import readers
+from fedkd.data.partition import Partition
 from fedkd.simulate import simulate
 from tests.conftest import FLAGS, ROOT, TINY, play, run, tiny
 
@@ -116,7 +117,7 @@ def test_the_run_directory(finished):
     assert json.loads((out / "env.json").read_text())["packages"]["flwr"].startswith("1.4")
     with np.load(out / "partition.npz") as held:
         parts = np.split(held["seed0_rows"], held["seed0_ends"][:-1])
-        assert partitioners.digest(parts) == json.loads(process.stdout)["runs"][0]["partition_sha256"]
+        assert Partition.of(parts).digest() == json.loads(process.stdout)["runs"][0]["partition_sha256"]
         assert not set(held["seed0_proxy"]) & set(held["seed0_rows"])
         assert held["seed0_counts"].sum() == len(held["seed0_rows"])
 

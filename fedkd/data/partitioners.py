@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from fedkd import cache, seeds, specs
+from fedkd.data.partition import Partition
 from fedkd.errors import FedkdError, PluginError, UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +33,11 @@ Alpha = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A partitioner of flwr-datasets and its arguments; ``by_clients`` may add some."""
+    """A partitioner of flwr-datasets and its arguments; ``by_clients`` may add some.
+
+    ``direct`` deals shuffled rows as the library would, where that takes one line: the library needs
+    seconds to be imported and a millisecond a client.
+    """
 
     kind: str
     by_label: bool = False
@@ -40,11 +45,18 @@ class Recipe:
     is_seeded: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
     by_clients: Callable[[Rows, int], Mapping[str, object]] | None = None
+    direct: Callable[[Rows, int], Partition] | None = None
 
 
 def iid() -> Recipe:
     """Equal shares, drawn at random."""
-    return Recipe("IidPartitioner")
+
+    def cut(order: Rows, clients: int) -> Partition:
+        small, larger = divmod(len(order), clients)
+        sizes = np.full(clients, small) + (np.arange(clients) < larger)
+        return Partition(order, np.cumsum(sizes))
+
+    return Recipe("IidPartitioner", direct=cut)
 
 
 def dirichlet(*, alpha: Alpha = 0.5, min_size: PositiveInt = 2, self_balancing: bool = False) -> Recipe:
@@ -140,8 +152,14 @@ def grouped_natural_id(*, group: PositiveInt = 2) -> Recipe:
     return Recipe("GroupedNaturalIdPartitioner", by_label=True, is_counted=False, options=options)
 
 
+#: Nothing is dealt: every node of a deployment brings its own rows.
+OWN = "own"
+
+
 def check(text: str) -> None:
     """Look the name and the options up, without dealing anything."""
+    if text == OWN:
+        return
     if not specs.parse(text).is_plugin:
         specs.call("partitioner", text)
     else:
@@ -151,8 +169,8 @@ def check(text: str) -> None:
 RESERVED = ("num_partitions", "seed", "partition_by")
 
 
-def deal(text: str, labels: Rows, clients: int, seed: int) -> list[Rows]:
-    """One sorted array of positions in ``labels`` for each client, no position twice.
+def deal(text: str, labels: Rows, clients: int, seed: int) -> Partition:
+    """Positions in ``labels`` for each client, sorted, no position twice.
 
     Raises:
         UsageError: the labels cannot be dealt so.
@@ -163,21 +181,20 @@ def deal(text: str, labels: Rows, clients: int, seed: int) -> list[Rows]:
         raise UsageError(f"{clients} clients cannot share {len(labels)} images; use --clients {len(labels)} or fewer.")
     if specs.parse(text).is_plugin:
         return _checked(_by_plugin(text, labels, clients, seed), len(labels), clients, text, PluginError)
+    recipe: Recipe = specs.call("partitioner", text)
+    if recipe.direct is not None:
+        return recipe.direct(_shuffled(labels, seed), clients).sorted()
     described = json.dumps([2, text, clients, seed, hashlib.sha256(labels.tobytes()).hexdigest()])
     path = cache.directory() / "partitions" / f"{hashlib.sha256(described.encode()).hexdigest()[:24]}.npz"
     if (cached := _cached(path)) is None:
-        cached = _by_flower(specs.call("partitioner", text), text, labels, clients, seed)
-        cached = _checked(cached, len(labels), clients, text, UsageError)
+        cached = _checked(_by_flower(recipe, text, labels, clients, seed), len(labels), clients, text, UsageError)
         _keep(cached, path)
     return cached
 
 
-def digest(parts: Sequence[Rows]) -> str:
-    """SHA-256 of a partition: sizes and positions, little-endian, the same on every machine."""
-    sha = hashlib.sha256()
-    for part in parts:
-        sha.update(np.int64(len(part)).astype("<i8").tobytes() + part.astype("<i8").tobytes())
-    return sha.hexdigest()
+def _shuffled(labels: Rows, seed: int) -> Rows:
+    """All positions in random order: several of the partitioners cut the rows as they lie."""
+    return seeds.rng(seed, "partition", "order").permutation(len(labels))
 
 
 def _by_flower(recipe: Recipe, text: str, labels: Rows, clients: int, seed: int) -> list[Any]:
@@ -193,8 +210,7 @@ def _by_flower(recipe: Recipe, text: str, labels: Rows, clients: int, seed: int)
         options["num_partitions"] = clients
     if recipe.is_seeded:  # the library's own default is the constant 42
         options["seed"] = seeds.derive(seed, "partition") % 2**32
-    # Shuffled first: several of the partitioners cut the rows as they lie.
-    order = seeds.rng(seed, "partition", "order").permutation(len(labels))
+    order = _shuffled(labels, seed)
     table = Dataset.from_dict({"index": order, "label": labels[order]})
     try:
         with warnings.catch_warnings(action="ignore"):  # what it warns of is checked or shown by us
@@ -245,8 +261,8 @@ def _require_count(count: int, clients: int, text: str, kind: type[FedkdError]) 
         raise kind(f"--partitioner {text!r} makes {count} shares for {clients} clients; use --clients {count}.")
 
 
-def _checked(parts: object, rows: int, clients: int, text: str, kind: type[FedkdError]) -> list[Rows]:
-    """The parts as sorted int64 arrays, if they are a partition of some of the rows."""
+def _checked(parts: object, rows: int, clients: int, text: str, kind: type[FedkdError]) -> Partition:
+    """The parts with sorted rows, if they are a partition of some of the rows."""
 
     def wrong(what: str) -> FedkdError:
         return kind(f"--partitioner {text} {what}.")
@@ -255,36 +271,36 @@ def _checked(parts: object, rows: int, clients: int, text: str, kind: type[Fedkd
         raise wrong(f"returned {type(parts).__name__}, not a list of index arrays")
     if len(parts) != clients:
         raise wrong(f"returned {len(parts)} index arrays for {clients} clients")
-    checked = []
-    for client, part in enumerate(parts):
-        array = np.asarray(part)
+    arrays = [np.asarray(part) for part in parts]
+    for client, array in enumerate(arrays):
         if array.size == 0:
             raise wrong(f"gave client {client} no rows; every client needs at least one")
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise wrong(f"gave client {client} {array.dtype} of shape {array.shape}, not a row of integer indices")
-        if array.min() < 0 or array.max() >= rows:
-            raise wrong(f"gave client {client} an index out of range: there are {rows} rows, counted from 0")
-        checked.append(np.sort(array.astype(np.int64)))
-    together = np.concatenate(checked)
-    values, counts = np.unique(together, return_counts=True)
-    if len(values) < len(together):
+    dealt = Partition.of(arrays)
+    outside = (dealt.rows < 0) | (dealt.rows >= rows)
+    if outside.any():
+        client = dealt.owners[outside.argmax()]
+        raise wrong(f"gave client {client} an index out of range: there are {rows} rows, counted from 0")
+    values, counts = np.unique(dealt.rows, return_counts=True)
+    if len(values) < len(dealt.rows):
         raise wrong(f"dealt row {values[counts > 1][0]} more than once; shares may not overlap")
-    return checked
+    return dealt.sorted()
 
 
-def _cached(path: Any) -> list[Rows] | None:
+def _cached(path: Any) -> Partition | None:
     try:
         with np.load(path, allow_pickle=False) as held:
-            return list(np.split(held["rows"], held["ends"][:-1]))
+            return Partition(held["rows"], held["ends"])
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None  # not there, or torn: dealt again
 
 
-def _keep(parts: list[Rows], path: Any) -> None:
+def _keep(dealt: Partition, path: Any) -> None:
     part = path.with_name(path.stem + ".part.npz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(part, rows=np.concatenate(parts), ends=np.cumsum([len(p) for p in parts]))
+        np.savez(part, rows=dealt.rows, ends=dealt.ends)
         part.replace(path)
     except OSError:  # only costs time at the next start
         part.unlink(missing_ok=True)

@@ -74,5 +74,11 @@ def draw(public: Tensor, size: int | None, known: list[Images], seed: int, text:
     return public[torch.from_numpy(rows)]
 
 
+def shared(pixels: Tensor, public: list[Tensor]) -> int:
+    """How many of the images occur among public ones."""
+    known = {key for images in public for key in _keys(images)}
+    return sum(key in known for key in _keys(pixels))
+
+
 def _keys(pixels: Tensor) -> list[bytes]:
     return [hashlib.blake2b(image.tobytes(), digest_size=12).digest() for image in pixels.numpy()]

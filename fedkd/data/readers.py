@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,25 +15,35 @@ import torch
 from torch import Tensor
 
 from fedkd import cache, seeds, tensors
+from fedkd.data.scaling import Scaling
 from fedkd.data.sources import Source, is_reachable, parquet_files, searched
 from fedkd.errors import DataError, FedkdError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LAYOUT = 1  # of the cached files; raise it when what is in them changes
+LAYOUT = 2  # of the cached files; raise it when what is in them changes
 
 
 @dataclass(frozen=True)
 class Images:
-    """Pixels [N, H, W, 3] uint8, labels [N] int64, and how many classes there are."""
+    """Pixels [N, H, W, 3] uint8, labels [N] int64, and how many classes there are.
+
+    ``names`` are those of the classes where the data has any, ``scaling`` is that of a whole split.
+    """
 
     pixels: Tensor
     labels: Tensor
     classes: int
+    names: tuple[str, ...] = ()
+    scaling: Scaling | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def first(self, count: int) -> Images:
+        """The first ``count`` images."""
+        return Images(self.pixels[:count], self.labels[:count], self.classes, self.names)
 
 
 def read(source: Source, split: str, data_dir: str = "") -> Images:
@@ -55,6 +66,7 @@ def read(source: Source, split: str, data_dir: str = "") -> Images:
         raise
     except Exception as error:  # whatever a reader raises over damaged files
         raise DataError(f"Cannot read {source.name} ({split}): {type(error).__name__}: {error}.") from error
+    images = dataclasses.replace(images, scaling=Scaling.of(images.pixels))
     _keep(images, path)
     return _cached(path) or images  # mapped from the file, so that processes share it
 
@@ -62,9 +74,9 @@ def read(source: Source, split: str, data_dir: str = "") -> Images:
 def _place(source: Source) -> object:
     """What tells one state of a local folder from another."""
     root = Path(source.argument)
-    if source.reader not in ("class_folders", "hugging_face") or not root.is_dir():
+    if source.reader not in ("class_folders", "hugging_face", "own") or not root.exists():
         return None
-    files = sorted(root.rglob("*"))
+    files = sorted(root.rglob("*")) or [root]
     return [str(root.resolve()), len(files), max((f.stat().st_mtime_ns for f in files), default=0)]
 
 
@@ -73,13 +85,23 @@ def _cached(path: Path) -> Images | None:
         return None
     try:
         held = tensors.load(path)
-        return Images(held["pixels"], held["labels"], int(held["classes"]))
+        names = json.loads(held["names"].numpy().tobytes())
+        mean, std = held["scaling"].tolist()
+        return Images(held["pixels"], held["labels"], int(held["classes"]), (*names,), Scaling((*mean,), (*std,)))
     except Exception:  # a torn or foreign file is made again
         return None
 
 
 def _keep(images: Images, path: Path) -> None:
-    held = {"pixels": images.pixels, "labels": images.labels, "classes": torch.tensor(images.classes)}
+    assert images.scaling is not None
+    names = np.frombuffer(json.dumps(images.names).encode(), np.uint8)
+    held = {
+        "pixels": images.pixels,
+        "labels": images.labels,
+        "classes": torch.tensor(images.classes),
+        "names": torch.from_numpy(names.copy()),
+        "scaling": torch.tensor([images.scaling.mean, images.scaling.std], dtype=torch.float64),
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors.save(held, path)
@@ -131,8 +153,8 @@ def _of_torchvision(dataset: Any, source: Source) -> Images:
     labels = getattr(dataset, "targets", None)
     labels = torch.as_tensor(np.asarray(dataset.labels if labels is None else labels), dtype=torch.int64)
     pictures = (dataset[i][0] for i in range(len(dataset)))
-    classes = len(getattr(dataset, "classes", ())) or int(labels.max()) + 1
-    return Images(pixels_of(pictures, source.pixels), labels, classes)
+    names = tuple(getattr(dataset, "classes", ()))
+    return Images(pixels_of(pictures, source.pixels), labels, len(names) or int(labels.max()) + 1, names)
 
 
 def _parquet(source: Source, files: list[Path]) -> Images:
@@ -169,9 +191,9 @@ def _of_hugging_face(table: Any, source: Source) -> Images:
     if not images or not labels:
         raise DataError(f"{source.name} has no image and label columns; it has {', '.join(table.features)}.")
     values = torch.tensor(table[labels[0]][:], dtype=torch.int64)
-    names = getattr(table.features[labels[0]], "names", None)
+    names = tuple(getattr(table.features[labels[0]], "names", None) or ())
     pictures = (row[images[0]] for row in table.select_columns(images[:1]))
-    return Images(pixels_of(pictures, source.pixels), values, len(names) if names else int(values.max()) + 1)
+    return Images(pixels_of(pictures, source.pixels), values, len(names) or int(values.max()) + 1, names)
 
 
 def _class_folders(source: Source, split: str, data_dir: str) -> Images:
@@ -184,6 +206,38 @@ def _class_folders(source: Source, split: str, data_dir: str) -> Images:
     return _of_torchvision(dataset, source)
 
 
+def _own(source: Source, split: str, data_dir: str) -> Images:
+    """What one node holds: a folder with a folder of images per class, or of parquet files."""
+    from torchvision.datasets import ImageFolder
+
+    root = Path(source.argument).expanduser()
+    if files := [root] if root.suffix == ".parquet" else sorted(root.glob("*.parquet")):
+        return _parquet(source, files)
+    if not root.is_dir():
+        raise DataError(f"There is no folder {root}; it should hold parquet files, or a folder of images per class.")
+    return _of_torchvision(ImageFolder(str(root)), source)
+
+
+def renumbered(images: Images, names: Sequence[str], classes: int, where: str) -> Images:
+    """The same images with labels that number the classes as everybody does.
+
+    A node that has no image of some class would else number those after it wrongly.
+
+    Raises:
+        DataError: a class that nobody knows.
+
+    """
+    if images.names and images.names != tuple(names):
+        known = names or [str(number) for number in range(classes)]
+        if strangers := sorted(set(images.names) - set(known)):
+            raise DataError(f"{where} has classes {', '.join(strangers)}, which are none of {', '.join(known)}.")
+        places = torch.tensor([known.index(name) for name in images.names])
+        images = dataclasses.replace(images, labels=places[images.labels])
+    if not 0 <= int(images.labels.min()) <= int(images.labels.max()) < classes:
+        raise DataError(f"{where} has labels beyond the {classes} classes of this run.")
+    return dataclasses.replace(images, classes=classes, names=tuple(names))
+
+
 def _digits(source: Source, split: str, data_dir: str) -> Images:
     """Every fifth row is a test row: the set is not sorted, and its writers stay mixed."""
     import PIL.Image
@@ -193,7 +247,8 @@ def _digits(source: Source, split: str, data_dir: str) -> Images:
     rows = (np.arange(len(labels)) % 5 == 4) == (split == "test")
     gray = (data[rows].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
     pictures = (PIL.Image.fromarray(image) for image in gray)
-    return Images(pixels_of(pictures, source.pixels), torch.from_numpy(labels[rows]).long(), 10)
+    names = tuple(map(str, range(10)))
+    return Images(pixels_of(pictures, source.pixels), torch.from_numpy(labels[rows]).long(), 10, names)
 
 
 def _noise(source: Source, split: str, data_dir: str) -> Images:
@@ -207,6 +262,7 @@ READERS = {
     "torchvision": _torchvision,
     "hugging_face": _hugging_face,
     "class_folders": _class_folders,
+    "own": _own,
     "digits": _digits,
     "noise": _noise,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from fedkd.data.partition import Partition
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,15 @@ class Skew:
     coverage: float
 
 
-def counts(labels: NDArray[np.int64], parts: Sequence[NDArray[np.int64]], classes: int) -> NDArray[np.int64]:
+def counts(labels: NDArray[np.int64], dealt: Partition, classes: int) -> NDArray[np.int64]:
     """Rows of each class that each client holds [clients, classes]."""
-    return np.stack([np.bincount(labels[part], minlength=classes) for part in parts])
+    cells = np.bincount(dealt.owners * classes + labels[dealt.rows], minlength=len(dealt) * classes)
+    return cells.reshape(len(dealt), classes)
 
 
-def measure(labels: NDArray[np.int64], parts: Sequence[NDArray[np.int64]], classes: int, rows: int) -> Skew:
+def measure(labels: NDArray[np.int64], dealt: Partition, classes: int, rows: int) -> Skew:
     """The skew of a partition of ``rows`` rows."""
-    table = counts(labels, parts, classes)
+    table = counts(labels, dealt, classes)
     sizes = table.sum(1)
     mixes = table / sizes[:, None]
     everybody = table.sum(0) / table.sum()

@@ -75,9 +75,14 @@ def folder(path: str, /, *, pixels: Pixels = 32, flip: bool = True) -> Source:
     return Source(f"folder:{path}", "class_folders", path, pixels=pixels, flip=flip)
 
 
-def noise(*, size: PositiveInt = 5000) -> Source:
+def own(path: str, pixels: int) -> Source:
+    """What one node of a deployment holds; no name on the command line leads here."""
+    return Source(f"data {path}", "own", path, pixels=pixels)
+
+
+def noise(*, size: PositiveInt = 5000, pixels: Pixels = 32) -> Source:
     """Uniform noise with random labels, for measuring: nothing can be learned from it."""
-    return Source("noise", "noise", count=size)
+    return Source("noise", "noise", count=size, pixels=pixels)
 
 
 def searched(data_dir: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -10,7 +11,9 @@ from flwr.clientapp import ClientApp
 from fedkd import learning
 from fedkd.algorithm import Client
 from fedkd.config import Config
-from fedkd.experiment import Experiment, prepared
+from fedkd.data.partitioners import OWN
+from fedkd.errors import DataError, UsageError
+from fedkd.experiment import Experiment, own, prepared
 from fedkd.flower.records import ARRAYS, CONFIG, MEMORY, METRICS, from_record, to_record
 from fedkd.runtime import settle
 from fedkd.tensors import take
@@ -45,20 +48,40 @@ def evaluate(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
+@app.query()
+def enroll(message: Message, context: Context) -> Message:
+    """Say which client this node is: engines of Flower's number their nodes at random."""
+    held = context.node_config.get("partition-id")
+    if held is None:
+        raise UsageError('This node has no number; start it with --node-config "partition-id=0 ...", 1, and so on.')
+    return Message(RecordDict({METRICS: MetricRecord({"client": _int(held)})}), reply_to=message)
+
+
 def _client(message: Message, context: Context) -> tuple[Experiment, Client]:
     """Which run this is, and this client in it. A new run starts with an empty memory."""
     config = message.content[CONFIG]
     assert isinstance(config, ConfigRecord)
     algorithm, seed, number = str(config["algorithm"]), _int(config["seed"]), _int(config["round"])
-    member = Config.parse(context.run_config).member(algorithm, seed, str(config["dataset"]))
+    member = _member(tuple(sorted(context.run_config.items())), algorithm, seed, str(config["dataset"]))
     settle(member.threads)
     experiment = prepared(member)
     held = context.state.get(MEMORY)
-    owner = f"{algorithm} {seed}"
+    owner = f"{context.run_id} {algorithm} {seed}"
     if context.state.get("owner") != (mark := ConfigRecord({"run": owner})):
         held, context.state["owner"] = None, mark
     memory = from_record(held) if isinstance(held, ArrayRecord) else {}
-    return experiment, experiment.client(_int(context.node_config["partition-id"]), number, memory)
+    data = None
+    if member.partitioner == OWN:
+        if "data" not in context.node_config:
+            raise DataError("This node has no data; start it with --node-config \"... data='/path/to/its/folder'\".")
+        data = own(str(context.node_config["data"]), member)
+    return experiment, experiment.client(_int(context.node_config["partition-id"]), number, memory, data)
+
+
+@lru_cache(maxsize=2)
+def _member(run_config: tuple[tuple[str, Any], ...], algorithm: str, seed: int, dataset: str) -> Config:
+    """Kept, since parsing takes longer than all else around a turn."""
+    return Config.parse(dict(run_config)).member(algorithm, seed, dataset)
 
 
 def _arrays(content: RecordDict) -> ArrayRecord:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from fedkd import runs
 from fedkd.algorithm import Update
 from fedkd.conduct import conduct
 from fedkd.config import Config
+from fedkd.errors import RunError
 from fedkd.experiment import prepared
 from fedkd.flower.records import ARRAYS, CONFIG, METRICS, from_record, to_record, weigh
-from fedkd.rounds import Reply, Traffic
+from fedkd.rounds import Reply, Traffic, last_line
 from fedkd.runtime import settle
 
 if TYPE_CHECKING:
@@ -23,40 +25,91 @@ if TYPE_CHECKING:
 
 app = ServerApp()
 POLL = 0.05  # seconds between looks at a grid that has nothing yet
+START = 300.0  # seconds for all nodes of an engine to be there
+SILENCE = 3600.0  # seconds without any reply that end a round, where --client-timeout sets no limit
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Play the run config's algorithms and seeds, and write the run directory."""
-    config = Config.parse(context.run_config)
+    """Flower's own door: the run config names everything."""
+    serve(grid, runs.begin(Config.parse(context.run_config)))
+
+
+def serve(grid: Grid, config: Config) -> None:
+    """Play the config's algorithms and seeds over a grid, and write the run directory."""
     settle(config.threads)
-    conduct(config, partial(exchange, grid))
+    conduct(config, lambda: partial(exchange, grid, enroll(grid, config)))
+
+
+def enroll(grid: Grid, config: Config) -> Sequence[int]:
+    """The node that plays each client.
+
+    Raises:
+        RunError: not exactly the nodes that are wanted are there in time.
+
+    """
+    nodes = grid.get_node_ids()
+    if isinstance(nodes, range):  # the local grid's: the i-th node is client i, and a million cost nothing
+        return nodes
+    deadline = time.monotonic() + START
+    while len(found := sorted(set(grid.get_node_ids()))) < config.clients and time.monotonic() < deadline:
+        time.sleep(POLL)
+    if len(found) != config.clients:
+        raise RunError(
+            f"There are {len(found)} nodes for --clients {config.clients}; start as many as there are clients."
+        )
+    asked = {node: grid.create_message(RecordDict(), "query", node, "0") for node in found}
+    pending = dict(zip(grid.push_messages(list(asked.values())), asked, strict=True))
+    node_of: dict[int, int] = {}
+    for node, reply in _replies(grid, pending, START):
+        if reply.has_error():
+            raise RunError(
+                f"A node did not say which client it is: {last_line(reply.error.reason or 'no reason given')}."
+            )
+        node_of[int(reply.content.metric_records[METRICS]["client"])] = node  # type: ignore[arg-type]
+    if sorted(node_of) != list(range(config.clients)):
+        raise RunError(
+            f"The nodes call themselves clients {sorted(node_of)}; give each its own partition-id, "
+            f"0 to {config.clients - 1}, by --node-config."
+        )
+    return [node_of[client] for client in range(config.clients)]
 
 
 def exchange(
-    grid: Grid, member: Config, kind: str, number: int, clients: list[int], request: Tensors
+    grid: Grid,
+    nodes: Sequence[int],
+    member: Config,
+    kind: str,
+    number: int,
+    clients: list[int],
+    request: Tensors,
 ) -> Iterator[Reply]:
     """Send ``request`` to the clients and yield their replies as they come.
 
     Those with most rows come first: what is begun last should not be what takes longest.
     """
-    nodes = sorted(grid.get_node_ids())
     parts = prepared(member).parts
-    arrays, pending = to_record(request), {}
-    for client in sorted(clients, key=lambda client: -len(parts[client])):
-        config = ConfigRecord({"round": number, "algorithm": member.algorithm, "seed": member.seed})
-        config["dataset"] = member.dataset
-        content = RecordDict({ARRAYS: arrays, CONFIG: config})
-        message = grid.create_message(content, kind, nodes[client], str(number))
-        down = weigh(content)
-        for message_id in grid.push_messages([message]):
-            pending[message_id] = (client, down)
-    while pending:
+    config = ConfigRecord(
+        {"round": number, "algorithm": member.algorithm, "seed": member.seed, "dataset": member.dataset}
+    )
+    content = RecordDict({ARRAYS: to_record(request), CONFIG: config})
+    arrays_down, rest_down = weigh(content)
+    order = sorted(clients, key=lambda client: -len(parts[client]))
+    messages = [grid.create_message(content, kind, nodes[client], str(number)) for client in order]
+    pending = dict(zip(grid.push_messages(messages), order, strict=True))
+    for client, reply in _replies(grid, pending, 2 * member.client_timeout or SILENCE):
+        yield _reply(client, reply, arrays_down, rest_down)
+
+
+def _replies(grid: Grid, pending: dict[str, int], patience: float) -> Iterator[tuple[int, Message]]:
+    """Who was asked, and the reply, as replies come; after ``patience`` seconds without any it ends."""
+    heard = time.monotonic()
+    while pending and time.monotonic() - heard < patience:
         came = False
         for reply in grid.pull_messages(list(pending)):
             came = True
-            client, (arrays_down, rest_down) = pending.pop(reply.metadata.reply_to_message_id)
-            yield _reply(client, reply, arrays_down, rest_down)
+            yield pending.pop(reply.metadata.reply_to_message_id), reply
+            heard = time.monotonic()
         if not came:
             time.sleep(POLL)
 

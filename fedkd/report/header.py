@@ -18,7 +18,7 @@ FLOAT = 4  # bytes of a float32, as weights and logits travel
 def lines(experiment: Experiment, fallback: str) -> list[tuple[str, str]]:
     """Titles and texts that hold for every method of a comparison; ``fallback`` is why it is not CIFAR-10."""
     kit, config = experiment.kit, experiment.config
-    private = sum(map(len, experiment.dealt))
+    private = len(experiment.dealt.rows)
     height, width = kit.proxy.shape[1:3]
     said = []
     if fallback:
@@ -30,16 +30,7 @@ def lines(experiment: Experiment, fallback: str) -> list[tuple[str, str]]:
             f"{len(experiment.test):,} test, {height}x{width}, {kit.classes} classes",
         )
     )
-    rows = len(experiment.train) - (0 if experiment.proxy_rows is None else len(experiment.proxy_rows))
-    found = skew.measure(experiment.train.labels.numpy(), experiment.dealt, kit.classes, rows)
-    said.append(
-        (
-            "partition",
-            f"{config.partitioner}, {plain(config.clients, 'client')} of {found.smallest:,} to {found.largest:,} "
-            f"images (median {found.median:,}), {found.classes:.1f} classes each in effect, "
-            f"{percent(found.distance, 0)} away from everybody's mix, {percent(found.coverage, 0)} of the rows dealt",
-        )
-    )
+    said.append(("partition", f"{config.partitioner}, {plain(config.clients, 'client')} {_shares(experiment)}"))
     counted = {name: tensors.numel(kit.initial(name)) for name in dict.fromkeys([*experiment.models, kit.student])}
     said.append(("models", ", ".join(f"{name} ({count:,} numbers)" for name, count in counted.items())))
     answer, weights = prod(kit.answers()) * FLOAT, counted[kit.student] * FLOAT
@@ -52,3 +43,16 @@ def lines(experiment: Experiment, fallback: str) -> list[tuple[str, str]]:
         )
     )
     return said
+
+
+def _shares(experiment: Experiment) -> str:
+    """How large the clients' shares are, and how unlike."""
+    if not len(experiment.dealt.rows):
+        return "that bring their own images"
+    rows = len(experiment.train) - (0 if experiment.proxy_rows is None else len(experiment.proxy_rows))
+    found = skew.measure(experiment.train.labels.numpy(), experiment.dealt, experiment.kit.classes, rows)
+    return (
+        f"of {found.smallest:,} to {found.largest:,} images (median {found.median:,}), "
+        f"{found.classes:.1f} classes each in effect, {percent(found.distance, 0)} away from everybody's mix, "
+        f"{percent(found.coverage, 0)} of the rows dealt"
+    )

@@ -6,6 +6,7 @@ import pytest
 from fedkd import specs
 from fedkd.catalog import CATALOG
 from fedkd.data import partitioners, skew
+from fedkd.data.partition import Partition
 from fedkd.errors import PluginError, UsageError
 
 LABELS = np.random.default_rng(0).integers(0, 10, 2000)
@@ -49,18 +50,15 @@ def test_the_catalog_has_every_horizontal_partitioner_of_the_library():
 
 @pytest.mark.parametrize("text", ["dirichlet:alpha=0.5", "iid", "pathological:classes=2", "shard"])
 def test_the_seed_alone_decides(text, monkeypatch, tmp_path):
-    first = partitioners.digest(deal(text, seed=1))
+    first = deal(text, seed=1).digest()
     monkeypatch.setenv("FEDKD_CACHE", str(tmp_path / "another"))
-    assert partitioners.digest(deal(text, seed=1)) == first
-    assert partitioners.digest(deal(text, seed=2)) != first
+    assert deal(text, seed=1).digest() == first
+    assert deal(text, seed=2).digest() != first
 
 
 def test_a_partition_is_the_same_on_every_machine():
     """Integers of NumPy's own generators: this hash may be committed."""
-    assert (
-        partitioners.digest(deal("dirichlet:alpha=0.5"))
-        == "a9f6ae2d6ebc347110aa6f78ac8fe0d5280baddd854df0ebf0fcfececa69f03c"
-    )
+    assert deal("dirichlet:alpha=0.5").digest() == "a9f6ae2d6ebc347110aa6f78ac8fe0d5280baddd854df0ebf0fcfececa69f03c"
 
 
 def test_the_second_time_it_comes_from_the_cache(monkeypatch):
@@ -71,10 +69,10 @@ def test_the_second_time_it_comes_from_the_cache(monkeypatch):
 
 
 def test_a_damaged_cache_is_made_again(tmp_path):
-    first = partitioners.digest(deal("iid"))
+    first = deal("shard").digest()
     for path in (tmp_path / "cache" / "partitions").iterdir():
         path.write_bytes(path.read_bytes()[:50])
-    assert partitioners.digest(deal("iid")) == first
+    assert deal("shard").digest() == first
 
 
 def test_smaller_alpha_is_more_skewed():
@@ -90,8 +88,8 @@ def test_pathological_gives_the_classes_it_says():
 
 def test_skew_of_known_shares():
     labels = np.array([0, 0, 1, 1])
-    alike = skew.measure(labels, [np.array([0, 2]), np.array([1, 3])], 2, 4)
-    apart = skew.measure(labels, [np.array([0, 1]), np.array([2])], 2, 4)
+    alike = skew.measure(labels, Partition.of([np.array([0, 2]), np.array([1, 3])]), 2, 4)
+    apart = skew.measure(labels, Partition.of([np.array([0, 1]), np.array([2])]), 2, 4)
     assert (alike.distance, alike.classes, alike.coverage) == (0.0, pytest.approx(2.0), 1.0)
     assert (apart.classes, apart.coverage, apart.smallest, apart.largest) == (pytest.approx(1.0), 0.75, 1, 2)
     assert apart.distance == pytest.approx((1 / 3 + 2 / 3) / 2)

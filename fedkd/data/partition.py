@@ -1,0 +1,64 @@
+"""Who holds which rows, laid end to end: a client costs eight bytes beside its rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Partition(Sequence["Rows"]):
+    """Client i holds ``rows[ends[i - 1] : ends[i]]``."""
+
+    rows: Rows
+    ends: Rows
+
+    @staticmethod
+    def of(parts: Iterable[Rows]) -> Partition:
+        """A partition from one array of rows a client."""
+        held = list(parts)
+        rows = np.concatenate([np.zeros(0, np.int64), *held]).astype(np.int64)
+        return Partition(rows, np.cumsum([len(part) for part in held], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, client: int) -> Rows: ...
+    @overload
+    def __getitem__(self, client: slice) -> list[Rows]: ...
+    def __getitem__(self, client: int | slice) -> Rows | list[Rows]:
+        if isinstance(client, slice):
+            return [self[i] for i in range(*client.indices(len(self)))]
+        if not -len(self) <= client < len(self):
+            raise IndexError(client)
+        client %= len(self)
+        return self.rows[self.ends[client - 1] if client else 0 : self.ends[client]]
+
+    @property
+    def sizes(self) -> Rows:
+        """How many rows each client holds."""
+        return np.diff(self.ends, prepend=0)
+
+    @property
+    def owners(self) -> Rows:
+        """The client of each of ``rows``."""
+        return np.repeat(np.arange(len(self), dtype=np.int64), self.sizes)
+
+    def sorted(self) -> Partition:
+        """The same with each client's rows in ascending order."""
+        return Partition(self.rows[np.lexsort((self.rows, self.owners))], self.ends)
+
+    def digest(self) -> str:
+        """SHA-256 over each client's size and rows, little-endian: the same on every machine."""
+        starts = self.ends - self.sizes
+        return hashlib.sha256(np.insert(self.rows, starts, self.sizes).astype("<i8").tobytes()).hexdigest()
