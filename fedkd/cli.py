@@ -23,12 +23,16 @@ OURS = {"FEDKD_CACHE"}  # variables that are no options
 
 
 def main(command: Callable[[Config], None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command whose options are those of `Config`."""
+    run(_app(command), argv)
+
+
+def run(app: App, argv: Sequence[str] | None = None) -> NoReturn:
     """Parse, run, and end the process with the documented exit code; no traceback for a mistake."""
     tokens = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in tokens
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        app = _app(command)
         app(tokens, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         _fail(UsageError(" ".join(str(error).split())), as_json)

@@ -45,7 +45,7 @@ def conduct(config: Config, connect: Callable[[], Send]) -> None:
     screen = Screen(Console(stderr=config.json))
     finished: list[Row] = []
     curves: dict[tuple[str, int], list[Row]] = {}
-    status, dataset, fallback = "failed", config.dataset, ""
+    status, dataset, fallback, reason = "failed", config.dataset, "", dict[str, object]()
     try:
         dataset, fallback = choose_dataset(config)
         members = config.members(dataset)
@@ -60,13 +60,14 @@ def conduct(config: Config, connect: Callable[[], Send]) -> None:
     except FedkdError as error:
         if error.details:
             runs.log(out, error.details)
+        reason = {"code": error.code, "message": str(error)}
         raise
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or asked to terminate
         status = "interrupted"
         raise
     finally:
         result = {"status": status, "out": str(out), "dataset": dataset, "dataset_fallback": fallback, "runs": finished}
-        runs.write_json(out / "result.json", result)
+        runs.write_json(out / "result.json", result | reason)
 
 
 def _prepare(members: list[Config], fallback: str, out: Path, screen: Screen) -> None:
@@ -110,7 +111,7 @@ def _measured(experiment: Experiment, exchange: Exchange, round_: Round, seconds
     due = round_.number % config.evaluate_every == 0 or round_.number == config.rounds
     members = measure.ensemble(experiment, exchange, round_) if due else None
     row = measure.row(experiment, round_, measure.student(experiment, round_), members)
-    return {**row, "seconds": round(seconds, 3), "evaluation_seconds": round(time.perf_counter() - start, 3)}
+    return {**row, "seconds": round(seconds, 5), "evaluation_seconds": round(time.perf_counter() - start, 5)}
 
 
 def _timed(rounds: Iterable[Round]) -> Iterator[tuple[Round, float]]:

@@ -112,12 +112,24 @@ class Config:
     )
     seeds: PositiveInt = option(1, "Run", "Repetitions, with seed, seed + 1, ...")
     device: str = option("auto", "Run", "auto, cpu, cuda, cuda:N.")
+    engine: Literal["local", "ray"] = option(
+        "local", "Run", "Who plays the clients: processes of fedkd's own, or Flower's simulation runtime on Ray."
+    )
     threads: PositiveInt = option(1, "Run", "Threads of arithmetic; results depend on it, to the bit.")
     workers: Annotated[str, Field(pattern=r"^(auto|[1-9]\d*)$")] = option(
         "auto", "Run", "Processes that play clients side by side; auto: as many as the cores have room for."
     )
     client_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = option(
         0.0, "Run", "Seconds after which a client's turn is ended and tried once more; 0: no limit."
+    )
+    ray_address: str = option(
+        "", "Run", "With --engine ray: a running cluster (auto, HOST:PORT); by default one is started."
+    )
+    client_cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = option(
+        1.0, "Run", "With --engine ray: processors for each client's turn."
+    )
+    client_gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = option(
+        0.0, "Run", "With --engine ray: GPUs, or a part of one, for each client's turn."
     )
     evaluate_every: PositiveInt = option(
         1, "Run", "Rounds between evaluations of clients and teacher on the test set; the last is always one."

@@ -96,7 +96,7 @@ def summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: str) 
         "clients": config.clients,
         "deploys": "clients" if rows[-1]["test_loss"] is None else "student",
         "test_accuracy": rows[-1]["test_accuracy"],
-        "test_accuracy_last5": fmean(accuracies[-5:]),
+        "test_accuracy_last5": fmean(accuracies[-5:]) if accuracies else None,
         "test_loss": rows[-1]["test_loss"],
         "teacher_accuracy": rows[-1]["teacher_accuracy"],
         "client_accuracy": rows[-1]["client_accuracy"],

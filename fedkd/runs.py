@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fedkd
-from fedkd.errors import UsageError
+from fedkd.errors import FedkdError, UsageError
 from fedkd.seeds import derive
 
 if TYPE_CHECKING:
@@ -91,6 +91,24 @@ def log(out: Path, text: str) -> None:
 def toml(config: Config) -> str:
     """The config as a scenario file. A JSON scalar is a TOML scalar."""
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.run_config().items())
+
+
+def note(out: Path, error: FedkdError) -> None:
+    """Say in ``result.json`` what ended a run: engines of Flower's end with 0 whatever happened."""
+    path = out / "result.json"
+    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"status": "failed", "out": str(out)}
+    write_json(path, {**held, "code": error.code, "message": str(error)})
+
+
+def failure(out: Path) -> FedkdError | None:
+    """What ended a run, read from its result."""
+    path = out / "result.json"
+    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if "code" not in held:
+        return None
+    error = FedkdError(held["message"])
+    error.code = held["code"]
+    return error
 
 
 def environment(device: str, dataset: str, fallback: str) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd import experiment, runs
 from fedkd.data.partitioners import OWN
-from fedkd.errors import DataError, PluginError, UsageError
+from fedkd.errors import FedkdError, RunError, UsageError
 
 if TYPE_CHECKING:
     from fedkd.config import Config
@@ -27,14 +28,17 @@ def simulate(config: Config) -> None:
     experiment.check(config)  # before torch is imported: a mistake is answered within a second
     if config.partitioner == OWN:
         raise UsageError("--partitioner own is for deployed nodes, which bring their own rows (docs/deployment.md).")
+    if config.engine == "ray" and (sys.platform == "win32" or find_spec("ray") is None):
+        raise UsageError("--engine ray needs Ray, on Linux or macOS: pip install 'fedkd[ray]'.")
     config = runs.begin(config)
     out = Path(config.out)
     stream = sys.stderr if config.json else sys.stdout
     print(f"run directory: {out}", file=stream, flush=True)
     try:
-        _play(config)
-    except (UsageError, DataError, PluginError):
-        runs.release(out)
+        (_play_on_ray if config.engine == "ray" else _play)(config)
+    except FedkdError as error:
+        if error.code != RunError.code:
+            runs.release(out)
         raise
     print(f"run directory: {out}", file=stream, flush=True)
     if config.json:
@@ -60,6 +64,14 @@ def _play(config: Config) -> None:
         from fedkd.flower.server_app import serve
 
         serve(grid, config)
+
+
+def _play_on_ray(config: Config) -> None:
+    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    from fedkd.flower import ray_engine
+
+    ray_engine.play(config)
 
 
 if __name__ == "__main__":

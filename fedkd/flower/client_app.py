@@ -14,7 +14,7 @@ from fedkd.config import Config
 from fedkd.data.partitioners import OWN
 from fedkd.errors import DataError, UsageError
 from fedkd.experiment import Experiment, own, prepared
-from fedkd.flower.records import ARRAYS, CONFIG, MEMORY, METRICS, from_record, to_record
+from fedkd.flower.records import ARRAYS, CONFIG, MEMORY, METRICS, OWNER, from_record, to_record
 from fedkd.runtime import settle
 from fedkd.tensors import take
 
@@ -27,7 +27,7 @@ def train(message: Message, context: Context) -> Message:
     experiment, client = _client(message, context)
     request = from_record(_arrays(message.content))
     update, memory = experiment.algorithm.local(experiment.kit, client, request)
-    context.state[MEMORY] = to_record(memory)
+    context.state[MEMORY], context.state[OWNER] = to_record(memory), _owner(message, context)
     metrics = MetricRecord({"num-examples": update.examples, **update.metrics})
     content = RecordDict({ARRAYS: to_record(update.tensors), METRICS: metrics})
     return Message(content, reply_to=message)
@@ -65,10 +65,8 @@ def _client(message: Message, context: Context) -> tuple[Experiment, Client]:
     member = _member(tuple(sorted(context.run_config.items())), algorithm, seed, str(config["dataset"]))
     settle(member.threads)
     experiment = prepared(member)
-    held = context.state.get(MEMORY)
-    owner = f"{context.run_id} {algorithm} {seed}"
-    if context.state.get("owner") != (mark := ConfigRecord({"run": owner})):
-        held, context.state["owner"] = None, mark
+    # A memory of another run is none. What it belongs to is kept with it: a turn that fails changes neither.
+    held = context.state.get(MEMORY) if context.state.get(OWNER) == _owner(message, context) else None
     memory = from_record(held) if isinstance(held, ArrayRecord) else {}
     data = None
     if member.partitioner == OWN:
@@ -76,6 +74,12 @@ def _client(message: Message, context: Context) -> tuple[Experiment, Client]:
             raise DataError("This node has no data; start it with --node-config \"... data='/path/to/its/folder'\".")
         data = own(str(context.node_config["data"]), member)
     return experiment, experiment.client(_int(context.node_config["partition-id"]), number, memory, data)
+
+
+def _owner(message: Message, context: Context) -> ConfigRecord:
+    """Which run a memory belongs to."""
+    config = message.content.config_records[CONFIG]
+    return ConfigRecord({"run": context.run_id, "algorithm": config["algorithm"], "seed": config["seed"]})
 
 
 @lru_cache(maxsize=2)

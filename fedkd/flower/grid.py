@@ -19,6 +19,8 @@ from flwr.supercore.run import Run
 from fedkd.flower.turns import RUN_ID, SERVER, Place
 from fedkd.flower.workers import Workers
 
+SMALL = 0.002  # seconds; a turn that takes less is not worth handing to another process
+
 
 def count_workers(asked: str, clients: int, threads: int, device: str) -> int:
     """How many processes play clients: as asked, or what the cores have room for; one on a GPU."""
@@ -35,7 +37,8 @@ class LocalGrid(Grid):
 
     With one worker and no time limit a turn is played in this process when its reply is pulled; else
     turns are played by processes, begun in the order they were pushed, and replies come as they are
-    done. A client that raises is answered for by an error message.
+    done; where such turns were `SMALL`, they too are played here. A client that raises is answered for
+    by an error message.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class LocalGrid(Grid):
         in_processes = workers > 1 or timeout > 0
         self._workers = Workers(self._place, workers, timeout, fork=fork) if in_processes else None
         self._pending: dict[str, Message] = {}
+        self._is_bounded, self._small = timeout > 0, set[str]()
 
     def __enter__(self) -> Self:
         """Start the workers, if any."""
@@ -109,11 +113,14 @@ class LocalGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """The replies, each as soon as it is there."""
         messages = [self._pending.pop(i) for i in message_ids if i in self._pending]
-        if self._workers is not None:
+        kinds = {message.metadata.message_type for message in messages}
+        start = time.perf_counter()
+        if self._workers is None or (not self._is_bounded and kinds <= self._small):
+            yield from (self._place.accept(self._place.play(message)) for message in messages)
+        else:
             yield from self._workers.play(messages)
-            return
-        for message in messages:
-            yield self._place.accept(self._place.play(message))
+        is_small = time.perf_counter() - start < SMALL * len(messages)
+        self._small = self._small | kinds if is_small else self._small - kinds
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Push, then pull."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from fedkd.tensors import Tensors
 
-ARRAYS, CONFIG, METRICS, MEMORY = "arrays", "config", "metrics", "memory"
+ARRAYS, CONFIG, METRICS, MEMORY, OWNER = "arrays", "config", "metrics", "memory", "owner"
 
 
 def to_record(tensors: Tensors) -> ArrayRecord:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -58,10 +58,9 @@ def enroll(grid: Grid, config: Config) -> Sequence[int]:
         raise RunError(
             f"There are {len(found)} nodes for --clients {config.clients}; start as many as there are clients."
         )
-    asked = {node: grid.create_message(RecordDict(), "query", node, "0") for node in found}
-    pending = dict(zip(grid.push_messages(list(asked.values())), asked, strict=True))
     node_of: dict[int, int] = {}
-    for node, reply in _replies(grid, pending, START):
+    asked = {node: (node, RecordDict()) for node in found}
+    for node, reply in _ask(grid, "query", 0, asked, START):
         if reply.has_error():
             raise RunError(
                 f"A node did not say which client it is: {last_line(reply.error.reason or 'no reason given')}."
@@ -95,14 +94,21 @@ def exchange(
     content = RecordDict({ARRAYS: to_record(request), CONFIG: config})
     arrays_down, rest_down = weigh(content)
     order = sorted(clients, key=lambda client: -len(parts[client]))
-    messages = [grid.create_message(content, kind, nodes[client], str(number)) for client in order]
-    pending = dict(zip(grid.push_messages(messages), order, strict=True))
-    for client, reply in _replies(grid, pending, 2 * member.client_timeout or SILENCE):
+    asked = {client: (nodes[client], content) for client in order}
+    for client, reply in _ask(grid, kind, number, asked, 2 * member.client_timeout or SILENCE):
         yield _reply(client, reply, arrays_down, rest_down)
 
 
-def _replies(grid: Grid, pending: dict[str, int], patience: float) -> Iterator[tuple[int, Message]]:
-    """Who was asked, and the reply, as replies come; after ``patience`` seconds without any it ends."""
+def _ask(
+    grid: Grid, kind: str, number: int, asked: Mapping[int, tuple[int, RecordDict]], patience: float
+) -> Iterator[tuple[int, Message]]:
+    """Who was asked (a node, with what), and the reply, as replies come.
+
+    It ends after ``patience`` seconds without any: a node that is gone may never be answered for.
+    """
+    messages = [grid.create_message(content, kind, node, str(number)) for node, content in asked.values()]
+    # An engine that cannot take a message gives None for it, or no list at all.
+    pending = {sent: who for who, sent in zip(asked, grid.push_messages(messages), strict=False) if sent}
     heard = time.monotonic()
     while pending and time.monotonic() - heard < patience:
         came = False

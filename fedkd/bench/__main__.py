@@ -1,0 +1,141 @@
+"""``python -m fedkd.bench``: what a run costs on this machine, in one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+from pydantic import PositiveInt
+from rich.console import Console
+
+from fedkd import cli, runs
+from fedkd.bench import report, stacks
+from fedkd.bench.stacks import Timing, Work
+
+PARTS = ("peak", "fedavg", "ensemble", "idle", "many")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What is run, and by name the stack whose time it is held against."""
+
+    run: Callable[..., Timing]
+    against: str = ""
+
+
+app = App(
+    name="python -m fedkd.bench",
+    help_flags=["--help", "-h"],
+    version_flags=[],
+    result_action="return_value",
+    help_format="plaintext",
+)
+
+
+@app.default
+def bench(
+    *,
+    clients: Annotated[PositiveInt, Parameter(help="Clients, all of which take part.")] = 20,
+    images: Annotated[PositiveInt, Parameter(help="Images of each client.")] = 512,
+    rounds: Annotated[PositiveInt, Parameter(help="Rounds of each run.")] = 5,
+    repeats: Annotated[PositiveInt, Parameter(help="Timed runs of each stack, in turn; one more is weighed.")] = 3,
+    parts: Annotated[
+        tuple[str, ...], Parameter(help=f"What is measured: {', '.join(PARTS)}.", consume_multiple=True)
+    ] = PARTS,
+    out: Annotated[Path, Parameter(help="Where bench.json and bench.png go.")] = Path("bench"),
+) -> None:
+    """Measure fedkd beside a bare PyTorch loop and other simulators, all in one run on this machine.
+
+    Stacks are played in turn, so that a machine that slows down slows all of them. What is not
+    installed is left out: pip install 'fedkd[bench]' brings Ray, psutil and pfl-research.
+    """
+    console = Console(width=120)
+    out.mkdir(parents=True, exist_ok=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    work = Work(clients, images, rounds)
+    found: dict[str, Any] = {"machine": runs.environment("cpu", "noise", ""), "cores": cores}
+    found |= {"work": dataclasses.asdict(work), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    if "peak" in parts:
+        found["peak"] = {str(threads): stacks.peak(threads) for threads in dict.fromkeys((1, cores))}
+        found["import_torch"] = median(stacks.importing("torch") for _ in range(repeats))
+    for part, measured in plan(work, cores).items():
+        if part in parts:
+            found[part] = _measure(measured, repeats, console)
+            console.print(report.table(part, found))
+            runs.write_json(out / "bench.json", found)
+    if "fedavg" in found:
+        report.draw(found, out / "bench.png")
+    console.print(f"{out / 'bench.json'}")
+
+
+def plan(work: Work, cores: int) -> dict[str, dict[str, Stack]]:
+    """The stacks of each part, by name; those whose library is not installed are left out."""
+    idle = Work(work.clients, 2, 100, "cnn:width=8", "fedkd.bench.idle:Idle")
+    some = dataclasses.replace(idle, clients=10, images=1, registered=1_000_000)
+    many = [Work(20, 2, 30, registered=registered) for registered in (20, 1_000, 100_000)]
+    return {
+        "fedavg": _own(work, cores) | _others(work, cores),
+        "ensemble": _own(dataclasses.replace(work, algorithm="ensemble", proxy=1000), cores),
+        "idle": {
+            f"{idle.clients} of {idle.clients} clients": Stack(partial(stacks.fedkd, idle)),
+            "10 of 1,000,000 clients": Stack(partial(stacks.fedkd, some, dataset="noise:size=1000512,pixels=8")),
+        },
+        "many": {
+            f"20 of {few.registered:,} clients": Stack(
+                partial(stacks.fedkd, few, dataset="noise:size=200512"), "20 of 20 clients"
+            )
+            for few in many
+        },
+    }
+
+
+def _own(work: Work, cores: int) -> dict[str, Stack]:
+    held = {}
+    for workers in dict.fromkeys((1, cores)):
+        floor = f"bare loop, {workers} process{'es' * (workers > 1)}"
+        held[floor] = Stack(partial(stacks.bare, work, workers))
+        held[_fedkd(workers)] = Stack(partial(stacks.fedkd, work, workers=str(workers)), floor)
+    return held
+
+
+def _others(work: Work, cores: int) -> dict[str, Stack]:
+    held, ours = {}, _fedkd(cores)
+    if stacks.is_installed("ray"):
+        held["fedkd on Ray"] = Stack(partial(stacks.fedkd, work, engine="ray"), ours)
+        held["Flower's simulation, as it comes"] = Stack(partial(stacks.flower, work, 2), ours)
+        held["Flower's simulation, 1 CPU a client"] = Stack(partial(stacks.flower, work, 1), ours)
+    if stacks.is_installed("pfl"):
+        held[f"pfl-research, {cores} processes"] = Stack(partial(stacks.pfl, work, cores), ours)
+    return held
+
+
+def _fedkd(workers: int) -> str:
+    return f"fedkd, {workers} worker{'s' * (workers > 1)}"
+
+
+def _measure(measured: dict[str, Stack], repeats: int, console: Console) -> dict[str, Any]:
+    """All timings of each stack. The first run of each is weighed and not timed: it also fills the caches."""
+    weighs = stacks.is_installed("psutil")
+    found: dict[str, Any] = {}
+    for repeat in range(repeats + 1):
+        for name, stack in measured.items():
+            timing = stack.run(weigh=weighs and repeat == 0)
+            console.print(f"{name}: {median(timing.rounds):.4f} s a round, {timing.rest:.1f} s beside", style="dim")
+            if repeat == 0:
+                found[name] = {"against": stack.against, "runs": []}
+                found[name] |= {"megabytes": timing.megabytes, "bytes": timing.bytes, "messages": timing.messages}
+            else:
+                found[name]["runs"].append({"rounds": timing.rounds, "rest": timing.rest, "begun": timing.begun})
+    return found
+
+
+if __name__ == "__main__":
+    cli.run(app)

@@ -1,0 +1,21 @@
+"""A method in which nobody does anything: what is left is the engine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedkd.algorithm import Algorithm, Client, Update
+
+if TYPE_CHECKING:
+    from fedkd.kit import Kit
+    from fedkd.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Idle(Algorithm):
+    """Clients answer at once, with the time in seconds at which they were asked."""
+
+    def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
+        return Update({}, len(client.data), {"time": time.time()}), {}
