@@ -87,6 +87,7 @@ def _app(command: Callable[[Config], None]) -> App:
         version_flags=[],
         result_action="return_value",
         help_format="plaintext",
+        suppress_keyboard_interrupt=False,  # `run` answers it
     )
     app.default(run)
     return app

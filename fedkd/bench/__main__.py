@@ -37,6 +37,7 @@ app = App(
     version_flags=[],
     result_action="return_value",
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,
 )
 
 

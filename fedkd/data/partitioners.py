@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -297,7 +298,7 @@ def _cached(path: Any) -> Partition | None:
 
 
 def _keep(dealt: Partition, path: Any) -> None:
-    part = path.with_name(path.stem + ".part.npz")
+    part = path.with_name(f"{path.stem}.{os.getpid()}.part.npz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(part, rows=dealt.rows, ends=dealt.ends)

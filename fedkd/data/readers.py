@@ -106,7 +106,7 @@ def _keep(images: Images, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors.save(held, path)
     except OSError:  # a full or read-only disk costs time at the next start, nothing else
-        path.with_name(path.name + ".part").unlink(missing_ok=True)
+        return
 
 
 def pixels_of(pictures: Iterable[Image], size: int) -> Tensor:

@@ -8,6 +8,7 @@ arrive, and Flower's runtime in another.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -85,10 +86,10 @@ def main() -> NoReturn:
     out = Path(sys.argv[1])
     config = Config.parse(cli.from_file(out / "config.toml"))
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    _keep_screen_clean(out / "ray.log", config.json)
+    _keep_screen_clean(out / "ray.log", screen=2 if config.json else 1)
     code = 0
     try:
-        _play(config)
+        _play(dataclasses.replace(config, json=True))  # everything that is shown goes to standard error
     except FedkdError as error:
         runs.note(out, error)
         code = error.code
@@ -179,13 +180,12 @@ def _simulate(server: ServerApp, config: Config, over: threading.Event, broken: 
         interrupt_main()
 
 
-def _keep_screen_clean(log: Path, is_json: bool) -> None:
-    """What Flower and Ray say goes to a log, what fedkd says where it belongs."""
-    screen = os.fdopen(os.dup(2 if is_json else 1), "w", buffering=1)
-    file = log.open("w", buffering=1)
+def _keep_screen_clean(log: Path, screen: int) -> None:
+    """What Flower and Ray say goes to a log; standard error is the screen, the descriptor ``screen``."""
+    shown, file = os.fdopen(os.dup(screen), "w", buffering=1), log.open("w", buffering=1)
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = (file, screen) if is_json else (screen, file)
+    sys.stdout, sys.stderr = file, shown
     for handler in logging.getLogger("flwr").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(file)

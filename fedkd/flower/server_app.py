@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fedkd import runs
+from fedkd import experiment, runs
 from fedkd.algorithm import Update
 from fedkd.conduct import conduct
 from fedkd.config import Config
@@ -32,7 +32,9 @@ SILENCE = 3600.0  # seconds without any reply that end a round, where --client-t
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Flower's own door: the run config names everything."""
-    serve(grid, runs.begin(Config.parse(context.run_config)))
+    config = Config.parse(context.run_config)
+    experiment.check(config)
+    serve(grid, runs.begin(config))
 
 
 def serve(grid: Grid, config: Config) -> None:
