@@ -58,7 +58,7 @@ def bench(
     Stacks are played in turn, so that a machine that slows down slows all of them. What is not
     installed is left out: pip install 'fedkd[bench]' brings Ray, psutil and pfl-research.
     """
-    console = Console(width=120)
+    console = Console(width=160)
     out.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     work = Work(clients, images, rounds)
@@ -90,10 +90,7 @@ def plan(work: Work, cores: int) -> dict[str, dict[str, Stack]]:
             "10 of 1,000,000 clients": Stack(partial(stacks.fedkd, some, dataset="noise:size=1000512,pixels=8")),
         },
         "many": {
-            f"20 of {few.registered:,} clients": Stack(
-                partial(stacks.fedkd, few, dataset="noise:size=200512"), "20 of 20 clients"
-            )
-            for few in many
+            f"20 of {few.registered:,} clients": Stack(partial(stacks.fedkd, few), "20 of 20 clients") for few in many
         },
     }
 

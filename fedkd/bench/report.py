@@ -37,7 +37,7 @@ def table(part: str, found: Mapping[str, Any]) -> Table:
     """One part's table."""
     held = found[part]
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=TITLES[part], title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     columns = COLUMNS[part]
     for title in ("best round", "median", "beside rounds", "memory", "bytes a round", *columns):
         table.add_column(title, justify="right", no_wrap=True)

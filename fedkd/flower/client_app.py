@@ -27,7 +27,8 @@ def train(message: Message, context: Context) -> Message:
     experiment, client = _client(message, context)
     request = from_record(_arrays(message.content))
     update, memory = experiment.algorithm.local(experiment.kit, client, request)
-    context.state[MEMORY], context.state[OWNER] = to_record(memory), _owner(message, context)
+    context.state[MEMORY] = to_record(memory)
+    context.state[OWNER] = ConfigRecord({"run": _owner(message, context)})
     metrics = MetricRecord({"num-examples": update.examples, **update.metrics})
     content = RecordDict({ARRAYS: to_record(update.tensors), METRICS: metrics})
     return Message(content, reply_to=message)
@@ -66,8 +67,9 @@ def _client(message: Message, context: Context) -> tuple[Experiment, Client]:
     settle(member.threads)
     experiment = prepared(member)
     # A memory of another run is none. What it belongs to is kept with it: a turn that fails changes neither.
-    held = context.state.get(MEMORY) if context.state.get(OWNER) == _owner(message, context) else None
-    memory = from_record(held) if isinstance(held, ArrayRecord) else {}
+    held, owner = context.state.get(MEMORY), context.state.get(OWNER)
+    is_ours = isinstance(owner, ConfigRecord) and owner["run"] == _owner(message, context)
+    memory = from_record(held) if is_ours and isinstance(held, ArrayRecord) else {}
     data = None
     if member.partitioner == OWN:
         if "data" not in context.node_config:
@@ -76,10 +78,11 @@ def _client(message: Message, context: Context) -> tuple[Experiment, Client]:
     return experiment, experiment.client(_int(context.node_config["partition-id"]), number, memory, data)
 
 
-def _owner(message: Message, context: Context) -> ConfigRecord:
+def _owner(message: Message, context: Context) -> str:
     """Which run a memory belongs to."""
-    config = message.content.config_records[CONFIG]
-    return ConfigRecord({"run": context.run_id, "algorithm": config["algorithm"], "seed": config["seed"]})
+    config = message.content[CONFIG]
+    assert isinstance(config, ConfigRecord)
+    return f"{context.run_id} {config['algorithm']} {config['seed']}"
 
 
 @lru_cache(maxsize=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -36,9 +37,7 @@ class Place:
     def play(self, message: Message) -> Message:
         """The reply; an error message if the app raises, as on Flower's own engines."""
         node = message.metadata.dst_node_id
-        kept, aside = self._kept(node), self._aside(node)
-        aside.unlink(missing_ok=True)
-        old = kept.read_bytes() if kept.exists() else b""
+        old = self._remembered(node)
         state = recorddict_from_proto(Proto.FromString(old))
         placed: UserConfig = {"partition-id": node - 1, "num-partitions": self.clients}
         context = Context(RUN_ID, node, placed, state, self.run_config)
@@ -48,26 +47,38 @@ class Place:
             return failure(message, traceback.format_exc())
         new: bytes = recorddict_to_proto(context.state).SerializeToString(deterministic=True)
         if new != old:
-            aside.write_bytes(new)
+            with open(self._aside(node), "wb") as file:
+                file.write(new)
         return reply
 
     def accept(self, reply: Message) -> Message:
         """The same reply; what the client remembered in this turn is its memory from now on."""
         if not reply.has_error():
-            aside = self._aside(reply.metadata.src_node_id)
-            if aside.exists():
-                os.replace(aside, self._kept(reply.metadata.src_node_id))
+            node = reply.metadata.src_node_id
+            with suppress(FileNotFoundError):
+                os.replace(self._aside(node), self._kept(node))
         return reply
 
     def load(self) -> ClientApp:
         """The app, imported if it is named as module:name."""
         return _imported(self.app) if isinstance(self.app, str) else self.app
 
-    def _kept(self, node: int) -> Path:
-        return self.memories / str(node)
+    def _remembered(self, node: int) -> bytes:
+        """The client's memory; what an unfinished turn left aside is dropped."""
+        with suppress(FileNotFoundError):
+            os.unlink(self._aside(node))
+        try:
+            with open(self._kept(node), "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            return b""
 
-    def _aside(self, node: int) -> Path:
-        return self.memories / f"{node}.new"
+    # Strings: a path object costs more than the system's call.
+    def _kept(self, node: int) -> str:
+        return f"{self.memories}/{node}"
+
+    def _aside(self, node: int) -> str:
+        return f"{self.memories}/{node}.new"
 
 
 def failure(message: Message, reason: str) -> Message:
