@@ -105,9 +105,14 @@ def last_line(failure: str) -> str:
     return failure.strip().splitlines()[-1].rstrip(".")
 
 
+def participants(clients: int, participation: float) -> int:
+    """How many clients take part in a round: at least one."""
+    return max(1, round(clients * participation))
+
+
 def sample(clients: int, participation: float, seed: int, number: int) -> list[int]:
-    """Who takes part in a round: drawn without replacement by client number, sorted; at least one."""
-    wanted = max(1, round(clients * participation))
+    """Who takes part in a round: drawn without replacement by client number, sorted."""
+    wanted = participants(clients, participation)
     if wanted == clients:
         return list(range(clients))
     drawn = seeds.rng(seed, "participation", number).choice(clients, size=wanted, replace=False, shuffle=False)

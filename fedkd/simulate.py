@@ -50,13 +50,14 @@ def _play(config: Config) -> None:
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     is_fresh = "torch" not in sys.modules  # nothing was computed in this process: it can be forked
     from fedkd.flower.grid import LocalGrid, count_workers
+    from fedkd.rounds import participants
 
     device = experiment.device(config.device)
     with LocalGrid(
         "fedkd.flower.client_app:app",
         config.clients,
         config.run_config(),
-        count_workers(config.workers, config.clients, config.threads, device),
+        count_workers(config.workers, participants(config.clients, config.participation), config.threads, device),
         timeout=config.client_timeout,
         fork=is_fresh and device == "cpu" and sys.platform == "linux",
         disk=Path(config.out),

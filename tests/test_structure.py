@@ -23,8 +23,10 @@ RANKS = [
     {"measure", "runs"},
     {"report"},
     {"conduct"},
+    {"cli"},
     {"flower"},
-    {"cli", "simulate"},
+    {"simulate"},
+    {"bench"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
@@ -69,11 +71,13 @@ def test_imports_point_one_way(path):
 def test_only_flower_and_the_command_import_flwr():
     for path in FILES:
         if any(module == "flwr" or module.startswith("flwr.") for module in imports(path, at_run_time_only=False)):
-            assert path.parent.name == "flower" or path.name == "simulate.py", path
+            # What it is held against is written without fedkd.
+            assert path.parent.name == "flower" or path.name in ("simulate.py", "flower_stock.py"), path
 
 
 def test_only_learning_descends():
-    calling = [path.name for path in FILES if ".backward()" in path.read_text()]
+    """But for the floor of the benchmark and what it is compared with, which are written to be apart."""
+    calling = [path.name for path in FILES if ".backward()" in path.read_text() and path.parent.name != "bench"]
     assert calling == ["learning.py"]
 
 

@@ -120,15 +120,15 @@ def _fedkd(workers: int) -> str:
 
 
 def _measure(measured: dict[str, Stack], repeats: int, console: Console) -> dict[str, Any]:
-    """All timings of each stack. The first run of each is weighed and not timed: it also fills the caches."""
+    """All timings of each stack. The last run of each is weighed and not timed; by then data is in the cache."""
     weighs = stacks.is_installed("psutil")
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {name: {"against": stack.against, "runs": []} for name, stack in measured.items()}
     for repeat in range(repeats + 1):
         for name, stack in measured.items():
-            timing = stack.run(weigh=weighs and repeat == 0)
+            is_last = repeat == repeats
+            timing = stack.run(weigh=weighs and is_last)
             console.print(f"{name}: {median(timing.rounds):.4f} s a round, {timing.rest:.1f} s beside", style="dim")
-            if repeat == 0:
-                found[name] = {"against": stack.against, "runs": []}
+            if is_last:
                 found[name] |= {"megabytes": timing.megabytes, "bytes": timing.bytes, "messages": timing.messages}
             else:
                 found[name]["runs"].append({"rounds": timing.rounds, "rest": timing.rest, "begun": timing.begun})

@@ -82,7 +82,7 @@ def _owner(message: Message, context: Context) -> str:
     """Which run a memory belongs to."""
     config = message.content[CONFIG]
     assert isinstance(config, ConfigRecord)
-    return f"{context.run_id} {config['algorithm']} {config['seed']}"
+    return f"{context.run_id} {config['algorithm']!s} {config['seed']!s}"
 
 
 @lru_cache(maxsize=2)

@@ -22,14 +22,14 @@ from fedkd.flower.workers import Workers
 SMALL = 0.002  # seconds; a turn that takes less is not worth handing to another process
 
 
-def count_workers(asked: str, clients: int, threads: int, device: str) -> int:
-    """How many processes play clients: as asked, or what the cores have room for; one on a GPU."""
+def count_workers(asked: str, participants: int, threads: int, device: str) -> int:
+    """How many processes play the clients of a round: as asked, or what the cores have room for; one on a GPU."""
     if asked != "auto":
         return int(asked)
     if device.startswith("cuda") or not hasattr(os, "fork"):
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // threads, clients))
+    return max(1, min(cores // threads, participants))
 
 
 class LocalGrid(Grid):
