@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedkd import models, optimizers, tensors
-from fedkd.bench import bare, report, stacks
+from fedkd.bench import bare, gpu, report, stacks
 from fedkd.bench.__main__ import plan
 from fedkd.bench.stacks import Work
 from fedkd.experiment import prepare
@@ -99,3 +99,23 @@ def test_an_idle_client_says_when_it_was_asked():
     assert timing.begun is not None
     assert 0 < timing.begun < 120
     assert timing.bytes == 0
+
+
+@pytest.mark.parametrize("model", ["cnn:width=8", "resnet8:width=8"])
+def test_clients_trained_in_the_same_kernels_get_the_weights_of_the_plain_loop(model):
+    job = gpu.Job.of(model, clients=3, images=96, device="cpu")
+    alone, together = gpu.plain(job), gpu.stacked(job)
+    assert set(together) == set(alone)
+    for name, start in job.module.state_dict().items():
+        assert torch.allclose(together[name], alone[name], rtol=1e-4, atol=1e-5), name
+        assert not torch.allclose(alone[name][0], start, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(alone[name][0], alone[name][1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("way", [name for name in gpu.WAYS if "bfloat16" not in name])
+def test_every_way_on_a_gpu_gives_the_weights_of_the_plain_loop(way):
+    job = gpu.Job.of("cnn:width=8", clients=3, images=96, device="cuda")
+    alone, done = gpu.plain(job), gpu.WAYS[way](job)
+    for name in alone:
+        assert torch.allclose(done[name], alone[name], rtol=1e-3, atol=1e-4), name

@@ -1,0 +1,206 @@
+"""Local training of many clients on one GPU: ways to do it, each held against the plain loop.
+
+    python -m fedkd.bench.gpu --model resnet8 --clients 20 --images 512
+
+Small models leave a GPU waiting for Python: a step of a batch of 32 is some ninety kernels of a few
+microseconds. What may help is to record a step once and replay it (CUDA graphs), or to train all
+clients in the same kernels (`torch.func.vmap`). The plain loop, `fedkd.learning.descend`, is what
+the engine does, and the oracle: a way whose weights are not its weights within rounding is no way.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from statistics import median
+from typing import Annotated
+
+import torch
+from cyclopts import App, Parameter
+from pydantic import PositiveInt
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from fedkd import cli, learning, models, optimizers, seeds
+from fedkd.data.scaling import Scaling
+
+Weights = dict[str, Tensor]  # of all clients: each tensor has a first dimension [clients]
+RATE, MOMENTUM, DECAY, BATCH = 0.01, 0.9, 0.0005, 32
+SCALING = Scaling((127.5, 127.5, 127.5), (64.0, 64.0, 64.0))
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One local epoch of clients with equally many images: pixels [K, N, H, W, 3], labels [K, N], one model."""
+
+    module: nn.Module
+    pixels: Tensor
+    labels: Tensor
+
+    @staticmethod
+    def of(model: str, clients: int, images: int, device: str) -> Job:
+        """Random images and labels; fresh weights."""
+        generator = seeds.generator(0, "gpu")
+        pixels = torch.randint(256, (clients, images, 32, 32, 3), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(10, (clients, images), generator=generator)
+        with seeds.seeded(0):
+            module = models.build(model, 10, "group")
+        module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return Job(module, pixels.to(device), labels.to(device))
+
+    def batches(self) -> Iterator[Tensor]:
+        """Rows of every client's next batch [K, B], in the order in which the plain loop takes them."""
+        clients, images = self.labels.shape
+        own = [learning.batches(images, 1, BATCH, torch.Generator().manual_seed(k)) for k in range(clients)]
+        for rows in zip(*own, strict=True):
+            yield torch.stack(rows).to(self.labels.device)
+
+
+def plain(job: Job) -> Weights:
+    """One client after the other, as the engine does it."""
+    start = {name: value.clone() for name, value in job.module.state_dict().items()}
+    done = []
+    for client, (pixels, labels) in enumerate(zip(job.pixels, job.labels, strict=True)):
+        job.module.load_state_dict(start)
+        step = optimizers.sgd(list(job.module.parameters()), RATE, MOMENTUM, DECAY)
+        loss, none = nn.functional.cross_entropy, learning.Augmentation()
+        learning.descend(
+            job.module, step, pixels, labels, loss, SCALING, epochs=1, batch_size=BATCH, augmentation=none, seed=client
+        )
+        done.append({name: value.clone() for name, value in job.module.state_dict().items()})
+    job.module.load_state_dict(start)
+    return {name: torch.stack([weights[name] for weights in done]) for name in start}
+
+
+def stacked(job: Job, half: bool = False, captured: bool = False) -> Weights:
+    """All clients in the same kernels; with ``half`` in bfloat16, ``captured`` as a replayed CUDA graph."""
+    clients = len(job.pixels)
+    weights = {n: p.detach().expand(clients, *p.shape).clone() for n, p in job.module.named_parameters()}
+    speeds = {name: torch.zeros_like(value) for name, value in weights.items()}
+    numbers = torch.arange(clients, device=job.labels.device)[:, None]
+
+    def loss(own: Weights, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16) if half else nullcontext():
+            logits = functional_call(job.module, own, (images,))
+        return nn.functional.cross_entropy(logits.float(), labels)
+
+    gradients = vmap(grad(loss))
+
+    def step(rows: Tensor) -> None:
+        pixels, labels = job.pixels[numbers, rows], job.labels[numbers, rows]
+        images = SCALING(pixels.flatten(0, 1)).view(*pixels.shape[:2], 3, *pixels.shape[2:4])
+        for name, slope in gradients(weights, images, labels).items():
+            speeds[name].mul_(MOMENTUM).add_(slope).add_(weights[name], alpha=DECAY)
+            weights[name].sub_(speeds[name], alpha=RATE)
+
+    job.module.train()
+    orders = list(job.batches())
+    play = _recorded(step, orders[0], [*weights.values(), *speeds.values()]) if captured else step
+    for rows in orders:
+        play(rows)
+    return weights
+
+
+def graphed(job: Job) -> Weights:
+    """One client after the other, a step recorded once and replayed for all of them."""
+    start = {name: value.clone() for name, value in job.module.state_dict().items()}
+    parameters = list(job.module.parameters())
+    speeds = [torch.zeros_like(p) for p in parameters]
+    client = torch.zeros((), dtype=torch.int64, device=job.labels.device)
+
+    def step(rows: Tensor) -> None:
+        pixels, labels = job.pixels[client, rows[0]], job.labels[client, rows[0]]
+        slopes = torch.autograd.grad(nn.functional.cross_entropy(job.module(SCALING(pixels)), labels), parameters)
+        with torch.no_grad():
+            for parameter, speed, slope in zip(parameters, speeds, slopes, strict=True):
+                speed.mul_(MOMENTUM).add_(slope).add_(parameter, alpha=DECAY)
+                parameter.sub_(speed, alpha=RATE)
+
+    job.module.train()
+    orders = torch.stack(list(job.batches()), 1)  # [K, steps, B]
+    replay = _recorded(step, orders[0, :1], [*parameters, *speeds])
+    done = []
+    for number, order in enumerate(orders):
+        job.module.load_state_dict(start)
+        client.fill_(number)
+        for speed in speeds:
+            speed.zero_()
+        for rows in order:
+            replay(rows[None])
+        done.append({name: value.clone() for name, value in job.module.state_dict().items()})
+    job.module.load_state_dict(start)
+    return {name: torch.stack([weights[name] for weights in done]) for name in start}
+
+
+def _recorded(step: Callable[[Tensor], None], rows: Tensor, changed: list[Tensor]) -> Callable[[Tensor], None]:
+    """The step as a CUDA graph. What it ``changed`` while it warmed up and was recorded is put back."""
+    before = [tensor.detach().clone() for tensor in changed]
+    place, graph = rows.clone(), torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(place)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        step(place)
+    with torch.no_grad():
+        for tensor, value in zip(changed, before, strict=True):
+            tensor.copy_(value)
+
+    def replay(rows: Tensor) -> None:
+        place.copy_(rows)
+        graph.replay()
+
+    return replay
+
+
+WAYS: dict[str, Callable[[Job], Weights]] = {
+    "plain": plain,
+    "graphed": graphed,
+    "stacked": stacked,
+    "stacked, graphed": lambda job: stacked(job, captured=True),
+    "stacked, graphed, bfloat16": lambda job: stacked(job, half=True, captured=True),
+}
+
+app = App(name="python -m fedkd.bench.gpu", result_action="return_value", help_format="plaintext", version_flags=[])
+
+
+@app.default
+def measure(
+    *,
+    model: Annotated[str, Parameter(help="The clients' model.")] = "cnn",
+    clients: Annotated[PositiveInt, Parameter(help="Clients.")] = 20,
+    images: Annotated[PositiveInt, Parameter(help="Images of each client; a multiple of 32.")] = 512,
+    repeats: Annotated[PositiveInt, Parameter(help="Timed runs of each way, in turn.")] = 5,
+    device: Annotated[str, Parameter(help="cuda; on a CPU only the ways without a graph are tried.")] = "cuda",
+) -> None:
+    """Time each way of training many clients on a GPU; one JSON object."""
+    from fedkd.experiment import device as checked
+
+    job = Job.of(model, clients, images, checked(device))
+    on_gpu = job.labels.device.type == "cuda"
+    ways = {name: way for name, way in WAYS.items() if on_gpu or "graphed" not in name}
+    oracle = plain(job)
+    found: dict[str, dict[str, float]] = {}
+    for name, way in ways.items():
+        done = way(job)
+        found[name] = {"difference": max((done[n] - oracle[n]).abs().max().item() for n in done)}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way(job)
+            if on_gpu:
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    for name, taken in seconds.items():
+        found[name]["images_per_second"] = clients * images / median(taken)
+    name = torch.cuda.get_device_name(job.labels.device) if on_gpu else "cpu"
+    print(json.dumps({"device": name, "torch": torch.__version__, "model": model, "ways": found}, indent=2))
+
+
+if __name__ == "__main__":
+    cli.run(app)
