@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from fedkd import models
 from fedkd.errors import UsageError
@@ -48,3 +49,19 @@ def test_group_norm_answers_do_not_depend_on_the_batch():
     model = models.build("resnet8", 10, "group")
     images = torch.randn(4, 3, 32, 32)
     assert torch.allclose(model(images)[:1], model(images[:1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("pixels", [32, 40])
+def test_pooling_before_relu_changes_no_bit(pixels, generator):
+    """Against the same layers in the usual order: logits and gradients."""
+    model = models.build("cnn", 10, "group")
+    usual = nn.Sequential(*model)
+    for place in (1, 4, 7):
+        usual[place], usual[place + 1] = nn.ReLU(), nn.MaxPool2d(2)
+    usual[9] = nn.AdaptiveAvgPool2d(4)
+    images = torch.randn(8, 3, pixels, pixels, generator=generator)
+    logits, expected = model(images), usual(images)
+    assert torch.equal(logits, expected)
+    ours = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+    theirs = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -57,16 +57,13 @@ def enroll(grid: Grid, config: Config) -> Sequence[int]:
     while len(found := sorted(set(grid.get_node_ids()))) < config.clients and time.monotonic() < deadline:
         time.sleep(POLL)
     if len(found) != config.clients:
-        raise RunError(
-            f"There are {len(found)} nodes for --clients {config.clients}; start as many as there are clients."
-        )
+        raise RunError(f"{config.clients} nodes are wanted and {len(found)} are there; start one for each client.")
     node_of: dict[int, int] = {}
     asked = {node: (node, RecordDict()) for node in found}
     for node, reply in _ask(grid, "query", 0, asked, START):
         if reply.has_error():
-            raise RunError(
-                f"A node did not say which client it is: {last_line(reply.error.reason or 'no reason given')}."
-            )
+            reason = reply.error.reason or f"error {reply.error.code}"
+            raise RunError(f"A node did not say which client it is: {last_line(reason)}.", reason)
         node_of[int(reply.content.metric_records[METRICS]["client"])] = node  # type: ignore[arg-type]
     if sorted(node_of) != list(range(config.clients)):
         raise RunError(
@@ -115,8 +112,9 @@ def _ask(
     while pending and time.monotonic() - heard < patience:
         came = False
         for reply in grid.pull_messages(list(pending)):
-            came = True
-            yield pending.pop(reply.metadata.reply_to_message_id), reply
+            came, who = True, pending.pop(reply.metadata.reply_to_message_id, None)
+            if who is not None:
+                yield who, reply
             heard = time.monotonic()
         if not came:
             time.sleep(POLL)

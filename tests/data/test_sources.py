@@ -180,3 +180,43 @@ def test_cifar10_as_stored(data_dir):
     # The published statistics of CIFAR-10's channels are close to (125.3, 123.0, 113.9).
     assert test.pixels.double().mean((0, 1, 2)).tolist() == pytest.approx([126.0, 123.7, 114.9], abs=1.0)
     assert dataclasses.astuple(test)[2] == 10
+
+
+def test_classes_are_numbered_by_their_names_where_a_node_lacks_some(tmp_path):
+    """Without class 0 and 1, a folder's own numbers would be two too small."""
+    for name in ("3", "2"):
+        (tmp_path / name).mkdir()
+        picture(int(name)).save(tmp_path / name / "image.png")
+    images = read(sources.own(str(tmp_path), 16), "train")
+    assert images.labels.tolist() == [0, 1]
+    seen = readers.renumbered(images, ("0", "1", "2", "3"), 4, "here")
+    assert seen.labels.tolist() == [2, 3]
+    assert seen.classes == 4
+    assert readers.renumbered(images, (), 4, "here").labels.tolist() == [2, 3], "numbers serve as names"
+    with pytest.raises(DataError, match="here has classes 3, which are none of 0, 1, 2"):
+        readers.renumbered(images, ("0", "1", "2"), 3, "here")
+    bare = dataclasses.replace(images, names=(), labels=torch.tensor([1, 7]))
+    with pytest.raises(DataError, match="labels beyond the 4 classes"):
+        readers.renumbered(bare, ("0", "1", "2", "3"), 4, "here")
+    with pytest.raises(DataError, match="There is no folder"):
+        read(sources.own(str(tmp_path / "absent"), 16), "train")
+
+
+def test_a_node_may_hold_parquet(tmp_path):
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["b", "a"])})
+    table = datasets.Dataset.from_dict({"image": [picture(v) for v in (1, 2)], "label": [1, 0]}, features=features)
+    table.to_parquet(str(tmp_path / "mine.parquet"))
+    for path in (tmp_path, tmp_path / "mine.parquet"):
+        images = readers.renumbered(read(sources.own(str(path), 16), "train"), ("a", "b"), 2, str(path))
+        assert images.labels.tolist() == [0, 1]
+        assert images.pixels[:, 0, 0, 0].tolist() == [1, 2]
+
+
+def test_names_and_channel_statistics_are_kept_with_the_images(monkeypatch):
+    first = read(sources.digits(), "train")
+    monkeypatch.setattr(readers.Scaling, "of", None)
+    again = read(sources.digits(), "train")
+    assert again.names == first.names == tuple("0123456789")
+    assert again.scaling == first.scaling
