@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import App, Parameter
 from pydantic import PositiveInt
@@ -20,7 +20,8 @@ from fedkd import cli, runs
 from fedkd.bench import report, stacks
 from fedkd.bench.stacks import Timing, Work
 
-PARTS = ("peak", "fedavg", "ensemble", "idle", "many")
+Part = Literal["peak", "fedavg", "ensemble", "idle", "many"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,7 @@ def bench(
     images: Annotated[PositiveInt, Parameter(help="Images of each client.")] = 512,
     rounds: Annotated[PositiveInt, Parameter(help="Rounds of each run.")] = 5,
     repeats: Annotated[PositiveInt, Parameter(help="Timed runs of each stack, in turn; one more is weighed.")] = 3,
-    parts: Annotated[
-        tuple[str, ...], Parameter(help=f"What is measured: {', '.join(PARTS)}.", consume_multiple=True)
-    ] = PARTS,
+    parts: Annotated[tuple[Part, ...], Parameter(help="What is measured.", consume_multiple=True)] = PARTS,
     out: Annotated[Path, Parameter(help="Where bench.json and bench.png go.")] = Path("bench"),
 ) -> None:
     """Measure fedkd beside a bare PyTorch loop and other simulators, all in one run on this machine.

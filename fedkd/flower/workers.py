@@ -7,6 +7,7 @@ the process that owns it does, however that ends, and takes the workers along.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -38,6 +39,7 @@ class Workers:
     def __enter__(self) -> Self:
         if self._method == "fork":
             self._place.load()  # before the fork, so that its pages are shared
+            gc.freeze()  # the collector would write to them
         self._line, theirs = socket.socketpair()
         process = multiprocessing.get_context(self._method).Process  # type: ignore[attr-defined]
         self._nursery = process(target=_nursery, args=(theirs, self._line, self._place), daemon=True)
