@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,7 +62,8 @@ def bench(
     out.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     work = Work(clients, images, rounds)
-    found: dict[str, Any] = {"machine": runs.environment("cpu", "noise", ""), "cores": cores}
+    machine = {key: value for key, value in runs.environment("cpu", "noise", "").items() if key != "command"}
+    found: dict[str, Any] = {"machine": machine, "cores": cores, "options": sys.argv[1:]}
     found |= {"work": dataclasses.asdict(work), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     if "peak" in parts:
         found["peak"] = {str(threads): stacks.peak(threads) for threads in dict.fromkeys((1, cores))}
