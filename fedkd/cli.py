@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn, get_type_hints
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from fedkd.config import Config
-from fedkd.errors import FedkdError, UsageError
+from fedkd.errors import FedkdError, Terminated, UsageError
 
 ALIASES = {"FEDKD_DATA": "data_dir"}
 OURS = {"FEDKD_CACHE"}  # variables that are no options
@@ -41,7 +41,8 @@ def run(app: App, argv: Sequence[str] | None = None) -> NoReturn:
     except OSError as error:
         _fail(_StorageError(f"{error.strerror or error}: {error.filename or 'cannot write'}."), as_json)
     except KeyboardInterrupt:
-        print("fedkd: interrupted; the rounds so far are in the run directory.", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only spoil the end
+        print("fedkd: interrupted; the rounds so far, if any, are in the run directory.", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
@@ -52,7 +53,7 @@ class _StorageError(FedkdError):
 
 def _terminated(signum: int, frame: object) -> NoReturn:
     print("fedkd: terminated.", file=sys.stderr)
-    sys.exit(128 + signum)
+    raise Terminated(128 + signum)
 
 
 def _fail(error: FedkdError, as_json: bool) -> NoReturn:

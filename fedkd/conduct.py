@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from rich.console import Console
 
 from fedkd import measure, runs, tensors
-from fedkd.errors import FedkdError, PluginError
+from fedkd.errors import FedkdError, PluginError, Terminated
 from fedkd.experiment import Experiment, choose_dataset, prepared
 from fedkd.report import figure, header, table
 from fedkd.report.screen import HEAD, Screen
@@ -126,9 +126,9 @@ def _blamed(member: Config, rounds: Iterator[Round]) -> Iterator[Round]:
     """The rounds; whatever somebody's own algorithm raises on the server is called by its name."""
     try:
         yield from rounds
-    except FedkdError:
+    except (FedkdError, Terminated):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if not parse(member.algorithm).is_plugin:
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]

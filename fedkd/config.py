@@ -74,7 +74,8 @@ class Config:
     dataset: str = option(
         "auto",
         "Data",
-        "auto (CIFAR-10, else digits), cifar10, cifar100, svhn, stl10, fashion-mnist, digits, hf:NAME, folder:PATH.",
+        "auto (CIFAR-10, else digits), cifar10, cifar100, svhn, stl10, fashion-mnist, digits, noise, hf:NAME, "
+        "folder:PATH.",
     )
     data_dir: str = option("", "Data", "Where data is looked for: torchvision's files or parquet; also FEDKD_DATA.")
     proxy: str = option(

@@ -43,6 +43,10 @@ class PluginError(FedkdError):
     code = 7
 
 
+class Terminated(SystemExit):
+    """Asked to end by SIGTERM; told apart from an exit that somebody's own code asks for."""
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """One sentence naming what is unknown, the nearest known name, and all of them."""
     names = sorted(known)

@@ -36,8 +36,8 @@ def simulate(config: Config) -> None:
     print(f"run directory: {out}", file=stream, flush=True)
     try:
         (_play_on_ray if config.engine == "ray" else _play)(config)
-    except FedkdError as error:
-        if error.code != RunError.code:
+    except (FedkdError, KeyboardInterrupt, SystemExit) as error:
+        if getattr(error, "code", None) != RunError.code:
             runs.release(out)
         raise
     print(f"run directory: {out}", file=stream, flush=True)

@@ -94,18 +94,21 @@ def test_what_ray_cannot_do_is_one_sentence(tmp_path):
 ENGINES = [{"workers": "1"}, {"workers": "2"}, pytest.param({"engine": "ray"}, marks=[ray, pytest.mark.slow])]
 
 
+@pytest.mark.parametrize("to_all", [False, True], ids=["to the command", "to its group"])
 @pytest.mark.parametrize("engine", ENGINES, ids=["one", "two", "ray"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-def test_nobody_is_left_after_a_signal(tmp_path, engine, number):
+def test_nobody_is_left_after_a_signal(tmp_path, engine, number, to_all):
     out = tmp_path / "run"
     options = TINY | engine | {"rounds": 100_000, "out": out}
     flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "fedkd.simulate", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None and not (out / "rounds.jsonl").exists():
         time.sleep(0.1)
-    process.send_signal(number)
+    (os.killpg if to_all else os.kill)(process.pid, number)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number], error
     assert "Traceback" not in error

@@ -44,6 +44,8 @@ class Name(Algorithm):
     def tell(self, kit, state, updates, seed):
         if self.fail == "tell":
             raise ZeroDivisionError("a server of mine")
+        if self.fail == "exit":
+            raise SystemExit(3)
         return state
 
 class NoAlgorithm:
@@ -260,6 +262,7 @@ BAD = [
         ["--algorithm", "{own}:Name:fail=tell"],
         "failed on the server: ZeroDivisionError: a server of mine .mine.py, line 2",
     ),
+    (7, ["--algorithm", "{own}:Name:fail=exit"], "failed on the server: SystemExit: 3"),
     (
         4,
         ["--algorithm", "{own}:Name:fail=local"],
@@ -336,3 +339,15 @@ def test_an_interrupt_keeps_the_rounds_and_ends_with_130(tmp_path):
     assert "Traceback" not in error
     assert json.loads((out / "result.json").read_text())["status"] == "interrupted"
     assert (out / "rounds.jsonl").read_text().endswith("\n")
+
+
+def test_an_interrupt_before_the_first_round_leaves_the_name_free(tmp_path, monkeypatch):
+    from fedkd import conduct
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conduct, "choose_dataset", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(tiny(out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()

@@ -14,12 +14,13 @@ from statistics import median
 from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import App, Parameter
-from pydantic import PositiveInt
+from cyclopts.validators import Number
 from rich.console import Console
 
 from fedkd import cli, runs
 from fedkd.bench import report, stacks
 from fedkd.bench.stacks import Timing, Work
+from fedkd.errors import UsageError
 
 Part = Literal["peak", "fedavg", "ensemble", "idle", "many"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -46,11 +47,15 @@ app = App(
 @app.default
 def bench(
     *,
-    clients: Annotated[PositiveInt, Parameter(help="Clients, all of which take part.")] = 20,
-    images: Annotated[PositiveInt, Parameter(help="Images of each client.")] = 512,
-    rounds: Annotated[PositiveInt, Parameter(help="Rounds of each run.")] = 5,
-    repeats: Annotated[PositiveInt, Parameter(help="Timed runs of each stack, in turn; one more is weighed.")] = 3,
-    parts: Annotated[tuple[Part, ...], Parameter(help="What is measured.", consume_multiple=True)] = PARTS,
+    clients: Annotated[int, Parameter(help="Clients, all of which take part.", validator=Number(gte=1))] = 20,
+    images: Annotated[int, Parameter(help="Images of each client.", validator=Number(gte=1))] = 512,
+    rounds: Annotated[
+        int, Parameter(help="Rounds of each run; the first is not counted.", validator=Number(gte=2))
+    ] = 5,
+    repeats: Annotated[
+        int, Parameter(help="Timed runs of each stack, in turn; one more is weighed.", validator=Number(gte=1))
+    ] = 3,
+    parts: Annotated[tuple[Part, ...], Parameter(help="What is measured.", consume_multiple=True, negative=())] = PARTS,
     out: Annotated[Path, Parameter(help="Where bench.json and bench.png go.")] = Path("bench"),
 ) -> None:
     """Measure fedkd beside a bare PyTorch loop and other simulators, all in one run on this machine.
@@ -59,7 +64,10 @@ def bench(
     installed is left out: pip install 'fedkd[bench]' brings Ray, psutil and pfl-research.
     """
     console = Console(width=160)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be made: {error.strerror}.") from error
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     work = Work(clients, images, rounds)
     machine = {key: value for key, value in runs.environment("cpu", "noise", "").items() if key != "command"}
@@ -128,7 +136,9 @@ def _measure(measured: dict[str, Stack], repeats: int, console: Console) -> dict
         for name, stack in measured.items():
             is_last = repeat == repeats
             timing = stack.run(weigh=weighs and is_last)
-            console.print(f"{name}: {median(timing.rounds):.4f} s a round, {timing.rest:.1f} s beside", style="dim")
+            console.print(
+                f"{name}: {median(report.warm(timing.rounds)):.4f} s a round, {timing.rest:.1f} s beside", style="dim"
+            )
             if is_last:
                 found[name] |= {"megabytes": timing.megabytes, "bytes": timing.bytes, "messages": timing.messages}
             else:

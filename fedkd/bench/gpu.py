@@ -20,7 +20,7 @@ from typing import Annotated
 
 import torch
 from cyclopts import App, Parameter
-from pydantic import PositiveInt
+from cyclopts.validators import Number
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -172,9 +172,11 @@ app = App(name="python -m fedkd.bench.gpu", result_action="return_value", help_f
 def measure(
     *,
     model: Annotated[str, Parameter(help="The clients' model.")] = "cnn",
-    clients: Annotated[PositiveInt, Parameter(help="Clients.")] = 20,
-    images: Annotated[PositiveInt, Parameter(help="Images of each client; a multiple of 32.")] = 512,
-    repeats: Annotated[PositiveInt, Parameter(help="Timed runs of each way, in turn.")] = 5,
+    clients: Annotated[int, Parameter(help="Clients.", validator=Number(gte=1))] = 20,
+    images: Annotated[
+        int, Parameter(help="Images of each client; a multiple of 32.", validator=Number(gte=32, modulo=32))
+    ] = 512,
+    repeats: Annotated[int, Parameter(help="Timed runs of each way, in turn.", validator=Number(gte=1))] = 5,
     device: Annotated[str, Parameter(help="cuda; on a CPU only the ways without a graph are tried.")] = "cuda",
 ) -> None:
     """Time each way of training many clients on a GPU; one JSON object."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,12 +25,19 @@ def typical(stack: Mapping[str, Any]) -> float:
 
 def beside(stack: Mapping[str, Any]) -> float:
     """Seconds of a process beyond its rounds at their usual speed: start, warming up in round one, end."""
-    others = [run["rest"] + sum(run["rounds"]) - len(run["rounds"]) * median(run["rounds"]) for run in stack["runs"]]
+    others = [
+        run["rest"] + sum(run["rounds"]) - len(run["rounds"]) * median(warm(run["rounds"])) for run in stack["runs"]
+    ]
     return float(median(others))
 
 
 def _rounds(stack: Mapping[str, Any]) -> list[float]:
-    return [seconds for run in stack["runs"] for seconds in run["rounds"]]
+    return [seconds for run in stack["runs"] for seconds in warm(run["rounds"])]
+
+
+def warm(rounds: Sequence[float]) -> Sequence[float]:
+    """All rounds but the first, in which some stacks start their processes."""
+    return rounds[1:]
 
 
 def table(part: str, found: Mapping[str, Any]) -> Table:

@@ -51,7 +51,7 @@ class Lent(ClientApp):
         theirs, context.run_config = context.run_config, dict(self._run_config)
         try:
             return client_app.app(message, context)
-        except Exception:
+        except (Exception, SystemExit):
             return failure(message, traceback.format_exc())
         finally:
             context.run_config = theirs
@@ -137,10 +137,12 @@ def _connect(config: Config) -> None:
 
     address = config.ray_address or "local"
     host, _, port = address.removeprefix("ray://").partition(":")
+    if ":" in address and not port.isdigit():
+        raise UsageError(f"--ray-address {address} is not HOST:PORT.")
     if port:  # Ray itself would try for minutes
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
-        except (OSError, ValueError) as error:
+        except (OSError, OverflowError) as error:
             raise UsageError(f"--ray-address {address} cannot be reached: {error}.") from error
     ours = {key: value for key, value in os.environ.items() if key.startswith("FEDKD_")}
     try:

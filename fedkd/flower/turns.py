@@ -17,6 +17,8 @@ from flwr.common.constant import ErrorCode
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
+from fedkd.errors import Terminated
+
 RUN_ID, SERVER = 1, 0
 
 
@@ -43,7 +45,9 @@ class Place:
         context = Context(RUN_ID, node, placed, state, self.run_config)
         try:
             reply = self.load()(message, context)
-        except Exception:  # a client's failure is the round's business, as anywhere in Flower
+        except Terminated:
+            raise
+        except (Exception, SystemExit):  # a client's failure is the round's business, as anywhere in Flower
             return failure(message, traceback.format_exc())
         new: bytes = recorddict_to_proto(context.state).SerializeToString(deterministic=True)
         if new != old:

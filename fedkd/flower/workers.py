@@ -77,7 +77,8 @@ class Workers:
         finally:
             for worker in self._workers:
                 if worker.message is not None:  # whoever asked does not want to know any more
-                    worker.replace()
+                    with suppress(RunError):  # nor why the nursery is gone, on the way out
+                        worker.replace()
 
     def _ready(self) -> list[_Worker]:
         """The workers that have answered, died, or are over their time; there is at least one."""
@@ -135,8 +136,8 @@ class _Worker:
 def _nursery(line: socket.socket, other_end: socket.socket, place: Place) -> None:
     """Fork a worker for each zero that comes with a connection; end the one whose number comes."""
     other_end.close()  # else this process would never see it closed
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to answer
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for asked in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, they are the owner's to answer
+        signal.signal(asked, signal.SIG_IGN)
     place.load()
     children: set[int] = set()
     try:
@@ -154,6 +155,8 @@ def _nursery(line: socket.socket, other_end: socket.socket, place: Place) -> Non
             os.close(ends[0])
             children.add(pid)
             line.send(pid.to_bytes(PID, "big"))
+    except OSError:  # the owner is gone
+        return
     finally:
         for pid in children:
             _end(pid)
