@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from functools import cache
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

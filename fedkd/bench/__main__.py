@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from fedkd import cli, runs
 from fedkd.bench import report, stacks
 from fedkd.bench.stacks import Timing, Work
 from fedkd.errors import UsageError
+from fedkd.runtime import cores
 
 Part = Literal["peak", "fedavg", "ensemble", "idle", "many"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -68,15 +68,14 @@ def bench(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {out} cannot be made: {error.strerror}.") from error
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    work = Work(clients, images, rounds)
+    work, count = Work(clients, images, rounds), cores()
     machine = {key: value for key, value in runs.environment("cpu", "noise", "").items() if key != "command"}
-    found: dict[str, Any] = {"machine": machine, "cores": cores, "options": sys.argv[1:]}
+    found: dict[str, Any] = {"machine": machine, "cores": count, "options": sys.argv[1:]}
     found |= {"work": dataclasses.asdict(work), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     if "peak" in parts:
-        found["peak"] = {str(threads): stacks.peak(threads) for threads in dict.fromkeys((1, cores))}
+        found["peak"] = {str(threads): stacks.peak(threads) for threads in dict.fromkeys((1, count))}
         found["import_torch"] = median(stacks.importing("torch") for _ in range(repeats))
-    for part, measured in plan(work, cores).items():
+    for part, measured in plan(work, count).items():
         if part in parts:
             found[part] = _measure(measured, repeats, console)
             console.print(report.table(part, found))

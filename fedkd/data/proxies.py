@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,7 +61,7 @@ def hold_out(size: int | None, rows: int, seed: int) -> tuple[NDArray[np.int64],
 
 def draw(public: Tensor, size: int | None, known: list[Images], seed: int, text: str) -> Tensor:
     """``size`` images [P, H, W, 3] of another data set, without those that occur in ``known``."""
-    taken = {key for images in known for key in _keys(images.pixels)}
+    taken = _all_keys(images.pixels for images in known)
     fresh = np.array([i for i, key in enumerate(_keys(public)) if key not in taken], dtype=np.int64)
     count = min(DEFAULT_SIZE, len(fresh)) if size is None else size
     if not 0 < count <= len(fresh):
@@ -76,8 +77,12 @@ def draw(public: Tensor, size: int | None, known: list[Images], seed: int, text:
 
 def shared(pixels: Tensor, public: list[Tensor]) -> int:
     """How many of the images occur among public ones."""
-    known = {key for images in public for key in _keys(images)}
+    known = _all_keys(public)
     return sum(key in known for key in _keys(pixels))
+
+
+def _all_keys(sets: Iterable[Tensor]) -> set[bytes]:
+    return {key for pixels in sets for key in _keys(pixels)}
 
 
 def _keys(pixels: Tensor) -> list[bytes]:

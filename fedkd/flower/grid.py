@@ -18,6 +18,7 @@ from flwr.supercore.run import Run
 
 from fedkd.flower.turns import RUN_ID, SERVER, Place
 from fedkd.flower.workers import Workers
+from fedkd.runtime import cores
 
 SMALL = 0.002  # seconds; a turn that takes less is not worth handing to another process
 
@@ -28,8 +29,7 @@ def count_workers(asked: str, participants: int, threads: int, device: str) -> i
         return int(asked)
     if device.startswith("cuda") or not hasattr(os, "fork"):
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // threads, participants))
+    return max(1, min(cores() // threads, participants))
 
 
 class LocalGrid(Grid):
