@@ -1,20 +1,25 @@
 """Teachers: how the clients' answers become one distribution for each proxy image.
 
 Shapes: logits [K, N, C] of K clients, already divided by the temperature; weights broadcastable to
-[K, N], not negative. Each function returns probs [N, C] whose rows sum to one. Sums over clients
-run in float64 and in the order of the clients.
+[K, N], not negative. An aggregator returns probs [N, C] whose rows sum to one. Where all weights of
+an image are zero, all clients count alike. Sums over clients run in float64 and in their order.
+
+Not aggregators, and not in the catalog, are the teachers of a client or of a group of them:
+`leave_one_out`, `clustered`, and `mixed` by the coefficients [K, K] of `mixing`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Scale = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
+Bound = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=0.5)]
 
 
 def mean_logits(logits: Tensor, weights: Tensor) -> Tensor:
@@ -24,7 +29,7 @@ def mean_logits(logits: Tensor, weights: Tensor) -> Tensor:
 
 def mean_probs(logits: Tensor, weights: Tensor) -> Tensor:
     """sum_k w_k softmax(f_k): simple averaging (DS-FL: Itahara et al., 2020). Every vote is bounded."""
-    return _mean(logits.double().softmax(-1), weights).to(logits.dtype)
+    return _mean(_probs(logits), weights).to(logits.dtype)
 
 
 def era(logits: Tensor, weights: Tensor, *, temperature: Scale = 0.1) -> Tensor:
@@ -32,8 +37,12 @@ def era(logits: Tensor, weights: Tensor, *, temperature: Scale = 0.1) -> Tensor:
 
     It sharpens the head and lifts the far tail: a class of probability zero gets one.
     """
-    mean = _mean(logits.double().softmax(-1), weights)
-    return (mean / temperature).softmax(-1).to(logits.dtype)
+    return (_mean(_probs(logits), weights) / temperature).softmax(-1).to(logits.dtype)
+
+
+def beta_era(logits: Tensor, weights: Tensor, *, beta: Scale = 2.0) -> Tensor:
+    """p^beta / sum_c p^beta of the mean probabilities p; beta 1 leaves them (SCARLET: Azuma et al., 2025)."""
+    return (beta * _mean(_probs(logits), weights).log()).softmax(-1).to(logits.dtype)
 
 
 def entropy(logits: Tensor, weights: Tensor, *, sharpness: Scale = 1.0) -> Tensor:
@@ -43,20 +52,199 @@ def entropy(logits: Tensor, weights: Tensor, *, sharpness: Scale = 1.0) -> Tenso
     """
     log_probs = logits.double().log_softmax(-1)
     uncertainty = -(log_probs.exp() * log_probs).sum(-1)
-    return _mean(log_probs.exp(), weights * (-sharpness * uncertainty).exp()).to(logits.dtype)
+    certain = (_shares(weights, logits).log() - sharpness * uncertainty).softmax(0)
+    return _mean(log_probs.exp(), certain).to(logits.dtype)
 
 
 def variance(logits: Tensor, weights: Tensor) -> Tensor:
     """softmax(sum_k a_k f_k), a_k(x) = Var_c f_k / sum Var: Fed-ET's weights (Cho et al., 2022)."""
     spread = logits.double().var(-1, correction=0)
-    return _mean(logits, weights * (spread + 1e-12)).softmax(-1).to(logits.dtype)
+    return _mean(logits, _shares(weights, logits) * (spread + 1e-12)).softmax(-1).to(logits.dtype)
+
+
+def median(logits: Tensor, weights: Tensor) -> Tensor:
+    """The clients' median probability of each class (Yin et al., 2018), renormalized.
+
+    It is what a trimmed mean tends to: halfway between the lower and the upper weighted median.
+    """
+    return _middle(logits, weights, 0.5 - 1e-6)
+
+
+def trimmed_mean(logits: Tensor, weights: Tensor, *, fraction: Fraction = 0.2) -> Tensor:
+    """Each class' mean without ``fraction`` of the weight at either end (Yin et al., 2018), renormalized."""
+    return _middle(logits, weights, fraction)
+
+
+def geometric_median(logits: Tensor, weights: Tensor, *, steps: PositiveInt = 100) -> Tensor:
+    """argmin_z sum_k w_k ||p_k - z|| of the vectors p_k (RFA: Pillutla et al., 2022).
+
+    By Weiszfeld's steps, each the mean by w_k / max(1e-6, ||p_k - z||); from the mean.
+    """
+    probs, shares = _probs(logits), _shares(weights, logits)
+    center = _mean(probs, shares)
+    for _ in range(steps):
+        center = _mean(probs, shares / (probs - center).norm(dim=-1).clamp_min(1e-6))
+    return center.to(logits.dtype)
+
+
+def spectral(logits: Tensor, weights: Tensor, *, fraction: Fraction = 0.2, variance: Bound = 0.05) -> Tensor:
+    """Cronus' robust mean of probabilities (Chang et al., 2019, after Diakonikolas et al., 2017).
+
+    While the covariance of an image's vectors has an eigenvalue above ``variance``, who lies farthest
+    along its axis is dropped; at most floor(``fraction`` * K) of the K clients of any weight. Those
+    equally far go together: if they are more than the drops that are left, each loses its part of them.
+    The paper states no constants. Liars of share e who pass ``variance`` = v move the mean by no more
+    than sqrt(v e / (1 - e)): by 0.11 for a fifth of the clients and 0.05, the default.
+    """
+    probs, shares = _probs(logits), _shares(weights, logits)
+    kept = (shares > 0).double()
+    left = (fraction * kept.sum(0) + 1e-9).floor()
+    rows = left.nonzero()[:, 0]
+    while len(rows):
+        value, far = _axis(probs[:, rows], (shares * kept)[:, rows])
+        wide = value > variance
+        rows, far = rows[wide], far[:, wide].masked_fill(kept[:, rows[wide]] == 0, -1)
+        farthest = (far >= far.amax(0) * (1 - 1e-6)).double()
+        each = (left[rows] / farthest.sum(0)).clamp_max(1)
+        kept[:, rows] -= farthest * each
+        left[rows] = (left[rows] - farthest.sum(0)).clamp_min(0)
+        rows = rows[left[rows] > 0]
+    return _mean(probs, shares * kept).to(logits.dtype)
+
+
+def vote(logits: Tensor, weights: Tensor) -> Tensor:
+    """The weighted share of clients whose first class it is (CFD with one bit: Sattler et al., 2022).
+
+    A client with several first classes divides its vote among them.
+    """
+    first = (logits == logits.amax(-1, keepdim=True)).double()
+    return _mean(first / first.sum(-1, keepdim=True), weights).to(logits.dtype)
+
+
+def leave_one_out(logits: Tensor, weights: Tensor) -> Tensor:
+    """For each client the mean of the *others'* probabilities [K, N, C] (FD: Jeong et al., 2018).
+
+    Its own where no other client has any weight: to learn from oneself changes nothing.
+    """
+    probs, shares = _probs(logits), _shares(weights, logits)
+    others = 1 - probs.new_ones(len(probs)).diag()
+    total = (others @ (shares[..., None] * probs).flatten(1)).view_as(probs)
+    weight = (others @ shares)[..., None]
+    return (total / weight).where(weight > 0, probs).to(logits.dtype)
+
+
+def clustered(probs: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """COMET's k-means over the clients' soft labels [K, N, C] (Cho et al., 2022).
+
+    Returns the centroids [k, N, C] and each client's cluster [K] (int64), the first client's first.
+    Clients who say the same are one point: k is at most the number of different answers. The points
+    are sorted before the draw of starts, so who is with whom depends on the answers and the seed alone.
+    """
+    import torch
+    from sklearn.cluster import KMeans
+
+    points, place, copies = torch.unique(
+        probs.double().flatten(1), dim=0, return_inverse=True, return_counts=True, sorted=True
+    )
+    means = KMeans(min(count, len(points)), n_init=10, random_state=seed % 2**32)
+    labels = means.fit(points.numpy(), sample_weight=copies.numpy()).labels_[place.numpy()].tolist()
+    names = list(dict.fromkeys(labels))
+    assignment = torch.tensor([names.index(label) for label in labels])
+    groups = [probs[assignment == cluster] for cluster in range(len(names))]
+    return torch.stack([_mean(group, torch.ones(1, 1)) for group in groups]).to(probs.dtype), assignment
+
+
+def mixed(probs: Tensor, coefficients: Tensor) -> Tensor:
+    """The teachers [J, N, C] that coefficients [J, K] make: sum_m c_jm p_m (KT-pFL: Zhang et al., 2021)."""
+    return (coefficients.double() @ probs.double().flatten(1)).view(-1, *probs.shape[1:]).to(probs.dtype)
+
+
+def mixing(probs: Tensor, *, penalty: float) -> Tensor:
+    """KT-pFL's coefficients [K, K], in float64 (Zhang et al., 2021).
+
+    Row n is the distribution c_n that minimizes, s_m being the soft labels [N, C] of client m,
+
+        ||s_n - sum_m c_nm s_m||^2 / N + penalty * ||c_n - 1/K||^2.
+
+    The authors' code takes a few steps; this solves, by Nesterov's accelerated projected gradient from
+    c_n = e_n, which ends at most 3 penalty exp(-2000 sqrt(penalty / (K + penalty))) above the least.
+    """
+    import torch
+
+    said = probs.double().flatten(1)
+    said = said - said.mean(0)
+    gram = said @ said.T / probs.shape[1]
+    own = torch.eye(len(probs), dtype=torch.float64)
+    curvature = (torch.linalg.eigvalsh(gram)[-1].clamp_min(0) + penalty).clamp_min(1e-30)
+    root = (penalty / curvature).sqrt()
+    coefficients = ahead = own
+    for _ in range(2000):
+        slope = (ahead - own) @ gram + penalty * (ahead - 1 / len(probs))
+        before, coefficients = coefficients, _onto_simplex(ahead - slope / curvature)
+        ahead = coefficients + (1 - root) / (1 + root) * (coefficients - before)
+    return coefficients
+
+
+def _probs(logits: Tensor) -> Tensor:
+    return logits.double().softmax(-1)
+
+
+def _shares(weights: Tensor, values: Tensor) -> Tensor:
+    """Weights [K, N] that sum to one over the clients; where all are zero, all count alike."""
+    weights = weights.double().expand(values.shape[:2])
+    weights = weights.masked_fill(weights.sum(0) == 0, 1.0)
+    return weights / weights.sum(0)
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    """The weighted mean over clients [N, C], in float64, added up in their order."""
-    shares = weights.double().expand(values.shape[:2])
-    shares = shares / shares.sum(0)
-    total = values[0].double() * shares[0, :, None]
+    """The weighted mean over clients [N, C]."""
+    return _sum(values, _shares(weights, values)[..., None])
+
+
+def _sum(values: Tensor, shares: Tensor) -> Tensor:
+    """sum_k shares_k values_k for shares [K, N, 1 or C], in float64, added up in the clients' order."""
+    total = values[0].double() * shares[0]
     for value, share in zip(values[1:], shares[1:], strict=True):
-        total += value.double() * share[:, None]
+        total += value.double() * share
     return total
+
+
+def _middle(logits: Tensor, weights: Tensor, fraction: float) -> Tensor:
+    """Each class' mean of the sorted probabilities whose cumulative weight is in [fraction, 1 - fraction].
+
+    Renormalized; the mean of all where nothing is left of any class: three sure votes for three classes.
+    """
+    probs = _probs(logits)
+    values, order = probs.sort(0)
+    shares = _shares(weights, probs)[..., None].expand_as(probs).gather(0, order)
+    above = shares.cumsum(0)
+    inside = (above.clamp_max(1 - fraction) - (above - shares).clamp_min(fraction)).clamp_min(0)
+    middle = _sum(values, inside / (1 - 2 * fraction))
+    total = middle.sum(-1, keepdim=True)
+    return (middle / total).where(total > 1e-9, _mean(probs, weights)).to(logits.dtype)
+
+
+def _axis(probs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The top eigenvalue [N] of each image's weighted covariance, and how far each client is along its axis [K, N].
+
+    That is the squared distance from the mean, up to a factor of the image; in the plane of several axes
+    where eigenvalues are equal. Of Z Z' and Z' Z, which share the eigenvalues, the smaller is decomposed.
+    """
+    import torch
+
+    centered = (probs - _mean(probs, weights)).transpose(0, 1)
+    scaled = centered * _shares(weights, probs).T.sqrt()[..., None]
+    wide = scaled.shape[1] < scaled.shape[2]
+    values, axes = torch.linalg.eigh(scaled @ scaled.mT if wide else scaled.mT @ scaled)
+    if wide:
+        axes = scaled.mT @ axes
+    top = values[:, -1:]
+    leading = (values >= top * (1 - 1e-6)).double()
+    return top[:, 0], ((centered @ axes).square() @ leading[..., None])[..., 0].T
+
+
+def _onto_simplex(rows: Tensor) -> Tensor:
+    """The nearest distributions: max(0, row - t), t = max_j (sum of the j largest - 1) / j (Held et al., 1974)."""
+    ordered = rows.sort(-1, descending=True).values
+    counts = ordered.new_ones(rows.shape[-1]).cumsum(0)
+    return (rows - ((ordered.cumsum(-1) - 1) / counts).amax(-1, keepdim=True)).clamp_min(0)
