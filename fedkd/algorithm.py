@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from fedkd.tensors import Tensors
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class Client:
     """A client in a round: its number, its seed for this round, its model, its data, its memory."""
@@ -42,17 +45,27 @@ class Update:
 class Algorithm(ABC):
     """A method of federated learning."""
 
-    #: Whether all clients and the student must have one architecture.
-    one_model: ClassVar[bool] = False
     #: Whether the private data of all clients lies in one place (the ceiling, not a federation).
     pooled: ClassVar[bool] = False
+    #: Whether the proxy's labels are read; they are not even there for a method that does not say so.
+    labeled_proxy: ClassVar[bool] = False
+
+    @property
+    def one_model(self) -> bool:
+        """Whether all clients and the student must have one architecture."""
+        return False
+
+    @property
+    def codecs(self) -> tuple[str, str] | None:
+        """The codecs up and down where they are a part of the method; by default those of the run."""
+        return None
 
     def init(self, kit: Kit) -> Tensors:
         """The server's state before the first round."""
         return {}
 
-    def ask(self, kit: Kit, state: Tensors) -> Tensors:
-        """What every chosen client is sent."""
+    def ask(self, kit: Kit, state: Tensors, client: int) -> Tensors:
+        """What a chosen client is sent."""
         return {}
 
     @abstractmethod
@@ -62,20 +75,27 @@ class Algorithm(ABC):
         The memory holds the client's own model as ``model/NAME``; evaluation takes it from there.
         """
 
-    def sends(self, kit: Kit) -> Mapping[str, tuple[int, ...]]:
-        """Names and shapes of the tensors in an update. The server refuses any other.
+    def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
+        """Names and shapes of the tensors in a client's update. The server refuses any other.
 
-        A tensor named ``probs`` must hold distributions.
+        A negative extent -n stands for at most n. A tensor named ``probs`` must hold distributions.
         """
         return {}
+
+    def objection(self, kit: Kit, update: Update) -> str:
+        """What is wrong with an update of the declared shapes; empty if nothing is."""
+        return ""
 
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         """The server's turn: its new state. ``updates`` is ordered by client and not empty."""
         return state
 
-    def teacher(self, kit: Kit, logits: Sequence[Tensor]) -> Tensor:
-        """The ensemble's probs [N, C] from its members' logits [N, C]; by default the run's aggregator."""
-        return kit.ensemble(logits)
+    def teacher(self, kit: Kit, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """The ensemble's probs [N, C] from its K members' logits [N, C] and their weights [K, 1 or N].
+
+        By default by the run's aggregator.
+        """
+        return kit.ensemble(logits, weights)
 
     def deploy(self, kit: Kit, state: Tensors) -> Tensors:
         """The weights of the global student, or nothing where a method has none."""

@@ -1,7 +1,7 @@
 """The components that can be named on the command line, and where each one lives.
 
 Nothing is imported to look a name up. An installed package adds names by the entry-point groups
-``fedkd.algorithm``, ``fedkd.aggregator``, ``fedkd.loss``, ``fedkd.model``, ``fedkd.dataset``,
+``fedkd.algorithm``, ``fedkd.aggregator``, ``fedkd.codec``, ``fedkd.loss``, ``fedkd.model``, ``fedkd.dataset``,
 ``fedkd.proxy`` and ``fedkd.partitioner``.
 """
 
@@ -16,9 +16,26 @@ CATALOG: dict[str, dict[str, str]] = {
     "algorithm": {
         "ensemble": "fedkd.algorithms.ensemble:Ensemble",
         "fedmd": "fedkd.algorithms.fedmd:FedMD",
+        "nfdp": "fedkd.algorithms.fedmd:NFDP",
         "dsfl": "fedkd.algorithms.dsfl:DSFL",
+        "cronus": "fedkd.algorithms.cronus:Cronus",
+        "cfd": "fedkd.algorithms.cfd:CFD",
+        "selective-fd": "fedkd.algorithms.selective:SelectiveFD",
+        "density": "fedkd.algorithms.density:Density",
+        "scarlet": "fedkd.algorithms.scarlet:Scarlet",
+        "comet": "fedkd.algorithms.comet:COMET",
+        "kt-pfl": "fedkd.algorithms.ktpfl:KTpFL",
+        "fedgems": "fedkd.algorithms.fedgems:FedGEMS",
+        "fedema": "fedkd.algorithms.fedema:FedEMA",
+        "fd": "fedkd.algorithms.fd:FD",
+        "fedproto": "fedkd.algorithms.fedproto:FedProto",
         "fedavg": "fedkd.algorithms.fedavg:FedAvg",
         "fedprox": "fedkd.algorithms.fedavg:FedProx",
+        "fedavgm": "fedkd.algorithms.fedavg:FedAvgM",
+        "scaffold": "fedkd.algorithms.scaffold:Scaffold",
+        "feddf": "fedkd.algorithms.feddf:FedDF",
+        "fedbe": "fedkd.algorithms.feddf:FedBE",
+        "fed-et": "fedkd.algorithms.feddf:FedET",
         "local": "fedkd.algorithms.local:Local",
         "central": "fedkd.algorithms.local:Central",
     },
@@ -28,11 +45,25 @@ CATALOG: dict[str, dict[str, str]] = {
         "era": "fedkd.ensembles:era",
         "entropy": "fedkd.ensembles:entropy",
         "variance": "fedkd.ensembles:variance",
+        "beta-era": "fedkd.ensembles:beta_era",
+        "median": "fedkd.ensembles:median",
+        "trimmed-mean": "fedkd.ensembles:trimmed_mean",
+        "geometric-median": "fedkd.ensembles:geometric_median",
+        "spectral": "fedkd.ensembles:spectral",
+        "vote": "fedkd.ensembles:vote",
     },
     "loss": {
         "kl": "fedkd.losses.logits:kl",
         "ce": "fedkd.losses.logits:cross_entropy",
         "mse": "fedkd.losses.logits:mse",
+    },
+    "codec": {
+        "float32": "fedkd.codecs:Float32",
+        "float16": "fedkd.codecs:Float16",
+        "bfloat16": "fedkd.codecs:BFloat16",
+        "uint8": "fedkd.codecs:UInt8",
+        "bits": "fedkd.codecs:Bits",
+        "top": "fedkd.codecs:Top",
     },
     "model": {
         "cnn": "fedkd.models:cnn",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 class Send(Protocol):
     """An exchange that is told which run it is for."""
 
-    def __call__(
-        self, member: Config, kind: str, number: int, clients: list[int], request: Tensors
-    ) -> Iterable[Reply]: ...
+    def __call__(self, member: Config, kind: str, number: int, requests: Mapping[int, Tensors]) -> Iterable[Reply]: ...
 
 
 def conduct(config: Config, connect: Callable[[], Send]) -> None:
@@ -56,6 +54,7 @@ def conduct(config: Config, connect: Callable[[], Send]) -> None:
             finished.append(_member(member, partial(send, member), out, screen, rows))
         figure.draw(curves, _title(members[0]), out)
         screen.show(table.side_by_side(finished, curves))
+        screen.show(table.ledger(finished))
         status = "ok"
     except FedkdError as error:
         if error.details:
@@ -90,7 +89,7 @@ def _member(member: Config, exchange: partial[Iterable[Reply]], out: Path, scree
     with screen.live(member.algorithm, member.rounds):
         watched = screen.watch(exchange, member.rounds)
         for round_, seconds in _timed(
-            _blamed(member, play(experiment.algorithm, experiment.kit, watched, experiment.clients))
+            _blamed(member, play(experiment.algorithm, experiment.kit, watched, experiment.clients, experiment.wire))
         ):
             row = _measured(experiment, watched, round_, seconds)
             for client, reason in round_.failures.items():

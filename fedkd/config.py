@@ -47,7 +47,11 @@ class Config:
 
     # What is compared
     algorithm: str = option(
-        "ensemble", "Methods", "What clients and server do: ensemble, fedmd, dsfl, fedavg, fedprox, local, central."
+        "ensemble",
+        "Methods",
+        "What clients and server do. Soft labels on the proxy: ensemble, fedmd, nfdp, dsfl, cronus, cfd, selective-fd, "
+        "density, scarlet, comet, kt-pfl, fedgems, fedema; without a proxy: fd, fedproto; weights: fedavg, fedprox, "
+        "fedavgm, scaffold, feddf, fedbe, fed-et; the ends of the scale: local, central.",
     )
     compare: Several = option(
         "", "Methods", "Further algorithms to play on the same data, students and seeds (several)."
@@ -55,9 +59,13 @@ class Config:
     aggregator: str = option(
         "mean-probs",
         "Methods",
-        "How the clients' logits become a teacher: mean-logits, mean-probs, era, entropy, variance.",
+        "How the clients' logits become a teacher: mean-logits, mean-probs, era, beta-era, entropy, variance, median, "
+        "trimmed-mean, geometric-median, spectral, vote.",
     )
     loss: str = option("kl", "Methods", "What pulls a student to its teacher: kl, ce, mse.")
+    votes: Literal["equal", "size"] = option(
+        "equal", "Methods", "What a client's answer weighs in the teacher: equal, or size, its number of images."
+    )
     temperature: Rate = option(1.0, "Methods", "Divides logits before the softmax, the teacher's and the student's.")
 
     # The federation
@@ -69,6 +77,14 @@ class Config:
         "Federation",
         "How rows are dealt: iid, dirichlet:alpha=A, pathological:classes=N, shard:shards=N, ..., ./mine.py:Name.",
     )
+
+    up: str = option(
+        "float32",
+        "Federation",
+        "How clients' answers are coded: float32, float16, bfloat16; soft labels also uint8, bits:bits=1, top:k=3; "
+        "each with coder=zstd (labels: or range), delta=true.",
+    )
+    down: str = option("float32", "Federation", "How what clients are sent is coded, as --up.")
 
     # Data
     dataset: str = option(
@@ -99,7 +115,7 @@ class Config:
     momentum: Annotated[float, Field(ge=0, lt=1)] = option(0.9, "Training", "Momentum of local training.")
     weight_decay: Decay = option(0.0005, "Training", "Weight decay of local training.")
     augment: bool = option(True, "Training", "Random crops, and flips where the data allows them, in local training.")
-    distill_epochs: PositiveInt = option(
+    distill_epochs: Annotated[int, Field(ge=0)] = option(
         5, "Training", "Epochs over the proxy images in which the server distills its student in a round."
     )
     distill_batch_size: PositiveInt = option(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedkd.data.sources import Source
     from fedkd.kit import Kit
     from fedkd.tensors import Tensors
+    from fedkd.wire import Wire
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +33,12 @@ class Experiment:
     config: Config
     algorithm: Algorithm
     kit: Kit
+    wire: Wire
     train: Images
     test: Images
     proxy_rows: NDArray[np.int64] | None  # of the training set, where the proxy is held out of it
     dealt: Partition  # rows of the training set, sorted for each client
     parts: Partition  # the same, or everything for one client where data is pooled
-    models: list[str]
 
     def client(self, number: int, round_number: int, memory: Tensors, data: Images | None = None) -> Client:
         """A client in a round, with ``data`` of its own or its share, which is cut out here, and only here."""
@@ -50,11 +51,7 @@ class Experiment:
             rows = torch.from_numpy(self.parts[number])
             data = Images(self.train.pixels[rows], self.train.labels[rows], self.train.classes)
         seed = seeds.derive(self.config.seed, "client", round_number, number)
-        return Client(number, seed, self.model_of(number), data, memory)
-
-    def model_of(self, number: int) -> str:
-        """The spec of a client's model: the list is dealt in turn."""
-        return self.models[number % len(self.models)]
+        return Client(number, seed, self.kit.model_of(number), data, memory)
 
     @property
     def clients(self) -> int:
@@ -75,11 +72,18 @@ def check(config: Config) -> None:
             and len({*models.split(member.model), member.student or models.split(member.model)[0]}) > 1
         ):
             raise UsageError(
-                f"{member.algorithm} averages weights, so clients and student need one model, "
+                f"{member.algorithm} sends weights, so clients and student need one model, "
                 f"not --model {member.model} --student {member.student or models.split(member.model)[0]}."
+            )
+        if algorithm.labeled_proxy and proxies.parse(member.proxy)[0] is not None:
+            raise UsageError(
+                f"{member.algorithm} reads the proxy's labels, so the proxy must be held out of the data set "
+                f"(--proxy holdout:size=N), not {member.proxy}."
             )
     specs.bind("aggregator", config.aggregator)
     specs.bind("loss", config.loss)
+    for codec in (config.up, config.down):
+        specs.call("codec", codec)
     for model in [*models.split(config.model), *([config.student] if config.student else [])]:
         specs.bind("model", model, models.RESERVED)
     if config.dataset != "auto":
@@ -101,6 +105,7 @@ def prepare(config: Config) -> Experiment:
     from fedkd.data.partition import Partition
     from fedkd.data.scaling import Scaling
     from fedkd.kit import Kit
+    from fedkd.wire import Wire
 
     source: Source = specs.call("dataset", choose_dataset(config)[0])
     algorithm, computer = _algorithm(config), device(config.device)
@@ -111,9 +116,12 @@ def prepare(config: Config) -> Experiment:
     is_needed = proxy_source is None or not is_own
     train = _read(source, "train", config.data_dir) if is_needed else test.first(0)
     classes = max(train.classes, test.classes)
+    proxy_labels = None
     if proxy_source is None:
         proxy_rows, private = proxies.hold_out(size, len(train), config.seed)
         proxy = train.pixels[torch.from_numpy(proxy_rows)]
+        if algorithm.labeled_proxy:
+            proxy_labels = train.labels[torch.from_numpy(proxy_rows)]
     else:
         proxy_rows, private = None, np.arange(len(train), dtype=np.int64)
         public = _read(dataclasses.replace(proxy_source, pixels=source.pixels), "train", config.data_dir)
@@ -132,16 +140,20 @@ def prepare(config: Config) -> Experiment:
         scaling=train.scaling or Scaling.of(proxy),
         flip=source.flip,
         device=computer,
+        models=tuple(names),
         student=config.student or names[0],
         aggregator=specs.bind("aggregator", config.aggregator),
         loss=specs.bind("loss", config.loss),
+        proxy_labels=proxy_labels,
     )
+    up, down = algorithm.codecs or (config.up, config.down)
+    wire = Wire(specs.call("codec", up), specs.call("codec", down))
     for model in {*names, kit.student}:
         _buildable(kit, model)
     train, test = (
         dataclasses.replace(images, classes=classes, pixels=images.pixels.to(computer)) for images in (train, test)
     )
-    return Experiment(config, algorithm, kit, train, test, proxy_rows, dealt, parts, names)
+    return Experiment(config, algorithm, kit, wire, train, test, proxy_rows, dealt, parts)
 
 
 prepared = lru_cache(maxsize=2)(prepare)

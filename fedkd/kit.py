@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedkd.algorithm import Client
     from fedkd.config import Config
     from fedkd.data.scaling import Scaling
-    from fedkd.learning import Objective
+    from fedkd.learning import Objective, Penalty
     from fedkd.tensors import Tensors
 
     Aggregator = Callable[[Tensor, Tensor], Tensor]
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 class Kit:
     """Proxy images [P, H, W, 3] uint8, models, teacher and losses of a run.
 
+    ``proxy_labels`` [P] are there only for a method that declares that it reads them; else they are none.
     ``aggregator``: logits [K, N, C] / T and weights -> probs [N, C]. ``loss``: student logits
     [B, C] / T and teacher probs -> scalar. These two divisions are the only ones by T.
     """
@@ -39,9 +40,11 @@ class Kit:
     scaling: Scaling
     flip: bool
     device: str
+    models: tuple[str, ...]
     student: str
     aggregator: Aggregator
     loss: DistillationLoss
+    proxy_labels: Tensor | None = None
 
     def initial(self, model: str) -> dict[str, Tensor]:
         """Fresh weights; the same for everyone who has this model, as paired comparisons need."""
@@ -70,24 +73,78 @@ class Kit:
         """The shape [P, C] of a client's answer on the proxy images of one round."""
         return len(self.subset(1)), self.classes
 
-    def fit(self, client: Client, weights: Tensors, mu: float = 0.0) -> dict[str, Tensor]:
-        """The weights after local training on the client's own rows; mu adds FedProx's term."""
-        config = self.config
+    def fit(
+        self,
+        client: Client,
+        weights: Tensors,
+        *,
+        objective: Objective = nn.functional.cross_entropy,
+        penalty: Penalty | None = None,
+        embedded: bool = False,
+    ) -> dict[str, Tensor]:
+        """The weights after local training on the client's own rows.
+
+        ``objective`` sees logits and labels; with ``embedded`` (logits, embeddings) and labels.
+        """
         module = self._module(client.model, weights)
+        seen = learning.Embedded(module) if embedded else module
+        self._fit(seen, client.data.pixels, client.data.labels, objective, client.seed, penalty=penalty)
+        return _weights(module)
+
+    def fit_jointly(
+        self, client: Client, weights: Tensors, rows: Tensor, targets: Tensor, pull: Objective
+    ) -> dict[str, Tensor]:
+        """The weights after local training on the union of the client's rows and the proxy's ``rows``.
+
+        The loss is the mean over both kinds: cross-entropy for the former, for the latter ``pull`` of their
+        logits to ``targets`` [R, C]. Proxy images are not augmented.
+        """
+        own, module = len(client.data), self._module(client.model, weights)
+
+        def objective(logits: Tensor, wanted: Tensor) -> Tensor:
+            public = wanted[:, -1] > 0
+            private = wanted[~public, :-1].argmax(-1)
+            losses = [
+                loss(logits[chosen], aims) * len(aims)
+                for loss, chosen, aims in (
+                    (nn.functional.cross_entropy, ~public, private),
+                    (pull, public, wanted[public, :-1]),
+                )
+                if len(aims)
+            ]
+            return torch.stack(losses).sum() / len(wanted)
+
+        labels = nn.functional.one_hot(client.data.labels, self.classes).float()
+        together = torch.cat([nn.functional.pad(labels, (0, 1)), nn.functional.pad(targets, (0, 1), value=1.0)])
+        pixels = torch.cat([client.data.pixels, self.proxy[rows]])
+        self._fit(module, pixels, together, objective, client.seed, only=own)
+        return _weights(module)
+
+    def _fit(
+        self,
+        module: nn.Module,
+        pixels: Tensor,
+        targets: Tensor,
+        objective: Objective,
+        seed: int,
+        *,
+        penalty: Penalty | None = None,
+        only: int | None = None,
+    ) -> None:
+        config = self.config
         learning.descend(
             module,
             optimizers.sgd(list(module.parameters()), config.learning_rate, config.momentum, config.weight_decay),
-            client.data.pixels,
-            client.data.labels,
-            nn.functional.cross_entropy,
+            pixels,
+            targets,
+            objective,
             self.scaling,
             epochs=config.local_epochs,
             batch_size=config.batch_size,
-            augmentation=learning.Augmentation(config.augment, self.flip),
-            seed=seeds.derive(client.seed, "fit"),
-            anchor=learning.Anchor(mu, dict(weights)) if mu else None,
+            augmentation=learning.Augmentation(config.augment, self.flip, only),
+            seed=seeds.derive(seed, "fit"),
+            penalty=penalty,
         )
-        return _weights(module)
 
     def distill(
         self,
@@ -99,11 +156,12 @@ class Kit:
         epochs: int,
         seed: int,
         objective: Objective | None = None,
+        average: bool = False,
     ) -> dict[str, Tensor]:
         """The weights after distilling the teacher's ``targets`` [R, C] on the proxy's ``rows``.
 
         By default targets are probabilities, compared at the temperature T by the loss times T^2.
-        No augmentation: the targets belong to these very pixels.
+        No augmentation: the targets belong to these very pixels. ``average`` over epochs, see `learning.descend`.
         """
         module = self._module(model, weights)
         learning.descend(
@@ -117,6 +175,7 @@ class Kit:
             batch_size=self.config.distill_batch_size,
             augmentation=learning.Augmentation(),
             seed=seed,
+            average=average,
         )
         return _weights(module)
 
@@ -127,16 +186,35 @@ class Kit:
 
     def predict(self, model: str, weights: Tensors, pixels: Tensor) -> Tensor:
         """Logits [N, C] on images [N, H, W, 3]."""
+        if not len(pixels):
+            return torch.zeros(0, self.classes)
         return learning.predict(self._module(model, weights), pixels, self.scaling)
+
+    def embed(self, model: str, weights: Tensors, pixels: Tensor) -> Tensor:
+        """Embeddings [N, D] of images [N, H, W, 3]: what the last linear layer sees."""
+        return learning.predict(learning.Embedding(self._module(model, weights)), pixels, self.scaling)
+
+    def trainable(self, model: str) -> dict[str, Tensor]:
+        """A zero for each number that training moves: the parameters, without buffers."""
+        module = self._module(model, self.initial(model))
+        return {name: torch.zeros(tensor.shape) for name, tensor in module.named_parameters()}
+
+    def model_of(self, client: int) -> str:
+        """The spec of a client's model: the list is dealt in turn."""
+        return self.models[client % len(self.models)]
 
     def answer(self, client: Client, weights: Tensors, number: int) -> Tensor:
         """The client's logits [P, C] on the proxy images of a round."""
         return self.predict(client.model, weights, self.proxy[self.subset(number)])
 
-    def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
-        """The teacher's probs [N, C] at the run's temperature; every member counts the same."""
-        stacked = torch.stack(list(logits)) / self.config.temperature
-        return self.aggregator(stacked, torch.ones(len(stacked), 1))
+    def ensemble(self, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """The teacher's probs [N, C] at the run's temperature; ``weights`` [K, 1 or N] of the members."""
+        return self.aggregator(torch.stack(list(logits)) / self.config.temperature, weights)
+
+    def votes(self, examples: Sequence[int]) -> Tensor:
+        """What each member's vote weighs [K, 1]: the same, or its number of examples (``--votes``)."""
+        votes = torch.tensor(examples, dtype=torch.float)[:, None]
+        return votes if self.config.votes == "size" else torch.ones_like(votes)
 
     def _module(self, model: str, weights: Tensors) -> nn.Module:
         """The one module of this architecture, holding ``weights``."""

@@ -6,8 +6,9 @@ the layout in which CPUs and GPUs convolve fastest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +20,26 @@ from fedkd.seeds import seeded
 
 CPU_CHUNK, GPU_CHUNK = 64, 2048  # images a forward pass: what fits the cache of a CPU core, what fills a GPU
 
-Objective = Callable[[Tensor, Tensor], Tensor]  # logits [B, C], targets of these rows -> scalar
+Objective = Callable[[Any, Tensor], Tensor]  # what the model returns, targets of these rows -> scalar
+Penalty = Callable[[nn.Module], Tensor]  # of the parameters -> a scalar that is added to the loss
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Whether images are cropped at random, and whether they are flipped."""
+    """Whether images are cropped at random, and whether they are flipped; ``only`` the first of them, if not all."""
 
     crop: bool = False
     flip: bool = False
+    only: int | None = None
 
-
-@dataclass(frozen=True)
-class Anchor:
-    """A proximal term mu / 2 * ||w - w0||^2 over the parameters (FedProx: Li et al., 2020)."""
-
-    mu: float
-    parameters: Mapping[str, Tensor]
+    def __call__(self, images: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """The images [B, H, W, 3] of these rows, as they are seen this time."""
+        if not self.crop:
+            return images
+        seen = crop_and_flip(images, self.flip, generator)
+        if self.only is None:
+            return seen
+        return torch.where((rows < self.only).to(images.device)[:, None, None, None], seen, images)
 
 
 def descend(
@@ -50,38 +54,97 @@ def descend(
     batch_size: int,
     augmentation: Augmentation,
     seed: int,
-    anchor: Anchor | None = None,
+    penalty: Penalty | None = None,
+    average: bool = False,
 ) -> None:
-    """Minimize ``objective`` over (pixels, targets), in place. Order and augmentation follow ``seed``."""
+    """Minimize ``objective`` over (pixels, targets), in place. Order and augmentation follow ``seed``.
+
+    With ``average`` what is left is the mean of the weights after each epoch (stochastic weight
+    averaging: Izmailov et al., 2018).
+    """
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     model.train()
     with seeded(seed):  # for dropout, which draws from torch's own stream
-        for rows in batches(len(pixels), epochs, batch_size, generator):
-            images, wanted = pixels[rows].to(device), targets[rows].to(device)
-            if augmentation.crop:
-                images = crop_and_flip(images, augmentation.flip, generator)
-            loss = objective(model(scaling(images)), wanted)
-            if anchor is not None:
-                loss = loss + proximal(model, anchor)
-            loss.backward()  # type: ignore[no-untyped-call]
-            step()
+        sums = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in _floats(model)} if average else {}
+        for _ in range(epochs):
+            for rows in batches(len(pixels), batch_size, generator):
+                images, wanted = augmentation(pixels[rows].to(device), rows, generator), targets[rows].to(device)
+                loss = objective(model(scaling(images)), wanted)
+                if penalty is not None:
+                    loss = loss + penalty(model)
+                loss.backward()  # type: ignore[no-untyped-call]
+                step()
+            for name, weights in _floats(model) if average else ():
+                sums[name] += weights
+        if average and epochs:
+            for name, weights in _floats(model):
+                weights.copy_(sums[name] / epochs)
 
 
-def batches(count: int, epochs: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Rows of each batch: a fresh shuffle an epoch, the last batch of it may be smaller."""
-    for _ in range(epochs):
-        yield from torch.split(torch.randperm(count, generator=generator), size)
+def batches(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Rows of each batch of an epoch, shuffled; the last batch may be smaller."""
+    return torch.split(torch.randperm(count, generator=generator), size)
 
 
-def proximal(model: nn.Module, anchor: Anchor) -> Tensor:
-    """Mu / 2 times the squared distance of the parameters from the anchor's."""
-    distances = [(p - anchor.parameters[n].to(p.device)).square().sum() for n, p in model.named_parameters()]
-    return 0.5 * anchor.mu * torch.stack(distances).sum()
+def _floats(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers that can be averaged."""
+    return [(name, tensor.detach()) for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
+
+
+def proximal(mu: float, center: Mapping[str, Tensor]) -> Penalty:
+    """Mu / 2 times the squared distance of the parameters from ``center`` (FedProx: Li et al., 2020)."""
+
+    def penalty(model: nn.Module) -> Tensor:
+        distances = [(p - center[n].to(p.device)).square().sum() for n, p in model.named_parameters()]
+        return 0.5 * mu * torch.stack(distances).sum()
+
+    return penalty
+
+
+def linear(slope: Mapping[str, Tensor]) -> Penalty:
+    """<slope, parameters>: adds ``slope`` to every gradient (SCAFFOLD's correction: Karimireddy et al., 2020)."""
+
+    def penalty(model: nn.Module) -> Tensor:
+        return torch.stack([(p * slope[n].to(p.device)).sum() for n, p in model.named_parameters()]).sum()
+
+    return penalty
+
+
+class Embedded(nn.Module):
+    """A model that returns its logits [B, C] and its embedding [B, D], which is what its last linear layer sees."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both.
+
+        Raises:
+            ValueError: the model has no linear layer.
+
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        if not layers:
+            raise ValueError("it has no linear layer, whose input would be the embedding")
+        seen: list[Tensor] = []
+        hook = layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            return self.model(x), seen[-1]
+        finally:
+            hook.remove()
+
+
+class Embedding(Embedded):
+    """A model that returns its embedding [B, D] alone."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[1]
 
 
 def predict(model: nn.Module, pixels: Tensor, scaling: Scaling) -> Tensor:
-    """Logits [N, C] float32 on the CPU, in evaluation mode."""
+    """What it returns, logits [N, C] as a rule, float32 on the CPU, in evaluation mode."""
     device = next(model.parameters()).device
     chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
     model.eval()

@@ -8,10 +8,13 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from fedkd.rounds import Round, Traffic, last_line, refusal
+from fedkd.tensors import numel
+from fedkd.wire import break_even, is_soft_label
 
 if TYPE_CHECKING:
     from fedkd.experiment import Experiment
     from fedkd.rounds import Exchange
+    from fedkd.tensors import Tensors
 
 Row = dict[str, Any]
 
@@ -43,14 +46,17 @@ def ensemble(experiment: Experiment, exchange: Exchange, round_: Round) -> Ensem
     A yardstick of the simulation: its traffic is kept apart from the method's.
     """
     declared = {"logits": (len(experiment.test), experiment.kit.classes)}
-    replies = sorted(exchange("evaluate", round_.number, list(round_.updates), {}), key=lambda r: r.client)
+    requests: dict[int, Tensors] = {client: {} for client in round_.updates}
+    replies = sorted(exchange("evaluate", round_.number, requests), key=lambda r: r.client)
     traffic = sum((reply.traffic for reply in replies), Traffic())
-    updates = [r.update for r in replies if r.update is not None and not refusal(r.update, declared)]
+    updates = {r.client: r.update for r in replies if r.update is not None and not refusal(r.update, declared)}
     if not updates:
         return Ensemble(None, None, traffic)
-    probs = experiment.algorithm.teacher(experiment.kit, [update.tensors["logits"] for update in updates])
+    weights = experiment.kit.votes([round_.updates[client].examples for client in updates])
+    logits = [update.tensors["logits"] for update in updates.values()]
+    probs = experiment.algorithm.teacher(experiment.kit, logits, weights)
     right = (probs.argmax(-1) == experiment.test.labels).double().mean().item()
-    return Ensemble(fmean(update.metrics["accuracy"] for update in updates), right, traffic)
+    return Ensemble(fmean(update.metrics["accuracy"] for update in updates.values()), right, traffic)
 
 
 def row(experiment: Experiment, round_: Round, scores: tuple[float, float] | None, members: Ensemble | None) -> Row:
@@ -71,6 +77,12 @@ def row(experiment: Experiment, round_: Round, scores: tuple[float, float] | Non
         "client_accuracy": members.client_accuracy if members else None,
         "bytes_up": round_.traffic.arrays_up,
         "bytes_down": round_.traffic.arrays_down,
+        "raw_bytes_up": round_.up.raw,
+        "raw_bytes_down": round_.down.raw,
+        "coded_bytes_up": round_.up.coded,
+        "coded_bytes_down": round_.down.coded,
+        "entropy_bytes_up": round(round_.up.bound, 1),
+        "entropy_bytes_down": round(round_.down.bound, 1),
         "config_bytes_up": round_.traffic.rest_up,
         "config_bytes_down": round_.traffic.rest_down,
         "evaluation_bytes": members.traffic.arrays_up + members.traffic.arrays_down if members else 0,
@@ -102,6 +114,10 @@ def summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: str) 
         "client_accuracy": rows[-1]["client_accuracy"],
         "bytes_up": sum(r["bytes_up"] for r in rows),
         "bytes_down": sum(r["bytes_down"] for r in rows),
+        "raw_bytes": sum(r["raw_bytes_up"] + r["raw_bytes_down"] for r in rows),
+        "coded_bytes": sum(r["coded_bytes_up"] + r["coded_bytes_down"] for r in rows),
+        "entropy_bytes": round(sum(r["entropy_bytes_up"] + r["entropy_bytes_down"] for r in rows), 1),
+        "break_even": _break_even(experiment, rows),
         "config_bytes": sum(r["config_bytes_up"] + r["config_bytes_down"] for r in rows),
         "evaluation_bytes": sum(r["evaluation_bytes"] for r in rows),
         "failures": sum(len(r["failures"]) for r in rows),
@@ -109,6 +125,20 @@ def summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: str) 
         "evaluation_seconds": sum(r["evaluation_seconds"] for r in rows),
         "partition_sha256": partition_sha256,
     }
+
+
+def _break_even(experiment: Experiment, rows: Sequence[Row]) -> int | None:
+    """The number of proxy images at which what went up is as much as the student's weights in float32.
+
+    By the coded bytes that an image cost on average; None where no soft labels went up.
+    """
+    kit, algorithm = experiment.kit, experiment.algorithm
+    coded = sum(row["coded_bytes_up"] for row in rows)
+    images = kit.answers()[0] * sum(row["participants"] for row in rows)
+    if not coded or not any(is_soft_label(name) for name in algorithm.sends(kit, algorithm.init(kit), 0)):
+        return None
+    label_bits = 8 * coded / images / kit.classes
+    return int(break_even(numel(kit.initial(kit.student)), 32, kit.classes, label_bits))
 
 
 def common_accuracy(curves: Sequence[Sequence[Row]]) -> float | None:

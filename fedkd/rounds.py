@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedkd import seeds
 from fedkd.algorithm import Update
 from fedkd.errors import RunError
+from fedkd.wire import Load, Packed, Wire
 
 if TYPE_CHECKING:
-    from fedkd.algorithm import Algorithm
+    from fedkd.algorithm import Algorithm, Shapes
     from fedkd.kit import Kit
     from fedkd.tensors import Tensors
+    from fedkd.wire import Made
 
 
 @dataclass(frozen=True)
@@ -45,19 +47,25 @@ class Reply:
     traffic: Traffic
 
 
-#: Sends a request to clients in a round and yields their replies as they come, in any order.
-Exchange = Callable[[str, int, list[int], "Tensors"], Iterable[Reply]]
+#: Sends each client its request in a round and yields their replies as they come, in any order.
+Exchange = Callable[[str, int, Mapping[int, "Tensors"]], Iterable[Reply]]
 
 
 @dataclass(frozen=True)
 class Round:
-    """What a round left: the server's new state, who answered, who failed and why, and bytes."""
+    """What a round left: the server's new state, who answered, who failed and why, and bytes.
+
+    ``remembered`` is what the server knows that clients remember of the wire.
+    """
 
     number: int
     state: Tensors
     updates: Mapping[int, Update]
     failures: Mapping[int, str]
     traffic: Traffic
+    down: Load
+    up: Load
+    remembered: Mapping[int, Tensors]
 
 
 def play(
@@ -65,11 +73,15 @@ def play(
     kit: Kit,
     exchange: Exchange,
     clients: int,
+    wire: Wire,
     *,
     state: Tensors | None = None,
+    remembered: Mapping[int, Tensors] | None = None,
     start: int = 1,
 ) -> Iterator[Round]:
-    """The rounds of a run, one at a time. Stopping early is ``break``.
+    """The rounds of a run, one at a time.
+
+    Stopping early is ``break``, going on is a round's state and what is remembered.
 
     Raises:
         RunError: in some round no client gave a usable answer.
@@ -77,18 +89,27 @@ def play(
     """
     config = kit.config
     state = algorithm.init(kit) if state is None else state
+    known = dict(remembered or {})
     for number in range(start, config.rounds + 1):
         chosen = sample(clients, config.participation, config.seed, number)
-        replies = sorted(exchange("train", number, chosen, algorithm.ask(kit, state)), key=lambda r: r.client)
-        updates, failures, traffic = {}, {}, Traffic()
+        made: Made = {}
+        held = {client: known.pop(client, {}) for client in chosen}  # whoever fails is taken to remember nothing
+        asked = {c: wire.ask(algorithm.ask(kit, state, c), held[c], made) for c in chosen}
+        requests = {client: packed.tensors for client, packed in asked.items()}
+        replies = sorted(exchange("train", number, requests), key=lambda r: r.client)
+        updates, failures = dict[int, Update](), dict.fromkeys(chosen, "no reply")
+        traffic, up = Traffic(), Load()
         for reply in replies:
             traffic += reply.traffic
-            fault = reply.failure or refusal(reply.update, algorithm.sends(kit))
-            if fault:
-                failures[reply.client] = fault
-            elif reply.update is not None:
-                updates[reply.client] = reply.update
-        failures |= {c: "no reply" for c in chosen if c not in updates and c not in failures}
+            outcome = admit(reply, algorithm, kit, state, wire, held[reply.client])
+            if isinstance(outcome, str):
+                failures[reply.client] = outcome
+                continue
+            update, packed = outcome
+            failures.pop(reply.client)
+            updates[reply.client], up = update, up + packed.load
+            if memory := wire.memory(number, asked[reply.client], packed):
+                known[reply.client] = memory
         if not updates:
             first = min(failures)
             raise RunError(
@@ -97,7 +118,23 @@ def play(
                 details="\n".join(f"client {client}\n{failures[client]}" for client in sorted(failures)),
             )
         state = algorithm.tell(kit, state, updates, seeds.derive(config.seed, "tell", number))
-        yield Round(number, state, updates, failures, traffic)
+        down = sum((packed.load for packed in asked.values()), Load())
+        yield Round(number, state, updates, failures, traffic, down, up, dict(known))
+
+
+def admit(
+    reply: Reply, algorithm: Algorithm, kit: Kit, state: Tensors, wire: Wire, held: Tensors
+) -> tuple[Update, Packed] | str:
+    """The update in a reply, and how it went; or why the server does not count it."""
+    if reply.failure or reply.update is None:
+        return reply.failure or "an empty reply"
+    shapes = algorithm.sends(kit, state, reply.client)
+    try:
+        packed = wire.tell(reply.update.tensors, shapes, held)
+    except ValueError as error:
+        return f"sent what cannot be decoded: {error}"
+    update = replace(reply.update, tensors=packed.tensors)
+    return refusal(update, shapes) or algorithm.objection(kit, update) or (update, packed)
 
 
 def last_line(failure: str) -> str:
@@ -119,22 +156,27 @@ def sample(clients: int, participation: float, seed: int, number: int) -> list[i
     return sorted(int(client) for client in drawn)
 
 
-def refusal(update: Update | None, declared: Mapping[str, tuple[int, ...]]) -> str:
+def refusal(update: Update, declared: Shapes) -> str:
     """Why the server does not count an update; empty if it does.
 
     Names and shapes must be those the algorithm declares, values finite, ``probs`` distributions.
     """
-    if update is None:
-        return "an empty reply"
     if set(update.tensors) != set(declared):
         return f"sent {sorted(update.tensors)} instead of {sorted(declared)}"
     if not (update.examples > 0 and all(math.isfinite(v) for v in update.metrics.values())):
         return "sent no examples, or a metric that is not finite"
     for name, tensor in update.tensors.items():
-        if tuple(tensor.shape) != declared[name]:
+        if not _fits(tuple(tensor.shape), declared[name]):
             return f"sent {name} of shape {tuple(tensor.shape)} instead of {declared[name]}"
         if not tensor.isfinite().all():
             return f"sent {name} with values that are not finite"
         if name == "probs" and not ((tensor >= 0).all() and ((tensor.sum(-1) - 1).abs() < 1e-3).all()):
             return "sent probs that are not distributions"
     return ""
+
+
+def _fits(shape: tuple[int, ...], declared: tuple[int, ...]) -> bool:
+    """Whether a shape is the declared one, in which -n stands for at most n."""
+    return len(shape) == len(declared) and all(
+        have <= -wanted if wanted < 0 else have == wanted for have, wanted in zip(shape, declared, strict=True)
+    )

@@ -169,7 +169,10 @@ def _options(
 def _annotation(component: Callable[..., Any], parameter: inspect.Parameter) -> Any:
     """The annotation as a type. Only an option's own: others may name types not imported yet."""
     if isinstance(parameter.annotation, str):
-        return eval(parameter.annotation, vars(sys.modules[component.__module__]))
+        # An inherited field means what it means where it was written.
+        classes = component.__mro__ if inspect.isclass(component) else ()
+        owner = next((c for c in classes if parameter.name in inspect.get_annotations(c)), component)
+        return eval(parameter.annotation, vars(sys.modules[owner.__module__]))
     return parameter.annotation
 
 

@@ -17,17 +17,27 @@ from fedkd.rounds import refusal
 from tests.conftest import tiny
 
 NAMES = sorted(CATALOG["algorithm"])
-MORE = [*NAMES, "dsfl:aggregation=sa", "ensemble:feedback=true", "ensemble:feedback=false", "fedprox:mu=0.1"]
+MORE = [
+    *NAMES,
+    "dsfl:aggregation=sa",
+    "ensemble:down=labels",
+    "ensemble:down=student",
+    "fedprox:mu=0.1",
+    "fedbe:posterior=dirichlet",
+    "cfd:up_bits=32,down_bits=2",
+    "cronus:down=nothing",
+]
+SAME = {"fedavg", "fedprox", "fedavgm", "scaffold", "fedbe", "fedema", "central"}  # one model for all
+PERSONAL = {"fedmd", "nfdp", "comet", "kt-pfl", "fd", "fedproto", "local", "central"}  # without a global student
 
 
 def turns(experiment, algorithm, number, state, memories, clients=None):
     """One round, played by hand."""
     kit = experiment.kit
-    request = algorithm.ask(kit, state)
     updates, new = {}, dict(memories)
     for client in range(experiment.clients) if clients is None else clients:
         held = experiment.client(client, number, memories.get(client, {}))
-        updates[client], new[client] = algorithm.local(kit, held, request)
+        updates[client], new[client] = algorithm.local(kit, held, algorithm.ask(kit, state, client))
     return updates, new, algorithm.tell(kit, state, updates, seed=number)
 
 
@@ -54,7 +64,7 @@ def test_arguments_are_not_changed(played):
     experiment, first, second = played
     kit, algorithm = experiment.kit, experiment.algorithm
     state, memories, updates = copy.deepcopy((first[2], first[1], second[0]))
-    request = algorithm.ask(kit, state)
+    request = algorithm.ask(kit, state, 0)
     asked = copy.deepcopy(request)
     algorithm.local(kit, experiment.client(0, 2, memories[0]), request)
     algorithm.tell(kit, state, updates, 2)
@@ -71,7 +81,7 @@ def test_everything_that_lasts_is_cpu_tensors_without_grad(played):
         state,
         *memories.values(),
         *(u.tensors for u in updates.values()),
-        experiment.algorithm.ask(experiment.kit, state),
+        experiment.algorithm.ask(experiment.kit, state, 0),
     ]
     for mapping in lasting:
         for tensor in mapping.values():
@@ -82,9 +92,11 @@ def test_everything_that_lasts_is_cpu_tensors_without_grad(played):
 
 def test_an_update_holds_what_is_declared_and_nothing_else(played):
     experiment, first, second = played
-    declared = experiment.algorithm.sends(experiment.kit)
-    for updates in (first[0], second[0]):
-        assert all(refusal(update, declared) == "" for update in updates.values())
+    algorithm, kit = experiment.algorithm, experiment.kit
+    for state, updates in ((algorithm.init(kit), first[0]), (first[2], second[0])):
+        for client, update in updates.items():
+            assert refusal(update, algorithm.sends(kit, state, client)) == ""
+            assert algorithm.objection(kit, update) == ""
 
 
 def test_a_missing_client_is_survived(played):
@@ -103,7 +115,7 @@ def test_a_client_that_comes_late_is_survived(played):
 def test_the_memory_holds_the_clients_model(played):
     experiment, _, (_, memories, _) = played
     weights = tensors.take("model", memories[0])
-    assert experiment.kit.predict(experiment.model_of(0), weights, experiment.test.pixels[:3]).shape == (3, 10)
+    assert experiment.kit.predict(experiment.kit.model_of(0), weights, experiment.test.pixels[:3]).shape == (3, 10)
 
 
 def test_what_is_deployed_is_a_student_or_nothing(played):
@@ -112,7 +124,7 @@ def test_what_is_deployed_is_a_student_or_nothing(played):
     if weights:
         assert experiment.kit.predict(experiment.kit.student, weights, experiment.test.pixels[:3]).shape == (3, 10)
     else:
-        assert experiment.config.algorithm in ("fedmd", "local", "central")
+        assert experiment.config.algorithm in PERSONAL
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +154,26 @@ def test_an_ensemble_of_one_is_plain_distillation(kit):
     assert all(torch.allclose(ours[name], student[name], atol=1e-5) for name in student)
 
 
-def test_feedback_is_what_goes_down(kit):
-    for on in (True, False):
-        algorithm = specs.call("algorithm", f"ensemble:feedback={on}")
-        state = algorithm.tell(kit, algorithm.init(kit), answers(kit=kit), seed=1)
-        assert set(algorithm.ask(kit, state)) == ({"round", "told", "probs"} if on else {"round"})
-        assert set(algorithm.ask(kit, algorithm.init(kit))) == {"round"}
+@pytest.mark.parametrize(
+    ("down", "first", "later"),
+    [("nothing", {"round"}, {"round"}), ("labels", {"round"}, {"round", "told", "probs"}), ("student", "all", "all")],
+)
+def test_what_goes_down_has_a_name(kit, down, first, later):
+    algorithm = specs.call("algorithm", f"ensemble:down={down}")
+    student = {"round", *tensors.put("student", kit.initial(kit.student))}
+    state = algorithm.tell(kit, algorithm.init(kit), answers(kit=kit), seed=1)
+    for held, wanted in ((algorithm.init(kit), first), (state, later)):
+        assert set(algorithm.ask(kit, held, 0)) == (student if wanted == "all" else wanted)
+    assert algorithm.one_model is (down == "student")
+
+
+def test_a_client_that_is_sent_the_student_trains_from_it(experiment):
+    algorithm, kit = specs.call("algorithm", "ensemble:down=student"), experiment.kit
+    other = {name: weight * 0.5 for name, weight in kit.initial(kit.student).items()}
+    client = experiment.client(0, 2, tensors.put("model", kit.initial(kit.student)))
+    request = {"round": torch.tensor(2), **tensors.put("student", other)}
+    _, memory = algorithm.local(kit, client, request)
+    assert tensors.equal(tensors.take("model", memory), kit.fit(client, other))
 
 
 def test_dsfl_sends_probabilities_and_sharpens_their_mean(kit):
@@ -185,8 +211,8 @@ def test_fedmd_averages_scores_not_probabilities(kit):
     state = algorithm.tell(kit, algorithm.init(kit), updates, seed=1)
     mean = torch.stack([u.tensors["logits"].double() for u in updates.values()]).mean(0)
     assert torch.allclose(state["logits"].double(), mean, atol=1e-6)
-    assert int(algorithm.ask(kit, state)["told"]) == 1
-    assert int(algorithm.ask(kit, state)["round"]) == 2
+    assert int(algorithm.ask(kit, state, 0)["told"]) == 1
+    assert int(algorithm.ask(kit, state, 0)["round"]) == 2
 
 
 def test_fedavg_weighs_by_examples(kit):
@@ -208,8 +234,8 @@ def test_central_has_everybodys_rows_and_local_sends_nothing():
     central, local = (prepare(tiny(algorithm=name)) for name in ("central", "local"))
     assert central.clients == 1
     assert sorted(central.parts[0]) == sorted(row for part in local.parts for row in part)
-    assert not local.algorithm.sends(local.kit)
-    assert not local.algorithm.ask(local.kit, {})
+    assert not local.algorithm.sends(local.kit, {}, 0)
+    assert not local.algorithm.ask(local.kit, {}, 0)
 
 
 def test_a_subset_of_the_proxy_is_named_by_its_round():
@@ -222,9 +248,15 @@ def test_a_subset_of_the_proxy_is_named_by_its_round():
     assert kit.subset(10**6).max() < 40
 
 
-@pytest.mark.parametrize("name", ["ensemble", "fedmd", "dsfl", "local"])
+@pytest.mark.parametrize("name", sorted(set(NAMES) - SAME))
 def test_clients_of_different_architectures_take_part_in_one_run(name):
-    experiment = prepare(tiny(algorithm=name, model="cnn:width=8,resnet8:width=8", student="cnn:width=16"))
+    experiment = prepare(
+        tiny(
+            algorithm=name,
+            model="cnn:width=8,resnet8:width=64" if name == "fedproto" else "cnn:width=8,resnet8:width=8",
+            student="cnn:width=16",
+        )
+    )
     algorithm, kit = experiment.algorithm, experiment.kit
     _, memories, state = turns(experiment, algorithm, 1, algorithm.init(kit), {})
     turns(experiment, algorithm, 2, state, memories)

@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 DEALT = "dataset='digits' clients=3 rounds=2 proxy='holdout:size=40' model='cnn:width=8' partitioner='iid'"
-OPTIONS = "local-epochs=1 distill-epochs=1 device='cpu' algorithm='ensemble:feedback=true'"
+OPTIONS = "local-epochs=1 distill-epochs=1 device='cpu' algorithm='ensemble:down=labels'"
 
 
 def test_the_how_to_word_for_word(tmp_path):
@@ -51,7 +51,7 @@ def test_the_how_to_word_for_word(tmp_path):
     assert own["runs"][0]["failures"] == 0
     assert tensors.numel(tensors.load(work / "result" / "student.safetensors")) == 66_730
 
-    rows = play(tmp_path / "local", clients=3, algorithm="ensemble:feedback=true")
+    rows = play(tmp_path / "local", clients=3, algorithm="ensemble:down=labels")
     deployed = [json.loads(line) for line in (work / "dealt" / "rounds.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in row.items() if "seconds" not in k} for row in deployed] == rows, said
     students = [tensors.load(path / "student.safetensors") for path in (work / "dealt", tmp_path / "local")]

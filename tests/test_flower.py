@@ -26,8 +26,8 @@ NPY_HEADER = 128  # bytes that NumPy's format puts before the numbers
 def exchange_of(config):
     grid = LocalGrid(client_app.app, config.clients, config.run_config())
 
-    def exchange(kind, number, clients, request):
-        return server_app.exchange(grid, grid.get_node_ids(), config, kind, number, clients, request)
+    def exchange(kind, number, requests):
+        return server_app.exchange(grid, grid.get_node_ids(), config, kind, number, requests)
 
     return exchange
 
@@ -66,7 +66,7 @@ def test_bytes_of_a_round_of_twenty_clients_and_a_thousand_images():
     """20 x 1,000 x 10 x 4 bytes of numbers, and 20 x 134 bytes of framing: NumPy's header and the name."""
     config = tiny(clients=20, proxy="holdout:size=1000", rounds=1)
     experiment = prepared(config)
-    (round_,) = play(experiment.algorithm, experiment.kit, exchange_of(config), 20)
+    (round_,) = play(experiment.algorithm, experiment.kit, exchange_of(config), 20, experiment.wire)
     framing = 20 * (NPY_HEADER + len("logits"))
     assert framing == 2680
     assert round_.traffic.arrays_up == 20 * 1000 * 10 * 4 + framing
@@ -92,7 +92,7 @@ def test_our_fedavg_equals_flowers_own_strategy(monkeypatch, tmp_path):
     (tmp_path / "models.py").write_text(LINEAR)
     config = tiny(algorithm="fedavg", partitioner="linear", clients=4, model=f"{tmp_path}/models.py:linear")
     experiment = prepared(config)
-    rounds = list(play(experiment.algorithm, experiment.kit, exchange_of(config), 4))
+    rounds = list(play(experiment.algorithm, experiment.kit, exchange_of(config), 4, experiment.wire))
 
     for name in ("run_id", "task_id", "node_id"):  # what an engine of Flower's sets in its processes
         monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
@@ -173,7 +173,7 @@ def test_a_new_run_starts_with_an_empty_memory():
         return next(
             iter(
                 server_app.exchange(
-                    grid, grid.get_node_ids(), member, "train", number, [0], {"round": torch.tensor(number)}
+                    grid, grid.get_node_ids(), member, "train", number, {0: {"round": torch.tensor(number)}}
                 )
             )
         )
@@ -190,7 +190,7 @@ def test_replies_that_are_no_replies_are_failures_with_a_reason(grid):
     def answers(content):
         app = ClientApp()
         app.train()(lambda message, context: Message(content, reply_to=message))
-        return next(iter(server_app.exchange(LocalGrid(app, 1, {}), range(1, 2), config, "train", 1, [0], {})))
+        return next(iter(server_app.exchange(LocalGrid(app, 1, {}), range(1, 2), config, "train", 1, {0: {}})))
 
     assert "without arrays" in answers(RecordDict()).failure
     broken = to_record({"x": torch.zeros(3)})

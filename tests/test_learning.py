@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fedkd import learning, optimizers, seeds
 from fedkd.data.augment import PAD, crop_and_flip
-from fedkd.learning import Anchor, Augmentation, Scaling
+from fedkd.learning import Augmentation, Scaling
 from tests.conftest import ROOT
 
 
@@ -94,9 +94,9 @@ def test_the_proximal_term_is_fedproxs(pixels, labels):
         model[2].weight += 0.5
         model[2].bias -= 0.25
     expected = 0.5 * 0.3 * (48 * 10 * 0.25 + 10 * 0.0625)
-    assert learning.proximal(model, Anchor(0.3, start)).item() == pytest.approx(expected, rel=1e-5)
+    assert learning.proximal(0.3, start)(model).item() == pytest.approx(expected, rel=1e-5)
     free = train(small(), pixels, labels, epochs=6)
-    held = train(small(), pixels, labels, epochs=6, anchor=Anchor(3.0, start))
+    held = train(small(), pixels, labels, epochs=6, penalty=learning.proximal(3.0, start))
     distances = [sum((p - start[n]).square().sum() for n, p in m.named_parameters()) for m in (free, held)]
     assert distances[1] < 0.5 * distances[0]
 

@@ -4,9 +4,13 @@ import pytest
 import torch
 
 from fedkd.algorithm import Algorithm, Update
+from fedkd.codecs import Float32
 from fedkd.errors import RunError
 from fedkd.rounds import Reply, Traffic, play, refusal, sample
+from fedkd.wire import Wire
 from tests.conftest import tiny
+
+PLAIN = Wire(Float32(), Float32())
 
 
 def test_participants_are_drawn_without_repetition_and_follow_seed_and_round():
@@ -32,7 +36,6 @@ PROBS = torch.full((4, 5), 0.2)
 @pytest.mark.parametrize(
     ("update", "says"),
     [
-        (None, "empty"),
         (Update({}, 3), "instead of"),
         (Update({"probs": PROBS, "labels": PROBS}, 3), "instead of"),
         (Update({"probs": PROBS[:2]}, 3), "shape"),
@@ -56,7 +59,7 @@ class Counting(Algorithm):
     def init(self, kit):
         return {"sum": torch.zeros(1)}
 
-    def sends(self, kit):
+    def sends(self, kit, state, client):
         return {"x": (1,)}
 
     def local(self, kit, client, request):
@@ -70,8 +73,8 @@ class Counting(Algorithm):
 def replies(values):
     """An exchange with given answers, coming in reversed order."""
 
-    def exchange(kind, number, clients, request):
-        for client in reversed(clients):
+    def exchange(kind, number, requests):
+        for client in reversed(requests):
             value = values.get(client)
             if isinstance(value, str):
                 yield Reply(client, None, value, Traffic(1, 0, 1, 0))
@@ -88,7 +91,7 @@ def kit(experiment):
 
 def test_failed_bad_and_silent_clients_are_survived_and_named(kit):
     exchange = replies({0: 1.0, 1: "it fell over", 2: float("nan")})
-    rounds = list(play(Counting(), kit, exchange, clients=4))
+    rounds = list(play(Counting(), kit, exchange, 4, PLAIN))
     assert [round_.number for round_ in rounds] == [1, 2]
     assert rounds[-1].state["sum"].item() == 2.0
     assert set(rounds[0].failures) == {1, 2, 3}
@@ -100,12 +103,12 @@ def test_failed_bad_and_silent_clients_are_survived_and_named(kit):
 
 def test_a_round_without_any_answer_ends_the_run(kit):
     with pytest.raises(RunError, match="Round 1: none of 2 clients gave a usable answer; client 0: gone"):
-        list(play(Counting(), kit, replies({0: "gone"}), clients=2))
+        list(play(Counting(), kit, replies({0: "gone"}), 2, PLAIN))
 
 
 def test_stopping_early_is_a_break_and_resuming_is_a_state(kit):
     exchange = replies({0: 1.0, 1: 2.0})
-    first = next(play(Counting(), kit, exchange, clients=2))
-    (last,) = play(Counting(), kit, exchange, clients=2, state=first.state, start=2)
+    first = next(play(Counting(), kit, exchange, 2, PLAIN))
+    (last,) = play(Counting(), kit, exchange, 2, PLAIN, state=first.state, start=2)
     assert last.state["sum"].item() == 6.0
     assert tiny().rounds == 2

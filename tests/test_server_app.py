@@ -66,7 +66,7 @@ def test_nodes_are_found_by_the_number_they_give():
 
 
 def test_a_run_over_foreign_nodes_gives_the_bits_of_ours(tmp_path):
-    config = tiny(partitioner="linear", algorithm="ensemble:feedback=true")
+    config = tiny(partitioner="linear", algorithm="ensemble:down=labels")
     students = []
     for name, grid in (("foreign", foreign(config)), ("ours", LocalGrid(client_app.app, 3, config.run_config()))):
         server_app.serve(
@@ -107,12 +107,8 @@ def test_a_node_without_a_number_is_told_how_to_get_one():
 
 def test_a_round_goes_on_without_those_who_never_answer():
     config = tiny()
-    nodes = [IDS[client] for client in range(3)]
-    replies = list(
-        server_app.exchange(
-            foreign(config, lost=(1,)), nodes, config, "train", 1, [0, 1, 2], {"round": torch.tensor(1)}
-        )
-    )
+    nodes, asked = [IDS[client] for client in range(3)], {client: {"round": torch.tensor(1)} for client in range(3)}
+    replies = list(server_app.exchange(foreign(config, lost=(1,)), nodes, config, "train", 1, asked))
     assert sorted(reply.client for reply in replies) == [0, 2]
 
 
@@ -158,7 +154,7 @@ def test_a_node_plays_with_its_own_images(tmp_path):
         app.train()(placed)
         grid = LocalGrid(app, 1, config.run_config())
         return next(
-            iter(server_app.exchange(grid, grid.get_node_ids(), config, "train", 1, [0], {"round": torch.tensor(1)}))
+            iter(server_app.exchange(grid, grid.get_node_ids(), config, "train", 1, {0: {"round": torch.tensor(1)}}))
         )
 
     reply = play(data=str(tmp_path / "mine"))

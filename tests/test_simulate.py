@@ -31,7 +31,7 @@ class Name(Algorithm):
     scale: float = 1.0
     fail: str = ""
 
-    def sends(self, kit):
+    def sends(self, kit, state, client):
         return {"mean": (kit.classes,)}
 
     def local(self, kit, client, request):
@@ -226,7 +226,7 @@ def test_precedence_flags_over_environment_over_file(tmp_path):
 
 def test_a_participation_below_one(tmp_path):
     rows = play(
-        tmp_path / "run", clients=6, participation=0.5, algorithm="ensemble:feedback=true", compare="dsfl fedmd fedavg"
+        tmp_path / "run", clients=6, participation=0.5, algorithm="ensemble:down=labels", compare="dsfl fedmd fedavg"
     )
     assert {row["participants"] for row in rows} == {3}
 

@@ -13,8 +13,9 @@ FILES = sorted((ROOT / "fedkd").rglob("*.py"))
 
 # From what knows nobody to what knows everybody. A module imports only from its own rank or below.
 RANKS = [
-    {"errors", "seeds", "tensors", "catalog", "cache", "runtime", "ensembles", "losses", "optimizers"},
-    {"specs", "config"},
+    {"errors", "seeds", "tensors", "catalog", "cache", "runtime", "ensembles", "losses", "optimizers"}
+    | {"codecs", "coders", "density", "lazy", "privacy"},
+    {"specs", "config", "wire"},
     {"data"},
     {"models", "learning"},
     {"algorithm", "kit"},

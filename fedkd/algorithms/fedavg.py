@@ -1,18 +1,21 @@
-"""FedAvg (McMahan et al., 2017) and FedProx (Li et al., 2020): weights up, their mean down."""
+"""FedAvg (McMahan et al., 2017), FedProx (Li et al., 2020), FedAvgM (Hsu et al., 2019): weights up and down."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, NonNegativeFloat
 
 from fedkd.algorithm import Algorithm, Client, Update
-from fedkd.tensors import put, weighted_mean
+from fedkd.lazy import torch
+from fedkd.tensors import put, take, weighted_mean
 
 if TYPE_CHECKING:
+    from fedkd.algorithm import Shapes
     from fedkd.kit import Kit
+    from fedkd.learning import Penalty
     from fedkd.tensors import Tensors
 
 
@@ -20,19 +23,25 @@ if TYPE_CHECKING:
 class FedAvg(Algorithm):
     """The global model is the mean of the local ones, weighted by numbers of examples."""
 
-    one_model: ClassVar[bool] = True
+    @property
+    def one_model(self) -> bool:
+        return True
 
     def init(self, kit: Kit) -> Tensors:
         return kit.initial(kit.student)
 
-    def ask(self, kit: Kit, state: Tensors) -> Tensors:
+    def ask(self, kit: Kit, state: Tensors, client: int) -> Tensors:
         return state
 
     def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
-        weights = kit.fit(client, request, mu=self.proximal)
+        weights = kit.fit(client, request, penalty=self.penalty(request))
         return Update(weights, len(client.data)), put("model", weights)
 
-    def sends(self, kit: Kit) -> Mapping[str, tuple[int, ...]]:
+    def penalty(self, start: Tensors) -> Penalty | None:
+        """What is added to the local loss of a client that starts from the global model."""
+        return None
+
+    def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
         return {name: tuple(tensor.shape) for name, tensor in kit.initial(kit.student).items()}
 
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
@@ -42,10 +51,6 @@ class FedAvg(Algorithm):
     def deploy(self, kit: Kit, state: Tensors) -> Tensors:
         return state
 
-    @property
-    def proximal(self) -> float:
-        return 0.0
-
 
 @dataclass(frozen=True)
 class FedProx(FedAvg):
@@ -53,6 +58,32 @@ class FedProx(FedAvg):
 
     mu: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 0.01
 
-    @property
-    def proximal(self) -> float:
-        return self.mu
+    def penalty(self, start: Tensors) -> Penalty | None:
+        from fedkd import learning
+
+        return learning.proximal(self.mu, start) if self.mu else None
+
+
+@dataclass(frozen=True)
+class FedAvgM(FedAvg):
+    """FedAvg whose server keeps a velocity: v <- beta * v + (w - mean), w <- w - v."""
+
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+    def init(self, kit: Kit) -> Tensors:
+        student = kit.initial(kit.student)
+        return {**put("student", student), **put("velocity", {n: torch.zeros_like(w) for n, w in student.items()})}
+
+    def ask(self, kit: Kit, state: Tensors, client: int) -> Tensors:
+        return take("student", state)
+
+    def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
+        mean, old, last = super().tell(kit, state, updates, seed), take("student", state), take("velocity", state)
+        floats = [name for name, tensor in mean.items() if tensor.is_floating_point()]
+        steps = {name: self.beta * last[name].double() + (old[name].double() - mean[name].double()) for name in floats}
+        student = {**mean, **{name: (old[name].double() - step).float() for name, step in steps.items()}}
+        velocity = {**last, **{name: step.float() for name, step in steps.items()}}
+        return {**put("student", student), **put("velocity", velocity)}
+
+    def deploy(self, kit: Kit, state: Tensors) -> Tensors:
+        return take("student", state)

@@ -7,12 +7,14 @@ as unlabeled here (docs/algorithms.md).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt
 
+from fedkd import ensembles, privacy, seeds
 from fedkd.algorithm import Algorithm, Client, Update
+from fedkd.lazy import torch
 from fedkd.losses.logits import logit_mae
 from fedkd.seeds import derive
 from fedkd.tensors import integer, put, weighted_mean
@@ -20,6 +22,7 @@ from fedkd.tensors import integer, put, weighted_mean
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedkd.algorithm import Shapes
     from fedkd.kit import Kit
     from fedkd.tensors import Tensors
 
@@ -33,7 +36,7 @@ class FedMD(Algorithm):
     def init(self, kit: Kit) -> Tensors:
         return {"round": integer(1)}
 
-    def ask(self, kit: Kit, state: Tensors) -> Tensors:
+    def ask(self, kit: Kit, state: Tensors, client: int) -> Tensors:
         return state
 
     def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
@@ -52,12 +55,34 @@ class FedMD(Algorithm):
         logits = kit.answer(client, weights, int(request["round"]))
         return Update({"logits": logits}, len(client.data)), put("model", weights)
 
-    def sends(self, kit: Kit) -> Mapping[str, tuple[int, ...]]:
+    def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
         return {"logits": kit.answers()}
 
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         consensus = weighted_mean([update.tensors for update in updates.values()], [1.0] * len(updates))
         return {"round": state["round"] + 1, "told": state["round"], "logits": consensus["logits"]}
 
-    def teacher(self, kit: Kit, logits: Sequence[Tensor]) -> Tensor:
-        return weighted_mean([{"": scores} for scores in logits], [1.0] * len(logits))[""].softmax(-1)
+    def teacher(self, kit: Kit, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
+        return ensembles.mean_logits(torch.stack(list(logits)), torch.ones(len(logits), 1))
+
+
+@dataclass(frozen=True)
+class NFDP(FedMD):
+    """FedMD-NFDP (Sun and Lyu, 2021): FedMD whose clients train on ``samples`` of their rows, drawn once.
+
+    Its metrics are the (epsilon, delta) of that draw (`fedkd.privacy`); delta is about samples / rows, which
+    is no meaningful guarantee by the usual rule that it be far below 1 / rows.
+    """
+
+    samples: PositiveInt = 100
+    replacement: bool = False
+
+    def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
+        rows = len(client.data)
+        count = self.samples if self.replacement else min(self.samples, rows)
+        rng = seeds.rng(kit.config.seed, "nfdp", client.id)
+        drawn = torch.from_numpy(rng.choice(rows, size=count, replace=self.replacement))
+        data = replace(client.data, pixels=client.data.pixels[drawn], labels=client.data.labels[drawn])
+        update, memory = super().local(kit, replace(client, data=data), request)
+        epsilon, delta = privacy.noise_free(rows, count, self.replacement)
+        return replace(update, metrics={**update.metrics, "epsilon": epsilon, "delta": delta}), memory

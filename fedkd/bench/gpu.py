@@ -54,7 +54,7 @@ class Job:
     def batches(self) -> Iterator[Tensor]:
         """Rows of every client's next batch [K, B], in the order in which the plain loop takes them."""
         clients, images = self.labels.shape
-        own = [learning.batches(images, 1, BATCH, torch.Generator().manual_seed(k)) for k in range(clients)]
+        own = [learning.batches(images, BATCH, torch.Generator().manual_seed(k)) for k in range(clients)]
         for rows in zip(*own, strict=True):
             yield torch.stack(rows).to(self.labels.device)
 

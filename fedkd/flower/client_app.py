@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -16,7 +16,7 @@ from fedkd.errors import DataError, UsageError
 from fedkd.experiment import Experiment, own, prepared
 from fedkd.flower.records import ARRAYS, CONFIG, MEMORY, METRICS, OWNER, from_record, to_record
 from fedkd.runtime import settle
-from fedkd.tensors import take
+from fedkd.tensors import put, take
 
 app = ClientApp()
 
@@ -25,12 +25,15 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """Run the algorithm's local turn; keep the new memory in the context, answer with the update."""
     experiment, client = _client(message, context)
-    request = from_record(_arrays(message.content))
-    update, memory = experiment.algorithm.local(experiment.kit, client, request)
-    context.state[MEMORY] = to_record(memory)
+    wire, arrays, remembered = experiment.wire, from_record(_arrays(message.content)), take("wire", client.memory)
+    heard = wire.hear(arrays, remembered)
+    update, memory = experiment.algorithm.local(experiment.kit, client, heard.tensors)
+    said = wire.answer(update.tensors, arrays, remembered)
+    number = _int(cast(ConfigRecord, message.content[CONFIG])["round"])
+    context.state[MEMORY] = to_record({**memory, **put("wire", wire.memory(number, heard, said))})
     context.state[OWNER] = ConfigRecord({"run": _owner(message, context)})
     metrics = MetricRecord({"num-examples": update.examples, **update.metrics})
-    content = RecordDict({ARRAYS: to_record(update.tensors), METRICS: metrics})
+    content = RecordDict({ARRAYS: to_record(said.tensors), METRICS: metrics})
     return Message(content, reply_to=message)
 
 

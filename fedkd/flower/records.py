@@ -15,9 +15,17 @@ if TYPE_CHECKING:
 ARRAYS, CONFIG, METRICS, MEMORY, OWNER = "arrays", "config", "metrics", "memory", "owner"
 
 
-def to_record(tensors: Tensors) -> ArrayRecord:
-    """Each tensor as one array, in NumPy's own format, under its own name."""
-    return ArrayRecord({name: Array(tensor.contiguous().numpy()) for name, tensor in tensors.items()})
+def to_record(tensors: Tensors, made: dict[int, Array] | None = None) -> ArrayRecord:
+    """Each tensor as one array, in NumPy's own format, under its own name.
+
+    ``made`` holds arrays of tensors that went to somebody else, and takes up the new ones: what all
+    clients are sent is serialized once.
+    """
+    made = {} if made is None else made
+    for tensor in tensors.values():
+        if id(tensor) not in made:
+            made[id(tensor)] = Array(tensor.contiguous().numpy())
+    return ArrayRecord({name: made[id(tensor)] for name, tensor in tensors.items()})
 
 
 def from_record(record: ArrayRecord) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedkd import experiment, runs
@@ -79,10 +79,9 @@ def exchange(
     member: Config,
     kind: str,
     number: int,
-    clients: list[int],
-    request: Tensors,
+    requests: Mapping[int, Tensors],
 ) -> Iterator[Reply]:
-    """Send ``request`` to the clients and yield their replies as they come.
+    """Send each client its request and yield their replies as they come.
 
     Those with most rows come first: what is begun last should not be what takes longest.
     """
@@ -90,12 +89,13 @@ def exchange(
     config = ConfigRecord(
         {"round": number, "algorithm": member.algorithm, "seed": member.seed, "dataset": member.dataset}
     )
-    content = RecordDict({ARRAYS: to_record(request), CONFIG: config})
-    arrays_down, rest_down = weigh(content)
-    order = sorted(clients, key=lambda client: -len(parts[client]))
-    asked = {client: (nodes[client], content) for client in order}
+    order = sorted(requests, key=lambda client: -len(parts[client]))
+    made: dict[int, Array] = {}
+    contents = {c: RecordDict({ARRAYS: to_record(requests[c], made), CONFIG: config}) for c in order}
+    weights = {client: weigh(content) for client, content in contents.items()}
+    asked = {client: (nodes[client], content) for client, content in contents.items()}
     for client, reply in _ask(grid, kind, number, asked, 2 * member.client_timeout or SILENCE):
-        yield _reply(client, reply, arrays_down, rest_down)
+        yield _reply(client, reply, *weights[client])
 
 
 def _ask(

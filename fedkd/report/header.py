@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fedkd import tensors
 from fedkd.data import skew
 from fedkd.report.text import percent, plain, size
+from fedkd.wire import break_even
 
 if TYPE_CHECKING:
     from fedkd.experiment import Experiment
@@ -31,15 +32,15 @@ def lines(experiment: Experiment, fallback: str) -> list[tuple[str, str]]:
         )
     )
     said.append(("partition", f"{config.partitioner}, {plain(config.clients, 'client')} {_shares(experiment)}"))
-    counted = {name: tensors.numel(kit.initial(name)) for name in dict.fromkeys([*experiment.models, kit.student])}
+    counted = {name: tensors.numel(kit.initial(name)) for name in dict.fromkeys([*kit.models, kit.student])}
     said.append(("models", ", ".join(f"{name} ({count:,} numbers)" for name, count in counted.items())))
     answer, weights = prod(kit.answers()) * FLOAT, counted[kit.student] * FLOAT
-    per_image = kit.classes * FLOAT
+    equal = int(break_even(counted[kit.student], 8 * FLOAT, kit.classes, 8 * FLOAT))
     said.append(
         (
             "travels",
             f"logits {list(kit.answers())}: {size(answer)} per client, round and direction; weights: {size(weights)}; "
-            f"equal at {weights // per_image:,} proxy images",
+            f"equal at {equal:,} proxy images; coded as {config.up} up, {config.down} down",
         )
     )
     return said

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -62,15 +62,15 @@ class Screen:
     def watch(self, exchange: Exchange, rounds: int) -> Exchange:
         """The same exchange, with the bar moving at every reply."""
 
-        def watched(kind: str, number: int, clients: list[int], request: Tensors) -> Iterable[Reply]:
+        def watched(kind: str, number: int, requests: Mapping[int, Tensors]) -> Iterable[Reply]:
             doing = {"train": "clients train", "evaluate": "clients are measured"}.get(kind, kind)
             spoken = time.monotonic()
-            self._show(f"round {number} of {rounds}", f"{doing}, 0 of {len(clients)}", 0, len(clients))
-            for done, reply in enumerate(exchange(kind, number, clients, request), 1):
-                note = f"{doing}, {done} of {len(clients)}" if done < len(clients) else "the server works"
-                self._show(f"round {number} of {rounds}", note, done, len(clients))
+            self._show(f"round {number} of {rounds}", f"{doing}, 0 of {len(requests)}", 0, len(requests))
+            for done, reply in enumerate(exchange(kind, number, requests), 1):
+                note = f"{doing}, {done} of {len(requests)}" if done < len(requests) else "the server works"
+                self._show(f"round {number} of {rounds}", note, done, len(requests))
                 if self.task is None and time.monotonic() - spoken > QUIET:
-                    self.say(f"         round {number}: {doing}, {done} of {len(clients)}")
+                    self.say(f"         round {number}: {doing}, {done} of {len(requests)}")
                     spoken = time.monotonic()
                 yield reply
 

@@ -48,6 +48,26 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Table:
     return table
 
 
+def ledger(runs: Sequence[Row]) -> Table:
+    """What each method sent in all, from the numbers themselves to what was framed, and what no coder can beat."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method", overflow="fold")
+    for title in ("raw", "entropy", "coded", "framed", "equal at"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name in dict.fromkeys(run["algorithm"] for run in runs):
+        mine = [run for run in runs if run["algorithm"] == name]
+        sizes = [fmean(run[key] for run in mine) for key in ("raw_bytes", "entropy_bytes", "coded_bytes")]
+        framed = fmean(run["bytes_up"] + run["bytes_down"] for run in mine)
+        equal = [run["break_even"] for run in mine if run["break_even"] is not None]
+        table.add_row(name, *map(size, sizes), size(framed), f"{int(fmean(equal)):,}" if equal else "–")
+    table.caption = (
+        "raw: as float32; entropy: of the symbols sent, floats as coded; framed: as serialized;\n"
+        "equal at: proxy images a round at which answers cost as much as the student's weights."
+    )
+    table.caption_justify = "left"
+    return table
+
+
 def _spread(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:

@@ -62,7 +62,7 @@ def test_the_table_has_means_and_spreads_over_seeds():
 
 
 def test_no_number_is_cut_on_a_narrow_terminal():
-    name = "dsfl:aggregation=sa,feedback=false"
+    name = "dsfl:aggregation=sa,down=nothing"
     rows = curve([0.5], up=10**9, name=name)
     out = io.StringIO()
     Screen(Console(file=out, width=40)).show(table.side_by_side([summary(rows)], {(name, 0): rows}))
@@ -112,14 +112,14 @@ def test_every_reply_moves_the_bar(terminal):
     screen = Screen(Console(file=out, force_terminal=terminal, width=100))
     seen = []
 
-    def exchange(kind, number, clients, request):
-        for client in clients:
+    def exchange(kind, number, requests):
+        for client in requests:
             if terminal:
                 seen.append(screen.bar.tasks[0].completed)
             yield Reply(client, None, "x", Traffic())
 
     with screen.live("ensemble", 3):
-        replies = list(screen.watch(exchange, 3)("train", 1, [0, 1, 2], {}))
+        replies = list(screen.watch(exchange, 3)("train", 1, {client: {} for client in range(3)}))
     assert [reply.client for reply in replies] == [0, 1, 2]
     assert seen == ([0, 1, 2] if terminal else [])
     assert ("the server works" in out.getvalue()) is terminal

@@ -1,0 +1,171 @@
+"""Weights up, an ensemble of them on the server: FedDF, FedBE and Fed-ET.
+
+Only the server needs the proxy set. A model of each architecture is averaged and comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from fedkd import ensembles
+from fedkd.algorithm import Algorithm, Client, Update
+from fedkd.lazy import torch
+from fedkd.losses.logits import cross_entropy
+from fedkd.seeds import derive, generator
+from fedkd.tensors import integer, put, take, weighted_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedkd.algorithm import Shapes
+    from fedkd.kit import Kit
+    from fedkd.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class FedDF(Algorithm):
+    """Each architecture's mean is distilled from all clients' mean logits (Lin et al., 2020, algorithms 1 and 3).
+
+    The student, if it has an architecture of its own, continues from the last round. Of the paper's server step,
+    what is not here: cosine decay, early stopping on validation, dropping of bad clients.
+    """
+
+    #: Whether the student is apart even if a client has its architecture, and alone is distilled.
+    apart: ClassVar[bool] = False
+    #: Whether the weights after each epoch of distillation are averaged.
+    average: ClassVar[bool] = False
+
+    def init(self, kit: Kit) -> Tensors:
+        seats = {place: put(place, kit.initial(model)) for place, model in self.seats(kit).items()}
+        return {"round": integer(1)} | {name: tensor for seat in seats.values() for name, tensor in seat.items()}
+
+    def seats(self, kit: Kit) -> dict[str, str]:
+        """The server's models: where each one lies in the state, and its spec."""
+        groups = {f"group{place}": model for place, model in enumerate(dict.fromkeys(kit.models))}
+        return groups if kit.student in groups.values() and not self.apart else {**groups, "student": kit.student}
+
+    def ask(self, kit: Kit, state: Tensors, client: int) -> Tensors:
+        return take(self._group(kit, client), state)
+
+    def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
+        weights = kit.fit(client, request)
+        return Update(weights, len(client.data)), put("model", weights)
+
+    def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
+        return {name: tuple(tensor.shape) for name, tensor in self.ask(kit, state, client).items()}
+
+    def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
+        new = {"round": state["round"] + 1}
+        rows = kit.subset(int(state["round"]))
+        targets = self.targets(kit, updates, rows, seed)
+        for place, model in self.seats(kit).items():
+            members = [u for client, u in updates.items() if place == self._group(kit, client)]
+            weights = take(place, state)
+            if members:
+                weights = weighted_mean([u.tensors for u in members], [u.examples for u in members])
+            if place == "student" or not self.apart:
+                weights = kit.distill(
+                    model,
+                    weights,
+                    rows,
+                    targets,
+                    epochs=kit.config.distill_epochs,
+                    seed=derive(seed, place),
+                    objective=cross_entropy,
+                    average=self.average,
+                )
+            new |= put(place, weights)
+        return new
+
+    def targets(self, kit: Kit, updates: Mapping[int, Update], rows: Tensor, seed: int) -> Tensor:
+        """What the server's models are distilled to on the proxy's ``rows`` [R, C]."""
+        logits = [kit.predict(kit.model_of(c), u.tensors, kit.proxy[rows]) for c, u in updates.items()]
+        return self.teacher(kit, logits, kit.votes([update.examples for update in updates.values()]))
+
+    def teacher(self, kit: Kit, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
+        return ensembles.mean_logits(torch.stack(list(logits)), weights)
+
+    def deploy(self, kit: Kit, state: Tensors) -> Tensors:
+        places = {model: place for place, model in self.seats(kit).items()}
+        return take(places[kit.student], state)
+
+    def _group(self, kit: Kit, client: int) -> str:
+        return f"group{list(dict.fromkeys(kit.models)).index(kit.model_of(client))}"
+
+
+@dataclass(frozen=True)
+class FedBE(FedDF):
+    """The ensemble also holds the clients' mean and ``samples`` models drawn around it (Chen and Chao, 2020).
+
+    ``posterior="gaussian"`` has the clients' mean and variance of each weight; ``"dirichlet"`` draws convex
+    combinations of the clients. Mean probabilities are sharpened, p^(1 / sharpen), and the student is averaged
+    over the epochs of its distillation.
+    """
+
+    average: ClassVar[bool] = True
+    posterior: Literal["gaussian", "dirichlet"] = "gaussian"
+    samples: PositiveInt = 10
+    sharpen: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = 0.5
+
+    @property
+    def one_model(self) -> bool:
+        return True
+
+    def targets(self, kit: Kit, updates: Mapping[int, Update], rows: Tensor, seed: int) -> Tensor:
+        held, examples = [u.tensors for u in updates.values()], [u.examples for u in updates.values()]
+        drawn = sampled(held, examples, self.samples, self.posterior, seed)
+        models = [*held, weighted_mean(held, examples), *drawn]
+        logits = [kit.predict(kit.student, weights, kit.proxy[rows]) for weights in models]
+        return self.teacher(kit, logits, torch.ones(len(logits), 1))
+
+    def teacher(self, kit: Kit, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
+        return ensembles.beta_era(torch.stack(list(logits)), weights, beta=1 / self.sharpen)
+
+
+def sampled(
+    models: Sequence[Tensors], examples: Sequence[int], count: int, posterior: str, seed: int
+) -> list[dict[str, Tensor]]:
+    """Models drawn from a distribution over the clients' models."""
+    source = generator(seed, "posterior")
+    if posterior == "dirichlet":
+        exponential = torch.empty(count, len(models), dtype=torch.float64).exponential_(generator=source)
+        return [weighted_mean(models, shares.tolist()) for shares in exponential / exponential.sum(1, keepdim=True)]
+    mean = weighted_mean(models, examples)
+    floats = {name: tensor.double() for name, tensor in mean.items() if tensor.is_floating_point()}
+    squares = [{name: (model[name].double() - center).square() for name, center in floats.items()} for model in models]
+    spread = {name: square.sqrt() for name, square in weighted_mean(squares, examples).items()}
+
+    def draw() -> dict[str, Tensor]:
+        noise = {n: torch.randn(c.shape, dtype=torch.float64, generator=source) for n, c in floats.items()}
+        return {**mean, **{name: (c + spread[name] * noise[name]).float() for name, c in floats.items()}}
+
+    return [draw() for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class FedET(FedDF):
+    """Small clients, a larger student: hard labels of a consensus, and ``diversity`` (Cho et al., 2022).
+
+    The consensus weighs each client's logits by their variance over classes. The student minimizes the
+    cross-entropy to its argmax plus diversity times that to the mean of the clients that disagree with it.
+    Each architecture's mean comes back as in FedAvg; the paper's copy of representation layers is not here.
+    """
+
+    apart: ClassVar[bool] = True
+    diversity: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 0.05
+
+    def targets(self, kit: Kit, updates: Mapping[int, Update], rows: Tensor, seed: int) -> Tensor:
+        logits = torch.stack([kit.predict(kit.model_of(c), u.tensors, kit.proxy[rows]) for c, u in updates.items()])
+        weights = kit.votes([update.examples for update in updates.values()])
+        label = self.teacher(kit, list(logits), weights).argmax(-1)
+        disagrees = (logits.argmax(-1) != label).double()
+        diverse = (disagrees[..., None] * logits.double().softmax(-1)).sum(0) / disagrees.sum(0).clamp_min(1)[:, None]
+        hard = torch.nn.functional.one_hot(label, kit.classes)
+        return (hard + self.diversity * diverse).float()
+
+    def teacher(self, kit: Kit, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
+        return ensembles.variance(torch.stack(list(logits)), weights)

@@ -1,0 +1,102 @@
+"""SCARLET (Azuma et al., 2025): soft labels are cached on both sides, and asked for again when they are old."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from fedkd import ensembles
+from fedkd.algorithm import Client, Update
+from fedkd.algorithms.ensemble import OwnTeacher, heard
+from fedkd.lazy import torch
+from fedkd.seeds import derive
+from fedkd.tensors import integer, put
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedkd.algorithm import Shapes
+    from fedkd.kit import Kit
+    from fedkd.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Scarlet(OwnTeacher):
+    """A label serves for ``duration`` rounds after the one it was made in; the teacher is beta-ERA.
+
+    Which images are asked for follows from the seed, so that no signal needs to be sent: `stamps` says it to
+    both sides. A client that was away is sent all labels that changed since. The paper's duration is 50, for
+    2,000 rounds that use a tenth of the proxy each (``--proxy-samples``).
+    """
+
+    beta: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = 2.0
+    duration: PositiveInt = 2
+
+    def init(self, kit: Kit) -> Tensors:
+        seen = torch.zeros(kit.config.clients, dtype=torch.int64)  # the last round of which a client's answer counted
+        return {**super().init(kit), "seen": seen, "cache": torch.zeros(len(kit.proxy), kit.classes)}
+
+    def ask(self, kit: Kit, state: Tensors, client: int) -> Tensors:
+        since, made = state["seen"][client].clone(), stamps(kit, self.duration, int(state["round"]) - 1)
+        return {"round": state["round"], "since": since, "probs": state["cache"][_newer(made, since)]}
+
+    def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
+        number = int(request["round"])
+        made = stamps(kit, self.duration, number - 1)
+        memory = dict(client.memory)
+        cache = memory.get("cache", torch.zeros(len(kit.proxy), kit.classes)).clone()
+        held = memory.get("held", torch.zeros(len(kit.proxy), dtype=torch.int64)).clone()
+        fresh = _newer(made, request["since"])
+        cache[fresh], held[fresh] = request["probs"], made[fresh]
+        weights = kit.own(client)
+        rows = kit.subset(number - 1) if number > 1 else torch.zeros(0, dtype=torch.int64)
+        rows = rows[held[rows] > 0]  # all of them, unless this client has lost its memory
+        if len(rows):
+            seed = derive(client.seed, "digest")
+            weights = self.plain(kit).distill(
+                client.model, weights, rows, cache[rows], epochs=self.digest_epochs, seed=seed
+            )
+        weights = kit.fit(client, weights)
+        probs = kit.predict(client.model, weights, kit.proxy[self.wanted(kit, number)]).double().softmax(-1).float()
+        return Update({"probs": probs}, len(client.data)), {"cache": cache, "held": held, **put("model", weights)}
+
+    def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
+        return {"probs": (len(self.wanted(kit, int(state["round"]))), kit.classes)}
+
+    def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
+        number, cache, seen = int(state["round"]), state["cache"].clone(), state["seen"].clone()
+        if len(asked := self.wanted(kit, number)):
+            weights = kit.votes([update.examples for update in updates.values()])
+            cache[asked] = self.teacher(kit, heard([update.tensors for update in updates.values()]), weights)
+        seen[list(updates)] = integer(number)
+        rows = kit.subset(number)
+        return {**self.learn(self.plain(kit), state, rows, cache[rows], seed), "cache": cache, "seen": seen}
+
+    def aggregate(self, logits: Tensor, weights: Tensor) -> Tensor:
+        return ensembles.beta_era(logits, weights, beta=self.beta)
+
+    def wanted(self, kit: Kit, number: int) -> Tensor:
+        """The proxy rows whose labels are asked for in a round: those of the round that are missing or too old."""
+        rows = kit.subset(number)
+        return rows[_is_old(stamps(kit, self.duration, number - 1)[rows], number, self.duration)]
+
+
+def stamps(kit: Kit, duration: int, number: int) -> Tensor:
+    """The round [P] in which the label of each proxy image was made, after ``number`` rounds; 0 for none."""
+    made = torch.zeros(len(kit.proxy), dtype=torch.int64)
+    for round_ in range(1, number + 1):
+        rows = kit.subset(round_)
+        made[rows] = torch.where(_is_old(made[rows], round_, duration), round_, made[rows])
+    return made
+
+
+def _is_old(made: Tensor, number: int, duration: int) -> Tensor:
+    return (made == 0) | (number - made > duration)
+
+
+def _newer(made: Tensor, since: Tensor) -> Tensor:
+    """Which labels a client has not been sent, whose answer counted last in round ``since`` (0: never)."""
+    return made >= since.clamp_min(1)

@@ -1,0 +1,85 @@
+"""Selective-FD (Shao et al., 2024): clients answer what they know, the server keeps what is not ambiguous."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+from pydantic import Field
+
+from fedkd.algorithm import Client, Update
+from fedkd.algorithms.density import density_of
+from fedkd.algorithms.ensemble import OwnTeacher, heard
+from fedkd.lazy import torch
+from fedkd.tensors import put
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedkd.algorithm import Shapes
+    from fedkd.kit import Kit
+    from fedkd.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class SelectiveFD(OwnTeacher):
+    """A client answers images whose density ratio (KuLSIF) exceeds ``client_threshold``.
+
+    The server keeps those whose mean answer p is nearer than ``server_threshold`` to its one-hot, in L1: that
+    distance is 2 (1 - max p). Which images were answered or kept goes as one bit each. The thresholds are ours.
+    """
+
+    client_threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    server_threshold: Annotated[float, Field(gt=0, le=2)] = 1.5
+
+    def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
+        weights, rows = self.train(kit, client, request), kit.subset(int(request["round"]))
+        is_known = density_of(kit, client, rows) > self.client_threshold
+        probs = kit.predict(client.model, weights, kit.proxy[rows[is_known]]).double().softmax(-1).float()
+        coverage = {"coverage": is_known.double().mean().item()}
+        return Update({"answered": bits(is_known), "probs": probs}, len(client.data), coverage), put("model", weights)
+
+    def digest(self, kit: Kit, client: Client, weights: Tensors, request: Tensors) -> Tensors:
+        if not len(request.get("probs", ())):
+            return weights
+        rows = kit.subset(int(request["told"]))
+        kept = rows[flags(request["kept"], len(rows))]
+        return kit.distill(client.model, weights, kept, request["probs"], epochs=self.digest_epochs, seed=client.seed)
+
+    def ask(self, kit: Kit, state: Tensors, client: int) -> Tensors:
+        asked = super().ask(kit, state, client)
+        return {**asked, "kept": state["kept"]} if "probs" in asked else asked
+
+    def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
+        count, classes = kit.answers()
+        return {"answered": (-(-count // 8),), "probs": (-count, classes)}
+
+    def objection(self, kit: Kit, update: Update) -> str:
+        answered = update.tensors["answered"]
+        if answered.dtype != torch.uint8 or flags(answered, 8 * len(answered)).sum() != len(update.tensors["probs"]):
+            return "sent other answers than it says"
+        return ""
+
+    def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
+        rows = kit.subset(int(state["round"]))
+        answered = torch.stack([flags(u.tensors["answered"], len(rows)) for u in updates.values()])
+        logits = torch.zeros(len(updates), len(rows), kit.classes)
+        for place, answer in enumerate(heard([update.tensors for update in updates.values()])):
+            logits[place, answered[place]] = answer
+        votes = kit.votes([update.examples for update in updates.values()])
+        probs = self.teacher(kit, list(logits), votes * answered)
+        kept = answered.any(0) & (2 * (1 - probs.max(-1).values) < self.server_threshold)
+        new = self.learn(self.plain(kit), state, rows[kept], probs[kept], seed)
+        return {**new, "kept": bits(kept), "probs": probs[kept]}
+
+
+def bits(chosen: Tensor) -> Tensor:
+    """Flags [N] as uint8 [ceil(N / 8)]."""
+    return torch.from_numpy(np.packbits(chosen.numpy()))
+
+
+def flags(packed: Tensor, count: int) -> Tensor:
+    """The ``count`` flags that `bits` packed."""
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=count).astype(bool))

@@ -1,0 +1,23 @@
+"""PyTorch, imported when something of it is first used: a mistake is answered before that (decision 2)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+class _Later:
+    """A module that is imported when an attribute of it is wanted."""
+
+    def __init__(self, name: str) -> None:
+        self.__dict__["__name__"] = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        value = self.__dict__[attribute] = getattr(import_module(self.__dict__["__name__"]), attribute)
+        return value
+
+
+if TYPE_CHECKING:
+    import torch as torch
+else:
+    torch = _Later("torch")
