@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from fedkd.errors import DataError
 
@@ -32,16 +32,17 @@ class Source:
     pixels: int = 32  # height and width the images are scaled to
     flip: bool = True  # whether a mirrored image is still of its class
     count: int = 0
+    first: int = 0  # how many of the training images are used; 0 for all
 
 
-def cifar10() -> Source:
-    """CIFAR-10 (Krizhevsky, 2009): 50,000 and 10,000 images of 10 classes."""
-    return Source("cifar10", "torchvision", "CIFAR10", "cifar10", "www.cs.toronto.edu")
+def cifar10(*, first: NonNegativeInt = 0) -> Source:
+    """CIFAR-10 (Krizhevsky, 2009): 50,000 and 10,000 images of 10 classes; the ``first`` training images, if not all."""
+    return Source("cifar10", "torchvision", "CIFAR10", "cifar10", "www.cs.toronto.edu", first=first)
 
 
-def cifar100() -> Source:
-    """CIFAR-100 (Krizhevsky, 2009): 50,000 and 10,000 images of 100 classes."""
-    return Source("cifar100", "torchvision", "CIFAR100", "cifar100", "www.cs.toronto.edu")
+def cifar100(*, first: NonNegativeInt = 0) -> Source:
+    """CIFAR-100 (Krizhevsky, 2009): 50,000 and 10,000 images of 100 classes; the ``first`` of the former, if not all."""
+    return Source("cifar100", "torchvision", "CIFAR100", "cifar100", "www.cs.toronto.edu", first=first)
 
 
 def svhn() -> Source:
