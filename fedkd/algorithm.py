@@ -78,7 +78,8 @@ class Algorithm(ABC):
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
         """Names and shapes of the tensors in a client's update. The server refuses any other.
 
-        A negative extent -n stands for at most n. A tensor named ``probs`` must hold distributions.
+        A negative extent -n stands for at most n, `Integers` for whole numbers; all others must be float32.
+        A tensor named ``probs`` must hold distributions.
         """
         return {}
 

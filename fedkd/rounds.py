@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 from fedkd import seeds
 from fedkd.algorithm import Update
 from fedkd.errors import RunError
+from fedkd.tensors import Integers
 from fedkd.wire import Load, Packed, Wire
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedkd.algorithm import Algorithm, Shapes
     from fedkd.kit import Kit
     from fedkd.tensors import Tensors
@@ -159,7 +162,7 @@ def sample(clients: int, participation: float, seed: int, number: int) -> list[i
 def refusal(update: Update, declared: Shapes) -> str:
     """Why the server does not count an update; empty if it does.
 
-    Names and shapes must be those the algorithm declares, values finite, ``probs`` distributions.
+    Names, shapes and kinds must be those the algorithm declares, values finite, ``probs`` distributions.
     """
     if set(update.tensors) != set(declared):
         return f"sent {sorted(update.tensors)} instead of {sorted(declared)}"
@@ -168,11 +171,18 @@ def refusal(update: Update, declared: Shapes) -> str:
     for name, tensor in update.tensors.items():
         if not _fits(tuple(tensor.shape), declared[name]):
             return f"sent {name} of shape {tuple(tensor.shape)} instead of {declared[name]}"
+        kind = "an integer" if isinstance(declared[name], Integers) else "float32"
+        if kind != ("float32" if str(tensor.dtype) == "torch.float32" else "an integer" if _is_whole(tensor) else ""):
+            return f"sent {name} of type {tensor.dtype} instead of {kind}"
         if not tensor.isfinite().all():
             return f"sent {name} with values that are not finite"
         if name == "probs" and not ((tensor >= 0).all() and ((tensor.sum(-1) - 1).abs() < 1e-3).all()):
             return "sent probs that are not distributions"
     return ""
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _fits(shape: tuple[int, ...], declared: tuple[int, ...]) -> bool:

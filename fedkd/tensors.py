@@ -14,6 +14,15 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, "Tensor"]
 
 
+class Integers(tuple[int, ...]):
+    """The shape of a tensor of integers; a plain tuple is that of float32 numbers."""
+
+
+def shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor, which says too whether it holds integers."""
+    return tuple(tensor.shape) if tensor.is_floating_point() else Integers(tensor.shape)
+
+
 def put(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
     """The same tensors under ``prefix/name``: how one mapping holds several."""
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}

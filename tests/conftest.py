@@ -31,6 +31,7 @@ TINY = {
 }
 
 
+CODED = "bits:bits=2,coder=range,delta=true"  # what each end remembers must follow it into every process
 ROOT = Path(__file__).parents[1]
 FLAGS = [part for key, value in TINY.items() for part in (f"--{key}", str(value))]
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from fedkd import tensors
-from tests.conftest import FLAGS, ROOT, TINY, play, run
+from tests.conftest import CODED, FLAGS, ROOT, TINY, play, run
 
 ray = pytest.mark.skipif(
     subprocess.run([sys.executable, "-c", "import ray"], capture_output=True, check=False).returncode != 0,
     reason="Ray is not installed",
 )
-SHARED = ["--algorithm", "ensemble:down=labels", "--compare", "fedavg"]
+SHARED = ["--algorithm", "ensemble:down=labels", "--compare", "fedavg", "--up", CODED, "--down", CODED]
 
 OWN = """
 import os, time
@@ -51,7 +51,7 @@ def test_ray_gives_the_same_bits(tmp_path):
     process = run(*FLAGS, *SHARED, "--engine", "ray", "--json", "--out", tmp_path / "ray")
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout)["status"] == "ok"
-    rows = play(tmp_path / "local", algorithm="ensemble:down=labels", compare="fedavg")
+    rows = play(tmp_path / "local", algorithm="ensemble:down=labels", compare="fedavg", up=CODED, down=CODED)
     lines = (tmp_path / "ray" / "rounds.jsonl").read_text().splitlines()
     assert [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in lines] == rows
     for name in ("student.safetensors", "student-fedavg-seed0.safetensors"):

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeFloat
 
 from fedkd.algorithm import Algorithm, Client, Update
 from fedkd.lazy import torch
-from fedkd.tensors import put, take, weighted_mean
+from fedkd.tensors import put, shape, take, weighted_mean
 
 if TYPE_CHECKING:
     from fedkd.algorithm import Shapes
@@ -42,7 +42,7 @@ class FedAvg(Algorithm):
         return None
 
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
-        return {name: tuple(tensor.shape) for name, tensor in kit.initial(kit.student).items()}
+        return {name: shape(tensor) for name, tensor in kit.initial(kit.student).items()}
 
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         examples = [update.examples for update in updates.values()]

@@ -16,7 +16,7 @@ from fedkd.algorithm import Algorithm, Client, Update
 from fedkd.lazy import torch
 from fedkd.losses.logits import cross_entropy
 from fedkd.seeds import derive, generator
-from fedkd.tensors import integer, put, take, weighted_mean
+from fedkd.tensors import integer, put, shape, take, weighted_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ class FedDF(Algorithm):
         return Update(weights, len(client.data)), put("model", weights)
 
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
-        return {name: tuple(tensor.shape) for name, tensor in self.ask(kit, state, client).items()}
+        return {name: shape(tensor) for name, tensor in self.ask(kit, state, client).items()}
 
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         new = {"round": state["round"] + 1}

@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeFloat
 from fedkd.algorithm import Algorithm, Client, Update
 from fedkd.errors import UsageError
 from fedkd.lazy import torch
-from fedkd.tensors import put
+from fedkd.tensors import put, shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ class FedProto(Algorithm):
         return Update(update, len(client.data)), put("model", weights)
 
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
-        return {name: tuple(state[name].shape) for name in ("prototypes", "counts")}
+        return {name: shape(state[name]) for name in ("prototypes", "counts")}
 
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         counts = torch.stack([update.tensors["counts"] for update in updates.values()]).clamp_min(0)

@@ -8,7 +8,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from fedkd.algorithm import Algorithm, Client, Update
-from fedkd.tensors import put, take, weighted_mean
+from fedkd.tensors import put, shape, take, weighted_mean
 
 if TYPE_CHECKING:
     from fedkd.algorithm import Shapes
@@ -51,7 +51,7 @@ class Scaffold(Algorithm):
         return Update({**put("student", weights), **put("control", change)}, len(client.data)), memory
 
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
-        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return {name: shape(tensor) for name, tensor in state.items()}
 
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         mean = weighted_mean([update.tensors for update in updates.values()], [1.0] * len(updates))

@@ -13,7 +13,7 @@ from fedkd.algorithm import Client, Update
 from fedkd.algorithms.density import density_of
 from fedkd.algorithms.ensemble import OwnTeacher, heard
 from fedkd.lazy import torch
-from fedkd.tensors import put
+from fedkd.tensors import Integers, put
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ class SelectiveFD(OwnTeacher):
 
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
         count, classes = kit.answers()
-        return {"answered": (-(-count // 8),), "probs": (-count, classes)}
+        return {"answered": Integers((-(-count // 8),)), "probs": (-count, classes)}
 
     def objection(self, kit: Kit, update: Update) -> str:
         answered = update.tensors["answered"]

@@ -36,12 +36,12 @@ class Source:
 
 
 def cifar10(*, first: NonNegativeInt = 0) -> Source:
-    """CIFAR-10 (Krizhevsky, 2009): 50,000 and 10,000 images of 10 classes; the ``first`` training images, if not all."""
+    """CIFAR-10 (Krizhevsky, 2009): 50,000 and 10,000 images of 10 classes; only the ``first`` of the former."""
     return Source("cifar10", "torchvision", "CIFAR10", "cifar10", "www.cs.toronto.edu", first=first)
 
 
 def cifar100(*, first: NonNegativeInt = 0) -> Source:
-    """CIFAR-100 (Krizhevsky, 2009): 50,000 and 10,000 images of 100 classes; the ``first`` of the former, if not all."""
+    """CIFAR-100 (Krizhevsky, 2009): 50,000 and 10,000 images of 100 classes; only the ``first`` of the former."""
     return Source("cifar100", "torchvision", "CIFAR100", "cifar100", "www.cs.toronto.edu", first=first)
 
 
