@@ -14,6 +14,7 @@ from fedkd.catalog import CATALOG
 from fedkd.experiment import prepare
 from fedkd.losses.logits import cross_entropy
 from fedkd.rounds import refusal
+from fedkd.wire import is_soft_label
 from tests.conftest import tiny
 
 NAMES = sorted(CATALOG["algorithm"])
@@ -97,6 +98,14 @@ def test_an_update_holds_what_is_declared_and_nothing_else(played):
         for client, update in updates.items():
             assert refusal(update, algorithm.sends(kit, state, client)) == ""
             assert algorithm.objection(kit, update) == ""
+
+
+def test_nobody_is_told_soft_labels_before_anybody_has_answered(played):
+    """The first teacher is never noise that is then distilled."""
+    experiment, _, _ = played
+    algorithm, kit = experiment.algorithm, experiment.kit
+    first = algorithm.ask(kit, algorithm.init(kit), 0)
+    assert not [name for name, tensor in first.items() if is_soft_label(name) and len(tensor)]
 
 
 def test_a_missing_client_is_survived(played):
