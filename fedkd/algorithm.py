@@ -78,7 +78,7 @@ class Algorithm(ABC):
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
         """Names and shapes of the tensors in a client's update. The server refuses any other.
 
-        A negative extent -n stands for at most n, `Integers` for whole numbers; all others must be float32.
+        A negative extent -n stands for at most n, `Int64` and `UInt8` for integers; all else must be float32.
         A tensor named ``probs`` must hold distributions.
         """
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from fedkd.lazy import torch
@@ -18,10 +19,8 @@ def features(reference: Tensor, images: Tensor) -> Tensor:
 
     The reference is the proxy set, so everyone has the same basis and nobody learns anything by it.
     """
-    basis = _shrunk(reference)
-    center = basis.mean(0)
-    _, vectors = torch.linalg.eigh((basis - center).T @ (basis - center))
-    components: Tensor = (_shrunk(images) - center) @ vectors[:, -COMPONENTS:]
+    center, axes = _basis(reference)
+    components: Tensor = (_shrunk(images) - center) @ axes
     return components
 
 
@@ -29,7 +28,8 @@ def ratio(private: Tensor, proxy: Tensor, at: Tensor) -> Tensor:
     """The estimated p_private / p_proxy [N] at points [N, D], from samples [n, D] and [m, D]; not negative.
 
     KuLSIF (Kanamori, Suzuki and Sugiyama, 2012) with a Gaussian kernel, whose width is the median distance,
-    and regularization min(n, m)^-0.9: r minimizes mean r(proxy)^2 / 2 - mean r(private) + l / 2 ||r||^2.
+    and regularization l = min(n, m)^-0.9, so that no ratio exceeds 1 / l. The estimate r minimizes
+    mean r(proxy)^2 / 2 - mean r(private) + l / 2 ||r||^2.
     """
     n, m = len(private), len(proxy)
     penalty = min(n, m) ** -0.9
@@ -41,6 +41,15 @@ def ratio(private: Tensor, proxy: Tensor, at: Tensor) -> Tensor:
     estimate = _kernel(at, proxy, width) @ on_proxy + _kernel(at, private, width).sum(1) / (n * penalty)
     clipped: Tensor = estimate.clamp_min(0)
     return clipped
+
+
+@lru_cache(maxsize=4)
+def _basis(reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Center and principal axes, once for a proxy set."""
+    points = _shrunk(reference)
+    center = points.mean(0)
+    _, axes = torch.linalg.eigh((points - center).T @ (points - center))
+    return center, axes[:, -COMPONENTS:]
 
 
 def _kernel(left: Tensor, right: Tensor, width: Tensor) -> Tensor:

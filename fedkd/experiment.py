@@ -147,7 +147,7 @@ def prepare(config: Config) -> Experiment:
         proxy_labels=proxy_labels,
     )
     up, down = algorithm.codecs or (config.up, config.down)
-    wire = Wire(specs.call("codec", up), specs.call("codec", down))
+    wire = Wire(specs.call("codec", up), specs.call("codec", down), config.temperature)
     for model in {*names, kit.student}:
         _buildable(kit, model)
     train, test = (

@@ -179,6 +179,19 @@ class Kit:
         )
         return _weights(module)
 
+    def digest(
+        self,
+        client: Client,
+        weights: Tensors,
+        rows: Tensor,
+        targets: Tensor,
+        epochs: int,
+        objective: Objective | None = None,
+    ) -> dict[str, Tensor]:
+        """The weights after the client distilled what came down for the proxy's ``rows``; see `distill`."""
+        seed = seeds.derive(client.seed, "digest")
+        return self.distill(client.model, weights, rows, targets, epochs=epochs, seed=seed, objective=objective)
+
     def softened(self, student_logits: Tensor, teacher_probs: Tensor) -> Tensor:
         """T^2 * loss(student_logits / T, teacher_probs): gradients keep their size (Hinton et al., 2015)."""
         temperature = self.config.temperature

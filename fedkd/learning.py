@@ -92,21 +92,23 @@ def _floats(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, tensor.detach()) for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
 
 
-def proximal(mu: float, center: Mapping[str, Tensor]) -> Penalty:
+def proximal(mu: float, center: Mapping[str, Tensor], device: str = "cpu") -> Penalty:
     """Mu / 2 times the squared distance of the parameters from ``center`` (FedProx: Li et al., 2020)."""
+    held = {name: tensor.to(device) for name, tensor in center.items()}
 
     def penalty(model: nn.Module) -> Tensor:
-        distances = [(p - center[n].to(p.device)).square().sum() for n, p in model.named_parameters()]
+        distances = [(p - held[n]).square().sum() for n, p in model.named_parameters()]
         return 0.5 * mu * torch.stack(distances).sum()
 
     return penalty
 
 
-def linear(slope: Mapping[str, Tensor]) -> Penalty:
+def linear(slope: Mapping[str, Tensor], device: str = "cpu") -> Penalty:
     """<slope, parameters>: adds ``slope`` to every gradient (SCAFFOLD's correction: Karimireddy et al., 2020)."""
+    held = {name: tensor.to(device) for name, tensor in slope.items()}
 
     def penalty(model: nn.Module) -> Tensor:
-        return torch.stack([(p * slope[n].to(p.device)).sum() for n, p in model.named_parameters()]).sum()
+        return torch.stack([(p * held[n]).sum() for n, p in model.named_parameters()]).sum()
 
     return penalty
 

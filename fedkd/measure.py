@@ -12,6 +12,8 @@ from fedkd.tensors import numel
 from fedkd.wire import break_even, is_soft_label
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedkd.experiment import Experiment
     from fedkd.rounds import Exchange
     from fedkd.tensors import Tensors
@@ -55,8 +57,11 @@ def ensemble(experiment: Experiment, exchange: Exchange, round_: Round) -> Ensem
     weights = experiment.kit.votes([round_.updates[client].examples for client in updates])
     logits = [update.tensors["logits"] for update in updates.values()]
     probs = experiment.algorithm.teacher(experiment.kit, logits, weights)
-    right = (probs.argmax(-1) == experiment.test.labels).double().mean().item()
-    return Ensemble(fmean(update.metrics["accuracy"] for update in updates.values()), right, traffic)
+
+    def accuracy(scores: Tensor) -> float:
+        return (scores.argmax(-1) == experiment.test.labels).double().mean().item()
+
+    return Ensemble(fmean(map(accuracy, logits)), accuracy(probs), traffic)
 
 
 def row(experiment: Experiment, round_: Round, scores: tuple[float, float] | None, members: Ensemble | None) -> Row:

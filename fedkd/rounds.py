@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING
 from fedkd import seeds
 from fedkd.algorithm import Update
 from fedkd.errors import RunError
-from fedkd.tensors import Integers
+from fedkd.tensors import Int64, UInt8
 from fedkd.wire import Load, Packed, Wire
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fedkd.algorithm import Algorithm, Shapes
     from fedkd.kit import Kit
     from fedkd.tensors import Tensors
     from fedkd.wire import Made
+
+
+KINDS = {Int64: "torch.int64", UInt8: "torch.uint8"}
+LARGEST = 1e6  # of a logit: what is beyond has diverged, and would be infinite when it is divided by T
+CLOSE = 5e-3  # to one: what bfloat16 does to the sum of a distribution
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,12 @@ def admit(
     except ValueError as error:
         return f"sent what cannot be decoded: {error}"
     update = replace(reply.update, tensors=packed.tensors)
-    return refusal(update, shapes) or algorithm.objection(kit, update) or (update, packed)
+    if fault := refusal(update, shapes) or algorithm.objection(kit, update):
+        return fault
+    if "probs" in update.tensors:  # rounding on the way moved the sums
+        probs = update.tensors["probs"].double()
+        update = replace(update, tensors={**update.tensors, "probs": (probs / probs.sum(-1, keepdim=True)).float()})
+    return update, packed
 
 
 def last_line(failure: str) -> str:
@@ -171,18 +179,16 @@ def refusal(update: Update, declared: Shapes) -> str:
     for name, tensor in update.tensors.items():
         if not _fits(tuple(tensor.shape), declared[name]):
             return f"sent {name} of shape {tuple(tensor.shape)} instead of {declared[name]}"
-        kind = "an integer" if isinstance(declared[name], Integers) else "float32"
-        if kind != ("float32" if str(tensor.dtype) == "torch.float32" else "an integer" if _is_whole(tensor) else ""):
+        kind = KINDS.get(type(declared[name]), "torch.float32")
+        if str(tensor.dtype) != kind:
             return f"sent {name} of type {tensor.dtype} instead of {kind}"
         if not tensor.isfinite().all():
             return f"sent {name} with values that are not finite"
-        if name == "probs" and not ((tensor >= 0).all() and ((tensor.sum(-1) - 1).abs() < 1e-3).all()):
+        if name == "logits" and (tensor.abs() > LARGEST).any():
+            return f"sent logits beyond {LARGEST:,.0f}"
+        if name == "probs" and not ((tensor >= 0).all() and ((tensor.double().sum(-1) - 1).abs() < CLOSE).all()):
             return "sent probs that are not distributions"
     return ""
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _fits(shape: tuple[int, ...], declared: tuple[int, ...]) -> bool:

@@ -14,13 +14,17 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, "Tensor"]
 
 
-class Integers(tuple[int, ...]):
-    """The shape of a tensor of integers; a plain tuple is that of float32 numbers."""
+class Int64(tuple[int, ...]):
+    """The shape of a tensor of int64; a plain tuple is that of float32 numbers."""
+
+
+class UInt8(tuple[int, ...]):
+    """The shape of a tensor of bytes."""
 
 
 def shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of a tensor, which says too whether it holds integers."""
-    return tuple(tensor.shape) if tensor.is_floating_point() else Integers(tensor.shape)
+    """The shape of a model's tensor, which says too whether it holds integers (BatchNorm's step counter)."""
+    return tuple(tensor.shape) if tensor.is_floating_point() else Int64(tensor.shape)
 
 
 def put(prefix: str, tensors: Tensors) -> dict[str, Tensor]:

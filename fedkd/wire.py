@@ -63,6 +63,7 @@ class Wire:
 
     up: Codec
     down: Codec
+    temperature: float = 1.0  # at which logits become probabilities, where a codec is for those
 
     @property
     def remembers(self) -> bool:
@@ -71,7 +72,7 @@ class Wire:
 
     def ask(self, request: Tensors, held: Tensors, made: Made) -> Packed:
         """The server packs a request; ``made`` holds what was packed already for another client of the round."""
-        packed = pack(self.down, request, take("down", held), made)
+        packed = pack(self.down, request, take("down", held), made, self.temperature)
         if self.remembers:
             packed.tensors[TURN] = held.get("turn", integer(0))
         return packed
@@ -84,11 +85,11 @@ class Wire:
 
         """
         content = {name: tensor for name, tensor in arrays.items() if name != TURN}
-        return unpack(self.down, content, take("down", _common(arrays, memory)))
+        return unpack(self.down, content, take("down", _common(arrays, memory)), None, self.temperature)
 
     def answer(self, tensors: Tensors, arrays: Tensors, memory: Tensors) -> Packed:
         """The client packs its update, in answer to the request ``arrays``."""
-        return pack(self.up, tensors, take("up", _common(arrays, memory)), {})
+        return pack(self.up, tensors, take("up", _common(arrays, memory)), {}, self.temperature)
 
     def tell(self, arrays: Tensors, shapes: Shapes, held: Tensors) -> Packed:
         """The server unpacks an update of declared shapes.
@@ -97,7 +98,7 @@ class Wire:
             ValueError: it cannot be decoded.
 
         """
-        return unpack(self.up, arrays, take("up", held), shapes)
+        return unpack(self.up, arrays, take("up", held), shapes, self.temperature)
 
     def memory(self, turn: int, down: Packed, up: Packed) -> dict[str, Tensor]:
         """What either end keeps of a turn; nothing where no codec needs it."""
@@ -111,7 +112,7 @@ def _common(arrays: Tensors, memory: Tensors) -> Tensors:
     return memory if TURN in arrays and "turn" in memory and bool(arrays[TURN] == memory["turn"]) else {}
 
 
-def pack(codec: Codec, tensors: Tensors, reference: Tensors, made: Made) -> Packed:
+def pack(codec: Codec, tensors: Tensors, reference: Tensors, made: Made, temperature: float = 1.0) -> Packed:
     """Code what the codec is for; the rest stays as it is."""
     coded: dict[str, Tensor] = {}
     kept: dict[str, Tensor] = {}
@@ -121,7 +122,7 @@ def pack(codec: Codec, tensors: Tensors, reference: Tensors, made: Made) -> Pack
             coded[name] = tensor
             load += _plain(tensor)
             continue
-        values, last = _values(codec, name, tensor), reference.get(name)
+        values, last = _values(codec, name, tensor, temperature), reference.get(name)
         if last is None and id(tensor) in made:
             _, packed = made[id(tensor)]
         else:
@@ -135,7 +136,9 @@ def pack(codec: Codec, tensors: Tensors, reference: Tensors, made: Made) -> Pack
     return Packed(coded, kept, load)
 
 
-def unpack(codec: Codec, arrays: Tensors, reference: Tensors, shapes: Shapes | None = None) -> Packed:
+def unpack(
+    codec: Codec, arrays: Tensors, reference: Tensors, shapes: Shapes | None = None, temperature: float = 1.0
+) -> Packed:
     """Decode what is coded.
 
     Raises:
@@ -154,7 +157,7 @@ def unpack(codec: Codec, arrays: Tensors, reference: Tensors, shapes: Shapes | N
         last = reference.get(name)
         limit = LARGEST if shapes is None else prod(abs(extent) for extent in shapes.get(name, (0,)))
         values = codec.decode(array, last, limit)
-        tensors[name] = _tensor(codec, name, values)
+        tensors[name] = _tensor(codec, name, values, temperature)
         if codec.delta:
             kept[name] = values
         load += _load(codec, values, array, last)
@@ -175,13 +178,15 @@ def _is_for(codec: Codec, name: str, tensor: Tensor) -> bool:
     return is_soft_label(name) if codec.labels else tensor.is_floating_point()
 
 
-def _values(codec: Codec, name: str, tensor: Tensor) -> Tensor:
-    """What a codec codes: probabilities, where it is one for soft labels."""
-    return tensor.double().softmax(-1).float() if codec.labels and name.endswith("logits") else tensor
+def _values(codec: Codec, name: str, tensor: Tensor, temperature: float) -> Tensor:
+    """What a codec codes: probabilities at the run's temperature, where it is one for soft labels."""
+    if codec.labels and name.endswith("logits"):
+        return (tensor.double() / temperature).softmax(-1).float()
+    return tensor
 
 
-def _tensor(codec: Codec, name: str, values: Tensor) -> Tensor:
-    return values.clamp_min(FLOOR).log() if codec.labels and name.endswith("logits") else values
+def _tensor(codec: Codec, name: str, values: Tensor, temperature: float) -> Tensor:
+    return temperature * values.clamp_min(FLOOR).log() if codec.labels and name.endswith("logits") else values
 
 
 def _plain(tensor: Tensor) -> Load:

@@ -108,6 +108,23 @@ def test_nobody_is_told_soft_labels_before_anybody_has_answered(played):
     assert not [name for name, tensor in first.items() if is_soft_label(name) and len(tensor)]
 
 
+def test_what_comes_down_changes_what_a_client_does(played):
+    """An exchange that is cut off must show."""
+    experiment, first, second = played
+    algorithm, kit = experiment.algorithm, experiment.kit
+    asked = algorithm.ask(kit, first[2], 0)
+    if set(asked) <= {"round"}:
+        assert experiment.config.algorithm in ("local", "central", "ensemble", "density", "cronus:down=nothing")
+        return
+    cut = dict(algorithm.ask(kit, algorithm.init(kit), 0))
+    if "round" in cut:
+        cut["round"] = torch.tensor(2)
+    if "since" in cut:  # whose labels must be as many as are due
+        cut = {**asked, "probs": torch.full_like(asked["probs"], 0.1)}
+    update, _ = algorithm.local(kit, experiment.client(0, 2, first[1][0]), cut)
+    assert not tensors.equal(update.tensors, second[0][0].tensors)
+
+
 def test_a_missing_client_is_survived(played):
     experiment, first, _ = played
     clients = [0] if experiment.clients == 1 else [0, 2]

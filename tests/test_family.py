@@ -13,9 +13,11 @@ from torch.nn import functional
 from fedkd import density, learning, models, privacy, specs, tensors
 from fedkd.algorithm import Update
 from fedkd.algorithms import feddf, fedgems, scaffold, scarlet, selective
+from fedkd.errors import RunError
 from fedkd.experiment import prepare
-from tests.conftest import tiny
+from tests.conftest import play, tiny
 
+PROBS = torch.full((40, 10), 0.1)
 EXACT = "donot_use_mm_for_euclid_dist"
 
 
@@ -150,10 +152,10 @@ def test_the_servers_control_variate_moves_by_the_share_of_those_who_came(kit):
 
 def test_models_drawn_around_the_clients_have_their_mean_and_variance():
     held = [{"w": torch.tensor([0.0, 5.0])}, {"w": torch.tensor([4.0, 5.0])}]
-    drawn = torch.stack([m["w"] for m in feddf.sampled(held, [1, 3], 4000, "gaussian", seed=1)])
+    drawn = torch.stack([m["w"] for m in feddf.sampled(held, [1, 3], ["w"], 4000, "gaussian", seed=1)])
     assert torch.allclose(drawn.mean(0), torch.tensor([3.0, 5.0]), atol=0.1)  # 1/4 * 0 + 3/4 * 4
     assert torch.allclose(drawn.std(0), torch.tensor([math.sqrt(3.0), 0.0]), atol=0.1)
-    mixed = torch.stack([m["w"] for m in feddf.sampled(held, [1, 3], 4000, "dirichlet", seed=1)])
+    mixed = torch.stack([m["w"] for m in feddf.sampled(held, [1, 3], ["w"], 4000, "dirichlet", seed=1)])
     assert mixed[:, 0].min() >= 0
     assert mixed[:, 0].max() <= 4
     assert mixed[:, 0].mean().item() == pytest.approx(2.0, abs=0.1)
@@ -175,8 +177,9 @@ def test_fed_ets_targets_are_the_consensus_and_those_who_disagree():
         )
     }
     rows = torch.arange(9)
-    targets = call("fed-et:diversity=0.5").targets(kit, updates, rows, seed=0)
-    logits = [kit.predict("cnn:width=8", u.tensors, kit.proxy[rows]).double().numpy() for u in updates.values()]
+    answers = torch.stack([kit.predict("cnn:width=8", u.tensors, kit.proxy[rows]) for u in updates.values()])
+    targets = call("fed-et:diversity=0.5").targets(kit, updates, answers, rows, seed=0)
+    logits = list(answers.double().numpy())
     for sample in range(9):
         spread = [row[sample].var() for row in logits]
         mean = sum(v * row[sample] for v, row in zip(spread, logits, strict=True)) / sum(spread)
@@ -386,7 +389,59 @@ def test_a_client_that_says_other_than_it_answers_is_refused(kit):
     answered = selective.bits(torch.arange(40) < 3)
     update = Update({"answered": answered, "probs": torch.full((2, 10), 0.1)}, 5)
     assert "other answers" in call("selective-fd").objection(kit, update)
-    assert "negative" in call("density").objection(kit, Update({"weight": -torch.ones(40)}, 5))
+    padded = torch.full((5,), 255, dtype=torch.uint8)
+    kit = dataclasses.replace(kit, config=tiny(proxy_samples=34))
+    assert "other answers" in call("selective-fd").objection(kit, Update({"answered": padded, "probs": PROBS}, 5))
+    assert "other answers" not in call("selective-fd").objection(
+        kit, Update({"answered": padded, "probs": PROBS[:34]}, 5)
+    )
+
+
+@pytest.mark.parametrize("weight", [-1.0, 300.0, 3e38])
+def test_weights_that_no_density_ratio_has_are_refused(kit, weight):
+    assert "no density ratio" in call("density").objection(kit, Update({"weight": torch.full((40,), weight)}, 5))
+
+
+def test_a_density_ratio_has_a_largest_value(generator):
+    private, proxy = 1e-3 * torch.randn(500, 2, generator=generator).double(), 50 + torch.rand(500, 2).double()
+    assert 100 < density.ratio(private, proxy, private).max() <= 500**0.9
+
+
+@pytest.mark.parametrize("counts", [[3, 3, -1] + [0] * 7, [2**62] + [0] * 9, [1] * 10])
+def test_counts_of_classes_that_do_not_add_up_are_refused(kit, counts):
+    update = Update({"prototypes": torch.zeros(10, 4), "counts": torch.tensor(counts)}, 5)
+    assert "add up" in call("fedproto").objection(kit, update)
+
+
+@pytest.mark.parametrize("name", ["fedavgm", "fedbe", "scaffold", "fedema", "feddf"])
+def test_running_statistics_stay_such(name, tmp_path):
+    """A variance with momentum, or drawn at random, would be negative and the student NaN."""
+    rows = play(tmp_path, algorithm=name, norm="batch", partitioner="dirichlet:alpha=0.3", clients=5, rounds=4)
+    assert all(math.isfinite(row["test_loss"]) for row in rows)
+
+
+def test_feddf_leaves_out_a_model_whose_answers_are_infinite(kit):
+    algorithm = call("feddf")
+    good, bad = weights_of(kit, 2)
+    bad = {name: weight * 1e30 for name, weight in bad.items()}
+    state = algorithm.init(kit)
+    both = algorithm.tell(kit, state, {0: Update(good, 5), 1: Update(bad, 5)}, seed=1)
+    assert tensors.equal(both, algorithm.tell(kit, state, {0: Update(good, 5)}, seed=1))
+    with pytest.raises(RunError, match="finite"):
+        algorithm.tell(kit, state, {1: Update(bad, 5)}, seed=1)
+
+
+def test_an_untrained_server_of_fedgems_teaches_nobody(kit):
+    kit = prepare(tiny(algorithm="fedgems", distill_epochs=0)).kit
+    algorithm, seen = call("fedgems"), []
+    original = fedgems.selected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fedgems, "selected", lambda own, *more: seen.append(own) or original(own, *more))
+        updates = {k: Update({"logits": u.tensors["probs"].log()}, 5) for k, u in answers(kit).items()}
+        algorithm.tell(kit, algorithm.tell(kit, algorithm.init(kit), updates, 1), updates, 2)
+    labels = kit.proxy_labels[kit.subset(1)]
+    assert not (seen[0].argmax(-1) == labels).any()
+    assert torch.equal(seen[1], kit.predict(kit.student, kit.initial(kit.student), kit.proxy))
 
 
 def test_a_client_counts_where_its_data_is_dense(kit):
@@ -448,7 +503,7 @@ def test_a_scarlet_client_that_lost_its_memory_is_survived():
         state = algorithm.tell(kit, state, updates, seed=number)
     update, memory = algorithm.local(kit, experiment.client(0, 3, {}), algorithm.ask(kit, state, 0))
     assert update.tensors["probs"].isfinite().all()
-    assert (memory["held"] > 0).sum() < 40
+    assert (memory["held"] > 0).sum() < (scarlet.stamps(kit, 2, 2) > 0).sum()
 
 
 # -- without a proxy ----------------------------------------------------------------------------
@@ -458,7 +513,8 @@ def test_bytes_of_fd_are_those_of_the_paper():
     kit = prepare(tiny()).kit
     (shape,) = call("fd").sends(kit, {}, 0).values()
     assert 16 * 2 * math.prod(shape) * 32 == 102_400  # bits: 16 iterations, up and down
-    assert 16 * 2 * 1_199_648 * 32 == 1_228_439_552  # what FedAvg of the paper's network takes
+    network = {"": torch.zeros(1_199_648)}  # the paper's, of so many parameters
+    assert 16 * 2 * 8 * tensors.numel(network) * network[""].element_size() == 1_228_439_552  # what FedAvg takes
 
 
 def test_fds_means_leave_the_receiver_out_and_labels_nobody_has(experiment):

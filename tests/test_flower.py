@@ -193,9 +193,16 @@ def test_replies_that_are_no_replies_are_failures_with_a_reason(grid):
         return next(iter(server_app.exchange(LocalGrid(app, 1, {}), range(1, 2), config, "train", 1, {0: {}})))
 
     assert "without arrays" in answers(RecordDict()).failure
-    broken = to_record({"x": torch.zeros(3)})
-    broken["x"].data = b"\x93NUMPY but broken"
-    reply = answers(RecordDict({"arrays": broken, "metrics": MetricRecord({"num-examples": 1})}))
-    assert "cannot be read" in reply.failure
+    huge = (
+        b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (10000000000000,), }".ljust(127)
+        + b"\n"
+    )
+    for data in (b"\x93NUMPY but broken", b"", b"PK\x03\x04 no archive", huge):
+        broken = to_record({"x": torch.zeros(3)})
+        broken["x"].data = data
+        reply = answers(RecordDict({"arrays": broken, "metrics": MetricRecord({"num-examples": 1})}))
+        assert "cannot be read" in reply.failure, data
+    endless = RecordDict({"arrays": to_record({}), "metrics": MetricRecord({"num-examples": math.inf})})
+    assert "cannot be read" in answers(endless).failure
     assert isinstance(reply.traffic, Traffic)
     assert math.isfinite(reply.traffic.arrays_up)

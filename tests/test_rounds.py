@@ -7,7 +7,7 @@ from fedkd.algorithm import Algorithm, Update
 from fedkd.codecs import Float32
 from fedkd.errors import RunError
 from fedkd.rounds import Reply, Traffic, play, refusal, sample
-from fedkd.tensors import Integers
+from fedkd.tensors import Int64
 from fedkd.wire import Wire
 from tests.conftest import tiny
 
@@ -44,24 +44,25 @@ PROBS = torch.full((4, 5), 0.2)
         (Update({"probs": PROBS * 2}, 3), "not distributions"),
         (Update({"probs": PROBS - torch.tensor([0.4, -0.1, -0.1, -0.1, -0.1])}, 3), "not distributions"),
         (Update({"probs": PROBS}, 0), "no examples"),
-        (Update({"probs": PROBS.double()}, 3), "of type torch.float64 instead of float32"),
-        (Update({"probs": torch.ones(4, 5, dtype=torch.int64)}, 3), "of type torch.int64 instead of float32"),
+        (Update({"logits": PROBS * 1e7}, 3), "beyond 1,000,000"),
+        (Update({"probs": PROBS.double()}, 3), "of type torch.float64 instead of torch.float32"),
+        (Update({"probs": torch.ones(4, 5, dtype=torch.int64)}, 3), "of type torch.int64 instead of torch.float32"),
         (Update({"probs": PROBS}, 3, {"loss": float("inf")}), "not finite"),
         (Update({"probs": PROBS}, 3, {"loss": 1.0}), ""),
     ],
 )
 def test_the_server_checks_every_reply(update, says):
-    found = refusal(update, {"probs": (4, 5)})
+    found = refusal(update, {"logits" if "logits" in update.tensors else "probs": (4, 5)})
     assert says in found
     assert bool(found) == bool(says)
 
 
 def test_integers_are_declared_and_extents_may_be_bounded():
-    declared = {"counts": Integers((3,)), "probs": (-4, 5)}
+    declared = {"counts": Int64((3,)), "probs": (-4, 5)}
     counts = torch.tensor([1, 2, 3])
     assert refusal(Update({"counts": counts, "probs": PROBS[:2]}, 3), declared) == ""
     assert refusal(Update({"counts": counts, "probs": PROBS[:0]}, 3), declared) == ""
-    assert "an integer" in refusal(Update({"counts": counts.float(), "probs": PROBS}, 3), declared)
+    assert "torch.int64" in refusal(Update({"counts": counts.float(), "probs": PROBS}, 3), declared)
     assert "shape" in refusal(Update({"counts": counts, "probs": PROBS.repeat(2, 1)}, 3), declared)
 
 

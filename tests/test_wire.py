@@ -164,6 +164,23 @@ def test_a_codec_of_labels_takes_logits_as_log_probabilities(generator):
     assert (back["logits"].softmax(-1) - logits.softmax(-1)).abs().max() < 0.01
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_logits_become_probabilities_at_the_runs_temperature(generator, temperature):
+    """What an aggregator makes of them, which divides them by it, is what was coded."""
+    logits = 10 * torch.randn(30, 10, generator=generator)
+    line = Wire(codec("uint8"), codec("uint8"), temperature)
+    sent = line.answer({"logits": logits}, {}, {}).tensors
+    back = line.tell(sent, {"logits": (30, 10)}, {}).tensors["logits"]
+    assert ((back / temperature).softmax(-1) - (logits / temperature).softmax(-1)).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("up", ["float16", "bfloat16", "uint8", "bits:bits=3,coder=range", "top:k=3,coder=zstd"])
+@pytest.mark.parametrize("algorithm", ["dsfl", "kt-pfl", "selective-fd", "density", "fedproto", "scarlet"])
+def test_every_codec_carries_every_kind_of_answer(tmp_path, up, algorithm):
+    rows = play(tmp_path, algorithm=algorithm, up=f"{up}{',' if ':' in up else ':'}delta=true", down=up, rounds=3)
+    assert all(not row["failures"] for row in rows)
+
+
 def test_what_all_clients_are_sent_is_coded_once(generator):
     counting, calls = codec("float16"), []
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedkd import density, seeds
-from fedkd.algorithms.ensemble import Ensemble, heard
+from fedkd.algorithms.ensemble import Ensemble
 from fedkd.lazy import torch
 
 if TYPE_CHECKING:
@@ -38,13 +38,11 @@ class Density(Ensemble):
         return {**super().sends(kit, state, client), "weight": kit.answers()[:1]}
 
     def objection(self, kit: Kit, update: Update) -> str:
-        return "sent negative weights" if (update.tensors["weight"] < 0).any() else ""
+        weight = update.tensors["weight"]
+        return "" if ((weight >= 0) & (weight <= MOST**0.9)).all() else "sent weights that no density ratio has"
 
-    def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
-        votes = kit.votes([update.examples for update in updates.values()])
-        weights = votes * torch.stack([update.tensors["weight"] for update in updates.values()])
-        probs = self.teacher(kit, heard([update.tensors for update in updates.values()]), weights)
-        return {**self.learn(kit, state, kit.subset(int(state["round"])), probs, seed), "probs": probs}
+    def weigh(self, kit: Kit, updates: Mapping[int, Update]) -> Tensor:
+        return super().weigh(kit, updates) * torch.stack([update.tensors["weight"] for update in updates.values()])
 
 
 def density_of(kit: Kit, client: Client, rows: Tensor) -> Tensor:

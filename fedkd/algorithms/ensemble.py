@@ -14,7 +14,6 @@ from pydantic import PositiveInt
 from fedkd import ensembles
 from fedkd.algorithm import Algorithm, Client, Update
 from fedkd.losses.logits import cross_entropy
-from fedkd.seeds import derive
 from fedkd.tensors import integer, put, take
 
 if TYPE_CHECKING:
@@ -66,16 +65,18 @@ class Ensemble(Algorithm):
         """The weights after distilling the soft labels that came down, if any did."""
         if "probs" not in request:
             return weights
-        rows, seed = kit.subset(int(request["told"])), derive(client.seed, "digest")
-        return kit.distill(client.model, weights, rows, request["probs"], epochs=self.digest_epochs, seed=seed)
+        return kit.digest(client, weights, kit.subset(int(request["told"])), request["probs"], self.digest_epochs)
 
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
         return {self.said: kit.answers()}
 
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
-        weights = kit.votes([update.examples for update in updates.values()])
-        probs = self.teacher(kit, heard([update.tensors for update in updates.values()]), weights)
+        probs = self.teacher(kit, heard([update.tensors for update in updates.values()]), self.weigh(kit, updates))
         return {**self.learn(kit, state, kit.subset(int(state["round"])), probs, seed), "probs": probs}
+
+    def weigh(self, kit: Kit, updates: Mapping[int, Update]) -> Tensor:
+        """What the clients' answers weigh in the teacher [K, 1 or N]."""
+        return kit.votes([update.examples for update in updates.values()])
 
     def learn(self, kit: Kit, state: Tensors, rows: Tensor, probs: Tensor, seed: int) -> dict[str, Tensor]:
         """The state after the student was distilled on the proxy's ``rows``."""

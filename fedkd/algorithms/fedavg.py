@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, NonNegativeFloat
 
 from fedkd.algorithm import Algorithm, Client, Update
-from fedkd.lazy import torch
 from fedkd.tensors import put, shape, take, weighted_mean
 
 if TYPE_CHECKING:
@@ -34,15 +33,15 @@ class FedAvg(Algorithm):
         return state
 
     def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
-        weights = kit.fit(client, request, penalty=self.penalty(request))
+        weights = kit.fit(client, request, penalty=self.penalty(kit, request))
         return Update(weights, len(client.data)), put("model", weights)
 
-    def penalty(self, start: Tensors) -> Penalty | None:
+    def penalty(self, kit: Kit, start: Tensors) -> Penalty | None:
         """What is added to the local loss of a client that starts from the global model."""
         return None
 
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
-        return {name: shape(tensor) for name, tensor in kit.initial(kit.student).items()}
+        return {name: shape(tensor) for name, tensor in self.ask(kit, state, client).items()}
 
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         examples = [update.examples for update in updates.values()]
@@ -58,10 +57,10 @@ class FedProx(FedAvg):
 
     mu: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 0.01
 
-    def penalty(self, start: Tensors) -> Penalty | None:
+    def penalty(self, kit: Kit, start: Tensors) -> Penalty | None:
         from fedkd import learning
 
-        return learning.proximal(self.mu, start) if self.mu else None
+        return learning.proximal(self.mu, start, kit.device) if self.mu else None
 
 
 @dataclass(frozen=True)
@@ -72,18 +71,17 @@ class FedAvgM(FedAvg):
 
     def init(self, kit: Kit) -> Tensors:
         student = kit.initial(kit.student)
-        return {**put("student", student), **put("velocity", {n: torch.zeros_like(w) for n, w in student.items()})}
+        return {**put("student", student), **put("velocity", kit.trainable(kit.student))}
 
     def ask(self, kit: Kit, state: Tensors, client: int) -> Tensors:
         return take("student", state)
 
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         mean, old, last = super().tell(kit, state, updates, seed), take("student", state), take("velocity", state)
-        floats = [name for name, tensor in mean.items() if tensor.is_floating_point()]
-        steps = {name: self.beta * last[name].double() + (old[name].double() - mean[name].double()) for name in floats}
+        # Buffers are averaged: a running variance with momentum could overshoot below zero.
+        steps = {name: self.beta * v.double() + (old[name].double() - mean[name].double()) for name, v in last.items()}
         student = {**mean, **{name: (old[name].double() - step).float() for name, step in steps.items()}}
-        velocity = {**last, **{name: step.float() for name, step in steps.items()}}
-        return {**put("student", student), **put("velocity", velocity)}
+        return {**put("student", student), **put("velocity", {name: step.float() for name, step in steps.items()})}
 
     def deploy(self, kit: Kit, state: Tensors) -> Tensors:
         return take("student", state)

@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from fedkd import ensembles
 from fedkd.algorithm import Algorithm, Client, Update
+from fedkd.errors import RunError
 from fedkd.lazy import torch
 from fedkd.losses.logits import cross_entropy
 from fedkd.seeds import derive, generator
@@ -59,9 +60,13 @@ class FedDF(Algorithm):
         return {name: shape(tensor) for name, tensor in self.ask(kit, state, client).items()}
 
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
-        new = {"round": state["round"] + 1}
-        rows = kit.subset(int(state["round"]))
-        targets = self.targets(kit, updates, rows, seed)
+        new, rows = {"round": state["round"] + 1}, kit.subset(int(state["round"]))
+        logits = {c: kit.predict(kit.model_of(c), u.tensors, kit.proxy[rows]) for c, u in updates.items()}
+        # Finite weights may have infinite answers: such a model is no member of anything.
+        updates = {client: update for client, update in updates.items() if logits[client].isfinite().all()}
+        if not updates:
+            raise RunError("No client's model gives finite answers; lower --learning-rate.")
+        targets = self.targets(kit, updates, torch.stack([logits[client] for client in updates]), rows, seed)
         for place, model in self.seats(kit).items():
             members = [u for client, u in updates.items() if place == self._group(kit, client)]
             weights = take(place, state)
@@ -81,10 +86,9 @@ class FedDF(Algorithm):
             new |= put(place, weights)
         return new
 
-    def targets(self, kit: Kit, updates: Mapping[int, Update], rows: Tensor, seed: int) -> Tensor:
-        """What the server's models are distilled to on the proxy's ``rows`` [R, C]."""
-        logits = [kit.predict(kit.model_of(c), u.tensors, kit.proxy[rows]) for c, u in updates.items()]
-        return self.teacher(kit, logits, kit.votes([update.examples for update in updates.values()]))
+    def targets(self, kit: Kit, updates: Mapping[int, Update], logits: Tensor, rows: Tensor, seed: int) -> Tensor:
+        """What the server's models are distilled to [R, C], from the members' logits [K, R, C] on these rows."""
+        return self.teacher(kit, list(logits), kit.votes([update.examples for update in updates.values()]))
 
     def teacher(self, kit: Kit, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
         return ensembles.mean_logits(torch.stack(list(logits)), weights)
@@ -115,27 +119,31 @@ class FedBE(FedDF):
     def one_model(self) -> bool:
         return True
 
-    def targets(self, kit: Kit, updates: Mapping[int, Update], rows: Tensor, seed: int) -> Tensor:
+    def targets(self, kit: Kit, updates: Mapping[int, Update], logits: Tensor, rows: Tensor, seed: int) -> Tensor:
         held, examples = [u.tensors for u in updates.values()], [u.examples for u in updates.values()]
-        drawn = sampled(held, examples, self.samples, self.posterior, seed)
-        models = [*held, weighted_mean(held, examples), *drawn]
-        logits = [kit.predict(kit.student, weights, kit.proxy[rows]) for weights in models]
-        return self.teacher(kit, logits, torch.ones(len(logits), 1))
+        drawn = sampled(held, examples, list(kit.trainable(kit.student)), self.samples, self.posterior, seed)
+        more = [
+            kit.predict(kit.student, weights, kit.proxy[rows]) for weights in (weighted_mean(held, examples), *drawn)
+        ]
+        return self.teacher(kit, [*logits, *more], torch.ones(len(logits) + len(more), 1))
 
     def teacher(self, kit: Kit, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
         return ensembles.beta_era(torch.stack(list(logits)), weights, beta=1 / self.sharpen)
 
 
 def sampled(
-    models: Sequence[Tensors], examples: Sequence[int], count: int, posterior: str, seed: int
+    models: Sequence[Tensors], examples: Sequence[int], names: Sequence[str], count: int, posterior: str, seed: int
 ) -> list[dict[str, Tensor]]:
-    """Models drawn from a distribution over the clients' models."""
+    """Models drawn from a distribution over the clients' models; under a Gaussian what is not in ``names`` is the mean.
+
+    A running variance must not be drawn: it could be negative.
+    """
     source = generator(seed, "posterior")
     if posterior == "dirichlet":
         exponential = torch.empty(count, len(models), dtype=torch.float64).exponential_(generator=source)
         return [weighted_mean(models, shares.tolist()) for shares in exponential / exponential.sum(1, keepdim=True)]
     mean = weighted_mean(models, examples)
-    floats = {name: tensor.double() for name, tensor in mean.items() if tensor.is_floating_point()}
+    floats = {name: mean[name].double() for name in names}
     squares = [{name: (model[name].double() - center).square() for name, center in floats.items()} for model in models]
     spread = {name: square.sqrt() for name, square in weighted_mean(squares, examples).items()}
 
@@ -158,8 +166,7 @@ class FedET(FedDF):
     apart: ClassVar[bool] = True
     diversity: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 0.05
 
-    def targets(self, kit: Kit, updates: Mapping[int, Update], rows: Tensor, seed: int) -> Tensor:
-        logits = torch.stack([kit.predict(kit.model_of(c), u.tensors, kit.proxy[rows]) for c, u in updates.items()])
+    def targets(self, kit: Kit, updates: Mapping[int, Update], logits: Tensor, rows: Tensor, seed: int) -> Tensor:
         weights = kit.votes([update.examples for update in updates.values()])
         label = self.teacher(kit, list(logits), weights).argmax(-1)
         disagrees = (logits.argmax(-1) != label).double()

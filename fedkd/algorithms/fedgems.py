@@ -40,6 +40,7 @@ class FedGEMS(OwnTeacher):
         kit, number = self.plain(kit), int(state["round"])
         rows, truth = kit.subset(number), _truth(kit, number)
         own = kit.predict(kit.student, self.deploy(kit, state), kit.proxy[rows])
+        own = own if number > 1 else -truth  # an untrained server is right by chance, and counts as wrong
         teacher = selected(own, torch.stack(heard([update.tensors for update in updates.values()])), truth)
         new = self.learn(kit, state, rows, self.mix(truth, teacher), seed)
         answer = kit.predict(kit.student, self.deploy(kit, new), kit.proxy[rows])

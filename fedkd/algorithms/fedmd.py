@@ -16,7 +16,6 @@ from fedkd import ensembles, privacy, seeds
 from fedkd.algorithm import Algorithm, Client, Update
 from fedkd.lazy import torch
 from fedkd.losses.logits import logit_mae
-from fedkd.seeds import derive
 from fedkd.tensors import integer, put, weighted_mean
 
 if TYPE_CHECKING:
@@ -42,15 +41,8 @@ class FedMD(Algorithm):
     def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
         weights = kit.own(client)
         if "logits" in request:
-            weights = kit.distill(
-                client.model,
-                weights,
-                kit.subset(int(request["told"])),
-                request["logits"],
-                epochs=self.digest_epochs,
-                seed=derive(client.seed, "digest"),
-                objective=logit_mae,
-            )
+            rows = kit.subset(int(request["told"]))
+            weights = kit.digest(client, weights, rows, request["logits"], self.digest_epochs, logit_mae)
         weights = kit.fit(client, weights)
         logits = kit.answer(client, weights, int(request["round"]))
         return Update({"logits": logits}, len(client.data)), put("model", weights)
@@ -70,8 +62,8 @@ class FedMD(Algorithm):
 class NFDP(FedMD):
     """FedMD-NFDP (Sun and Lyu, 2021): FedMD whose clients train on ``samples`` of their rows, drawn once.
 
-    Its metrics are the (epsilon, delta) of that draw (`fedkd.privacy`); delta is about samples / rows, which
-    is no meaningful guarantee by the usual rule that it be far below 1 / rows.
+    Its metrics are the (epsilon, delta) of that draw (`fedkd.privacy`); a round shows their means, the guarantee
+    is the largest. Delta is about samples / rows: none by the usual rule that it be far below 1 / rows.
     """
 
     samples: PositiveInt = 100

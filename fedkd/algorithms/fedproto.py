@@ -60,8 +60,12 @@ class FedProto(Algorithm):
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
         return {name: shape(state[name]) for name in ("prototypes", "counts")}
 
+    def objection(self, kit: Kit, update: Update) -> str:
+        counts = update.tensors["counts"]
+        return "" if (counts >= 0).all() and counts.sum() == update.examples else "sent counts that do not add up"
+
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
-        counts = torch.stack([update.tensors["counts"] for update in updates.values()]).clamp_min(0)
+        counts = torch.stack([update.tensors["counts"] for update in updates.values()])
         prototypes = torch.stack([update.tensors["prototypes"] for update in updates.values()]).double()
         total = counts.sum(0)
         mean = (counts[..., None] * prototypes).sum(0) / total.clamp_min(1)[:, None]

@@ -11,7 +11,6 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from fedkd import ensembles
 from fedkd.algorithm import Algorithm, Client, Update
 from fedkd.lazy import torch
-from fedkd.seeds import derive
 from fedkd.tensors import integer, put
 
 if TYPE_CHECKING:
@@ -47,8 +46,9 @@ class KTpFL(Algorithm):
     def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
         weights = kit.own(client)
         if "probs" in request:
-            rows, seed = kit.subset(int(request["told"])), derive(client.seed, "digest")
-            weights = kit.distill(client.model, weights, rows, request["probs"], epochs=self.digest_epochs, seed=seed)
+            weights = kit.digest(
+                client, weights, kit.subset(int(request["told"])), request["probs"], self.digest_epochs
+            )
         weights = kit.fit(client, weights)
         logits = kit.answer(client, weights, int(request["round"])).double()
         probs = (logits / kit.config.temperature).softmax(-1).float()

@@ -22,7 +22,7 @@ class Scaffold(Algorithm):
 
     With momentum, the gradients in that mean have the weights with which they moved the model (`travel`), so
     that it stays one. Weights and the change of c_i go up, weights and c go down: twice FedAvg's bytes.
-    Means over clients are plain, as in the paper.
+    Means over clients are plain, as in the paper. c is the mean of the c_i as long as every answer is counted, uncoded.
     """
 
     @property
@@ -41,7 +41,7 @@ class Scaffold(Algorithm):
         start, common = take("student", request), take("control", request)
         own = take("control", client.memory) or kit.trainable(client.model)
         slope = {name: common[name] - own[name] for name in common}
-        weights = kit.fit(client, start, penalty=learning.linear(slope))
+        weights = kit.fit(client, start, penalty=learning.linear(slope, kit.device))
         config = kit.config
         steps = config.local_epochs * ceil(len(client.data) / config.batch_size)
         moved = config.learning_rate * travel(steps, config.momentum)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -12,7 +13,6 @@ from fedkd import ensembles
 from fedkd.algorithm import Client, Update
 from fedkd.algorithms.ensemble import OwnTeacher, heard
 from fedkd.lazy import torch
-from fedkd.seeds import derive
 from fedkd.tensors import integer, put
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ class Scarlet(OwnTeacher):
     beta: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = 2.0
     duration: PositiveInt = 2
 
+    def __post_init__(self) -> None:
+        if self.down != "labels":
+            raise ValueError("what comes down are labels")
+
     def init(self, kit: Kit) -> Tensors:
         seen = torch.zeros(kit.config.clients, dtype=torch.int64)  # the last round of which a client's answer counted
         return {**super().init(kit), "seen": seen, "cache": torch.zeros(len(kit.proxy), kit.classes)}
@@ -55,10 +59,7 @@ class Scarlet(OwnTeacher):
         rows = kit.subset(number - 1) if number > 1 else torch.zeros(0, dtype=torch.int64)
         rows = rows[held[rows] > 0]  # all of them, unless this client has lost its memory
         if len(rows):
-            seed = derive(client.seed, "digest")
-            weights = self.plain(kit).distill(
-                client.model, weights, rows, cache[rows], epochs=self.digest_epochs, seed=seed
-            )
+            weights = self.plain(kit).digest(client, weights, rows, cache[rows], self.digest_epochs)
         weights = kit.fit(client, weights)
         probs = kit.predict(client.model, weights, kit.proxy[self.wanted(kit, number)]).double().softmax(-1).float()
         return Update({"probs": probs}, len(client.data)), {"cache": cache, "held": held, **put("model", weights)}
@@ -69,8 +70,8 @@ class Scarlet(OwnTeacher):
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         number, cache, seen = int(state["round"]), state["cache"].clone(), state["seen"].clone()
         if len(asked := self.wanted(kit, number)):
-            weights = kit.votes([update.examples for update in updates.values()])
-            cache[asked] = self.teacher(kit, heard([update.tensors for update in updates.values()]), weights)
+            answers = heard([update.tensors for update in updates.values()])
+            cache[asked] = self.teacher(kit, answers, self.weigh(kit, updates))
         seen[list(updates)] = integer(number)
         rows = kit.subset(number)
         return {**self.learn(self.plain(kit), state, rows, cache[rows], seed), "cache": cache, "seen": seen}
@@ -86,11 +87,28 @@ class Scarlet(OwnTeacher):
 
 def stamps(kit: Kit, duration: int, number: int) -> Tensor:
     """The round [P] in which the label of each proxy image was made, after ``number`` rounds; 0 for none."""
-    made = torch.zeros(len(kit.proxy), dtype=torch.int64)
-    for round_ in range(1, number + 1):
-        rows = kit.subset(round_)
+    latest = _latest(kit.config.seed, len(kit.proxy), kit.config.proxy_samples, duration)
+    if number < latest.round:
+        latest.round, latest.made = 0, torch.zeros(len(kit.proxy), dtype=torch.int64)
+    for round_ in range(latest.round + 1, number + 1):
+        made, rows = latest.made.clone(), kit.subset(round_)
         made[rows] = torch.where(_is_old(made[rows], round_, duration), round_, made[rows])
-    return made
+        latest.round, latest.made = round_, made
+    return latest.made
+
+
+@dataclass
+class _Latest:
+    """The last round that was asked for, and its stamps."""
+
+    round: int
+    made: Tensor
+
+
+@lru_cache(maxsize=4)
+def _latest(seed: int, images: int, samples: int, duration: int) -> _Latest:
+    """Kept, so that each round is worked out once."""
+    return _Latest(0, torch.zeros(images, dtype=torch.int64))
 
 
 def _is_old(made: Tensor, number: int, duration: int) -> Tensor:

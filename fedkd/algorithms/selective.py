@@ -13,7 +13,7 @@ from fedkd.algorithm import Client, Update
 from fedkd.algorithms.density import density_of
 from fedkd.algorithms.ensemble import OwnTeacher, heard
 from fedkd.lazy import torch
-from fedkd.tensors import Integers, put
+from fedkd.tensors import UInt8, put
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ class SelectiveFD(OwnTeacher):
             return weights
         rows = kit.subset(int(request["told"]))
         kept = rows[flags(request["kept"], len(rows))]
-        return kit.distill(client.model, weights, kept, request["probs"], epochs=self.digest_epochs, seed=client.seed)
+        return kit.digest(client, weights, kept, request["probs"], self.digest_epochs)
 
     def ask(self, kit: Kit, state: Tensors, client: int) -> Tensors:
         asked = super().ask(kit, state, client)
@@ -54,13 +54,11 @@ class SelectiveFD(OwnTeacher):
 
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
         count, classes = kit.answers()
-        return {"answered": Integers((-(-count // 8),)), "probs": (-count, classes)}
+        return {"answered": UInt8((-(-count // 8),)), "probs": (-count, classes)}
 
     def objection(self, kit: Kit, update: Update) -> str:
-        answered = update.tensors["answered"]
-        if answered.dtype != torch.uint8 or flags(answered, 8 * len(answered)).sum() != len(update.tensors["probs"]):
-            return "sent other answers than it says"
-        return ""
+        answered = flags(update.tensors["answered"], kit.answers()[0])
+        return "" if answered.sum() == len(update.tensors["probs"]) else "sent other answers than it says"
 
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         rows = kit.subset(int(state["round"]))
@@ -68,8 +66,7 @@ class SelectiveFD(OwnTeacher):
         logits = torch.zeros(len(updates), len(rows), kit.classes)
         for place, answer in enumerate(heard([update.tensors for update in updates.values()])):
             logits[place, answered[place]] = answer
-        votes = kit.votes([update.examples for update in updates.values()])
-        probs = self.teacher(kit, list(logits), votes * answered)
+        probs = self.teacher(kit, list(logits), self.weigh(kit, updates) * answered)
         kept = answered.any(0) & (2 * (1 - probs.max(-1).values) < self.server_threshold)
         new = self.learn(self.plain(kit), state, rows[kept], probs[kept], seed)
         return {**new, "kept": bits(kept), "probs": probs[kept]}

@@ -90,12 +90,18 @@ def exchange(
         {"round": number, "algorithm": member.algorithm, "seed": member.seed, "dataset": member.dataset}
     )
     order = sorted(requests, key=lambda client: -len(parts[client]))
-    made: dict[int, Array] = {}
-    contents = {c: RecordDict({ARRAYS: to_record(requests[c], made), CONFIG: config}) for c in order}
-    weights = {client: weigh(content) for client, content in contents.items()}
-    asked = {client: (nodes[client], content) for client, content in contents.items()}
+    arrays: dict[int, Array] = {}
+    packed: dict[tuple[tuple[str, int], ...], tuple[RecordDict, tuple[int, int]]] = {}
+    contents = {}
+    for client in order:  # what all clients are sent is serialized and weighed once
+        key = tuple((name, id(tensor)) for name, tensor in requests[client].items())
+        if key not in packed:
+            content = RecordDict({ARRAYS: to_record(requests[client], arrays), CONFIG: config})
+            packed[key] = content, weigh(content)
+        contents[client] = packed[key]
+    asked = {client: (nodes[client], content) for client, (content, _) in contents.items()}
     for client, reply in _ask(grid, kind, number, asked, 2 * member.client_timeout or SILENCE):
-        yield _reply(client, reply, *weights[client])
+        yield _reply(client, reply, *contents[client][1])
 
 
 def _ask(
@@ -131,8 +137,7 @@ def _reply(client: int, message: Message, arrays_down: int, rest_down: int) -> R
         return Reply(client, None, "a reply without arrays and metrics", traffic)
     numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
     try:
-        tensors = from_record(arrays)
-    except (ValueError, TypeError, OSError) as error:
-        return Reply(client, None, f"arrays that cannot be read: {error}", traffic)
-    examples = int(numbers.pop("num-examples", 0))
+        tensors, examples = from_record(arrays), int(numbers.pop("num-examples", 0))
+    except Exception as error:  # whatever NumPy makes of bytes that a client chose
+        return Reply(client, None, f"arrays or numbers that cannot be read: {error}", traffic)
     return Reply(client, Update(tensors, examples, numbers), "", traffic)
