@@ -121,8 +121,8 @@ def test_what_comes_down_changes_what_a_client_does(played):
         cut["round"] = torch.tensor(2)
     if "since" in cut:  # whose labels must be as many as are due
         cut = {**asked, "probs": torch.full_like(asked["probs"], 0.1)}
-    update, _ = algorithm.local(kit, experiment.client(0, 2, first[1][0]), cut)
-    assert not tensors.equal(update.tensors, second[0][0].tensors)
+    _, memory = algorithm.local(kit, experiment.client(0, 2, first[1][0]), cut)
+    assert not tensors.equal(*(tensors.take("model", held) for held in (memory, second[1][0])))
 
 
 def test_a_missing_client_is_survived(played):
