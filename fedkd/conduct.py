@@ -53,8 +53,8 @@ def conduct(config: Config, connect: Callable[[], Send]) -> None:
             rows = curves[member.algorithm, member.seed] = []
             finished.append(_member(member, partial(send, member), out, screen, rows))
         figure.draw(curves, _title(members[0]), out)
-        screen.show(table.side_by_side(finished, curves))
-        screen.show(table.ledger(finished))
+        for grid in (table.side_by_side(finished, curves), table.ledger(finished)):
+            screen.show(grid.rich())
         status = "ok"
     except FedkdError as error:
         if error.details:

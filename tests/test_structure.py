@@ -26,7 +26,7 @@ RANKS = [
     {"conduct"},
     {"cli"},
     {"flower"},
-    {"simulate"},
+    {"simulate", "compare"},
     {"bench"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colors, told apart by everyone; the teacher and the clients share their method's.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":", "-.")  # of further methods, once the colors are used up
 
 
 def draw(curves: Curves, title: str, out: Path) -> None:
@@ -31,9 +32,9 @@ def draw(curves: Curves, title: str, out: Path) -> None:
         figure, (over_rounds, over_bytes) = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
         names = list(dict.fromkeys(name for name, _ in curves))
         for index, name in enumerate(names):
-            color = COLORS[index % len(COLORS)]
-            _curve(over_rounds, curves, name, color, len(names) <= 3)
-            _against_bytes(over_bytes, curves, name, color)
+            color, style = COLORS[index % len(COLORS)], STYLES[index // len(COLORS) % len(STYLES)]
+            _curve(over_rounds, curves, name, color, style, len(names) <= 3)
+            _against_bytes(over_bytes, curves, name, color, style)
         over_rounds.set(xlabel="round", ylabel="test accuracy (%)")
         over_rounds.xaxis.get_major_locator().set_params(integer=True)
         # Methods differ by orders of magnitude here.
@@ -42,7 +43,14 @@ def draw(curves: Curves, title: str, out: Path) -> None:
         over_bytes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         over_bytes.xaxis.set_minor_formatter(NullFormatter())
         handles, labels = over_rounds.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=min(6, max(3, len(labels) // 4)),
+            frameon=False,
+            fontsize=8,
+        )
         for axes in (over_rounds, over_bytes):
             axes.grid(alpha=0.25, linewidth=0.6)
         figure.suptitle(title, fontsize=10)
@@ -62,22 +70,22 @@ def _means(curves: Curves, name: str, key: str) -> tuple[list[int], list[float],
     )
 
 
-def _curve(axes: Axes, curves: Curves, name: str, color: str, with_others: bool) -> None:
+def _curve(axes: Axes, curves: Curves, name: str, color: str, style: str, with_others: bool) -> None:
     rounds, mean, each = _means(curves, name, "test_accuracy")
-    axes.plot(rounds, mean, color=color, marker="o", markersize=3, label=name)
+    axes.plot(rounds, mean, style, color=color, marker="o", markersize=3, label=name)
     if len(each) > 1:
         low, high = (list(map(pick, zip(*each, strict=True))) for pick in (min, max))
         axes.fill_between(rounds, low, high, color=color, alpha=0.15, linewidth=0)
     if not with_others:
         return
     styles: dict[str, Any] = {"teacher_accuracy": ("--", "teacher"), "client_accuracy": (":", "mean client")}
-    for key, (style, label) in styles.items():
+    for key, (line, label) in styles.items():
         rounds, other, _ = _means(curves, name, key)
         if other and other != mean:
-            axes.plot(rounds, other, style, color=color, linewidth=1, label=f"{name}: {label}")
+            axes.plot(rounds, other, line, color=color, linewidth=1, label=f"{name}: {label}")
 
 
-def _against_bytes(axes: Axes, curves: Curves, name: str, color: str) -> None:
+def _against_bytes(axes: Axes, curves: Curves, name: str, color: str, style: str) -> None:
     runs = [rows for (algorithm, _), rows in curves.items() if algorithm == name]
     for rows in runs:
         spent = list(accumulate(row["bytes_up"] + row["bytes_down"] for row in rows))
@@ -87,4 +95,4 @@ def _against_bytes(axes: Axes, curves: Curves, name: str, color: str) -> None:
             if r["test_accuracy"] is not None
         ]
         if points and spent[-1]:
-            axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3)
+            axes.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=3)

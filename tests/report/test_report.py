@@ -54,18 +54,29 @@ def test_the_table_has_means_and_spreads_over_seeds():
     curves = {("a", s): curve([0.2, 0.4 + 0.1 * s], seed=s) for s in (0, 1)}
     curves |= {("b", s): curve([0.3, 0.3], name="b", seed=s, deploys="clients") for s in (0, 1)}
     out = io.StringIO()
-    Console(file=out, width=120).print(table.side_by_side([summary(rows) for rows in curves.values()], curves))
+    Console(file=out, width=120).print(table.side_by_side([summary(rows) for rows in curves.values()], curves).rich())
     shown = out.getvalue()
     assert "45.0% ±7.1" in shown
     assert "b*" in shown
     assert "to 30.0%" in shown
 
 
+def test_differences_to_fedavg_are_paired_by_seed():
+    curves = {("fedavg", s): curve([0.4 + 0.2 * s], name="fedavg", seed=s) for s in (0, 1)}
+    curves |= {("a", s): curve([0.5 + 0.2 * s + 0.01 * s], seed=s) for s in (0, 1)}
+    grid = table.side_by_side([summary(rows) for rows in curves.values()], curves)
+    place = grid.titles.index("- fedavg")
+    assert [row[place] for row in grid.rows] == ["–", "+10.5 ±0.7"]
+    lines = grid.markdown().splitlines()
+    assert lines[0].startswith("| method | test acc | - fedavg |")
+    assert lines[3].startswith("| a | 60.5% ±14.8 | +10.5 ±0.7 |")
+
+
 def test_no_number_is_cut_on_a_narrow_terminal():
     name = "dsfl:aggregation=sa,down=nothing"
     rows = curve([0.5], up=10**9, name=name)
     out = io.StringIO()
-    Screen(Console(file=out, width=40)).show(table.side_by_side([summary(rows)], {(name, 0): rows}))
+    Screen(Console(file=out, width=40)).show(table.side_by_side([summary(rows)], {(name, 0): rows}).rich())
     assert any(name in line and "50.0%" in line and "1 GB" in line for line in out.getvalue().splitlines())
 
 
