@@ -27,6 +27,18 @@ def main(command: Callable[[Config], None], argv: Sequence[str] | None = None) -
     run(_app(command), argv)
 
 
+def new(name: str) -> App:
+    """A command without options yet."""
+    return App(
+        name=name,
+        help_flags=["--help", "-h"],
+        version_flags=[],
+        result_action="return_value",
+        help_format="plaintext",
+        suppress_keyboard_interrupt=False,  # `run` answers it
+    )
+
+
 def run(app: App, argv: Sequence[str] | None = None) -> NoReturn:
     """Parse, run, and end the process with the documented exit code; no traceback for a mistake."""
     tokens = list(sys.argv[1:] if argv is None else argv)
@@ -82,14 +94,7 @@ def _app(command: Callable[[Config], None]) -> App:
     run.__signature__ = inspect.Signature([*parameters, *_flags()])  # type: ignore[attr-defined]
     run.__annotations__ = {}
     run.__doc__ = inspect.getdoc(command)
-    app = App(
-        name=f"python -m {command.__module__}" if command.__module__ != "__main__" else "python -m fedkd.simulate",
-        help_flags=["--help", "-h"],
-        version_flags=[],
-        result_action="return_value",
-        help_format="plaintext",
-        suppress_keyboard_interrupt=False,  # `run` answers it
-    )
+    app = new(f"python -m {command.__module__}" if command.__module__ != "__main__" else "python -m fedkd.simulate")
     app.default(run)
     return app
 

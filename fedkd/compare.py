@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 from rich.console import Console
 
 from fedkd import cli
@@ -17,14 +17,7 @@ from fedkd.report.screen import Screen
 if TYPE_CHECKING:
     from fedkd.measure import Row
 
-app = App(
-    name="python -m fedkd.compare",
-    help_flags=["--help", "-h"],
-    version_flags=[],
-    result_action="return_value",
-    help_format="plaintext",
-    suppress_keyboard_interrupt=False,
-)
+app = cli.new("python -m fedkd.compare")
 
 
 @app.default

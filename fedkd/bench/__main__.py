@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal, get_args
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.console import Console
 
@@ -34,14 +34,7 @@ class Stack:
     against: str = ""
 
 
-app = App(
-    name="python -m fedkd.bench",
-    help_flags=["--help", "-h"],
-    version_flags=[],
-    result_action="return_value",
-    help_format="plaintext",
-    suppress_keyboard_interrupt=False,
-)
+app = cli.new("python -m fedkd.bench")
 
 
 @app.default
