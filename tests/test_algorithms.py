@@ -279,7 +279,7 @@ def test_clients_of_different_architectures_take_part_in_one_run(name):
     experiment = prepare(
         tiny(
             algorithm=name,
-            model="cnn:width=8,resnet8:width=64" if name == "fedproto" else "cnn:width=8,resnet8:width=8",
+            model="cnn:width=4,resnet8:width=32" if name == "fedproto" else "cnn:width=8,resnet8:width=8",
             student="cnn:width=16",
         )
     )

@@ -20,6 +20,7 @@ NEEDED = ("openssl", "ssh-keygen", "curl", "ps")
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("deployment"),
     pytest.mark.timeout(500),
     pytest.mark.skipif(any(shutil.which(name) is None for name in NEEDED), reason=f"needs {', '.join(NEEDED)}"),
 ]

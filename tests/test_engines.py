@@ -19,6 +19,7 @@ ray = pytest.mark.skipif(
     subprocess.run([sys.executable, "-c", "import ray"], capture_output=True, check=False).returncode != 0,
     reason="Ray is not installed",
 )
+pytestmark = pytest.mark.xdist_group("engines")  # one at a time: Ray wants the machine for itself
 SHARED = ["--algorithm", "ensemble:down=labels", "--compare", "fedavg", "--up", CODED, "--down", CODED]
 
 OWN = """

@@ -11,12 +11,12 @@ from tests.conftest import play
 BUDGET = {
     "clients": 20,
     "rounds": 2,
-    "proxy": "holdout:size=287",
+    "proxy": "holdout:size=160",
     "partitioner": "dirichlet:alpha=0.5",
     "local_epochs": 4,
-    "batch_size": 8,
-    "learning_rate": 0.02,
-    "distill_epochs": 5,
+    "batch_size": 16,
+    "learning_rate": 0.04,
+    "distill_epochs": 10,
     "evaluate_every": 9,
 }
 LARGER = {"fedgems": "cnn:width=16", "fed-et": "cnn:width=16"}
@@ -47,17 +47,17 @@ def test_a_distilled_student_is_ahead_of_clients_alone_and_behind_all_data_in_on
 
 @pytest.mark.slow
 def test_a_proxy_of_noise_collapses(tmp_path):
-    real, noise = (accuracy(tmp_path / p[:5], proxy=p) for p in ("holdout:size=287", "noise:size=287"))
+    real, noise = (accuracy(tmp_path / p[:5], proxy=p) for p in ("holdout:size=160", "noise:size=160"))
     assert noise < real - 0.1
 
 
 @pytest.mark.slow
 def test_one_bit_labels_are_within_two_points_of_float32(tmp_path):
-    """The mean over three seeds, each paired."""
-    coded = "bits:bits=1,coder=range"
+    """The mean over three seeds, each paired, once the curves are flat; earlier one bit is slower by some points."""
+    longer = {"algorithm": "dsfl", "rounds": 6, "proxy": "holdout:size=287"}
     differences = [
-        accuracy(tmp_path / f"bits{seed}", algorithm="dsfl", seed=seed, rounds=5, up=coded)
-        - accuracy(tmp_path / f"float{seed}", algorithm="dsfl", seed=seed, rounds=5)
+        accuracy(tmp_path / f"bits{seed}", **longer, seed=seed, up="bits:bits=1,coder=range")
+        - accuracy(tmp_path / f"float{seed}", **longer, seed=seed)
         for seed in range(3)
     ]
     assert sum(differences) / 3 > -0.02, differences
