@@ -243,7 +243,7 @@ class Top(Codec):
 
     def _plan(self, width: int) -> Plan:
         if self.k >= _classes(width):
-            raise ValueError(f"top:k={self.k} is for more than {self.k} classes, not {width}")
+            raise ValueError(f"with {width} classes, k is at most {width - 1}")
         return [(self.k, width), (self.k, 256)]
 
     def _symbols(self, rows: Tensor) -> list[Symbols]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,7 +29,7 @@ def compare(
 ) -> None:
     """Put methods and seeds of several runs into one table, as if one run had played them all.
 
-    Runs of one seed must have dealt the same rows to the same clients, else a comparison means nothing.
+    Runs must be of one setting, but for methods, seeds, codecs and where they were computed.
     """
     if not runs:
         raise UsageError("Name the directories of one run or more.")
@@ -43,30 +44,43 @@ def compare(
         figure.draw(curves, ", ".join(path.name for path in runs), out)
 
 
+#: What two runs may differ in: which methods and seeds, how it is sent, and where it is computed.
+FREE = {"algorithm", "compare", "seed", "seeds", "out", "json", "device", "engine", "workers", "client-timeout"}
+FREE |= {"ray-address", "client-cpus", "client-gpus", "data-dir", "evaluate-every", "up", "down"}
+
+
 def read(paths: tuple[Path, ...]) -> tuple[list[Row], dict[tuple[str, int], list[Row]]]:
     """The summaries of what the runs finished, and their rounds by method and seed.
 
     Raises:
-        UsageError: one is no run, or they are not of the same partition, or play the same twice.
+        UsageError: one is no run that finished anything, or they differ in more than `FREE`, or play the same twice.
 
     """
     finished: list[Row] = []
     curves: dict[tuple[str, int], list[Row]] = {}
-    partitions: dict[int, str] = {}
+    settings: dict[str, object] = {}
     for path in paths:
         try:
             result = json.loads((path / "result.json").read_text(encoding="utf-8"))
             rounds = [json.loads(line) for line in (path / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} is not the directory of a run that has ended: {error}.") from error
-        for run in result["runs"]:
-            name, seed = run["algorithm"], run["seed"]
-            if (name, seed) in curves:
-                raise UsageError(f"{name} with seed {seed} is in two of the runs; name one of them.")
-            if partitions.setdefault(seed, run["partition_sha256"]) != run["partition_sha256"]:
-                raise UsageError(f"{path} dealt other rows for seed {seed} than the runs before it.")
-            finished.append(run)
-            curves[name, seed] = [row for row in rounds if (row["algorithm"], row["seed"]) == (name, seed)]
+            config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+            played = {(run["algorithm"], run["seed"]): run for run in result["runs"]}
+            own = {key: [row for row in rounds if (row["algorithm"], row["seed"]) == key] for key in played}
+            config["dataset"] = result["dataset"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{path} is not the directory of a run that has ended ({type(error).__name__})."
+            ) from error
+        if not played or not all(own.values()):
+            raise UsageError(f"{path} finished no method; it was interrupted or failed.")
+        held = {key: value for key, value in config.items() if key not in FREE}
+        different = sorted(key for key in held if settings.setdefault(key, held[key]) != held[key])
+        if different:
+            raise UsageError(f"{path} and {paths[0]} differ in {', '.join(different)}; compare runs of one setting.")
+        if twice := sorted(played.keys() & curves.keys()):
+            raise UsageError(f"{twice[0][0]} with seed {twice[0][1]} is in two of the runs; name one of them.")
+        finished += played.values()
+        curves |= own
     return finished, curves
 
 

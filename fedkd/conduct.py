@@ -128,11 +128,13 @@ def _blamed(member: Config, rounds: Iterator[Round]) -> Iterator[Round]:
     except (FedkdError, Terminated):
         raise
     except (Exception, SystemExit) as error:
-        if not parse(member.algorithm).is_plugin:
+        named = {"algorithm": member.algorithm, "aggregator": member.aggregator, "loss": member.loss}
+        own = " or ".join(f"--{kind} {spec}" for kind, spec in named.items() if parse(spec).is_plugin)
+        if not own:
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise PluginError(
-            f"--algorithm {member.algorithm} failed on the server: {type(error).__name__}: {error} "
+            f"{own} failed on the server: {type(error).__name__}: {error} "
             f"({Path(place.filename).name}, line {place.lineno})."
         ) from error
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from fedkd import models, seeds, specs
 from fedkd.algorithm import Algorithm
 from fedkd.data import partitioners, proxies, sources
-from fedkd.errors import DataError, PluginError, UsageError
+from fedkd.errors import DataError, FedkdError, PluginError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from fedkd.algorithm import Client
+    from fedkd.codecs import Codec
     from fedkd.config import Config
     from fedkd.data.partition import Partition
     from fedkd.data.readers import Images
@@ -146,10 +147,11 @@ def prepare(config: Config) -> Experiment:
         loss=specs.bind("loss", config.loss),
         proxy_labels=proxy_labels,
     )
-    up, down = algorithm.codecs or (config.up, config.down)
-    wire = Wire(specs.call("codec", up), specs.call("codec", down), config.temperature)
+    up, down = (_codec(text, classes) for text in algorithm.codecs or (config.up, config.down))
+    wire = Wire(up, down, config.temperature)
     for model in {*names, kit.student}:
         _buildable(kit, model)
+    _startable(algorithm, kit)
     train, test = (
         dataclasses.replace(images, classes=classes, pixels=images.pixels.to(computer)) for images in (train, test)
     )
@@ -215,6 +217,32 @@ def _algorithm(config: Config) -> Algorithm:
     return algorithm
 
 
+def _codec(text: str, classes: int) -> Codec:
+    """The codec, tried on one distribution, so that a mistake shows before the first round."""
+    import torch
+
+    from fedkd.codecs import Codec
+
+    codec = specs.call("codec", text)
+    if not isinstance(codec, Codec):
+        raise PluginError(f"codec {text} is not a subclass of fedkd.codecs.Codec.")
+    try:
+        codec.encode(torch.full((1, classes), 1 / classes), None)
+    except ValueError as error:
+        raise UsageError(f"codec {text} cannot be used here: {error}.") from error
+    return codec
+
+
+def _startable(algorithm: Algorithm, kit: Kit) -> None:
+    """Make the first state, so that a method that cannot be played says so before others are."""
+    try:
+        algorithm.init(kit)
+    except FedkdError:
+        raise
+    except Exception:
+        return  # somebody's own, which is called by its name when its turn comes
+
+
 def _buildable(kit: Kit, model: str) -> None:
     """Try the model on one proxy image, so that a mistake shows before the first round."""
     try:
@@ -223,5 +251,6 @@ def _buildable(kit: Kit, model: str) -> None:
         raise
     except Exception as error:
         raise UsageError(f"--model {model} cannot be used on these images: {error}.") from error
-    if shape != (2, kit.classes):
-        raise UsageError(f"--model {model} returns {shape} for 2 images, not (2, {kit.classes}).")
+    count = min(2, len(kit.proxy))
+    if shape != (count, kit.classes):
+        raise UsageError(f"--model {model} returns {shape} for {count} images, not ({count}, {kit.classes}).")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from fedkd.errors import RunError
 from fedkd.rounds import Round, Traffic, last_line, refusal
 from fedkd.tensors import numel
 from fedkd.wire import break_even, is_soft_label
@@ -38,8 +40,13 @@ def student(experiment: Experiment, round_: Round) -> tuple[float, float] | None
     weights = experiment.algorithm.deploy(kit, round_.state)
     if not weights:
         return None
-    logits = kit.predict(kit.student, weights, experiment.test.pixels)
-    return learning.score(logits, experiment.test.labels)
+    accuracy, loss = learning.score(kit.predict(kit.student, weights, experiment.test.pixels), experiment.test.labels)
+    if not math.isfinite(loss):
+        raise RunError(
+            f"Round {round_.number}: the student of {experiment.config.algorithm} has diverged; "
+            "lower --distill-learning-rate or --learning-rate, or raise --temperature."
+        )
+    return accuracy, loss
 
 
 def ensemble(experiment: Experiment, exchange: Exchange, round_: Round) -> Ensemble:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +21,9 @@ def runs(tmp_path_factory):
     play(root / "first", algorithm="ensemble", seeds=2)
     play(root / "second", algorithm="fedavg", seeds=2)
     play(root / "elsewhere", algorithm="local", partitioner="linear")
+    for name, held in (("stopped", {"runs": [], "dataset": "digits"}), ("empty", {})):
+        shutil.copytree(root / "first", root / name)
+        (root / name / "result.json").write_text(json.dumps(held))
     return root
 
 
@@ -50,7 +55,9 @@ def test_the_command_writes_markdown_and_a_figure(runs, tmp_path):
     ("names", "says"),
     [
         (("first", "both"), "is in two of the runs"),
-        (("first", "elsewhere"), "dealt other rows for seed 0"),
+        (("first", "elsewhere"), "differ in partitioner"),
+        (("stopped",), "finished no method"),
+        (("empty",), "is not the directory of a run"),
         (("first", "nowhere"), "is not the directory of a run"),
     ],
 )

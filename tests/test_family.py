@@ -13,7 +13,7 @@ from torch.nn import functional
 from fedkd import density, learning, models, privacy, specs, tensors
 from fedkd.algorithm import Update
 from fedkd.algorithms import feddf, fedgems, scaffold, scarlet, selective
-from fedkd.errors import RunError
+from fedkd.errors import RunError, UsageError
 from fedkd.experiment import prepare
 from tests.conftest import play, tiny
 
@@ -218,8 +218,8 @@ def test_cfd_brings_its_own_codecs():
     wire = prepare(tiny(algorithm="cfd:up_bits=1,down_bits=32", up="float16")).wire
     assert (wire.up.bits, wire.up.coder, wire.up.delta) == (1, "range", True)
     assert type(wire.down).__name__ == "Float32"
-    for wrong in ("cfd:up_bits=9", "cfd:down=student"):
-        with pytest.raises(Exception, match="up_bits and down_bits are 1 to 8, or 32"):
+    for wrong, says in (("cfd:up_bits=9", "up_bits and down_bits are 1 to 8, or 32"), ("cfd:down=student", "labels")):
+        with pytest.raises(UsageError, match=says):
             call(wrong)
 
 

@@ -17,6 +17,7 @@ from fedkd import tensors
 from fedkd.config import Config
 from fedkd.data import readers
 from fedkd.data.partition import Partition
+from fedkd.errors import PluginError, RunError, UsageError
 from fedkd.simulate import simulate
 from tests.conftest import FLAGS, ROOT, TINY, play, run, tiny
 
@@ -288,6 +289,33 @@ def test_bad_input_is_one_sentence_and_a_code(code, flags, says, own, tmp_path, 
     assert (tmp_path / "out").exists() is (code == 4), "a name is taken only by a run that started"
     if code == 4:
         assert "Traceback" in (tmp_path / "out" / "errors.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"up": "top:k=10"}, UsageError, "with 10 classes, k is at most 9"),
+        ({"down": "{own}:notcodec"}, PluginError, "is not a subclass of fedkd.codecs.Codec"),
+        ({"aggregator": "{own}:narrow"}, PluginError, "--aggregator .*:narrow failed on the server"),
+        ({"loss": "{own}:vector"}, PluginError, "--loss .*:vector failed on the server"),
+        ({"distill_learning_rate": 1e12}, RunError, "Round 1: the student of ensemble has diverged; lower"),
+        ({"model": "cnn:width=8,resnet8:width=8", "compare": "fedproto"}, UsageError, "embeddings of one width"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(tmp_path, changes, error, says):
+    (tmp_path / "own.py").write_text(
+        "def notcodec():\n    return 3\n"
+        "def narrow(logits, weights):\n    return logits[0, :, :3].softmax(-1)\n"
+        "def vector(student_logits, teacher_probs):\n    return student_logits - teacher_probs\n"
+    )
+    named = {k: v.replace("{own}", f"{tmp_path}/own.py") if isinstance(v, str) else v for k, v in changes.items()}
+    with pytest.raises(error, match=says):
+        play(tmp_path / "run", **named)
+    assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+def test_a_proxy_of_one_image_is_enough(tmp_path):
+    assert play(tmp_path, proxy="holdout:size=1", rounds=1)[0]["failures"] == {}
 
 
 def test_a_mistake_is_answered_before_torch_is_imported(tmp_path):

@@ -35,8 +35,10 @@ class CFD(OwnTeacher):
     delta: bool = True
 
     def __post_init__(self) -> None:
-        if self.down != "labels" or not all(b <= 8 or b == 32 for b in (self.up_bits, self.down_bits)):
-            raise ValueError("up_bits and down_bits are 1 to 8, or 32; what comes down are labels")
+        if self.down != "labels":
+            raise ValueError("what comes down are labels")
+        if not all(bits <= 8 or bits == 32 for bits in (self.up_bits, self.down_bits)):
+            raise ValueError("up_bits and down_bits are 1 to 8, or 32")
 
     @property
     def codecs(self) -> tuple[str, str]:

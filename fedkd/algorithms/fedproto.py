@@ -34,7 +34,8 @@ class FedProto(Algorithm):
     def init(self, kit: Kit) -> Tensors:
         widths = {model: _width(kit, model) for model in kit.models}
         if len(set(widths.values())) > 1:
-            raise UsageError(f"fedproto needs embeddings of one width; the models have {widths}.")
+            listed = ", ".join(f"{width} ({model})" for model, width in widths.items())
+            raise UsageError(f"fedproto needs embeddings of one width, these have {listed}; change --model.")
         width = widths[kit.models[0]]
         return {"prototypes": torch.zeros(kit.classes, width), "counts": torch.zeros(kit.classes, dtype=torch.int64)}
 

@@ -40,10 +40,21 @@ def lines(experiment: Experiment, fallback: str) -> list[tuple[str, str]]:
         (
             "travels",
             f"logits {list(kit.answers())}: {size(answer)} per client, round and direction; weights: {size(weights)}; "
-            f"equal at {equal:,} proxy images; coded as {config.up} up, {config.down} down",
+            f"equal at {equal:,} proxy images; {_coded(experiment)}",
         )
     )
     return said
+
+
+def _coded(experiment: Experiment) -> str:
+    config, wire = experiment.config, experiment.wire
+    if experiment.algorithm.codecs:
+        return f"{config.algorithm} brings its own codecs"
+    up, down = (
+        f"{'soft labels as ' if codec.labels else 'coded as '}{text}"
+        for codec, text in ((wire.up, config.up), (wire.down, config.down))
+    )
+    return f"{up} up, {down} down"
 
 
 def _shares(experiment: Experiment) -> str:

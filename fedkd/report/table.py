@@ -80,7 +80,7 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
 
 
 def ledger(runs: Sequence[Row]) -> Grid:
-    """What each method sent in all, from the numbers themselves to what was framed, and what no coder can beat."""
+    """What each method sent in all, from the numbers themselves to what was framed."""
     rows = []
     for name in dict.fromkeys(run["algorithm"] for run in runs):
         mine = [run for run in runs if run["algorithm"] == name]
@@ -89,7 +89,7 @@ def ledger(runs: Sequence[Row]) -> Grid:
         equal = [run["break_even"] for run in mine if run["break_even"] is not None]
         rows.append([name, *map(size, sizes), size(framed), f"{int(fmean(equal)):,}" if equal else "–"])
     caption = (
-        "raw: as float32; entropy: of the symbols sent, floats as coded; framed: as serialized;\n"
+        "raw: as float32; entropy: of the symbols one by one, floats as coded; framed: as serialized;\n"
         "equal at: proxy images a round at which answers cost as much as the student's weights."
     )
     return Grid(["method", "raw", "entropy", "coded", "framed", "equal at"], rows, caption)
