@@ -16,10 +16,7 @@ if TYPE_CHECKING:
 
     from fedkd.data.readers import Images
     from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
-
-
-Shapes = Mapping[str, tuple[int, ...]]
+    from fedkd.tensors import Shapes, Tensors
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,11 @@ Bound = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=0.5)]
 
 
+def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """softmax(f / T), as it is sent: worked out in float64, rounded once."""
+    return (logits.double() / temperature).softmax(-1).float()
+
+
 def mean_logits(logits: Tensor, weights: Tensor) -> Tensor:
     """softmax(sum_k w_k f_k) (FedDF: Lin et al., 2020). One overconfident client can outvote the rest."""
     return _mean(logits, weights).softmax(-1).to(logits.dtype)

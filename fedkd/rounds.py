@@ -14,9 +14,9 @@ from fedkd.tensors import Int64, UInt8
 from fedkd.wire import Load, Packed, Wire
 
 if TYPE_CHECKING:
-    from fedkd.algorithm import Algorithm, Shapes
+    from fedkd.algorithm import Algorithm
     from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.tensors import Shapes, Tensors
     from fedkd.wire import Made
 
 

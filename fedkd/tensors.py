@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Tensors = Mapping[str, "Tensor"]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Int64(tuple[int, ...]):
@@ -22,9 +23,9 @@ class UInt8(tuple[int, ...]):
     """The shape of a tensor of bytes."""
 
 
-def shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of a model's tensor, which says too whether it holds integers (BatchNorm's step counter)."""
-    return tuple(tensor.shape) if tensor.is_floating_point() else Int64(tensor.shape)
+def shapes(tensors: Tensors) -> Shapes:
+    """Those of tensors that are float32, or int64 as BatchNorm's step counter is."""
+    return {n: tuple(t.shape) if t.is_floating_point() else Int64(t.shape) for n, t in tensors.items()}
 
 
 def put(prefix: str, tensors: Tensors) -> dict[str, Tensor]:

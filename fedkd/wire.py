@@ -6,21 +6,21 @@ what clients answer, and the ClientApp does the reverse.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
+from fedkd.ensembles import probabilities
 from fedkd.tensors import integer, put, take
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fedkd.codecs import Codec
-    from fedkd.tensors import Tensors
+    from fedkd.tensors import Shapes, Tensors
 
-    Shapes = Mapping[str, tuple[int, ...]]
-    Made = dict[int, tuple[Tensor, Tensor]]  # by the identity of a tensor, which is kept alive: itself, packed
+    Made = dict[int, tuple[Tensor, "Piece"]]  # by the identity of a tensor, which is kept alive: itself, its piece
 
 FLOOR = 1e-4  # the least probability that is made a logit again, where a codec left none
 CODED = "~"  # ends the name of a tensor that is coded
@@ -44,12 +44,40 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A tensor as its codec sees it and as it goes; ``kept`` is what the other end makes of it, for a delta."""
+
+    codec: Codec
+    values: Tensor
+    coded: Tensor
+    last: Tensor | None
+    kept: Tensor | None
+
+    @cached_property
+    def load(self) -> Load:
+        """What it weighs. The bound quantizes once more, so only the server asks for it."""
+        bits = self.codec.bound(self.values, self.last)
+        bound = self.coded.nbytes if bits is None else bits / 8
+        return Load(self.values.nbytes, self.coded.nbytes, bound)
+
+
+@dataclass(frozen=True)
 class Packed:
-    """Tensors as they go, what the other end makes of them (kept where a delta needs it), and their weight."""
+    """Tensors by the names under which they are wanted, and the pieces of those that are coded."""
 
     tensors: dict[str, Tensor]
-    kept: dict[str, Tensor]
-    load: Load
+    pieces: dict[str, Piece]
+    plain: int  # bytes of those that are not
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What a later delta may build on."""
+        return {name: piece.kept for name, piece in self.pieces.items() if piece.kept is not None}
+
+    @property
+    def load(self) -> Load:
+        """What all of it weighs."""
+        return sum((piece.load for piece in self.pieces.values()), Load(self.plain, self.plain, self.plain))
 
 
 @dataclass(frozen=True)
@@ -115,25 +143,26 @@ def _common(arrays: Tensors, memory: Tensors) -> Tensors:
 def pack(codec: Codec, tensors: Tensors, reference: Tensors, made: Made, temperature: float = 1.0) -> Packed:
     """Code what the codec is for; the rest stays as it is."""
     coded: dict[str, Tensor] = {}
-    kept: dict[str, Tensor] = {}
-    load = Load()
+    pieces: dict[str, Piece] = {}
+    plain = 0
     for name, tensor in tensors.items():
         if not _is_for(codec, name, tensor):
             coded[name] = tensor
-            load += _plain(tensor)
+            plain += tensor.nbytes
             continue
-        values, last = _values(codec, name, tensor, temperature), reference.get(name)
+        last = reference.get(name)
         if last is None and id(tensor) in made:
-            _, packed = made[id(tensor)]
+            _, piece = made[id(tensor)]
         else:
+            values = _values(codec, name, tensor, temperature)
             packed = codec.encode(values, last)
+            kept = codec.decode(packed, last, values.numel()) if codec.delta else None
+            piece = Piece(codec, values, packed, last, kept)
             if last is None:
-                made[id(tensor)] = tensor, packed
-        coded[name if packed is values else name + CODED] = packed
-        if codec.delta:
-            kept[name] = codec.decode(packed, last, values.numel())
-        load += _load(codec, values, packed, last)
-    return Packed(coded, kept, load)
+                made[id(tensor)] = tensor, piece
+        pieces[name] = piece
+        coded[name if piece.coded is piece.values else name + CODED] = piece.coded
+    return Packed(coded, pieces, plain)
 
 
 def unpack(
@@ -146,22 +175,20 @@ def unpack(
 
     """
     tensors: dict[str, Tensor] = {}
-    kept: dict[str, Tensor] = {}
-    load = Load()
+    pieces: dict[str, Piece] = {}
+    plain = 0
     for name, array in arrays.items():
         if not name.endswith(CODED):
             tensors[name] = array
-            load += _plain(array)
+            plain += array.nbytes
             continue
         name = name.removesuffix(CODED)
         last = reference.get(name)
         limit = LARGEST if shapes is None else prod(abs(extent) for extent in shapes.get(name, (0,)))
         values = codec.decode(array, last, limit)
         tensors[name] = _tensor(codec, name, values, temperature)
-        if codec.delta:
-            kept[name] = values
-        load += _load(codec, values, array, last)
-    return Packed(tensors, kept, load)
+        pieces[name] = Piece(codec, values, array, last, values if codec.delta else None)
+    return Packed(tensors, pieces, plain)
 
 
 def break_even(weights: int, weight_bits: float, classes: int, label_bits: float) -> float:
@@ -181,18 +208,9 @@ def _is_for(codec: Codec, name: str, tensor: Tensor) -> bool:
 def _values(codec: Codec, name: str, tensor: Tensor, temperature: float) -> Tensor:
     """What a codec codes: probabilities at the run's temperature, where it is one for soft labels."""
     if codec.labels and name.endswith("logits"):
-        return (tensor.double() / temperature).softmax(-1).float()
+        return probabilities(tensor, temperature)
     return tensor
 
 
 def _tensor(codec: Codec, name: str, values: Tensor, temperature: float) -> Tensor:
     return temperature * values.clamp_min(FLOOR).log() if codec.labels and name.endswith("logits") else values
-
-
-def _plain(tensor: Tensor) -> Load:
-    return Load(tensor.nbytes, tensor.nbytes, tensor.nbytes)
-
-
-def _load(codec: Codec, values: Tensor, packed: Tensor, last: Tensor | None) -> Load:
-    bits = codec.bound(values, last)
-    return Load(values.nbytes, packed.nbytes, packed.nbytes if bits is None else bits / 8)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, PositiveInt
 
 from fedkd.algorithms.ensemble import OwnTeacher
+from fedkd.ensembles import probabilities
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,4 +56,4 @@ class CFD(OwnTeacher):
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         new = super().tell(kit, state, updates, seed)
         answer = kit.predict(kit.student, self.deploy(kit, new), kit.proxy[kit.subset(int(state["round"]))])
-        return {**new, "probs": answer.double().softmax(-1).float()}
+        return {**new, "probs": probabilities(answer)}

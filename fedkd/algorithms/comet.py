@@ -16,9 +16,8 @@ from fedkd.tensors import integer, put
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.algorithm import Shapes
     from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.tensors import Shapes, Tensors
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class COMET(Algorithm):
             weights = kit.fit_jointly(client, weights, rows, nearest, self.distance)
         else:
             weights = kit.fit(client, weights)
-        probs = kit.answer(client, weights, int(request["round"])).double().softmax(-1).float()
+        probs = ensembles.probabilities(kit.answer(client, weights, int(request["round"])))
         return Update({"probs": probs}, len(client.data)), put("model", weights)
 
     def distance(self, student_logits: Tensor, probs: Tensor) -> Tensor:

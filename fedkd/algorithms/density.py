@@ -13,9 +13,9 @@ from fedkd.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.algorithm import Client, Shapes, Update
+    from fedkd.algorithm import Client, Update
     from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.tensors import Shapes, Tensors
 
 MOST = 500  # images of either kind that a density is estimated from
 

@@ -19,9 +19,8 @@ from fedkd.tensors import integer, put, take
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.algorithm import Shapes
     from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.tensors import Shapes, Tensors
 
 Down = Literal["nothing", "labels", "student"]
 
@@ -119,7 +118,7 @@ class OwnTeacher(Ensemble):
 
 
 def _said(kind: str, logits: Tensor) -> Tensor:
-    return logits.double().softmax(-1).float() if kind == "probs" else logits
+    return ensembles.probabilities(logits) if kind == "probs" else logits
 
 
 def heard(updates: Sequence[Tensors]) -> list[Tensor]:

@@ -16,9 +16,8 @@ from fedkd.tensors import put
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.algorithm import Shapes
     from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.tensors import Shapes, Tensors
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,8 @@ class FD(Algorithm):
 
         weights = kit.fit(client, kit.own(client), objective=objective)
         probs = kit.predict(client.model, weights, client.data.pixels).double().softmax(-1)
-        means = torch.zeros(kit.classes, kit.classes, dtype=torch.float64)
-        labels = client.data.labels.cpu()
-        means.index_add_(0, labels, probs)
-        means /= torch.bincount(labels, minlength=kit.classes).clamp_min(1)[:, None]
-        return Update({"means": means.float()}, len(client.data)), put("model", weights)
+        means, _ = class_means(probs, client.data.labels, kit.classes)
+        return Update({"means": means}, len(client.data)), put("model", weights)
 
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
         return {"means": (kit.classes, kit.classes)}
@@ -61,3 +57,11 @@ class FD(Algorithm):
         others = ensembles.leave_one_out(logits, has) * (has.sum(0) > has)[..., None]
         everyone = ensembles.mean_probs(logits, has) * (has.sum(0) > 0)[:, None]
         return {"present": torch.tensor(list(updates)), "others": others, "all": everyone}
+
+
+def class_means(values: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """The mean [C, D] of the values [N, D] of each class, zeros for none, and how many there are [C]."""
+    labels = labels.cpu()
+    sums = torch.zeros(classes, values.shape[1], dtype=torch.float64).index_add_(0, labels, values.double())
+    counts = torch.bincount(labels, minlength=classes)
+    return (sums / counts.clamp_min(1)[:, None]).float(), counts

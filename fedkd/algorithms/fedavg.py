@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, NonNegativeFloat
 
 from fedkd.algorithm import Algorithm, Client, Update
-from fedkd.tensors import put, shape, take, weighted_mean
+from fedkd.tensors import put, shapes, take, weighted_mean
 
 if TYPE_CHECKING:
-    from fedkd.algorithm import Shapes
     from fedkd.kit import Kit
     from fedkd.learning import Penalty
-    from fedkd.tensors import Tensors
+    from fedkd.tensors import Shapes, Tensors
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class FedAvg(Algorithm):
         return None
 
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
-        return {name: shape(tensor) for name, tensor in self.ask(kit, state, client).items()}
+        return shapes(self.ask(kit, state, client))
 
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         examples = [update.examples for update in updates.values()]

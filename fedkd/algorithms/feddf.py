@@ -17,14 +17,13 @@ from fedkd.errors import RunError
 from fedkd.lazy import torch
 from fedkd.losses.logits import cross_entropy
 from fedkd.seeds import derive, generator
-from fedkd.tensors import integer, put, shape, take, weighted_mean
+from fedkd.tensors import integer, put, shapes, take, weighted_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.algorithm import Shapes
     from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.tensors import Shapes, Tensors
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class FedDF(Algorithm):
         return Update(weights, len(client.data)), put("model", weights)
 
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
-        return {name: shape(tensor) for name, tensor in self.ask(kit, state, client).items()}
+        return shapes(self.ask(kit, state, client))
 
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         new, rows = {"round": state["round"] + 1}, kit.subset(int(state["round"]))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from fedkd.algorithms.ensemble import OwnTeacher, heard
+from fedkd.ensembles import probabilities
 from fedkd.lazy import torch
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class FedGEMS(OwnTeacher):
         teacher = selected(own, torch.stack(heard([update.tensors for update in updates.values()])), truth)
         new = self.learn(kit, state, rows, self.mix(truth, teacher), seed)
         answer = kit.predict(kit.student, self.deploy(kit, new), kit.proxy[rows])
-        return {**new, "probs": answer.double().softmax(-1).float()}
+        return {**new, "probs": probabilities(answer)}
 
     def mix(self, truth: Tensor, probs: Tensor) -> Tensor:
         """The targets [N, C]."""

@@ -21,9 +21,8 @@ from fedkd.tensors import integer, put, weighted_mean
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.algorithm import Shapes
     from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.tensors import Shapes, Tensors
 
 
 @dataclass(frozen=True)

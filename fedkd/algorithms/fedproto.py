@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, NonNegativeFloat
 
 from fedkd.algorithm import Algorithm, Client, Update
+from fedkd.algorithms.fd import class_means
 from fedkd.errors import UsageError
 from fedkd.lazy import torch
-from fedkd.tensors import put, shape
+from fedkd.tensors import put, shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.algorithm import Shapes
     from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.tensors import Shapes, Tensors
 
 
 @dataclass(frozen=True)
@@ -43,23 +43,20 @@ class FedProto(Algorithm):
         return state
 
     def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
-        prototypes, is_known = request["prototypes"].to(kit.device), (request["counts"] > 0).to(kit.device)
+        known, is_known = request["prototypes"].to(kit.device), (request["counts"] > 0).to(kit.device)
 
         def objective(output: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
             logits, embedding = output
-            distance = (embedding - prototypes[labels]).square().mean(-1) * is_known[labels]
+            distance = (embedding - known[labels]).square().mean(-1) * is_known[labels]
             return torch.nn.functional.cross_entropy(logits, labels) + self.pull * distance.mean()
 
         weights = kit.fit(client, kit.own(client), objective=objective, embedded=True)
-        embeddings, labels = kit.embed(client.model, weights, client.data.pixels), client.data.labels.cpu()
-        counts = torch.bincount(labels, minlength=kit.classes)
-        sums = torch.zeros(kit.classes, embeddings.shape[1], dtype=torch.float64)
-        sums.index_add_(0, labels, embeddings.double())
-        update = {"prototypes": (sums / counts.clamp_min(1)[:, None]).float(), "counts": counts}
-        return Update(update, len(client.data)), put("model", weights)
+        embeddings = kit.embed(client.model, weights, client.data.pixels)
+        prototypes, counts = class_means(embeddings, client.data.labels, kit.classes)
+        return Update({"prototypes": prototypes, "counts": counts}, len(client.data)), put("model", weights)
 
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
-        return {name: shape(state[name]) for name in ("prototypes", "counts")}
+        return shapes(state)
 
     def objection(self, kit: Kit, update: Update) -> str:
         counts = update.tensors["counts"]

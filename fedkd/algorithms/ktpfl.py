@@ -14,9 +14,8 @@ from fedkd.lazy import torch
 from fedkd.tensors import integer, put
 
 if TYPE_CHECKING:
-    from fedkd.algorithm import Shapes
     from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.tensors import Shapes, Tensors
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class KTpFL(Algorithm):
                 client, weights, kit.subset(int(request["told"])), request["probs"], self.digest_epochs
             )
         weights = kit.fit(client, weights)
-        logits = kit.answer(client, weights, int(request["round"])).double()
-        probs = (logits / kit.config.temperature).softmax(-1).float()
+        logits = kit.answer(client, weights, int(request["round"]))
+        probs = ensembles.probabilities(logits, kit.config.temperature)
         return Update({"probs": probs}, len(client.data)), put("model", weights)
 
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:

@@ -8,12 +8,11 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from fedkd.algorithm import Algorithm, Client, Update
-from fedkd.tensors import put, shape, take, weighted_mean
+from fedkd.tensors import put, shapes, take, weighted_mean
 
 if TYPE_CHECKING:
-    from fedkd.algorithm import Shapes
     from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.tensors import Shapes, Tensors
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Scaffold(Algorithm):
         return Update({**put("student", weights), **put("control", change)}, len(client.data)), memory
 
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
-        return {name: shape(tensor) for name, tensor in state.items()}
+        return shapes(state)
 
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         mean = weighted_mean([update.tensors for update in updates.values()], [1.0] * len(updates))

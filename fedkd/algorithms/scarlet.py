@@ -18,9 +18,8 @@ from fedkd.tensors import integer, put
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.algorithm import Shapes
     from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.tensors import Shapes, Tensors
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Scarlet(OwnTeacher):
         if len(rows):
             weights = self.plain(kit).digest(client, weights, rows, cache[rows], self.digest_epochs)
         weights = kit.fit(client, weights)
-        probs = kit.predict(client.model, weights, kit.proxy[self.wanted(kit, number)]).double().softmax(-1).float()
+        probs = ensembles.probabilities(kit.predict(client.model, weights, kit.proxy[self.wanted(kit, number)]))
         return Update({"probs": probs}, len(client.data)), {"cache": cache, "held": held, **put("model", weights)}
 
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:

@@ -12,15 +12,15 @@ from pydantic import Field
 from fedkd.algorithm import Client, Update
 from fedkd.algorithms.density import density_of
 from fedkd.algorithms.ensemble import OwnTeacher, heard
+from fedkd.ensembles import probabilities
 from fedkd.lazy import torch
 from fedkd.tensors import UInt8, put
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.algorithm import Shapes
     from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.tensors import Shapes, Tensors
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SelectiveFD(OwnTeacher):
     def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
         weights, rows = self.train(kit, client, request), kit.subset(int(request["round"]))
         is_known = density_of(kit, client, rows) > self.client_threshold
-        probs = kit.predict(client.model, weights, kit.proxy[rows[is_known]]).double().softmax(-1).float()
+        probs = probabilities(kit.predict(client.model, weights, kit.proxy[rows[is_known]]))
         coverage = {"coverage": is_known.double().mean().item()}
         return Update({"answered": bits(is_known), "probs": probs}, len(client.data), coverage), put("model", weights)
 
