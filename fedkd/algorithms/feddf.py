@@ -40,8 +40,10 @@ class FedDF(Algorithm):
     average: ClassVar[bool] = False
 
     def init(self, kit: Kit) -> Tensors:
-        seats = {place: put(place, kit.initial(model)) for place, model in self.seats(kit).items()}
-        return {"round": integer(1)} | {name: tensor for seat in seats.values() for name, tensor in seat.items()}
+        state = {"round": integer(1)}
+        for place, model in self.seats(kit).items():
+            state |= put(place, kit.initial(model))
+        return state
 
     def seats(self, kit: Kit) -> dict[str, str]:
         """The server's models: where each one lies in the state, and its spec."""
@@ -97,7 +99,7 @@ class FedDF(Algorithm):
         return take(places[kit.student], state)
 
     def _group(self, kit: Kit, client: int) -> str:
-        return f"group{list(dict.fromkeys(kit.models)).index(kit.model_of(client))}"
+        return next(place for place, model in self.seats(kit).items() if model == kit.model_of(client))
 
 
 @dataclass(frozen=True)
