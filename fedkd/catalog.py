@@ -69,6 +69,10 @@ CATALOG: dict[str, dict[str, str]] = {
         "cnn": "fedkd.models:cnn",
         "resnet8": "fedkd.models:resnet8",
         "resnet20": "fedkd.models:resnet20",
+        "resnet32": "fedkd.models:resnet32",
+        "resnet56": "fedkd.models:resnet56",
+        "vit-tiny": "fedkd.models:vit_tiny",
+        "row-gru": "fedkd.models:row_gru",
         "torchvision": "fedkd.models:torchvision",
     },
     "dataset": {

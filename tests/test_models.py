@@ -13,7 +13,10 @@ def count(text: str, norm="group") -> int:
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
-@pytest.mark.parametrize(("name", "parameters"), [("cnn", 66_730), ("resnet8", 78_042), ("resnet20", 272_474)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("cnn", 66_730), ("resnet8", 78_042), ("resnet20", 272_474), ("resnet32", 466_906), ("resnet56", 855_770)],
+)
 def test_published_sizes(name, parameters, norm):
     assert count(name, norm) == parameters
 
@@ -24,7 +27,19 @@ def test_torchvisions_models():
         models.build("torchvision:resnet118", 10, "group")
 
 
-@pytest.mark.parametrize("name", ["cnn", "resnet8", "resnet20"])
+@pytest.mark.parametrize(("name", "parameters"), [("vit-tiny", 453_226), ("row-gru", 176_138)])
+def test_sizes_of_sequential_models(name, parameters):
+    assert count(name) == parameters
+
+
+def test_where_a_patch_lies_is_seen():
+    model = models.build("vit-tiny", 10, "group").eval()
+    images = torch.randn(1, 3, 32, 32)
+    assert not torch.allclose(model(images), model(images.roll(4, -1)), atol=1e-4)
+    assert not torch.allclose(model(images), model(images.mT), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet8", "resnet20", "vit-tiny", "row-gru"])
 @pytest.mark.parametrize("pixels", [32, 48])
 def test_shapes_and_layout(name, pixels):
     model = models.build(name, 7, "group").to(memory_format=torch.channels_last)

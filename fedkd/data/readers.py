@@ -66,8 +66,8 @@ def read(source: Source, split: str, data_dir: str = "") -> Images:
         raise
     except Exception as error:  # whatever a reader raises over damaged files
         raise DataError(f"Cannot read {source.name} ({split}): {type(error).__name__}: {error}.") from error
-    if source.first and split == "train":
-        images = images.first(source.first)
+    if count := getattr(source, split):
+        images = images.first(count)
     images = dataclasses.replace(images, scaling=Scaling.of(images.pixels))
     _keep(images, path)
     return _cached(path) or images  # mapped from the file, so that processes share it

@@ -32,17 +32,18 @@ class Source:
     pixels: int = 32  # height and width the images are scaled to
     flip: bool = True  # whether a mirrored image is still of its class
     count: int = 0
-    first: int = 0  # how many of the training images are used; 0 for all
+    train: int = 0  # how many of the training images are used, the first ones; 0 for all
+    test: int = 0  # and how many of the test images
 
 
-def cifar10(*, first: NonNegativeInt = 0) -> Source:
-    """CIFAR-10 (Krizhevsky, 2009): 50,000 and 10,000 images of 10 classes; only the ``first`` of the former."""
-    return Source("cifar10", "torchvision", "CIFAR10", "cifar10", "www.cs.toronto.edu", first=first)
+def cifar10(*, train: NonNegativeInt = 0, test: NonNegativeInt = 0) -> Source:
+    """CIFAR-10 (Krizhevsky, 2009): 50,000 and 10,000 images of 10 classes, or the first of them."""
+    return Source("cifar10", "torchvision", "CIFAR10", "cifar10", "www.cs.toronto.edu", train=train, test=test)
 
 
-def cifar100(*, first: NonNegativeInt = 0) -> Source:
-    """CIFAR-100 (Krizhevsky, 2009): 50,000 and 10,000 images of 100 classes; only the ``first`` of the former."""
-    return Source("cifar100", "torchvision", "CIFAR100", "cifar100", "www.cs.toronto.edu", first=first)
+def cifar100(*, train: NonNegativeInt = 0, test: NonNegativeInt = 0) -> Source:
+    """CIFAR-100 (Krizhevsky, 2009): 50,000 and 10,000 images of 100 classes, or the first of them."""
+    return Source("cifar100", "torchvision", "CIFAR100", "cifar100", "www.cs.toronto.edu", train=train, test=test)
 
 
 def svhn() -> Source:

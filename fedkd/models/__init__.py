@@ -36,6 +36,34 @@ def resnet20(*, classes: int, norm: Norm = "group", width: PositiveInt = 16) -> 
     return ResNet(3, classes, norm, width)
 
 
+def resnet32(*, classes: int, norm: Norm = "group", width: PositiveInt = 16) -> nn.Module:
+    """The CIFAR ResNet with five blocks a stage (He et al., 2016), 466,906 parameters."""
+    from fedkd.models.convolutional import ResNet
+
+    return ResNet(5, classes, norm, width)
+
+
+def resnet56(*, classes: int, norm: Norm = "group", width: PositiveInt = 16) -> nn.Module:
+    """The CIFAR ResNet with nine blocks a stage (He et al., 2016), 855,770 parameters."""
+    from fedkd.models.convolutional import ResNet
+
+    return ResNet(9, classes, norm, width)
+
+
+def vit_tiny(*, classes: int, patch: PositiveInt = 4, width: PositiveInt = 96, depth: PositiveInt = 4) -> nn.Module:
+    """A small vision transformer (Dosovitskiy et al., 2021): patches of 4x4, 4 blocks of 96, 453,226 parameters."""
+    from fedkd.models.sequential import ViT
+
+    return ViT(classes, patch, width, depth)
+
+
+def row_gru(*, classes: int, width: PositiveInt = 128) -> nn.Module:
+    """A recurrent network (GRU: Cho et al., 2014) that reads an image row by row, 176,138 parameters."""
+    from fedkd.models.sequential import RowGRU
+
+    return RowGRU(classes, width)
+
+
 def torchvision(name: str, /, *, classes: int) -> nn.Module:
     """A classifier of torchvision.models, untrained, with its own normalization layers."""
     import torchvision as library
@@ -67,7 +95,7 @@ def split(text: str) -> list[str]:
 def build(text: str, classes: int, norm: Norm) -> nn.Module:
     """A fresh module for a spec; ``norm`` holds where the spec names none."""
     bound = specs.bind("model", text, RESERVED)
-    if bound.func in (cnn, resnet8, resnet20):
+    if bound.func in (cnn, resnet8, resnet20, resnet32, resnet56):
         bound.keywords.setdefault("norm", norm)
     module: nn.Module = bound(classes=classes)
     return module

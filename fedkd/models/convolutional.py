@@ -57,20 +57,20 @@ class ResNet(nn.Module):
     def __init__(self, blocks: int, classes: int, norm: str, width: int) -> None:
         super().__init__()
         self.stem = convolution(3, width, norm)
-        stages: list[nn.Module] = []
-        inputs = width
-        for stage, outputs in enumerate((width, 2 * width, 4 * width)):
-            for block in range(blocks):
-                stride = 2 if stage > 0 and block == 0 else 1
-                stages.append(Block(inputs, outputs, norm, stride))
-                inputs = outputs
-        self.stages = nn.Sequential(*stages)
-        self.head = nn.Linear(inputs, classes)
+        self.layer1 = _stage(width, width, blocks, norm, 1)
+        self.layer2 = _stage(width, 2 * width, blocks, norm, 2)
+        self.layer3 = _stage(2 * width, 4 * width, blocks, norm, 2)
+        self.head = nn.Linear(4 * width, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        features = self.stages(self.stem(x).relu())
+        features = self.layer3(self.layer2(self.layer1(self.stem(x).relu())))
         logits: Tensor = self.head(features.mean((2, 3)))
         return logits
+
+
+def _stage(inputs: int, outputs: int, blocks: int, norm: str, stride: int) -> nn.Sequential:
+    """Blocks of one width; the first of them changes width and size."""
+    return nn.Sequential(*(Block(outputs if i else inputs, outputs, norm, 1 if i else stride) for i in range(blocks)))

@@ -131,6 +131,14 @@ def test_noise_is_the_same_every_time():
     assert first.pixels.shape == (50, 32, 32, 3)
 
 
+def test_only_the_first_images_of_a_split():
+    whole = specs.call("dataset", "noise:size=50")
+    fewer = dataclasses.replace(whole, train=20, test=5)
+    assert [len(read(fewer, split)) for split in ("train", "test")] == [20, 5]
+    assert torch.equal(read(fewer, "train").labels, read(whole, "train").labels[:20])
+    assert specs.call("dataset", "cifar10:train=20,test=5") == dataclasses.replace(sources.cifar10(), train=20, test=5)
+
+
 def test_a_held_out_proxy_is_disjoint_and_follows_the_seed():
     proxy, private = proxies.hold_out(300, 1000, seed=0)
     assert (len(proxy), len(private)) == (300, 700)
