@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 
-from fedkd import measure, runs, tensors
+from fedkd import measure, runs
 from fedkd.errors import FedkdError, PluginError, Terminated
 from fedkd.experiment import Experiment, choose_dataset, prepared
 from fedkd.report import figure, header, table
@@ -100,7 +100,7 @@ def _member(member: Config, exchange: partial[Iterable[Reply]], out: Path, scree
     assert round_ is not None
     student = experiment.algorithm.deploy(experiment.kit, round_.state)
     if student:
-        tensors.save(student, out / _student_name(member, out))
+        experiment.student(student).save(out / _student_name(member, out))
     return measure.summary(experiment, rows, experiment.dealt.digest())
 
 

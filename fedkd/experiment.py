@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedkd.data.readers import Images
     from fedkd.data.sources import Source
     from fedkd.kit import Kit
+    from fedkd.students import Student
     from fedkd.tensors import Tensors
     from fedkd.wire import Wire
 
@@ -53,6 +54,14 @@ class Experiment:
             data = Images(self.train.pixels[rows], self.train.labels[rows], self.train.classes)
         seed = seeds.derive(self.config.seed, "client", round_number, number)
         return Client(number, seed, self.kit.model_of(number), data, memory)
+
+    def student(self, weights: Tensors) -> Student:
+        """What a method deploys, with all that is needed to use it."""
+        from fedkd.students import Student
+
+        kit, test = self.kit, self.test
+        names = (kit.student, self.config.norm, kit.classes, test.names, test.pixels.shape[1])
+        return Student(*names, kit.scaling, self.config.dataset, weights)
 
     @property
     def clients(self) -> int:

@@ -76,13 +76,13 @@ def weighted_mean(many: Sequence[Tensors], weights: Iterable[float]) -> dict[str
     return mean
 
 
-def save(tensors: Tensors, path: Path) -> None:
-    """Write a safetensors file, whole or not at all, whoever else writes it at the same time."""
+def save(tensors: Tensors, path: Path, about: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all, whoever else writes it; ``about`` is kept with it."""
     from safetensors.torch import save_file
 
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, dict(about or {}))
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
