@@ -44,7 +44,7 @@ class Student:
         """
         import torch
 
-        module = models.build(self.model, self.classes, self.norm).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module = models.build(self.model, self.classes, self.norm).to(memory_format=torch.channels_last)
         fill(module, self.weights, f"the weights of this {self.model}")
         return module.eval()
 
