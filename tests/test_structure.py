@@ -22,11 +22,11 @@ RANKS = [
     {"algorithms", "rounds"},
     {"experiment"},
     {"measure", "runs"},
-    {"report"},
+    {"report", "serving"},
     {"conduct"},
     {"cli"},
     {"flower"},
-    {"simulate", "compare"},
+    {"simulate", "compare", "serve"},
     {"bench"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

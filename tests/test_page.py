@@ -1,0 +1,152 @@
+"""The page, in a real browser: Debian's Chromium, or whichever is on the PATH."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+
+import pytest
+
+from tests import toy
+from tests.toy import direct, encoded, noise, serving
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+
+IMAGE = encoded(noise(5))
+HIDDEN = "<img src=x onerror='document.title=1'>"  # of the class that is the likeliest
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = toy.write(tmp_path_factory.mktemp("page") / "toy.onnx")
+    best = int(direct(path, noise(5)).argmax())
+    names = [HIDDEN if c == best else "" if c == (best + 1) % 10 else f"class of {c}" for c in range(10)]
+    return toy.write(path, about={**toy.ABOUT, "names": names})
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser, file):
+    """The page as somebody finds it, and a test that fails if the browser had something to complain about."""
+    with serving(file, max_bytes=100_000) as (url, _):
+        context = browser.new_context(viewport={"width": 360, "height": 700})
+        opened = context.new_page()
+        opened.set_default_timeout(20_000)
+        complaints, asked = [], []
+        opened.on("console", lambda message: complaints.append(message.text))
+        opened.on("pageerror", lambda error: complaints.append(str(error)))
+        opened.on("request", lambda request: asked.append(request.url))
+        opened.goto(url)
+        opened.get_by_text("10 classes").wait_for()
+        yield opened
+        context.close()
+        # What was refused or lost the browser reports by itself; a breach of the policy would be among the rest.
+        assert [text for text in complaints if not text.startswith("Failed to load resource")] == []
+        assert all(address.startswith((url, "blob:", "data:")) for address in asked), asked
+
+
+def choose(page, content=IMAGE, name="a.png", kind="image/png"):
+    page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": content})
+
+
+def drop(page, content):
+    """What a browser tells a page when a file is dropped on it."""
+    script = """(held) => {
+        const bytes = Uint8Array.from(atob(held), (letter) => letter.charCodeAt(0));
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([bytes], "a.png", { type: "image/png" }));
+        return transfer;
+    }"""
+    transfer = page.evaluate_handle(script, base64.b64encode(content).decode())
+    for event in ("dragenter", "dragover", "drop"):
+        page.dispatch_event("#drop", event, {"dataTransfer": transfer})
+
+
+def seen(page, file):
+    """Wait for the answer, and hold what is shown against ONNX Runtime's."""
+    page.locator("#answer").wait_for()
+    wanted = direct(file, noise(5))
+    assert page.locator("#best").inner_text() == HIDDEN
+    rows = page.get_by_role("listitem")
+    assert rows.count() == 10
+    shares = [float(text.rstrip("%")) for text in rows.locator(".share").all_inner_texts()]
+    assert shares == pytest.approx(sorted((100 * wanted).tolist(), reverse=True), abs=0.051)
+    widths = [box.bounding_box()["width"] for box in rows.locator(".bar").all()]
+    track = rows.first.locator(".track").bounding_box()["width"]
+    page.wait_for_function(
+        "(share) => { const bar = document.querySelector('.bar');"
+        " return Math.abs(bar.offsetWidth / bar.parentElement.offsetWidth - share) < 0.02; }",
+        arg=float(wanted.max()),
+    )
+    assert widths[0] == max(widths) <= track
+
+
+def test_an_image_that_is_chosen_is_shown_and_answered(page, file):
+    assert page.locator("#answer").is_hidden()
+    choose(page)
+    seen(page, file)
+    assert page.locator("#picture").evaluate("image => image.complete && image.naturalWidth") == toy.SIDE
+    assert page.get_by_role("status").inner_text().startswith(f"{HIDDEN}, ")  # what a screen reader says
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out of a narrow window
+
+
+def test_an_image_that_is_dropped_is_answered(page, file):
+    drop(page, IMAGE)
+    seen(page, file)
+
+
+def test_names_are_text(page):
+    choose(page)
+    page.locator("#answer").wait_for()
+    assert page.locator("#card img").count() == 0
+    assert page.title() == "fedkd: what is in this image?"
+    unnamed = (int(direct_best(page)) + 1) % 10
+    assert f"class {unnamed}" in page.locator("li .name").all_inner_texts()
+
+
+def direct_best(page):
+    """The class whose name looks like HTML."""
+    return page.evaluate("fetch('model').then(r => r.json()).then(m => m.names.findIndex(n => n.startsWith('<')))")
+
+
+def test_what_is_not_an_image_is_answered_by_words_and_the_next_one_counts(page, file):
+    choose(page, b"hello", "a.png")
+    alert = page.get_by_role("alert")
+    alert.wait_for()
+    assert alert.inner_text() == "This is not an image that is understood; PNG, JPEG, WebP, GIF and BMP are."
+    assert page.locator("#picture").is_hidden()
+    drop(page, IMAGE)
+    seen(page, file)
+    assert alert.is_hidden()
+
+
+def test_a_file_that_is_too_large_is_not_sent(page):
+    choose(page, b"\0" * 100_001)
+    page.get_by_text("larger than 0.1 MB").wait_for()
+
+
+def test_a_keyboard_is_enough(page, file):
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "file"
+    assert page.locator("#drop").evaluate("field => getComputedStyle(field).outlineStyle") == "solid"
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Space")
+    chooser.value.set_files({"name": "a.png", "mimeType": "image/png", "buffer": IMAGE})
+    seen(page, file)
+
+
+def test_a_server_that_is_gone_is_told(page):
+    page.route("**/predict", lambda route: route.abort())
+    choose(page)
+    page.get_by_text("The server did not answer").wait_for()
+    page.unroute_all()
