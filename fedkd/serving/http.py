@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
+import sys
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -24,11 +25,27 @@ def listen(host: str, port: int) -> socket.socket:
 
     """
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
+        # With its protocol named, since asyncio turns off Nagle's algorithm for such only: else an answer takes 40 ms.
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+        )[0]
+        listening = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:  # the latter for names that cannot be
-        reason = str(getattr(error, "strerror", None) or error).partition(" (")[0].lower()
-        raise UsageError(f"Cannot listen on port {port} of {host} ({reason}); choose another.") from error
+        raise _unusable(host, port, error) from error
+    try:
+        if sys.platform != "win32":  # where it would let two servers share a port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(1024)
+    except OSError as error:
+        listening.close()
+        raise _unusable(host, port, error) from error
+    return listening
+
+
+def _unusable(host: str, port: int, error: Exception) -> UsageError:
+    reason = str(getattr(error, "strerror", None) or error).lower()
+    return UsageError(f"Cannot listen on port {port} of {host} ({reason}); choose another.")
 
 
 def server(app: Starlette, timeout: float) -> uvicorn.Server:
