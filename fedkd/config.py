@@ -62,7 +62,12 @@ class Config:
         "How the clients' logits become a teacher: mean-logits, mean-probs, era, beta-era, entropy, variance, median, "
         "trimmed-mean, geometric-median, spectral, vote.",
     )
-    loss: str = option("kl", "Methods", "What pulls a student to its teacher: kl, ce, mse.")
+    loss: str = option(
+        "kl",
+        "Methods",
+        "What pulls a student to its teacher: kl, ce, mse, dkd, dist, standardized, multi-level; or kl and relations "
+        "between images: rkd, similarity, correlation, pkt.",
+    )
     votes: Literal["equal", "size"] = option(
         "equal", "Methods", "What a client's answer weighs in the teacher: equal, or size, its number of images."
     )

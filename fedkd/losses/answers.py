@@ -1,0 +1,57 @@
+"""Relations between answers, under the contract of `logits`: student_logits [B, C] / T, teacher_probs [B, C].
+
+A loss of `relations` between the rows softmax(student_logits) and teacher_probs, and ``kl`` times `logits.kl`: a
+relation alone cannot teach classes, since it stays the same when the student's are permuted. The weights are those of
+public code on features (RepDistiller); `correlation`'s is ours, and pulls about as hard on answers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import PositiveInt
+
+from fedkd.losses import logits, relations
+from fedkd.losses.logits import Scale, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def rkd(
+    student_logits: Tensor,
+    teacher_probs: Tensor,
+    *,
+    distance: Weight = 25.0,
+    angle: Weight = 50.0,
+    kl: Weight = 1.0,
+) -> Tensor:
+    """The distances and angles of `relations.rkd` (Park et al., 2019) + kl * KL."""
+    relation = relations.rkd(student_logits.softmax(-1), teacher_probs, distance=distance, angle=angle)
+    return kl * logits.kl(student_logits, teacher_probs) + relation
+
+
+def similarity(student_logits: Tensor, teacher_probs: Tensor, *, weight: Weight = 3000.0, kl: Weight = 1.0) -> Tensor:
+    """Weight * `relations.similarity` (SP: Tung and Mori, 2019) + kl * KL."""
+    relation = relations.similarity(student_logits.softmax(-1), teacher_probs)
+    return kl * logits.kl(student_logits, teacher_probs) + weight * relation
+
+
+def correlation(
+    student_logits: Tensor,
+    teacher_probs: Tensor,
+    *,
+    gamma: Scale = 0.4,
+    order: PositiveInt = 2,
+    weight: Weight = 100.0,
+    kl: Weight = 1.0,
+) -> Tensor:
+    """Weight * `relations.correlation` (CC: Peng et al., 2019) + kl * KL."""
+    relation = relations.correlation(student_logits.softmax(-1), teacher_probs, gamma=gamma, order=order)
+    return kl * logits.kl(student_logits, teacher_probs) + weight * relation
+
+
+def pkt(student_logits: Tensor, teacher_probs: Tensor, *, weight: Weight = 30000.0, kl: Weight = 1.0) -> Tensor:
+    """Weight * `relations.pkt` (Passalis and Tefas, 2018) + kl * KL."""
+    relation = relations.pkt(student_logits.softmax(-1), teacher_probs)
+    return kl * logits.kl(student_logits, teacher_probs) + weight * relation
