@@ -18,7 +18,7 @@ RANKS = [
     {"specs", "config", "wire"},
     {"data"},
     {"models", "learning"},
-    {"algorithm", "kit", "students"},
+    {"algorithm", "kit", "students", "quality"},
     {"algorithms", "rounds"},
     {"experiment"},
     {"measure", "runs"},

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fedkd.measure import bytes_to, common_accuracy
-from fedkd.report.text import percent, seconds, size
+from fedkd.report.text import percent, seconds, size, spread
 
 if TYPE_CHECKING:
     from fedkd.measure import Row
@@ -97,10 +97,7 @@ def ledger(runs: Sequence[Row]) -> Grid:
 
 def _spread(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    spread = f" ±{100 * stdev(known):.1f}" if len(known) > 1 else ""
-    return f"{percent(fmean(known))}{spread}"
+    return spread(fmean(known) if known else None, stdev(known) if len(known) > 1 else None)
 
 
 def _paired(mine: Sequence[Row], runs: Sequence[Row]) -> str:

@@ -20,6 +20,11 @@ def percent(share: float | None, digits: int = 1) -> str:
     return "–" if share is None else f"{100 * share:.{digits}f}%"
 
 
+def spread(mean: float | None, std: float | None = None) -> str:
+    """A share with its standard deviation over seeds, in percent: ``51.3% ±0.4``."""
+    return percent(mean) + ("" if mean is None or std is None else f" ±{100 * std:.1f}")
+
+
 def seconds(value: float) -> str:
     """A time as people say it: ``12.3 s``, ``4.5 min``."""
     return f"{value:.1f} s" if value < 100 else f"{value / 60:.1f} min"
