@@ -70,13 +70,16 @@ def _noise(images: Tensor, std: float, generator: torch.Generator) -> Tensor:
 
 def _blur(images: Tensor, std: float, generator: torch.Generator) -> Tensor:
     """Convolved with a Gaussian that is cut off at four deviations; beyond the rim its pixels go on."""
+    return _mixed(images, *(_gaussian(size, std) for size in images.shape[1:3]))
+
+
+def _gaussian(size: int, std: float) -> Tensor:
+    """The convolution along one axis as a matrix [size, size]: at this size faster than a kernel that slides."""
     radius = int(4 * std + 0.5)
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / std).square())
-    kernel /= kernel.sum()
-    planes = images.permute(0, 3, 1, 2).flatten(0, 1)[:, None]
-    planes = nn.functional.pad(planes, (radius, radius, radius, radius), "replicate")
-    planes = nn.functional.conv2d(nn.functional.conv2d(planes, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
-    return planes.view(len(images), 3, *images.shape[1:3]).permute(0, 2, 3, 1)
+    offsets = torch.arange(-radius, radius + 1)
+    kernel = torch.exp(-0.5 * (offsets / std).square())
+    places = (torch.arange(size)[:, None] + offsets).clamp(0, size - 1)
+    return torch.zeros(size, size).scatter_add_(1, places, (kernel / kernel.sum()).expand(size, -1))
 
 
 def _contrast(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -86,8 +89,7 @@ def _contrast(images: Tensor, share: float, generator: torch.Generator) -> Tenso
 
 def _pixelate(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Each pixel as the mean of those in its cell of a coarser grid: resized down and up again by a box filter."""
-    rows, columns = (_cells(size, int(share * size)) for size in images.shape[1:3])
-    return torch.einsum("ih,nhwc,jw->nijc", rows, images, columns)
+    return _mixed(images, *(_cells(size, int(share * size)) for size in images.shape[1:3]))
 
 
 def _cells(size: int, cells: int) -> Tensor:
@@ -95,6 +97,11 @@ def _cells(size: int, cells: int) -> Tensor:
     cell = ((torch.arange(size) + 0.5) * (max(1, cells) / size)).long()
     together = (cell[:, None] == cell).float()
     return together / together.sum(1, keepdim=True)
+
+
+def _mixed(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Images [B, H, W, 3] whose rows are mixed by a matrix [H, H] and whose columns by one [W, W]."""
+    return torch.einsum("ih,nhwc,jw->nijc", rows, images, columns)
 
 
 def _resample(images: Tensor, angles: Tensor, shifts: Tensor) -> Tensor:

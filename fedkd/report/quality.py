@@ -55,7 +55,7 @@ def knows(found: Joined) -> Grid:
     images, hard, moved = (f"{any_[key]['mean']:,.0f}" for key in ("images", "corrupted_images", "shifted_images"))
     given = any_["shifted"] == "given"
     caption = (
-        f"NLL in nats; ECE: expected calibration error; agrees: with the teacher's class; all on {images} test images.\n"
+        f"on {images} test images; NLL in nats; ECE: expected calibration error; agrees: with the teacher's class;\n"
         f"corrupted: mean accuracy over {', '.join(any_['corruptions'])} at all strengths, {hard} images each;\n"
         f"shifted: {moved} images {'of another set' if given else 'of the test set, rotated and moved'}."
     )
@@ -99,8 +99,10 @@ def _images(batch: str) -> str:
 
 
 def _latency(value: Mapping[str, Mapping[str, float]]) -> str:
-    median, low, high = (value[key]["mean"] for key in ("median", "low", "high"))
-    return f"{median:.3g} ({low:.3g}–{high:.3g})"
+    times = [value[key]["mean"] for key in ("median", "low", "high")]
+    digits = 3 if times[0] < 1 else 2 if times[0] < 10 else 1
+    median, low, high = (f"{milliseconds:.{digits}f}" for milliseconds in times)
+    return f"{median} ({low}–{high})"
 
 
 def draw(found: Joined, title: str, out: Path) -> None:
@@ -120,12 +122,12 @@ def draw(found: Joined, title: str, out: Path) -> None:
             2, columns + 1, figsize=(3.4 * (columns + 1), 6.4), layout="constrained", squeeze=False
         )
         panels = list(grid[:, :columns].flat)
+        for axes in panels[1 : len(kinds)]:
+            axes.sharey(panels[0])
         for axes, kind in zip(panels, kinds, strict=False):
             _corruption(axes, found, kind)
         for axes in panels[len(kinds) :]:
             axes.set_axis_off()
-        for axes in panels[1 : len(kinds)]:
-            axes.sharey(panels[0])
         _reliability(grid[0, columns], found)
         _confidence(grid[1, columns], found)
         handles, labels = grid[1, columns].get_legend_handles_labels()
@@ -162,7 +164,7 @@ def _corruption(axes: Axes, found: Joined, kind: str) -> None:
             axes.fill_between(strengths, low, high, color=COLORS[index % len(COLORS)], alpha=0.15, linewidth=0)
     axes.set(xlabel="strength", ylabel="accuracy (%)")
     axes.set_title(kind, fontsize=9)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xticks(strengths)
 
 
 def _reliability(axes: Axes, found: Joined) -> None:
