@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fedkd import models, quality, seeds
+from fedkd.data import corruptions
 from fedkd.data.readers import Images
 from fedkd.data.scaling import Scaling
 from fedkd.quality import TEACHER, Candidate, agreement, ece, judge, multiply_adds, parameters, reliability
@@ -199,7 +200,7 @@ def test_judge_agrees_with_its_parts(tmp_path, test_images):
     seen = SCALING(test_images.pixels)
     with torch.no_grad():
         mine, theirs = (made[name].module(seen) for name in ("student", TEACHER))
-        noisy = made["student"].module(SCALING(quality.corruptions.corrupt(test_images.pixels[:40], "noise", 5, 3)))
+        noisy = made["student"].module(SCALING(corruptions.corrupt(test_images.pixels[:40], "noise", 5, 3)))
     right = (mine.argmax(-1) == test_images.labels).double()
     assert found["student"]["accuracy"] == pytest.approx(right.mean().item())
     assert found["student"]["uncorrupted_accuracy"] == pytest.approx(right[:40].mean().item())
@@ -207,6 +208,30 @@ def test_judge_agrees_with_its_parts(tmp_path, test_images):
     assert found["student"]["ece"] == pytest.approx(ece(mine, test_images.labels), abs=1e-5)
     harmed = (noisy.argmax(-1) == test_images.labels[:40]).double().mean().item()
     assert found["student"]["corruptions"] == {"noise": {"5": pytest.approx(harmed)}}
+
+
+class Sum(nn.Module):
+    """A class for the last digit of the sum of all pixels: it notices any change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return nn.functional.one_hot(x.double().sum((1, 2, 3)).long() % 10, 10).float()
+
+
+def test_judge_shows_the_images_that_the_seed_makes(test_images):
+    bare, pixels = Scaling((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), test_images.pixels
+    asked = {"kinds": ["noise"], "strengths": [4, 5], "repeats": 1}
+    noisy = Sum()(bare(corruptions.corrupt(pixels, "noise", 5, 3))).argmax(-1)
+    found = judge({"a": Candidate(Sum(), bare)}, Images(pixels, noisy, 10), seed=3, **asked)["a"]
+    assert found["corruptions"]["noise"]["5"] == 1
+    assert max(found["corruptions"]["noise"]["4"], found["accuracy"], found["shifted_accuracy"]) < 0.5
+    turned = Sum()(bare(corruptions.moved(pixels, 3))).argmax(-1)
+    found = judge({"a": Candidate(Sum(), bare)}, Images(pixels, turned, 10), seed=3, **asked)["a"]
+    assert found["shifted_accuracy"] == 1
+    assert found["accuracy"] < 0.5
 
 
 def test_judge_is_the_same_twice_but_for_the_time(tmp_path, test_images):

@@ -52,6 +52,20 @@ def test_chunks_are_seamless(kind, pixels, monkeypatch):
     assert apart.float().mean() < 1e-3
 
 
+def test_chunks_of_moved_images_are_seamless(pixels, monkeypatch):
+    whole = moved(pixels, 0)
+    monkeypatch.setattr(corruptions, "CHUNK", 8)
+    assert (moved(pixels, 0).int() - whole.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("byte", [0, 255])
+def test_noise_is_cut_off_where_bytes_end(byte):
+    images = torch.full((4, 32, 32, 3), byte, dtype=torch.uint8)
+    changed = corrupt(images, "noise", 5, 0).int()
+    assert (changed - byte).abs().max() < 160  # six deviations; a byte that wraps around is further off
+    assert (changed == byte).float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
 def test_noise_has_the_deviation_that_is_stated():
     gray = torch.full((50, 32, 32, 3), 128, dtype=torch.uint8)
     for strength, std in zip(STRENGTHS, (0.04, 0.06, 0.08, 0.09, 0.10), strict=True):
@@ -118,18 +132,32 @@ def test_moving_against_scipy():
             assert np.abs(mine[..., channel].numpy() - wanted).max() < 0.05
 
 
-def test_moves_follow_the_seed_and_stay_within_bounds(pixels):
+def test_moves_follow_the_seed(pixels):
     before = pixels.clone()
     assert torch.equal(moved(pixels, 0), moved(pixels, 0))
     assert not torch.equal(moved(pixels, 0), moved(pixels, 1))
     assert torch.equal(pixels, before)
-    # The middle of a bright spot tells where an image went: shifted by no more than two pixels, and not all alike.
+
+
+def test_moves_stay_within_what_is_stated():
+    places = torch.arange(33, dtype=torch.double) - 16
+    # The middle of a bright spot tells how far an image was shifted.
     spot = torch.zeros(300, 33, 33, 3, dtype=torch.uint8)
     spot[:, 14:19, 14:19] = 200
-    weights = moved(spot, 0, turn=0)[..., 0].double()
-    places = torch.arange(33, dtype=torch.double) - 16
+    light = moved(spot, 0, turn=0)[..., 0].double()
     for axis in (1, 2):
-        offsets = (weights.sum(3 - axis) @ places) / weights.sum((1, 2))
+        offsets = (light.sum(3 - axis) @ places) / light.sum((1, 2))
         assert offsets.abs().max() < 2.02
         assert offsets.min() < -1.8
         assert offsets.max() > 1.8
+    # The long axis of a bright bar tells how far it was turned.
+    bar = torch.zeros(300, 33, 33, 3, dtype=torch.uint8)
+    bar[:, 15:18, 6:27] = 200
+    light = moved(bar, 0, shift=0)[..., 0].double()
+    xx, yy, xy = (torch.einsum("nhw,hw->n", light, m) for m in (
+        places.square().expand(33, 33), places.square()[:, None].expand(33, 33), places[:, None] * places
+    ))  # fmt: skip
+    turns = torch.rad2deg(0.5 * torch.atan2(2 * xy, xx - yy))
+    assert turns.abs().max() < 15.2
+    assert turns.min() < -14
+    assert turns.max() > 14
