@@ -2,7 +2,7 @@
 
 Nothing is imported to look a name up. An installed package adds names by the entry-point groups
 ``fedkd.algorithm``, ``fedkd.aggregator``, ``fedkd.codec``, ``fedkd.loss``, ``fedkd.model``, ``fedkd.dataset``,
-``fedkd.proxy`` and ``fedkd.partitioner``.
+``fedkd.distillation``, ``fedkd.proxy`` and ``fedkd.partitioner``.
 """
 
 from __future__ import annotations
@@ -72,6 +72,15 @@ CATALOG: dict[str, dict[str, str]] = {
         "uint8": "fedkd.codecs:UInt8",
         "bits": "fedkd.codecs:Bits",
         "top": "fedkd.codecs:Top",
+    },
+    "distillation": {
+        "logits": "fedkd.distillation.terms:Logits",
+        "features": "fedkd.distillation.terms:Features",
+        "relations": "fedkd.distillation.terms:Relations",
+        "graph": "fedkd.distillation.terms:Graph",
+        "contrastive": "fedkd.distillation.terms:Contrastive",
+        "exits": "fedkd.distillation.terms:Exits",
+        "self": "fedkd.distillation.terms:Itself",
     },
     "model": {
         "cnn": "fedkd.models:cnn",

@@ -11,20 +11,24 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from fedkd.config import Config
+from fedkd.config import Options
 from fedkd.errors import FedkdError, Terminated, UsageError
 
 ALIASES = {"FEDKD_DATA": "data_dir"}
-OURS = {"FEDKD_CACHE"}  # variables that are no options
 
 
-def main(command: Callable[[Config], None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a command whose options are those of `Config`."""
-    run(_app(command), argv)
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def main(
+    command: Callable[[AnyOptions], None], options: type[AnyOptions], argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Run a command whose options are the fields of a config."""
+    run(_app(command, options), argv)
 
 
 def new(name: str) -> App:
@@ -75,12 +79,12 @@ def _fail(error: FedkdError, as_json: bool) -> NoReturn:
     sys.exit(error.code)
 
 
-def _app(command: Callable[[Config], None]) -> App:
-    """A cyclopts app with a flag for each field of `Config`, none of them required."""
+def _app(command: Callable[[AnyOptions], None], options: type[AnyOptions]) -> App:
+    """A cyclopts app with a flag for each field of the config, none of them required."""
 
     def run(scenario: Path | None = None, **flags: Any) -> None:
         given = {key: value for key, value in flags.items() if value is not None}
-        command(Config.parse(from_file(scenario) | from_environment(os.environ) | given))
+        command(options.parse(from_file(scenario) | from_environment(os.environ, options) | given))
 
     first = Parameter(help="Scenario file (TOML) with these options as keys.", group=Group("Scenario", sort_key=0))
     parameters = [
@@ -91,24 +95,24 @@ def _app(command: Callable[[Config], None]) -> App:
             annotation=Annotated[Path | None, first],
         )
     ]
-    run.__signature__ = inspect.Signature([*parameters, *_flags()])  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature([*parameters, *_flags(options)])  # type: ignore[attr-defined]
     run.__annotations__ = {}
     run.__doc__ = inspect.getdoc(command)
-    app = new(f"python -m {command.__module__}" if command.__module__ != "__main__" else "python -m fedkd.simulate")
+    app = new(f"python -m fedkd.{command.__name__}")
     app.default(run)
     return app
 
 
-def _flags() -> list[inspect.Parameter]:
-    hints = get_type_hints(Config)
+def _flags(options: type[Options]) -> list[inspect.Parameter]:
+    hints = get_type_hints(options)
     groups: dict[str, Group] = {}
     flags = []
-    for field in dataclasses.fields(Config):
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
         extra = field.default.json_schema_extra  # type: ignore[union-attr]
         default = field.default.default  # type: ignore[union-attr]
         name = extra["group"]
         group = groups.setdefault(name, Group(name, sort_key=len(groups) + 1))
-        several = field.name == "compare"
+        several = extra["several"]
         shown = (
             ""
             if default == "" or default is False
@@ -148,7 +152,7 @@ def from_file(path: Path | None) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in values.items()}
 
 
-def from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+def from_environment(environment: Mapping[str, str], options: type[Options]) -> dict[str, str]:
     """Options set by FEDKD_NAME variables. Others of that prefix are left to whoever set them."""
-    names = {f"FEDKD_{f.name.upper()}": f.name for f in dataclasses.fields(Config)} | ALIASES
+    names = {f"FEDKD_{f.name.upper()}": f.name for f in dataclasses.fields(options)} | ALIASES  # type: ignore[arg-type]
     return {names[key]: value for key, value in environment.items() if key in names and value}

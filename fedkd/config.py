@@ -36,13 +36,44 @@ Rate = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 Decay = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 
 
-def option(default: Any, group: str, text: str) -> Any:
-    """A field with its place and its text in ``--help``."""
-    return Field(default, description=text, json_schema_extra={"group": group})
+def option(default: Any, group: str, text: str, several: bool = False) -> Any:
+    """A field with its place and its text in ``--help``; ``several`` values may follow the flag."""
+    return Field(default, description=text, json_schema_extra={"group": group, "several": several})
+
+
+class Options:
+    """What the configs of all commands have and can do."""
+
+    out: str
+    json: bool
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], source: str = "") -> Self:
+        """A config from keys with dashes or underscores.
+
+        Raises:
+            UsageError: an unknown key or a value out of range, named in one sentence.
+
+        """
+        named = {key.replace("-", "_"): value for key, value in values.items()}
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for key in named:
+            if key not in known:
+                raise UsageError(unknown(f"key{source}:", key, known).replace("_", "-"))
+        try:
+            return TypeAdapter(cls).validate_python(named)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = str(first["loc"][0]).replace("_", "-")
+            raise UsageError(f"--{key} {first['input']!r} is not usable: {first['msg'].lower()}.") from error
+
+    def run_config(self) -> dict[str, str | int | float | bool]:
+        """The same as Flower carries it: keys with dashes, scalars."""
+        return {key.replace("_", "-"): value for key, value in dataclasses.asdict(self).items()}  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class Config:
+class Config(Options):
     """The options of ``fedkd.simulate``, the keys of a scenario file and of Flower's run config."""
 
     # What is compared
@@ -54,7 +85,7 @@ class Config:
         "fedavgm, scaffold, feddf, fedbe, fed-et; the ends of the scale: local, central.",
     )
     compare: Several = option(
-        "", "Methods", "Further algorithms to play on the same data, students and seeds (several)."
+        "", "Methods", "Further algorithms to play on the same data, students and seeds (several).", several=True
     )
     aggregator: str = option(
         "mean-probs",
@@ -158,30 +189,6 @@ class Config:
     )
     out: str = option("", "Run", "Directory of the run; by default runs/NAME-TIME-HASH.")
     json: bool = option(False, "Run", "One JSON object on standard output, everything else on standard error.")
-
-    @classmethod
-    def parse(cls, values: Mapping[str, Any], source: str = "") -> Self:
-        """A config from keys with dashes or underscores.
-
-        Raises:
-            UsageError: an unknown key or a value out of range, named in one sentence.
-
-        """
-        named = {key.replace("-", "_"): value for key, value in values.items()}
-        known = {field.name for field in dataclasses.fields(cls)}
-        for key in named:
-            if key not in known:
-                raise UsageError(unknown(f"key{source}:", key, known).replace("_", "-"))
-        try:
-            return TypeAdapter(cls).validate_python(named)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = str(first["loc"][0]).replace("_", "-")
-            raise UsageError(f"--{key} {first['input']!r} is not usable: {first['msg'].lower()}.") from error
-
-    def run_config(self) -> dict[str, str | int | float | bool]:
-        """The same as Flower carries it: keys with dashes, scalars."""
-        return {key.replace("_", "-"): value for key, value in dataclasses.asdict(self).items()}
 
     def member(self, algorithm: str, seed: int, dataset: str) -> Self:
         """The config of one of the runs that this one compares; ``dataset`` is what auto came to."""

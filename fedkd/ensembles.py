@@ -55,10 +55,15 @@ def entropy(logits: Tensor, weights: Tensor, *, sharpness: Scale = 1.0) -> Tenso
 
     Who is sure counts more (the unlabeled analogue of FedGEMS: Cheng et al., 2021).
     """
+    certain = certainty(logits, weights, sharpness)
+    return _mean(_probs(logits), certain).to(logits.dtype)
+
+
+def certainty(logits: Tensor, weights: Tensor, sharpness: float = 1.0) -> Tensor:
+    """What each weighs on each sample [K, N], in proportion to its weight times exp(-sharpness * H(p_k))."""
     log_probs = logits.double().log_softmax(-1)
     uncertainty = -(log_probs.exp() * log_probs).sum(-1)
-    certain = (_shares(weights, logits).log() - sharpness * uncertainty).softmax(0)
-    return _mean(log_probs.exp(), certain).to(logits.dtype)
+    return (_shares(weights, logits).log() - sharpness * uncertainty).softmax(0)
 
 
 def variance(logits: Tensor, weights: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedkd.data.partition import Partition
     from fedkd.data.readers import Images
     from fedkd.data.sources import Source
+    from fedkd.distillation.config import DistillConfig
     from fedkd.kit import Kit
     from fedkd.students import Student
     from fedkd.tensors import Tensors
@@ -121,10 +122,10 @@ def prepare(config: Config) -> Experiment:
     algorithm, computer = _algorithm(config), device(config.device)
     proxy_source, size = proxies.parse(config.proxy)
     is_own = config.partitioner == partitioners.OWN
-    test = _read(source, "test", config.data_dir)
+    test = read(source, "test", config.data_dir)
     # Where nodes bring their own rows, the training set serves only to hold the proxy out of it.
     is_needed = proxy_source is None or not is_own
-    train = _read(source, "train", config.data_dir) if is_needed else test.first(0)
+    train = read(source, "train", config.data_dir) if is_needed else test.first(0)
     classes = max(train.classes, test.classes)
     proxy_labels = None
     if proxy_source is None:
@@ -134,7 +135,7 @@ def prepare(config: Config) -> Experiment:
             proxy_labels = train.labels[torch.from_numpy(proxy_rows)]
     else:
         proxy_rows, private = None, np.arange(len(train), dtype=np.int64)
-        public = _read(dataclasses.replace(proxy_source, pixels=source.pixels), "train", config.data_dir)
+        public = read(dataclasses.replace(proxy_source, pixels=source.pixels), "train", config.data_dir)
         proxy = proxies.draw(public.pixels, size, [train, test], config.seed, config.proxy)
     if is_own:
         dealt = Partition.of([np.zeros(0, np.int64)] * config.clients)
@@ -170,18 +171,19 @@ def prepare(config: Config) -> Experiment:
 prepared = lru_cache(maxsize=2)(prepare)
 
 
-def choose_dataset(config: Config) -> tuple[str, str]:
+def choose_dataset(config: Config | DistillConfig) -> tuple[str, str]:
     """The spec of the data set, and why it is not CIFAR-10 if ``auto`` fell back."""
     if config.dataset != "auto":
         return config.dataset, ""
-    return sources.by_auto(lambda source: _read(source, "train", config.data_dir))
+    return sources.by_auto(lambda source: read(source, "train", config.data_dir))
 
 
 @lru_cache(maxsize=8)
-def _read(source: Source, split: str, data_dir: str) -> Images:
-    from fedkd.data.readers import read
+def read(source: Source, split: str, data_dir: str) -> Images:
+    """One split of a data set, read once in a process."""
+    from fedkd.data import readers
 
-    return read(source, split, data_dir)
+    return readers.read(source, split, data_dir)
 
 
 @lru_cache(maxsize=2)
@@ -197,7 +199,7 @@ def own(path: str, config: Config) -> Images:
     experiment = prepared(config)
     pixels = experiment.kit.proxy.shape[1]
     images = renumbered(
-        _read(sources.own(path, pixels), "train", ""), experiment.test.names, experiment.kit.classes, path
+        read(sources.own(path, pixels), "train", ""), experiment.test.names, experiment.kit.classes, path
     )
     if public := proxies.shared(images.pixels, [experiment.kit.proxy.cpu(), experiment.test.pixels.cpu()]):
         raise DataError(

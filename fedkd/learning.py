@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedkd.data.augment import crop_and_flip
 from fedkd.data.scaling import Scaling
+from fedkd.layers import EMBEDDING, watching
 from fedkd.optimizers import Step
 from fedkd.seeds import seeded
 
@@ -127,15 +128,8 @@ class Embedded(nn.Module):
             ValueError: the model has no linear layer.
 
         """
-        layers = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
-        if not layers:
-            raise ValueError("it has no linear layer, whose input would be the embedding")
-        seen: list[Tensor] = []
-        hook = layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            return self.model(x), seen[-1]
-        finally:
-            hook.remove()
+        with watching(self.model, [EMBEDDING]) as seen:
+            return self.model(x), seen[EMBEDDING]
 
 
 class Embedding(Embedded):

@@ -6,6 +6,8 @@ The kernels are the same, and so are the bits (tests/test_learning.py).
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,10 +20,19 @@ if TYPE_CHECKING:
 
 #: Moves the parameters it was made for by one step along their gradients, and forgets these.
 Step = Callable[[], None]
+#: The learning rate of a step, counted from zero.
+Schedule = Callable[[int], float]
 
 
-def sgd(parameters: Sequence[Tensor], learning_rate: float, momentum: float, weight_decay: float) -> Step:
+def cosine(peak: float, steps: int) -> Schedule:
+    """From ``peak`` to zero over so many steps, along half a wave (Loshchilov and Hutter, 2017)."""
+    return lambda step: peak * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
+
+
+def sgd(parameters: Sequence[Tensor], learning_rate: float | Schedule, momentum: float, weight_decay: float) -> Step:
     """Stochastic gradient descent with momentum and L2 regularization, as ``torch.optim.SGD``."""
+    rates = learning_rate if callable(learning_rate) else lambda _: learning_rate
+    taken = itertools.count()
     moved = _trainable(parameters)
     velocities: list[Tensor | None] = [None] * len(moved)
 
@@ -31,7 +42,7 @@ def sgd(parameters: Sequence[Tensor], learning_rate: float, momentum: float, wei
             _spent(moved),
             velocities,
             fused=True,
-            lr=learning_rate,
+            lr=rates(next(taken)),
             momentum=momentum,
             weight_decay=weight_decay,
             dampening=0.0,

@@ -12,28 +12,31 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import fedkd
+from fedkd.config import Options
 from fedkd.errors import FedkdError, UsageError
 from fedkd.seeds import derive
 
 if TYPE_CHECKING:
-    from fedkd.config import Config
     from fedkd.experiment import Experiment
 
 
-def default_out(config: Config) -> Path:
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def default_out(config: Options, name: str) -> Path:
     """``runs/NAME-TIME-HASH``: the method, the time in UTC, and a hash of config and process."""
-    name = config.algorithm.partition(":")[0].rpartition("/")[2].removesuffix(".py")
+    name = name.partition(":")[0].rpartition("/")[2].removesuffix(".py")
     tail = f"{derive(time.time_ns(), str(config), os.getpid()):016x}"[-6:]
     return Path("runs") / f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{tail}"
 
 
-def begin(config: Config) -> Config:
+def begin(config: AnyOptions, name: str) -> AnyOptions:
     """The config with a directory to write to, which is claimed and holds ``config.toml``."""
-    out = Path(config.out) if config.out else default_out(config)
-    config = dataclasses.replace(config, out=str(out))
+    out = Path(config.out) if config.out else default_out(config, name)
+    config = dataclasses.replace(config, out=str(out))  # type: ignore[type-var]
     claim(out)
     write(out / "config.toml", toml(config))
     return config
@@ -55,9 +58,9 @@ def claim(out: Path) -> None:
         raise UsageError(f"--out {out} cannot be made: {error.strerror}.") from error
 
 
-def release(out: Path) -> None:
-    """Remove a claimed directory in which no round was played, so that its name is free again."""
-    if not (out / "rounds.jsonl").exists():
+def release(out: Path, record: str = "rounds.jsonl") -> None:
+    """Remove a claimed directory in which nothing was recorded, so that its name is free again."""
+    if not (out / record).exists():
         shutil.rmtree(out, ignore_errors=True)
 
 
@@ -88,7 +91,7 @@ def log(out: Path, text: str) -> None:
         file.write(text.rstrip("\n") + "\n")
 
 
-def toml(config: Config) -> str:
+def toml(config: Options) -> str:
     """The config as a scenario file. A JSON scalar is a TOML scalar."""
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.run_config().items())
 

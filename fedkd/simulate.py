@@ -30,7 +30,7 @@ def simulate(config: Config) -> None:
         raise UsageError("--partitioner own is for deployed nodes, which bring their own rows (docs/deployment.md).")
     if config.engine == "ray" and (sys.platform == "win32" or find_spec("ray") is None):
         raise UsageError("--engine ray needs Ray, on Linux or macOS: pip install 'fedkd[ray]'.")
-    config = runs.begin(config)
+    config = runs.begin(config, config.algorithm)
     out = Path(config.out)
     stream = sys.stderr if config.json else sys.stdout
     print(f"run directory: {out}", file=stream, flush=True)
@@ -77,5 +77,6 @@ def _play_on_ray(config: Config) -> None:
 
 if __name__ == "__main__":
     from fedkd.cli import main
+    from fedkd.config import Config
 
-    main(simulate)
+    main(simulate, Config)

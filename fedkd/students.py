@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedkd import models, specs, tensors
 from fedkd.data.scaling import Scaling
-from fedkd.errors import DataError, FedkdError, UsageError
+from fedkd.errors import DataError, FedkdError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -160,16 +160,3 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise
     except Exception as error:  # SafetensorError, or whatever damaged bytes lead to
         raise DataError(f"{path} is no safetensors file, or a damaged one.") from error
-
-
-def pretrained(text: str) -> tuple[str, Path | None]:
-    """A model's spec without its option ``pretrained=PATH``, and the path."""
-    spec = specs.parse(text)
-    if "pretrained" not in spec.options:
-        return text, None
-    value = spec.options["pretrained"]
-    if not value:
-        raise UsageError(f"{text}: pretrained names no file.")
-    head, _, rest = text.partition(":")
-    kept = [item for item in rest.split(",") if not item.replace("-", "_").strip().startswith("pretrained=")]
-    return head + (f":{','.join(kept)}" if kept else ""), Path(value).expanduser()

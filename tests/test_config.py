@@ -66,7 +66,9 @@ def test_every_option_is_grouped_and_explained():
 
 
 def test_environment_and_file(tmp_path):
-    assert from_environment({"FEDKD_LOCAL_EPOCHS": "3", "FEDKD_DATA": "d", "FEDKD_CACHE": "x", "HOME": "y"}) == {
+    assert from_environment(
+        {"FEDKD_LOCAL_EPOCHS": "3", "FEDKD_DATA": "d", "FEDKD_CACHE": "x", "HOME": "y"}, Config
+    ) == {
         "local_epochs": "3",
         "data_dir": "d",
     }

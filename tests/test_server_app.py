@@ -70,7 +70,7 @@ def test_a_run_over_foreign_nodes_gives_the_bits_of_ours(tmp_path):
     students = []
     for name, grid in (("foreign", foreign(config)), ("ours", LocalGrid(client_app.app, 3, config.run_config()))):
         server_app.serve(
-            grid, runs.begin(tiny(partitioner="linear", algorithm=config.algorithm, out=str(tmp_path / name)))
+            grid, runs.begin(tiny(partitioner="linear", algorithm=config.algorithm, out=str(tmp_path / name)), "x")
         )
         students.append(tensors.load(tmp_path / name / "student.safetensors"))
     assert tensors.equal(*students)
@@ -163,6 +163,6 @@ def test_a_node_plays_with_its_own_images(tmp_path):
     assert "This node has no data" in play().failure
     Image.fromarray(public.kit.proxy[0].numpy()).save(tmp_path / "mine" / "0" / "public.png")
     experiment.own.cache_clear()
-    experiment._read.cache_clear()
+    experiment.read.cache_clear()
     with pytest.raises(DataError, match=r"1 of the 31 images in .* are in the proxy or the test set"):
         experiment.own(str(tmp_path / "mine"), config)

@@ -168,7 +168,7 @@ def test_the_proxys_labels_are_never_read(tmp_path, monkeypatch):
     from fedkd import experiment
 
     def caches_cleared():
-        experiment._read.cache_clear()
+        experiment.read.cache_clear()
         experiment.prepared.cache_clear()
 
     for proxy in ("holdout:size=40", "noise:size=50"):
@@ -280,7 +280,7 @@ def test_bad_input_is_one_sentence_and_a_code(code, flags, says, own, tmp_path, 
     words = [flag.replace("{own}", own) for flag in flags]
     given = [part for key, value in TINY.items() if f"--{key}" not in words for part in (f"--{key}", str(value))]
     with pytest.raises(SystemExit) as ended:
-        cli.main(simulate, [*words, *given, "--out", str(tmp_path / "out")])
+        cli.main(simulate, Config, [*words, *given, "--out", str(tmp_path / "out")])
     error = capsys.readouterr().err.strip().splitlines()
     assert ended.value.code == code, error
     assert len(error) == 1
@@ -320,8 +320,8 @@ def test_a_proxy_of_one_image_is_enough(tmp_path):
 
 def test_a_mistake_is_answered_before_torch_is_imported(tmp_path):
     script = (
-        "import sys\nfrom fedkd import cli, simulate\n"
-        "try: cli.main(simulate.simulate, sys.argv[1:])\n"
+        "import sys\nfrom fedkd import cli, simulate\nfrom fedkd.config import Config\n"
+        "try: cli.main(simulate.simulate, Config, sys.argv[1:])\n"
         "except SystemExit as end: print('torch' in sys.modules, 'flwr' in sys.modules, end.code)"
     )
     for flags, code in (

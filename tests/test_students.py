@@ -100,17 +100,3 @@ def test_weights_that_do_not_say_whose_they_are(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "student.safetensors")
     with pytest.raises(DataError, match="does not say whose"):
         students.load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("resnet8", ("resnet8", None)),
-        ("resnet8:pretrained=a.pth", ("resnet8", "a.pth")),
-        ("torchvision:resnet50,pretrained=a/b.pth", ("torchvision:resnet50", "a/b.pth")),
-        ("resnet8:width=8,pretrained=a.pth,norm=batch", ("resnet8:width=8,norm=batch", "a.pth")),
-    ],
-)
-def test_pretrained_is_told_from_the_models_options(text, wanted):
-    spec, path = students.pretrained(text)
-    assert (spec, None if path is None else str(path)) == wanted

@@ -34,7 +34,7 @@ def main(grid: Grid, context: Context) -> None:
     """Flower's own door: the run config names everything."""
     config = Config.parse(context.run_config)
     experiment.check(config)
-    serve(grid, runs.begin(config))
+    serve(grid, runs.begin(config, config.algorithm))
 
 
 def serve(grid: Grid, config: Config) -> None:

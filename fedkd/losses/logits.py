@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat
 
+from fedkd.lazy import torch
 from fedkd.losses.vectors import standard
 
 if TYPE_CHECKING:

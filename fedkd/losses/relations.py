@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import torch
 from torch.nn.functional import smooth_l1_loss
 
+from fedkd.lazy import torch
 from fedkd.losses.vectors import length, unit
 
 if TYPE_CHECKING:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from fedkd.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SHORT = 1e-24  # the square of a length that counts as zero; dividing by less overflows in float32
 

@@ -1,0 +1,185 @@
+"""Playing what a DistillConfig asks for, from the first byte to ``result.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from torch import nn
+
+from fedkd import quality, runs, seeds
+from fedkd.data import corruptions
+from fedkd.distillation import naming, teachers, training
+from fedkd.distillation.config import CLASSIC
+from fedkd.distillation.task import Task, prepare
+from fedkd.distillation.teachers import Committee, Teacher
+from fedkd.distillation.terms import Itself, Logits, Term
+from fedkd.errors import FedkdError
+from fedkd.quality import Candidate
+from fedkd.report import quality as report
+from fedkd.report.screen import Screen
+from fedkd.report.table import Grid
+from fedkd.report.text import percent, seconds
+from fedkd.runtime import settle
+
+if TYPE_CHECKING:
+    from fedkd.distillation.config import DistillConfig
+    from fedkd.distillation.training import Epoch
+
+ALONE, TAUGHT = "alone", "student"  # without a teacher, and with one
+
+
+def conduct(config: DistillConfig, terms: Sequence[Term]) -> None:
+    """Train and judge every student of ``config``; ``result.json`` comes last.
+
+    Raises:
+        FedkdError: what stopped it; the result then says so too.
+
+    """
+    settle(config.threads)
+    out, screen = Path(config.out), Screen(Console(stderr=config.json))
+    screen.say(f"run directory: {out}")
+    held: dict[str, Any] = {"status": "failed", "out": str(out), "dataset": config.dataset, "runs": []}
+    try:
+        task, fallback = prepare(config)
+        held |= {"dataset": task.dataset, "dataset_fallback": fallback}
+        runs.write_json(out / "env.json", runs.environment(task.device, task.dataset, fallback))
+        for line in _header(task, config, fallback):
+            screen.say(line)
+        watch = partial(_watch, out, screen)
+        taught_by, ranking = _teachers(task, config, terms, watch)
+        held |= {"teachers": [teacher.name for teacher in taught_by], "ranking": ranking}
+        if ranking:
+            screen.show(_table(ranking).rich())
+        for seed in range(config.seed, config.seed + config.seeds):
+            one = dataclasses.replace(config, seed=seed, seeds=1)
+            held["runs"].append({"seed": seed, "judged": _seed(task, one, terms, taught_by, watch, out)})
+        judged = report.joined([run["judged"] for run in held["runs"]])
+        for grid in (report.knows(judged), report.costs(judged)):
+            screen.show(grid.rich())
+        report.draw(judged, f"{config.student} on {task.dataset}", out)
+        held["status"] = "ok"
+    except FedkdError as error:
+        held |= {"code": error.code, "message": str(error)}
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        held["status"] = "interrupted"
+        raise
+    finally:
+        runs.write_json(out / "result.json", held)
+    screen.say(f"run directory: {out}")
+    if config.json:
+        sys.stdout.write((out / "result.json").read_text(encoding="utf-8"))
+
+
+def _header(task: Task, config: DistillConfig, fallback: str) -> Iterator[str]:
+    counts = f"{len(task.train):,} to train on, {len(task.validation):,} to choose by, {len(task.test):,} to test"
+    yield f"      data  {task.dataset}: {counts}"
+    if fallback:
+        yield f"            not CIFAR-10: {fallback}"
+    yield f"   student  {config.student}, {config.epochs} epochs, {config.loss}"
+
+
+def _watch(out: Path, screen: Screen, name: str, epoch: Epoch) -> None:
+    """Say and keep what an epoch gave."""
+    runs.append(out / "epochs.jsonl", {"network": name, **dataclasses.asdict(epoch)})
+    screen.say(
+        f"{name:>24}  epoch {epoch.number:>3}  validation {percent(epoch.accuracy):>6}  "
+        f"loss {epoch.loss:6.3f}  {seconds(epoch.seconds):>8}"
+    )
+
+
+def _teachers(
+    task: Task, config: DistillConfig, terms: Sequence[Term], watch: teachers.Watch
+) -> tuple[list[Teacher], list[dict[str, Any]]]:
+    """Who teaches; and how those of ``--teachers-from`` are ranked, of whom the first one does."""
+    if not any(term.taught for term in terms):
+        return [], []
+    if not config.teachers_from:
+        return teachers.obtain(task, config, naming.named(config) or [CLASSIC], watch), []
+    known = teachers.obtain(task, config, naming.candidates(Path(config.teachers_from)), watch)
+    temperature = next((term.temperature for term in terms if isinstance(term, Logits)), Logits().temperature)
+    ranking = teachers.rank(task, config, known, temperature)
+    return [teacher for teacher in known if teacher.name == ranking[0]["teacher"]], ranking
+
+
+def _table(ranking: Sequence[dict[str, Any]]) -> Grid:
+    """The teachers in their order, with what speaks for and against each, and its place by that."""
+    titles = ["teacher", "mean place", "val acc", "ECE", "entropy", "gap"]
+    rows = [
+        [
+            Path(row["teacher"]).name if "/" in row["teacher"] else row["teacher"],
+            f"{row['mean_place']:.2f}",
+            f"{percent(row['accuracy'])} ({row['accuracy_place']})",
+            f"{row['ece']:.3f} ({row['ece_place']})",
+            f"{row['entropy']:.2f} ({row['entropy_place']})",
+            f"{row['gap']:.2f} ({row['gap_place']})",
+        ]
+        for row in ranking
+    ]
+    said = (
+        "The first one teaches; in brackets its place by each measure.\n"
+        "entropy: of its soft labels, in nats; gap: |log(parameters / the student's)|."
+    )
+    return Grid(titles, rows, said)
+
+
+def _seed(
+    task: Task,
+    config: DistillConfig,
+    terms: Sequence[Term],
+    taught_by: Sequence[Teacher],
+    watch: teachers.Watch,
+    out: Path,
+) -> dict[str, quality.Verdict]:
+    """One seed: the student alone and with its teachers, kept and judged beside them."""
+    named = f"seed{config.seed}"
+    alone = teachers.trained(
+        task, config, config.student, config.epochs, config.seed, partial(watch, f"{ALONE} {named}")
+    )
+    modules = [teacher.module for teacher in taught_by]
+    if isinstance(terms[0], Itself):
+        modules = [alone]
+        for generation in range(1, terms[0].generations - 1):
+            modules = [teachers.frozen(_taught(task, config, terms, modules, watch, generation))]
+    student = _taught(task, config, terms, modules, watch)
+    found: dict[str, nn.Module] = {}
+    if modules:
+        found[quality.TEACHER] = modules[0] if len(modules) == 1 else Committee(modules)
+    found |= {ALONE: alone, TAUGHT: student}
+    paths = {ALONE: out / f"{ALONE}-{named}.safetensors", TAUGHT: out / _name(config.seed, out)}
+    for name, path in paths.items():
+        teachers.student_of(task, config, config.student, found[name]).save(path)
+    candidates = {
+        name: Candidate(teachers.frozen(module), task.scaling, paths.get(name)) for name, module in found.items()
+    }
+    kinds = tuple(corruptions.KINDS) if config.judge else ()
+    return quality.judge(candidates, task.test, task.shifted, seed=config.seed, kinds=kinds, count=max(1, config.judge))
+
+
+def _taught(
+    task: Task,
+    config: DistillConfig,
+    terms: Sequence[Term],
+    modules: Sequence[nn.Module],
+    watch: teachers.Watch,
+    generation: int = 0,
+) -> nn.Module:
+    """A student of these teachers. Those that are born again between the first and the last start elsewhere."""
+    module = training.fresh(task, config, config.student, *([generation] if generation else []))
+    seed = seeds.derive(config.seed, "generation", generation) if generation else config.seed
+    name = f"{TAUGHT} seed{config.seed}" + (f" generation {generation + 1}" if generation else "")
+    known = [teachers.frozen(module) for module in modules]
+    for epoch in training.train(module, task, config, epochs=config.epochs, seed=seed, terms=terms, teachers=known):
+        watch(name, epoch)
+    return module
+
+
+def _name(seed: int, out: Path) -> str:
+    """The first student has the plain name; the others say whose they are."""
+    return f"{TAUGHT}-seed{seed}.safetensors" if (out / f"{TAUGHT}.safetensors").exists() else f"{TAUGHT}.safetensors"

@@ -1,0 +1,199 @@
+"""Teachers: trained here and kept, read from a file, or ranked out of a directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fedkd import cache, learning, quality, students, tensors
+from fedkd.distillation import naming
+from fedkd.distillation.training import Epoch, fresh, train
+from fedkd.errors import DataError
+from fedkd.students import Student
+
+if TYPE_CHECKING:
+    from fedkd.data.scaling import Scaling
+    from fedkd.distillation.config import DistillConfig
+    from fedkd.distillation.task import Task
+
+LAYOUT = 1  # of how teachers are trained; raise it when that changes
+
+#: Told of every epoch of whoever is trained: the name and the epoch.
+Watch = Callable[[str, Epoch], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A network that knows something: frozen, in evaluation mode, on input scaled as the task's."""
+
+    name: str
+    module: nn.Module
+    origin: str  # how it came to be, in words
+
+
+def obtain(task: Task, config: DistillConfig, texts: Sequence[str], watch: Watch) -> list[Teacher]:
+    """The teachers that these specs name, in order. The same spec again is another network, of another seed.
+
+    Raises:
+        DataError: a file that cannot be used.
+
+    """
+    found: list[Teacher] = []
+    for place, text in enumerate(texts):
+        if naming.is_path(text):
+            found.append(_held(task, text))
+            continue
+        spec, path = naming.pretrained(text)
+        if path is None:
+            epochs, seed = config.teacher_epochs or config.epochs, texts[:place].count(text)
+            module = trained(task, config, spec, epochs, seed, partial(watch, text))
+            found.append(Teacher(text, frozen(module), f"trained here for {epochs} epochs"))
+        else:
+            module = fresh(task, config, spec)
+            try:
+                students.fill(module, students.read_weights(path), f"the weights in {path}")
+            except DataError as error:
+                raise DataError(f"{error} A teacher must be a {spec} of {task.classes} classes.") from error
+            found.append(Teacher(text, frozen(module), f"read from {path.name}"))
+    return found
+
+
+def trained(
+    task: Task,
+    config: DistillConfig,
+    model: str,
+    epochs: int,
+    seed: int,
+    watch: Callable[[Epoch], None],
+) -> nn.Module:
+    """A network trained on the labels alone. It is kept, and not trained again for the same data and settings."""
+    own = dataclasses.replace(config, seed=seed)
+    path = cache.directory() / "teachers" / f"{_key(task, own, model, epochs)}.safetensors"
+    module = fresh(task, own, model)
+    if path.is_file():
+        try:
+            students.fill(module, students.read_weights(path), "the weights kept")
+            return module
+        except DataError:  # a torn or foreign file is made again
+            pass
+    for epoch in train(module, task, own, epochs=epochs, seed=seed):
+        watch(epoch)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        student_of(task, own, model, module).save(path)
+    except OSError:  # a full or read-only disk costs time at the next run, nothing else
+        pass
+    return module
+
+
+def _key(task: Task, config: DistillConfig, model: str, epochs: int) -> str:
+    """A name for all that the weights depend on."""
+    numbers = (config.norm, epochs, config.batch_size, config.learning_rate, config.momentum, config.weight_decay)
+    data = tensors.digest({"pixels": task.train.pixels.cpu(), "labels": task.train.labels})
+    run = (config.augment and task.flip, config.augment, config.seed, config.threads, task.device)
+    said = [LAYOUT, model, *numbers, *run, data, torch.__version__, torch.backends.cpu.get_cpu_capability()]
+    words = "".join(letter if letter.isalnum() else "-" for letter in model).strip("-")
+    return f"{words}-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}"
+
+
+def student_of(task: Task, config: DistillConfig, model: str, module: nn.Module) -> Student:
+    """A trained network as a student's file keeps it."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    pixels = task.test.pixels.shape[1]
+    return Student(model, config.norm, task.classes, task.test.names, pixels, task.scaling, task.dataset, weights)
+
+
+def _held(task: Task, text: str) -> Teacher:
+    """The student in a file or a run's directory."""
+    student = students.load(Path(text).expanduser())
+    if (student.classes, student.pixels) != (task.classes, task.test.pixels.shape[1]):
+        raise DataError(
+            f"{text} knows {student.classes} classes of {student.pixels} pixels, {task.dataset} has {task.classes} "
+            f"of {task.test.pixels.shape[1]}; name a teacher of the same."
+        )
+    if student.names and task.test.names and student.names != task.test.names:
+        raise DataError(f"{text} knows other classes than {task.dataset}, or in another order.")
+    module: nn.Module = student.module().to(task.device)
+    if student.scaling != task.scaling:
+        module = Rescaled(module, task.scaling, student.scaling)
+    return Teacher(text, frozen(module), f"a {student.model} trained on {student.dataset}")
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """The module, in evaluation mode and without gradients from here on."""
+    return module.eval().requires_grad_(False)
+
+
+class Rescaled(nn.Module):
+    """A network that is given input scaled one way and sees it scaled as it was trained."""
+
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(self, model: nn.Module, given: Scaling, wanted: Scaling) -> None:
+        super().__init__()
+        self.model = model
+        mean, std = (torch.tensor([getattr(s, key) for s in (given, wanted)]) for key in ("mean", "std"))
+        self.register_buffer("factor", (std[0] / std[1])[:, None, None])
+        self.register_buffer("offset", ((mean[0] - mean[1]) / std[1])[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x * self.factor + self.offset)
+        return logits
+
+
+class Committee(nn.Module):
+    """Several teachers as one: the logarithm of the mean of their probabilities."""
+
+    def __init__(self, teachers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(teachers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answers = torch.stack([member(x).log_softmax(-1) for member in self.members])
+        return answers.logsumexp(0) - torch.log(torch.tensor(float(len(self.members))))
+
+
+def rank(
+    task: Task, config: DistillConfig, teachers: Sequence[Teacher], temperature: float
+) -> list[dict[str, float | int | str]]:
+    """The teachers from the most promising one down, with what speaks for and against each.
+
+    Measured on the validation images: accuracy (more is better), calibration error (less), the entropy of its soft
+    labels at the temperature, in nats (more tells more), and the gap in capacity |log(parameters / the student's)|
+    (less: Mirzadeh et al., 2020). Each orders the teachers; they are ranked by the mean of their four places, ties
+    by accuracy. That is a rule of thumb without fitted weights, not a law.
+    """
+    own = sum(p.numel() for p in fresh(task, config, config.student).parameters())
+    rows: list[dict[str, float | int | str]] = []
+    for teacher in teachers:
+        logits = learning.predict(teacher.module, task.validation.pixels, task.scaling)
+        soft = (logits.double() / temperature).log_softmax(-1)
+        parameters = sum(p.numel() for p in teacher.module.parameters())
+        rows.append(
+            {
+                "teacher": teacher.name,
+                "origin": teacher.origin,
+                "accuracy": learning.score(logits, task.validation.labels)[0],
+                "ece": quality.ece(logits, task.validation.labels),
+                "entropy": -(soft.exp() * soft).sum(-1).mean().item(),
+                "parameters": parameters,
+                "gap": abs(float(torch.tensor(parameters / own).log())),
+            }
+        )
+    for key, sign in (("accuracy", -1), ("ece", 1), ("entropy", -1), ("gap", 1)):
+        values = [sign * float(row[key]) for row in rows]
+        for row, value in zip(rows, values, strict=True):
+            row[f"{key}_place"] = 1 + sum(other < value for other in values)
+    for row in rows:
+        row["mean_place"] = sum(int(row[f"{key}_place"]) for key in ("accuracy", "ece", "entropy", "gap")) / 4
+    return sorted(rows, key=lambda row: (float(row["mean_place"]), -float(row["accuracy"])))
