@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from fedkd import models, runs, specs
 from fedkd.distillation import naming
-from fedkd.distillation.terms import Itself, Term
 from fedkd.errors import DataError, FedkdError, PluginError, UsageError
+from fedkd.terms import Itself, Term
 
 if TYPE_CHECKING:
     from fedkd.distillation.config import DistillConfig
@@ -42,7 +42,7 @@ def check(config: DistillConfig) -> list[Term]:
     terms = [specs.call("distillation", text) for text in config.loss.split()]
     for text, term in zip(config.loss.split(), terms, strict=True):
         if not isinstance(term, Term):
-            raise PluginError(f"--loss {text} is not a subclass of fedkd.distillation.terms.Term.")
+            raise PluginError(f"--loss {text} is not a subclass of fedkd.terms.Term.")
     if not terms:
         raise UsageError("--loss names no loss; logits is the usual one.")
     named = naming.named(config)

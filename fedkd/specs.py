@@ -62,6 +62,12 @@ def parse(text: str) -> Spec:
     return Spec(text, head, argument, options)
 
 
+def is_own(text: str) -> bool:
+    """Whether it names somebody's own component, or has an option that does."""
+    spec = parse(text)
+    return spec.is_plugin or any(parse(value).is_plugin for value in spec.options.values() if ".py:" in value)
+
+
 def bind(kind: str, text: str, reserved: tuple[str, ...] = ()) -> partial[Any]:
     """The component that ``text`` names, with its options bound and checked; call it to use it.
 

@@ -19,6 +19,7 @@ RANKS = [
     {"data"},
     {"layers"},
     {"models", "learning"},
+    {"terms"},
     {"algorithm", "kit", "students", "quality"},
     {"algorithms", "rounds"},
     {"experiment"},

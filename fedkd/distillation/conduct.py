@@ -9,23 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from torch import nn
 
-from fedkd import quality, runs, seeds
+from fedkd import quality, runs, seeds, specs
 from fedkd.data import corruptions
 from fedkd.distillation import naming, teachers, training
 from fedkd.distillation.config import CLASSIC
 from fedkd.distillation.task import Task, prepare
 from fedkd.distillation.teachers import Committee, Teacher
-from fedkd.distillation.terms import Itself, Logits, Term
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, PluginError, UsageError
 from fedkd.quality import Candidate
 from fedkd.report import quality as report
 from fedkd.report.screen import Screen
 from fedkd.report.table import Grid
 from fedkd.report.text import percent, seconds
 from fedkd.runtime import settle
+from fedkd.terms import Itself, Logits, Term
 
 if TYPE_CHECKING:
     from fedkd.distillation.config import DistillConfig
@@ -51,6 +52,7 @@ def conduct(config: DistillConfig, terms: Sequence[Term]) -> None:
         runs.write_json(out / "env.json", runs.environment(task.device, task.dataset, fallback))
         for line in _header(task, config, fallback):
             screen.say(line)
+        _rehearse(task, config, terms)
         watch = partial(_watch, out, screen)
         taught_by, ranking = _teachers(task, config, terms, watch)
         held |= {"teachers": [teacher.name for teacher in taught_by], "ranking": ranking}
@@ -94,15 +96,48 @@ def _watch(out: Path, screen: Screen, name: str, epoch: Epoch) -> None:
     )
 
 
+def _rehearse(task: Task, config: DistillConfig, terms: Sequence[Term]) -> None:
+    """One batch with everybody untrained, so that a layer that is not there is told before a teacher is trained.
+
+    Raises:
+        UsageError, DataError: what does not fit.
+        PluginError: what somebody's own loss or model did.
+
+    """
+    texts, student = _named(config, terms), training.fresh(task, config, config.student)
+    modules = [teachers.untrained(task, config, text) for text in texts] or [student]
+    own = [text for text in (*config.loss.split(), *texts, config.student) if specs.is_own(text)]
+    rows = torch.arange(min(8, len(task.train)))
+    try:
+        lesson = training.lesson_of(task, config, student, modules, terms).eval()
+        seen = lesson(task.scaling(task.train.pixels[rows]))
+        loss = lesson.loss(seen, torch.stack([task.train.labels[rows], rows], 1).to(task.device))
+    except FedkdError:
+        raise
+    except Exception as error:
+        raise (PluginError if own else UsageError)(
+            f"{' or '.join(own) or f'--loss {config.loss}'} cannot be used with these networks: {error}."
+        ) from error
+    if loss.shape != () or not loss.isfinite():
+        raise PluginError(f"--loss {config.loss} gives {loss.detach()}, not one finite number.")
+
+
+def _named(config: DistillConfig, terms: Sequence[Term]) -> list[str]:
+    """The specs of those who teach, or may."""
+    if not any(term.taught for term in terms):
+        return []
+    if config.teachers_from:
+        return naming.candidates(Path(config.teachers_from))
+    return naming.named(config) or [CLASSIC]
+
+
 def _teachers(
     task: Task, config: DistillConfig, terms: Sequence[Term], watch: teachers.Watch
 ) -> tuple[list[Teacher], list[dict[str, Any]]]:
     """Who teaches; and how those of ``--teachers-from`` are ranked, of whom the first one does."""
-    if not any(term.taught for term in terms):
-        return [], []
+    known = teachers.obtain(task, config, _named(config, terms), watch)
     if not config.teachers_from:
-        return teachers.obtain(task, config, naming.named(config) or [CLASSIC], watch), []
-    known = teachers.obtain(task, config, naming.candidates(Path(config.teachers_from)), watch)
+        return known, []
     temperature = next((term.temperature for term in terms if isinstance(term, Logits)), Logits().temperature)
     ranking = teachers.rank(task, config, known, temperature)
     return [teacher for teacher in known if teacher.name == ranking[0]["teacher"]], ranking

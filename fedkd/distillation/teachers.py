@@ -49,22 +49,34 @@ def obtain(task: Task, config: DistillConfig, texts: Sequence[str], watch: Watch
     """
     found: list[Teacher] = []
     for place, text in enumerate(texts):
-        if naming.is_path(text):
-            found.append(_held(task, text))
-            continue
         spec, path = naming.pretrained(text)
-        if path is None:
-            epochs, seed = config.teacher_epochs or config.epochs, texts[:place].count(text)
-            module = trained(task, config, spec, epochs, seed, partial(watch, text))
-            found.append(Teacher(text, frozen(module), f"trained here for {epochs} epochs"))
-        else:
-            module = fresh(task, config, spec)
-            try:
-                students.fill(module, students.read_weights(path), f"the weights in {path}")
-            except DataError as error:
-                raise DataError(f"{error} A teacher must be a {spec} of {task.classes} classes.") from error
-            found.append(Teacher(text, frozen(module), f"read from {path.name}"))
+        if naming.is_path(text) or path is not None:
+            origin = f"read from {Path(text).name if path is None else path.name}"
+            found.append(Teacher(text, frozen(untrained(task, config, text)), origin))
+            continue
+        epochs, seed = config.teacher_epochs or config.epochs, texts[:place].count(text)
+        module = trained(task, config, spec, epochs, seed, partial(watch, text))
+        found.append(Teacher(text, frozen(module), f"trained here for {epochs} epochs"))
     return found
+
+
+def untrained(task: Task, config: DistillConfig, text: str) -> nn.Module:
+    """The network that a spec names, as it is before anything is trained here.
+
+    Raises:
+        DataError: a file that cannot be used.
+
+    """
+    if naming.is_path(text):
+        return _held(task, text)
+    spec, path = naming.pretrained(text)
+    module = fresh(task, config, spec)
+    if path is not None:
+        try:
+            students.fill(module, students.read_weights(path), f"the weights in {path}")
+        except DataError as error:
+            raise DataError(f"{error} A teacher must be a {spec} that tells {task.classes} classes apart.") from error
+    return module
 
 
 def trained(
@@ -112,7 +124,7 @@ def student_of(task: Task, config: DistillConfig, model: str, module: nn.Module)
     return Student(model, config.norm, task.classes, task.test.names, pixels, task.scaling, task.dataset, weights)
 
 
-def _held(task: Task, text: str) -> Teacher:
+def _held(task: Task, text: str) -> nn.Module:
     """The student in a file or a run's directory."""
     student = students.load(Path(text).expanduser())
     if (student.classes, student.pixels) != (task.classes, task.test.pixels.shape[1]):
@@ -125,7 +137,7 @@ def _held(task: Task, text: str) -> Teacher:
     module: nn.Module = student.module().to(task.device)
     if student.scaling != task.scaling:
         module = Rescaled(module, task.scaling, student.scaling)
-    return Teacher(text, frozen(module), f"a {student.model} trained on {student.dataset}")
+    return module
 
 
 def frozen(module: nn.Module) -> nn.Module:

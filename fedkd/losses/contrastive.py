@@ -81,7 +81,7 @@ class Memory:
     def random(cls, labels: Tensor, width: int, generator: torch.Generator) -> Memory:
         """Directions drawn at random, for rows that nobody has seen yet."""
         shape = (2, len(labels), width)
-        student, teacher = unit(torch.randn(shape, generator=generator))
+        student, teacher = unit(torch.randn(shape, generator=generator, device=generator.device))
         return cls(student, teacher, labels)
 
     def update(self, rows: Tensor, student: Tensor, teacher: Tensor, *, momentum: float = 0.5) -> None:
@@ -103,6 +103,6 @@ class Memory:
         if bool((size == len(order)).any()):
             raise ValueError("negatives need a second label")
         # In the order of labels, a row's own class is one stretch: what falls into it or beyond moves past it.
-        drawn = torch.rand(len(rows), count, generator=generator, dtype=torch.float64)
+        drawn = torch.rand(len(rows), count, generator=generator, dtype=torch.float64, device=generator.device)
         place = (drawn.to(size.device) * (len(order) - size)).long()
         return order[place + size * (place >= first)]

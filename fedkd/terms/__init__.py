@@ -1,7 +1,7 @@
 """The terms of a distillation loss by name: which layers of both sides are compared, by which loss, at what weight.
 
 A term is a frozen dataclass of options, read before PyTorch is imported. ``build`` resolves its layers and
-returns a `fedkd.distillation.pulls.Pull`. The default weights are those of the papers' public code on CIFAR-100
+returns a `fedkd.terms.pulls.Pull`. The default weights are those of the papers' public code on CIFAR-100
 (Tian et al., 2020), where there is one.
 """
 
@@ -19,7 +19,7 @@ from fedkd.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.distillation.pulls import Pull
+    from fedkd.terms.pulls import Pull
 
 Weight = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -27,14 +27,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class Pair:
-    """What a term may know before training: the layers of both sides and their shapes, classes, labels [N].
+    """What a term may know before training: the layers of both sides and their shapes, the labels [N].
 
     A shape is that of what a layer gives, without the batch, in the order of computation.
     """
 
     student: Mapping[str, tuple[int, ...]]
     teachers: tuple[Mapping[str, tuple[int, ...]], ...]
-    classes: int
     labels: Tensor
 
 
@@ -86,7 +85,7 @@ class Logits(Term):
         return max(0.0, 1 - self.pull()) if self.hard is None else self.hard
 
     def build(self, pair: Pair) -> Pull:
-        from fedkd.distillation import pulls
+        from fedkd.terms import pulls
 
         return pulls.Answers(self)
 
@@ -107,7 +106,7 @@ class Features(Term):
     usual: ClassVar[Mapping[str, float]] = {"hint": 100.0, "attention": 1000.0, "nst": 50.0, "vid": 1.0}
 
     def build(self, pair: Pair) -> Pull:
-        from fedkd.distillation import pulls
+        from fedkd.terms import pulls
 
         return pulls.Maps(self, pair, *pairs(pair, self.layers, self.teacher, 1))
 
@@ -127,7 +126,7 @@ class Relations(Term):
     usual: ClassVar[Mapping[str, float]] = {"rkd": 1.0, "similarity": 3000.0, "correlation": 100.0, "pkt": 30000.0}
 
     def build(self, pair: Pair) -> Pull:
-        from fedkd.distillation import pulls
+        from fedkd.terms import pulls
 
         return pulls.Rows(self, *pairs(pair, self.layers, self.teacher, 1))
 
@@ -144,7 +143,7 @@ class Graph(Term):
     weight: Weight = 1.0
 
     def build(self, pair: Pair) -> Pull:
-        from fedkd.distillation import pulls
+        from fedkd.terms import pulls
 
         return pulls.Graphs(self, pair, *pairs(pair, self.layers, self.teacher, 3))
 
@@ -161,7 +160,7 @@ class Contrastive(Term):
     weight: Weight = 0.8
 
     def build(self, pair: Pair) -> Pull:
-        from fedkd.distillation import pulls
+        from fedkd.terms import pulls
 
         return pulls.Contrasts(self, pair, *pairs(pair, self.layers, self.teacher, 1))
 
@@ -184,7 +183,7 @@ class Exits(Term):
 
     def build(self, pair: Pair) -> Pull:
         from fedkd import layers
-        from fedkd.distillation import pulls
+        from fedkd.terms import pulls
 
         names = layers.maps(pair.student)[:-1]
         if self.layers:

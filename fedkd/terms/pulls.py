@@ -20,8 +20,8 @@ from fedkd.losses.contrastive import Memory
 from fedkd.losses.vectors import unit
 
 if TYPE_CHECKING:
-    from fedkd.distillation import terms
-    from fedkd.distillation.terms import Pair
+    from fedkd import terms
+    from fedkd.terms import Pair
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,9 @@ class Branches(Pull):
         self.term, self.names = term, tuple(names)
         self.student_layers = [*names, EMBEDDING]
         (width,) = pair.student[EMBEDDING]
+        (classes,) = list(pair.student.values())[-1]
         self.necks = nn.ModuleList(nn.Linear(_channels(pair.student[name]), width) for name in names)
-        self.heads = nn.ModuleList(nn.Linear(width, pair.classes) for _ in names)
+        self.heads = nn.ModuleList(nn.Linear(width, classes) for _ in names)
 
     def forward(self, batch: Batch) -> Tensor:
         term, seen = self.term, batch.student
