@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fedkd import models, runs, specs
 from fedkd.distillation import naming
-from fedkd.errors import DataError, FedkdError, PluginError, UsageError
+from fedkd.errors import DataError, FedkdError, PluginError, RunError, UsageError
 from fedkd.terms import Itself, Term
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ def distill(config: DistillConfig) -> None:
 
     try:
         conduct.conduct(config, terms)
-    except (FedkdError, KeyboardInterrupt, SystemExit):
-        runs.release(out, "epochs.jsonl")
+    except (FedkdError, KeyboardInterrupt, SystemExit) as error:
+        if getattr(error, "code", None) != RunError.code:
+            runs.release(out, "epochs.jsonl")
         raise
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fedkd import experiment
+from fedkd import distill, experiment
 from fedkd.cli import from_file
 from fedkd.config import Config
+from fedkd.distillation.config import DistillConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPES = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
@@ -61,7 +62,11 @@ def test_the_readmes_commands_are_understood(monkeypatch):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "simulations").glob("*.toml")), ids=lambda path: path.name)
 def test_scenarios_are_understood(path):
-    experiment.check(Config.parse(tomllib.loads(path.read_text())))
+    values = tomllib.loads(path.read_text())
+    if "teacher" in values:
+        distill.check(DistillConfig.parse(values))
+    else:
+        experiment.check(Config.parse(values))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ from fedkd.quality import Candidate
 from fedkd.report import quality as report
 from fedkd.report.screen import Screen
 from fedkd.report.table import Grid
-from fedkd.report.text import percent, seconds
+from fedkd.report.text import percent, seconds, spread
 from fedkd.runtime import settle
 from fedkd.terms import Itself, Logits, Term
 
@@ -64,6 +65,8 @@ def conduct(config: DistillConfig, terms: Sequence[Term]) -> None:
         judged = report.joined([run["judged"] for run in held["runs"]])
         for grid in (report.knows(judged), report.costs(judged)):
             screen.show(grid.rich())
+        held["gain"] = _gain(held["runs"])
+        screen.say(f"{TAUGHT} - {ALONE}, paired by seed: {spread(held['gain']['mean'], held['gain']['std'])}")
         report.draw(judged, f"{config.student} on {task.dataset}", out)
         held["status"] = "ok"
     except FedkdError as error:
@@ -94,6 +97,12 @@ def _watch(out: Path, screen: Screen, name: str, epoch: Epoch) -> None:
         f"{name:>24}  epoch {epoch.number:>3}  validation {percent(epoch.accuracy):>6}  "
         f"loss {epoch.loss:6.3f}  {seconds(epoch.seconds):>8}"
     )
+
+
+def _gain(played: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Mean and standard deviation over seeds of the accuracy that teaching adds, in [-1, 1]."""
+    gains = [run["judged"][TAUGHT]["accuracy"] - run["judged"][ALONE]["accuracy"] for run in played]
+    return {"mean": fmean(gains), "std": stdev(gains) if len(gains) > 1 else None}
 
 
 def _rehearse(task: Task, config: DistillConfig, terms: Sequence[Term]) -> None:
@@ -159,6 +168,7 @@ def _table(ranking: Sequence[dict[str, Any]]) -> Grid:
     ]
     said = (
         "The first one teaches; in brackets its place by each measure.\n"
+        "Who is less accurate than the best, beyond chance, comes after the others.\n"
         "entropy: of its soft labels, in nats; gap: |log(parameters / the student's)|."
     )
     return Grid(titles, rows, said)

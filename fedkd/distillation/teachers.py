@@ -180,10 +180,11 @@ def rank(
 ) -> list[dict[str, float | int | str]]:
     """The teachers from the most promising one down, with what speaks for and against each.
 
-    Measured on the validation images: accuracy (more is better), calibration error (less), the entropy of its soft
-    labels at the temperature, in nats (more tells more), and the gap in capacity |log(parameters / the student's)|
-    (less: Mirzadeh et al., 2020). Each orders the teachers; they are ranked by the mean of their four places, ties
-    by accuracy. That is a rule of thumb without fitted weights, not a law.
+    Measured on the validation images. Accuracy comes first, as far as they can tell: who is within two standard
+    errors of the most accurate is as good as that. Among those four places decide, by their mean: accuracy (more is
+    better), calibration error (less), the entropy of soft labels at the temperature, in nats (more tells more), and
+    the gap in capacity |log(parameters / the student's)| (less: Mirzadeh et al., 2020). The others follow by
+    accuracy. That is a rule of thumb without fitted weights, not a law.
     """
     own = sum(p.numel() for p in fresh(task, config, config.student).parameters())
     rows: list[dict[str, float | int | str]] = []
@@ -206,6 +207,13 @@ def rank(
         values = [sign * float(row[key]) for row in rows]
         for row, value in zip(rows, values, strict=True):
             row[f"{key}_place"] = 1 + sum(other < value for other in values)
+    best = max(float(row["accuracy"]) for row in rows)
+    error = (2 * max(best * (1 - best), 1 / len(task.validation)) / len(task.validation)) ** 0.5
     for row in rows:
         row["mean_place"] = sum(int(row[f"{key}_place"]) for key in ("accuracy", "ece", "entropy", "gap")) / 4
-    return sorted(rows, key=lambda row: (float(row["mean_place"]), -float(row["accuracy"])))
+        row["is_good"] = float(row["accuracy"]) >= best - 2 * error
+
+    def order(row: dict[str, float | int | str]) -> tuple[bool, float, float]:
+        return not row["is_good"], float(row["mean_place"]) if row["is_good"] else 0.0, -float(row["accuracy"])
+
+    return sorted(rows, key=order)

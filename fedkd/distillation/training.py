@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from fedkd import learning, models, optimizers, seeds
+from fedkd.errors import RunError
 from fedkd.terms.lesson import Lesson
 
 if TYPE_CHECKING:
@@ -49,6 +51,10 @@ def train(
     """Train ``module`` in place, epoch by epoch: on the labels, and on what the terms pull to.
 
     Batches and their augmentation follow ``seed`` alone, so that students with and without a teacher are paired.
+
+    Raises:
+        RunError: the loss is no number any more.
+
     """
     with seeds.seeded(seeds.derive(seed, "adapters")):
         lesson = lesson_of(task, config, module, teachers, terms)
@@ -71,7 +77,12 @@ def train(
             seed=seeds.derive(seed, "epoch", epoch),
         )
         answers = learning.predict(module, task.validation.pixels, task.scaling)
-        yield Epoch(epoch, *learning.score(answers, task.validation.labels), time.perf_counter() - start)
+        accuracy, loss = learning.score(answers, task.validation.labels)
+        if not math.isfinite(loss):
+            raise RunError(
+                f"Training diverged in epoch {epoch}; lower --learning-rate {config.learning_rate:g} or a weight."
+            )
+        yield Epoch(epoch, accuracy, loss, time.perf_counter() - start)
 
 
 def lesson_of(

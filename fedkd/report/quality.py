@@ -54,12 +54,14 @@ def knows(found: Joined) -> Grid:
     any_ = next(iter(found.values()))
     images, hard, moved = (f"{any_[key]['mean']:,.0f}" for key in ("images", "corrupted_images", "shifted_images"))
     given = any_["shifted"] == "given"
-    caption = (
-        f"on {images} test images; NLL in nats; ECE: expected calibration error; agrees: with the teacher's class;\n"
-        f"corrupted: mean accuracy over {', '.join(any_['corruptions'])} at all strengths, {hard} images each;\n"
-        f"shifted: {moved} images {'of another set' if given else 'of the test set, rotated and moved'}."
-    )
-    return Grid(titles, rows, caption)
+    said = [
+        f"on {images} test images; NLL in nats; ECE: expected calibration error; agrees: with the teacher's class;",
+        f"corrupted: mean accuracy over {', '.join(any_['corruptions'])} at all strengths, {hard} images each;",
+        f"shifted: {moved} images {'of another set' if given else 'of the test set, rotated and moved'}.",
+    ]
+    if any_["corruption_accuracy"] is None:
+        del said[1]
+    return Grid(titles, rows, "\n".join(said))
 
 
 def costs(found: Joined) -> Grid:
