@@ -143,8 +143,7 @@ def _student_name(member: Config, out: Path) -> str:
     """The first method's first student has the plain name; the others say whose they are."""
     if not (out / "student.safetensors").exists():
         return "student.safetensors"
-    words = "".join(c if c.isalnum() else "-" for c in member.algorithm).strip("-")
-    return f"student-{words}-seed{member.seed}.safetensors"
+    return runs.student_file(member.algorithm, member.seed)
 
 
 def _title(config: Config) -> str:

@@ -133,6 +133,12 @@ def environment(device: str, dataset: str, fallback: str) -> dict[str, Any]:
     }
 
 
+def student_file(algorithm: str, seed: int) -> str:
+    """The name of a student that is not its run's first."""
+    words = "".join(c if c.isalnum() else "-" for c in algorithm).strip("-")
+    return f"student-{words}-seed{seed}.safetensors"
+
+
 def save_partitions(path: Path, experiments: Mapping[int, Experiment]) -> None:
     """Rows of every client (split at ``ends``), class counts and proxy rows, for each seed."""
     import numpy as np

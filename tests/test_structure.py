@@ -25,10 +25,10 @@ RANKS = [
     {"experiment"},
     {"measure", "runs"},
     {"report", "serving"},
-    {"conduct", "distillation"},
+    {"conduct", "distillation", "exports"},
     {"cli"},
     {"flower"},
-    {"simulate", "compare", "distill", "serve"},
+    {"simulate", "compare", "distill", "serve", "export"},
     {"bench"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

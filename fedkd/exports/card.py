@@ -1,0 +1,109 @@
+"""``MODEL_CARD.md``: what a student is, how it was made, what was measured. Nothing that is not on record."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from fedkd import runs
+from fedkd.exports.check import grid
+from fedkd.report.table import Grid
+from fedkd.report.text import percent
+
+PRIVACY = "Only logits being shared is *not* a privacy guarantee. No formal privacy is claimed."
+
+
+def card(report: dict[str, Any], trained: list[str]) -> str:
+    """The model card of a report, as Markdown; ``trained`` are lines on how it was trained."""
+    about = report["student"]
+    pixels, classes = about["pixels"], about["classes"]
+    named = f": {', '.join(about['names'])}, in this order" if about["names"] else ", numbered from 0"
+    norm = ", BatchNorm" if about["norm"] == "batch" else ""
+    files = {about["file"]: about, **{entry["file"]: entry for entry in report["files"].values()}}
+    listed = Grid(
+        ["file", "bytes", "sha256"],
+        [[name, f"{entry['bytes']:,}", f"`{entry['sha256']}`"] for name, entry in files.items()],
+        "",
+    )
+    return "\n".join(
+        [
+            f"# {about['model']} for {about['dataset']}",
+            "",
+            f"An image classifier written by fedkd {report['environment']['fedkd']}: `{about['model']}`{norm}, "
+            f"{about['parameters']:,} parameters, {classes} classes{named}.",
+            "",
+            "## How it was trained",
+            "",
+            *trained,
+            "",
+            "## What it takes and returns",
+            "",
+            f"- Input `pixels`: uint8 [N, {pixels}, {pixels}, 3], RGB, 0 to 255, as read; rows from the top.",
+            f"- Pictures of another size are scaled to {pixels} x {pixels} first (bicubic, in Pillow).",
+            "- Inside the file, and not to be done again: `(pixels - mean) / std` by channel, with mean "
+            f"{about['mean']} and std {about['std']}.",
+            f"- Output `logits`: float32 [N, {classes}]; their softmax are probabilities, the largest is the class.",
+            *[f"- `{entry['file']}` takes one image a call." for entry in report["files"].values() if entry["batch"]],
+            "",
+            "## What was measured",
+            "",
+            *_measured(report),
+            "",
+            "## Files",
+            "",
+            listed.markdown().rstrip(),
+            "",
+            "## Limits",
+            "",
+            f"- {PRIVACY}",
+            f"- It knows the {classes} classes of {about['dataset']} and answers every picture with one of them.",
+            "- Probabilities are not calibrated, and no picture from elsewhere was tried.",
+            "- The license of the weights is for whoever publishes them to state; the data set's terms may bear on it.",
+            "",
+        ]
+    )
+
+
+def _measured(report: dict[str, Any]) -> list[str]:
+    """The table, where anything was checked, and what it was measured on."""
+    if "original" not in report:
+        return ["Nothing: the files were written without a check (`--no-check`)."]
+    checks = [entry["check"] for entry in report["files"].values() if entry["check"]]
+    images = " or ".join(sorted({f"{check['images']:,} test images of {check['dataset']}" for check in checks}))
+    environment = report["environment"]
+    where = f"{environment['processor']}, one thread, PyTorch {environment['torch']}"
+    calibrated = [e for e in report["files"].values() if e["calibration_images"]]
+    return [
+        f"On {images}; times on {where}.",
+        *(f"`{e['file']}` was calibrated on {e['calibration_images']} training images." for e in calibrated),
+        "",
+        grid(report).markdown(),
+    ]
+
+
+def trained(file: Path) -> list[str]:
+    """How the student in a file was trained, by the records of the run beside it; as far as there are any."""
+    try:
+        config = tomllib.loads((file.parent / "config.toml").read_text(encoding="utf-8"))
+        played = json.loads((file.parent / "result.json").read_text(encoding="utf-8"))["runs"]
+        entry = next(run for run in played if run["deploys"] == "student" and _is_of(run, played, file.name))
+        lines = [
+            f"- Method: `{entry['algorithm']}`, simulated by fedkd, {entry['rounds']} rounds, seed {entry['seed']}.",
+            f"- Clients: {entry['clients']}, partition `{config['partitioner']}`, of them in a round: "
+            f"{percent(config['participation'], 0)}; models `{config['model']}`, {config['local-epochs']} local epochs.",
+            f"- Proxy set: `{config['proxy']}`.",
+            f"- Accuracy after the last round, as the run measured it on its test images: "
+            f"{percent(entry['test_accuracy'], 2)}.",
+        ]
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        return ["Not on record: there is no finished run beside the student."]
+    return lines
+
+
+def _is_of(run: dict[str, Any], played: list[dict[str, Any]], name: str) -> bool:
+    """Whether a run left the student of this name."""
+    first = next(other for other in played if other["deploys"] == "student")
+    wanted = "student.safetensors" if run is first else runs.student_file(run["algorithm"], run["seed"])
+    return name == wanted
