@@ -53,8 +53,8 @@ def export(
 ) -> None:
     """Write a student for ONNX Runtime, PyTorch or a phone, and check that it still answers the same.
 
-    Every file takes pixels uint8 [N, P, P, 3] and returns logits float32 [N, C]; the scaling is inside. Beside
-    them lie export.json and MODEL_CARD.md. Either all of it is written or nothing.
+    Every file takes pixels uint8 [N, P, P, 3] and returns logits float32 [N, C]; the scaling is inside. Beside them
+    lie export.json and MODEL_CARD.md. Either all of it is written or nothing.
     """
     wanted = formats.chosen(to)
     file = _file(run)

@@ -91,8 +91,9 @@ def trained(file: Path) -> list[str]:
         entry = next(run for run in played if run["deploys"] == "student" and _is_of(run, played, file.name))
         lines = [
             f"- Method: `{entry['algorithm']}`, simulated by fedkd, {entry['rounds']} rounds, seed {entry['seed']}.",
-            f"- Clients: {entry['clients']}, partition `{config['partitioner']}`, of them in a round: "
-            f"{percent(config['participation'], 0)}; models `{config['model']}`, {config['local-epochs']} local epochs.",
+            f"- Clients: {entry['clients']}, {percent(config['participation'], 0)} of them in a round, "
+            f"partition `{config['partitioner']}`.",
+            f"- Their models: `{config['model']}`, {config['local-epochs']} local epochs a round.",
             f"- Proxy set: `{config['proxy']}`.",
             f"- Accuracy after the last round, as the run measured it on its test images: "
             f"{percent(entry['test_accuracy'], 2)}.",

@@ -27,7 +27,7 @@ WARM, REPEATS, SECONDS = 3, 200, 3.0  # calls before the clock runs, calls timed
 
 def logits(run: Run, pixels: Tensor) -> Tensor:
     """What a runtime returns for images [N, P, P, 3], by parts: logits [N, C]."""
-    return torch.cat([run(part.contiguous()) for part in pixels.split(CPU_CHUNK)])
+    return torch.cat([run(part.contiguous()) for part in torch.split(pixels, CPU_CHUNK)])
 
 
 def compare(held: Format, ours: Tensor, theirs: Tensor, labels: Tensor) -> dict[str, Any]:

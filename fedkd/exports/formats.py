@@ -1,4 +1,4 @@
-"""The formats by name: how each is written, and how what was written is run. Libraries are imported when one is used."""
+"""The formats by name: how each is written, and how the file is run. Libraries are imported when one is used."""
 
 from __future__ import annotations
 
@@ -84,6 +84,9 @@ def write_onnx(student: Student, path: Path, training: Tensor | None = None) -> 
         )
     assert program is not None
     program.model.metadata_props.update(_about(student))
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # the exporter's notes on itself
+        node.doc_string = None
     program.save(path)
 
 
@@ -172,9 +175,11 @@ def open_pte(path: Path) -> Run:
         from executorch.runtime import Runtime
 
     _unsafe_reset_threadpool(1)  # unsafe while a program runs; there is no other way to say it
-    forward = Runtime.get().load_program(path.read_bytes()).load_method("forward")
+    content = path.read_bytes()
+    program = Runtime.get().load_program(content)
+    forward = program.load_method("forward")
 
-    def run(pixels: Tensor) -> Tensor:
+    def run(pixels: Tensor, _alive: object = (content, program)) -> Tensor:  # a method does not keep them
         return torch.cat([forward.execute([image[None]])[0] for image in pixels])
 
     return run
@@ -212,7 +217,10 @@ def _traced(student: Student) -> ExportedProgram:
     import torch
 
     shapes = {"pixels": {0: torch.export.Dim("batch")}}
-    return torch.export.export(served(student), (_images(student, 2),), dynamic_shapes=shapes)  # 0 and 1 are special
+    program = torch.export.export(served(student), (_images(student, 2),), dynamic_shapes=shapes)  # 0 and 1 are special
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of whoever exports
+    return program
 
 
 def _about(student: Student) -> dict[str, str]:
@@ -232,7 +240,7 @@ class _Shown:
     """Training images, as ONNX Runtime's quantizer asks for them."""
 
     def __init__(self, images: Tensor) -> None:
-        self.parts: Iterator[Tensor] = iter(images.split(BATCH))
+        self.parts: Iterator[Tensor] = iter([images[start : start + BATCH] for start in range(0, len(images), BATCH)])
 
     def get_next(self) -> dict[str, Any] | None:
         part = next(self.parts, None)

@@ -14,6 +14,9 @@ class Served(nn.Module):
     The same arithmetic as `Scaling`, whose cached tensors must stay out of a trace.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: nn.Module, scaling: Scaling) -> None:
         super().__init__()
         self.model = model
