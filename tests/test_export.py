@@ -114,7 +114,9 @@ def test_int8_holds_weights_of_eight_bits_one_scale_a_channel(tmp_path):
 def test_a_run_is_exported(tmp_path, hasty, capsys):
     play(tmp_path / "run", rounds=1)
     before = listed(tmp_path / "run")
+    capsys.readouterr()
     command.export(tmp_path / "run", to=("onnx", "pt2", "onnx"), images=50, json=True)
+    assert json.loads(capsys.readouterr().out)["original"]["file"] == "student.safetensors"
     command.export(tmp_path / "run", to=("int8",), images=50)
     report = json.loads((tmp_path / "run" / "export.json").read_text())
     assert listed(tmp_path / "run") == sorted(
@@ -132,7 +134,6 @@ def test_a_run_is_exported(tmp_path, hasty, capsys):
     assert report["files"]["int8"]["sha256"] in card
     assert "Method: `ensemble`" in card
     assert "No formal privacy is claimed" in card
-    assert json.loads(capsys.readouterr().out.split("\n}\n")[0] + "\n}")["original"]["file"] == "student.safetensors"
 
 
 def test_calibration_never_reads_test_images(saved, monkeypatch):
