@@ -508,6 +508,12 @@ def test_hosts_that_are_not_here():
         http.listen("203.0.113.1", 0)
 
 
+def test_answers_are_not_held_back_for_those_that_follow():
+    """Without its protocol asyncio leaves Nagle's algorithm on, and a connection that is kept waits 40 ms an answer."""
+    with http.listen("localhost", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
+
+
 def test_without_the_extra(file, monkeypatch):
     from fedkd import serve
 
