@@ -126,7 +126,7 @@ def test_multi_level_against_the_formula(pair, heat):
 def test_relations_of_answers_are_those_of_the_rows_beside_kl(pair, name):
     student, probs = pair[0], pair[1].softmax(-1)
     options = {key: p.default for key, p in inspect.signature(getattr(answers, name)).parameters.items()}
-    weight = options.get("weight", 1.0)
+    weight = options["weight"]
     relation = getattr(relations, name)(student.softmax(-1), probs).item()
     assert relation > 0
     ours = getattr(answers, name)
@@ -134,6 +134,14 @@ def test_relations_of_answers_are_those_of_the_rows_beside_kl(pair, name):
     assert ours(student, probs, kl=2.0).item() == pytest.approx(weight * relation + 2 * kl(student, probs).item())
     for key, parameter in inspect.signature(getattr(relations, name)).parameters.items():
         assert parameter.default in (inspect.Parameter.empty, options.get(key)), key
+
+
+def test_options_of_relations_reach_them(pair):
+    student, probs = pair[0], pair[1].softmax(-1)
+    for name, options in (("rkd", {"distance": 2.0, "angle": 3.0}), ("correlation", {"gamma": 1.5, "order": 4})):
+        expected = getattr(relations, name)(student.softmax(-1), probs, **options).item()
+        ours = getattr(answers, name)(student, probs, **options, weight=5.0, kl=0.0)
+        assert ours.item() == pytest.approx(5 * expected, **CLOSE)
 
 
 def test_a_relation_alone_does_not_know_which_class_is_which(pair):

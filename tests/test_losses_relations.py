@@ -171,6 +171,24 @@ def test_graph_takes_maps_and_does_not_see_scale_or_width_in_edges(generator):
     assert loss == pytest.approx(graph(student, teacher, **edges).item(), **CLOSE)
 
 
+def test_graph_keeps_digits_far_from_zero(generator):
+    student, teacher = layers(generator, 4), layers(generator, 4)
+    shifted = (100 + student[0]).float()
+    exact = graph([shifted.double()], teacher, vertex=0.0).item()
+    assert graph([shifted], [teacher[0].float()], vertex=0.0).item() == pytest.approx(exact, rel=1e-5)
+
+
+def test_graph_takes_rows_that_differ_by_rounding_for_alike(generator):
+    """Else their noise is blown up to mean distance one, and its gradient with it."""
+    rows = torch.tensor([0.1, 0.7, 1.3, 2.9]).expand(6, 4).clone().requires_grad_()
+    noisy = rows * (1 + 1e-7 * torch.tensor([0.0, 1, 2, 0, 1, 2])[:, None])
+    teacher = [layer.float() for layer in layers(generator, 4)]
+    assert noisy.unique(dim=0).shape[0] > 1
+    loss = graph([noisy], teacher, vertex=0.0)
+    assert loss == graph([rows], teacher, vertex=0.0)
+    assert torch.autograd.grad(loss, rows)[0].eq(0).all()
+
+
 def test_graph_refuses_what_it_cannot_compare(generator):
     wide, narrow = layers(generator, 4, 4), layers(generator, 4, 3)
     for student, teacher, options in (

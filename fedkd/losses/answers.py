@@ -1,8 +1,9 @@
 """Relations between answers, under the contract of `logits`: student_logits [B, C] / T, teacher_probs [B, C].
 
 A loss of `relations` between the rows softmax(student_logits) and teacher_probs, and ``kl`` times `logits.kl`: a
-relation alone cannot teach classes, since it stays the same when the student's are permuted. The weights are those of
-public code on features (RepDistiller); `correlation`'s is ours, and pulls about as hard on answers.
+relation alone cannot teach classes, since it stays the same when the student's are permuted. The weights are ours:
+a hundredth of what public code has for features (RepDistiller; for `correlation`, what pulls about as hard). At those
+the relation drowns KL, and a student of digits learned relations but few classes, or none.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ def rkd(
     *,
     distance: Weight = 25.0,
     angle: Weight = 50.0,
+    weight: Weight = 0.01,
     kl: Weight = 1.0,
 ) -> Tensor:
-    """The distances and angles of `relations.rkd` (Park et al., 2019) + kl * KL."""
+    """Weight * `relations.rkd` (Park et al., 2019) + kl * KL."""
     relation = relations.rkd(student_logits.softmax(-1), teacher_probs, distance=distance, angle=angle)
-    return kl * logits.kl(student_logits, teacher_probs) + relation
+    return kl * logits.kl(student_logits, teacher_probs) + weight * relation
 
 
-def similarity(student_logits: Tensor, teacher_probs: Tensor, *, weight: Weight = 3000.0, kl: Weight = 1.0) -> Tensor:
+def similarity(student_logits: Tensor, teacher_probs: Tensor, *, weight: Weight = 30.0, kl: Weight = 1.0) -> Tensor:
     """Weight * `relations.similarity` (SP: Tung and Mori, 2019) + kl * KL."""
     relation = relations.similarity(student_logits.softmax(-1), teacher_probs)
     return kl * logits.kl(student_logits, teacher_probs) + weight * relation
@@ -43,7 +45,7 @@ def correlation(
     *,
     gamma: Scale = 0.4,
     order: PositiveInt = 2,
-    weight: Weight = 100.0,
+    weight: Weight = 3.0,
     kl: Weight = 1.0,
 ) -> Tensor:
     """Weight * `relations.correlation` (CC: Peng et al., 2019) + kl * KL."""
@@ -51,7 +53,7 @@ def correlation(
     return kl * logits.kl(student_logits, teacher_probs) + weight * relation
 
 
-def pkt(student_logits: Tensor, teacher_probs: Tensor, *, weight: Weight = 30000.0, kl: Weight = 1.0) -> Tensor:
+def pkt(student_logits: Tensor, teacher_probs: Tensor, *, weight: Weight = 300.0, kl: Weight = 1.0) -> Tensor:
     """Weight * `relations.pkt` (Passalis and Tefas, 2018) + kl * KL."""
     relation = relations.pkt(student_logits.softmax(-1), teacher_probs)
     return kl * logits.kl(student_logits, teacher_probs) + weight * relation
