@@ -284,7 +284,7 @@ def test_students_of_all_kinds(changes, tmp_path):
 def test_the_same_again_and_teachers_are_kept(tmp_path):
     results = [play(tmp_path / name, teacher="cnn:width=6", loss="logits features") for name in ("a", "b")]
     epochs = [[json.loads(line)["network"] for line in (tmp_path / n / "epochs.jsonl").open()] for n in ("a", "b")]
-    assert epochs[0] == ["cnn:width=6", "alone seed0", "student seed0"][-len(epochs[0]) :]
+    assert {"cnn:width=6", "student seed0"} <= {*epochs[0]}
     assert epochs[1] == ["student seed0"]
     weights = [students.load(tmp_path / name).weights for name in ("a", "b")]
     assert tensors.equal(*weights)
