@@ -200,7 +200,7 @@ def test_no_student_there(saved, tmp_path):
     with pytest.raises(DataError, match="not the directory of a run"):
         command.export(saved, to=("pt2",))
     (saved / "config.toml").write_text('algorithm = "central"\n')
-    with pytest.raises(DataError, match="holds no student.*central"):
+    with pytest.raises(DataError, match=r"holds no student.*central"):
         command.export(saved, to=("pt2",))
 
 
