@@ -60,6 +60,19 @@ def test_the_readmes_commands_are_understood(monkeypatch):
         experiment.check(Config.parse(values))
 
 
+DISTILLED = re.findall(
+    r"^\s*python -m fedkd\.distill (.*?)(?:\s{2,}#.*)?$",
+    (ROOT / "README.md").read_text() + (ROOT / "docs/distillation.md").read_text(),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("command", DISTILLED)
+def test_commands_of_distillation_are_understood(command):
+    words = shlex.split(command)
+    distill.check(DistillConfig.parse({words[i].removeprefix("--"): words[i + 1] for i in range(0, len(words), 2)}))
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "simulations").glob("*.toml")), ids=lambda path: path.name)
 def test_scenarios_are_understood(path):
     values = tomllib.loads(path.read_text())
