@@ -32,6 +32,7 @@ CATALOG: dict[str, dict[str, str]] = {
         "fedavg": "fedkd.algorithms.fedavg:FedAvg",
         "fedprox": "fedkd.algorithms.fedavg:FedProx",
         "fedavgm": "fedkd.algorithms.fedavg:FedAvgM",
+        "mentor": "fedkd.algorithms.mentor:Mentor",
         "scaffold": "fedkd.algorithms.scaffold:Scaffold",
         "feddf": "fedkd.algorithms.feddf:FedDF",
         "fedbe": "fedkd.algorithms.feddf:FedBE",

@@ -82,7 +82,7 @@ class Config(Options):
         "Methods",
         "What clients and server do. Soft labels on the proxy: ensemble, fedmd, nfdp, dsfl, cronus, cfd, selective-fd, "
         "density, scarlet, comet, kt-pfl, fedgems, fedema; without a proxy: fd, fedproto; weights: fedavg, fedprox, "
-        "fedavgm, scaffold, feddf, fedbe, fed-et; the ends of the scale: local, central.",
+        "fedavgm, mentor, scaffold, feddf, fedbe, fed-et; the ends of the scale: local, central.",
     )
     compare: Several = option(
         "", "Methods", "Further algorithms to play on the same data, students and seeds (several).", several=True

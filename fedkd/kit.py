@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fedkd.data.scaling import Scaling
     from fedkd.learning import Objective, Penalty
     from fedkd.tensors import Tensors
+    from fedkd.terms import Term
 
     Aggregator = Callable[[Tensor, Tensor], Tensor]
     DistillationLoss = Callable[[Tensor, Tensor], Tensor]
@@ -119,6 +121,28 @@ class Kit:
         pixels = torch.cat([client.data.pixels, self.proxy[rows]])
         self._fit(module, pixels, together, objective, client.seed, only=own)
         return _weights(module)
+
+    def fit_taught(
+        self, client: Client, weights: Tensors, teacher: tuple[str, Tensors], term: Term, adapters: Tensors
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weights after local training beside a teacher (model, weights), and the adapters.
+
+        The latter are what the term learns along with the student: fresh where there are none yet.
+        """
+        from fedkd.terms.lesson import Lesson
+
+        module = self._module(client.model, weights)
+        # A copy: a teacher of the student's own architecture must not be the same module.
+        taught_by = copy.deepcopy(self._module(*teacher)).eval().requires_grad_(False)
+        sample = self.scaling(client.data.pixels[:2].to(self.device))
+        with seeds.seeded(seeds.derive(client.seed, "adapters")):
+            lesson = Lesson(module, [taught_by], [term], sample, client.data.labels.to(self.device)).to(self.device)
+        if adapters:
+            lesson.pulls.load_state_dict(dict(adapters))
+        rows = torch.arange(len(client.data))
+        targets = torch.stack([client.data.labels, rows], 1)
+        self._fit(lesson, client.data.pixels, targets, lesson.loss, client.seed)
+        return _weights(module), _weights(lesson.pulls)
 
     def _fit(
         self,

@@ -28,7 +28,7 @@ MORE = [
     "cfd:up_bits=32,down_bits=2",
     "cronus:down=nothing",
 ]
-SAME = {"fedavg", "fedprox", "fedavgm", "scaffold", "fedbe", "fedema", "central"}  # one model for all
+SAME = {"fedavg", "fedprox", "fedavgm", "mentor", "scaffold", "fedbe", "fedema", "central"}  # one model for all
 PERSONAL = {"fedmd", "nfdp", "comet", "kt-pfl", "fd", "fedproto", "local", "central"}  # without a global student
 
 

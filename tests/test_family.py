@@ -15,6 +15,7 @@ from fedkd.algorithm import Update
 from fedkd.algorithms import feddf, fedgems, scaffold, scarlet, selective
 from fedkd.errors import RunError, UsageError
 from fedkd.experiment import prepare
+from fedkd.tensors import equal, shapes, take
 from tests.conftest import play, tiny
 
 PROBS = torch.full((40, 10), 0.1)
@@ -85,6 +86,42 @@ def test_feddf_averages_within_an_architecture_and_distills_across():
     assert tensors.equal(algorithm.deploy(kit, new), kit.initial("resnet8:width=8"))
     alone = algorithm.tell(kit, new, {1: updates[1]}, seed=2)  # nobody of the first architecture came
     assert tensors.equal(tensors.take("group0", alone), tensors.take("group0", new))
+
+
+def test_a_mentor_that_weighs_nothing_leaves_fedavg(kit):
+    """To the bit: the same rows in the same order, plus zero."""
+    experiment = prepare(tiny())
+    held = experiment.client(0, 1, {})
+    start = experiment.kit.initial(experiment.kit.student)
+    plain, _ = call("fedavg").local(experiment.kit, held, start)
+    silent, _ = call("mentor:model=cnn:width=4,term=logits,weight=0").local(experiment.kit, held, start)
+    assert equal(plain.tensors, silent.tensors)
+
+
+@pytest.mark.parametrize("term", ["logits", "features", "relations", "graph", "contrastive"])
+def test_a_mentor_stays_with_its_client_and_pulls(term):
+    experiment = prepare(tiny())
+    kit, mentor = experiment.kit, call(f"mentor:model=resnet8,term={term}")
+    start = kit.initial(kit.student)
+    first, memory = mentor.local(kit, experiment.client(0, 1, {}), start)
+    plain, _ = call("fedavg").local(kit, experiment.client(0, 1, {}), start)
+    assert shapes(first.tensors) == mentor.sends(kit, start, 0)
+    assert not equal(first.tensors, plain.tensors)
+    assert equal(take("model", memory), first.tensors)
+    _, again = mentor.local(kit, experiment.client(0, 2, memory), first.tensors)
+    assert not equal(take("mentor", memory), take("mentor", again))
+    if term in ("features", "graph", "contrastive"):  # what was learned goes on from where it was
+        forgetful = {name: tensor for name, tensor in memory.items() if not name.startswith("adapters/")}
+        _, fresh = mentor.local(kit, experiment.client(0, 2, forgetful), first.tensors)
+        assert not equal(take("adapters", again), take("adapters", fresh))
+
+
+def test_a_mentor_of_the_students_own_architecture_is_another_network():
+    experiment = prepare(tiny())
+    update, memory = call("mentor:model=cnn:width=8").local(
+        experiment.kit, experiment.client(0, 1, {}), experiment.kit.initial(experiment.kit.student)
+    )
+    assert not equal(update.tensors, take("mentor", memory))
 
 
 def test_fedavgm_without_momentum_is_fedavg_and_with_it_carries_on(kit):
