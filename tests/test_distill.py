@@ -462,3 +462,19 @@ def test_the_issues_own_commands_are_understood():
         {"loss": ["logits:weight=0.9", "features:layers=layer2+layer3"]},
     ):
         assert check(config(**changes))
+
+
+def test_a_model_card_says_how_a_student_was_distilled(tmp_path):
+    from fedkd.exports import card
+
+    result = play(tmp_path / "run", seed=3, seeds=2, loss=["logits", "graph"])
+    for name, says in (
+        ("student.safetensors", "Trained by fedkd by `logits graph` from cnn:width=8, 1 epochs, seed 3."),
+        ("student-seed4.safetensors", "seed 4."),
+        ("alone-seed4.safetensors", "on labels alone, 1 epochs, seed 4."),
+    ):
+        who, seed = name.removesuffix(".safetensors").split("-seed") if "-" in name else ("student", "3")
+        accuracy = next(run for run in result["runs"] if run["seed"] == int(seed))["judged"][who]["accuracy"]
+        first, second = card.trained(tmp_path / "run" / name)
+        assert says in first
+        assert f"{100 * accuracy:.2f}%" in second

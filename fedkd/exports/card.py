@@ -87,20 +87,38 @@ def trained(file: Path) -> list[str]:
     """How the student in a file was trained, by the records of the run beside it; as far as there are any."""
     try:
         config = tomllib.loads((file.parent / "config.toml").read_text(encoding="utf-8"))
-        played = json.loads((file.parent / "result.json").read_text(encoding="utf-8"))["runs"]
-        entry = next(run for run in played if run["deploys"] == "student" and _is_of(run, played, file.name))
-        lines = [
-            f"- Method: `{entry['algorithm']}`, simulated by fedkd, {entry['rounds']} rounds, seed {entry['seed']}.",
-            f"- Clients: {entry['clients']}, {percent(config['participation'], 0)} of them in a round, "
-            f"partition `{config['partitioner']}`.",
-            f"- Their models: `{config['model']}`, {config['local-epochs']} local epochs a round.",
-            f"- Proxy set: `{config['proxy']}`.",
-            f"- Accuracy after the last round, as the run measured it on its test images: "
-            f"{percent(entry['test_accuracy'], 2)}.",
-        ]
+        result = json.loads((file.parent / "result.json").read_text(encoding="utf-8"))
+        return (_distilled if "teacher" in config else _simulated)(config, result, file.name)
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
         return ["Not on record: there is no finished run beside the student."]
-    return lines
+
+
+def _simulated(config: dict[str, Any], result: dict[str, Any], name: str) -> list[str]:
+    """By a run of ``fedkd.simulate``."""
+    played = result["runs"]
+    entry = next(run for run in played if run["deploys"] == "student" and _is_of(run, played, name))
+    return [
+        f"- Method: `{entry['algorithm']}`, simulated by fedkd, {entry['rounds']} rounds, seed {entry['seed']}.",
+        f"- Clients: {entry['clients']}, {percent(config['participation'], 0)} of them in a round, "
+        f"partition `{config['partitioner']}`.",
+        f"- Their models: `{config['model']}`, {config['local-epochs']} local epochs a round.",
+        f"- Proxy set: `{config['proxy']}`.",
+        f"- Accuracy after the last round, as the run measured it on its test images: "
+        f"{percent(entry['test_accuracy'], 2)}.",
+    ]
+
+
+def _distilled(config: dict[str, Any], result: dict[str, Any], name: str) -> list[str]:
+    """By a run of ``fedkd.distill``: ``student.safetensors`` is the first seed's, the others name theirs."""
+    who, _, seed = name.removesuffix(".safetensors").partition("-seed")
+    entry = next(run for run in result["runs"] if run["seed"] == int(seed or config["seed"]))
+    taught = f"by `{config['loss']}`" + (f" from {', '.join(result['teachers'])}" if result["teachers"] else "")
+    return [
+        f"- Trained by fedkd {'on labels alone' if who == 'alone' else taught}, "
+        f"{config['epochs']} epochs, seed {entry['seed']}.",
+        f"- Accuracy after the last epoch, as the run measured it on its test images: "
+        f"{percent(entry['judged'][who]['accuracy'], 2)}.",
+    ]
 
 
 def _is_of(run: dict[str, Any], played: list[dict[str, Any]], name: str) -> bool:
