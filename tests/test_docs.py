@@ -76,7 +76,7 @@ def test_commands_of_distillation_are_understood(command):
 @pytest.mark.parametrize("path", sorted((ROOT / "simulations").glob("*.toml")), ids=lambda path: path.name)
 def test_scenarios_are_understood(path):
     values = tomllib.loads(path.read_text())
-    if "teacher" in values:
+    if "epochs" in values:
         distill.check(DistillConfig.parse(values))
     else:
         experiment.check(Config.parse(values))
