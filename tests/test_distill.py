@@ -292,6 +292,19 @@ def test_the_same_again_and_teachers_are_kept(tmp_path):
     assert accuracies[0] == accuracies[1]
 
 
+def test_a_network_of_ones_own_is_trained_anew(tmp_path):
+    """Its code may have changed."""
+    code = (
+        "from torch import nn\ndef Net(*, classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(3072, classes))\n"
+    )
+    (tmp_path / "mine.py").write_text(code)
+    own = f"{tmp_path}/mine.py:Net"
+    for name in ("a", "b"):
+        play(tmp_path / name, teacher=own, student=own)
+        told = [json.loads(line)["network"] for line in (tmp_path / name / "epochs.jsonl").open()]
+        assert told == [own, "alone seed0", "student seed0"]
+
+
 def test_a_good_teacher_is_followed(tmp_path):
     """A student taught on few epochs agrees more with its teacher than one that never met it."""
     judged = play(tmp_path / "run", epochs=4, teacher_epochs=6, loss="logits:temperature=2,hard=0,soft=1")["runs"][0][

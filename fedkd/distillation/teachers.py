@@ -8,13 +8,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fedkd import cache, learning, quality, students, tensors
+from fedkd import cache, learning, quality, specs, students, tensors
 from fedkd.distillation import naming
 from fedkd.distillation.training import Epoch, fresh, train
 from fedkd.errors import DataError
@@ -87,11 +88,15 @@ def trained(
     seed: int,
     watch: Callable[[Epoch], None],
 ) -> nn.Module:
-    """A network trained on the labels alone. It is kept, and not trained again for the same data and settings."""
+    """A network trained on the labels alone. It is kept, and not trained again for the same data and settings.
+
+    One of somebody's own is not kept: its code may change under the same name.
+    """
     own = dataclasses.replace(config, seed=seed)
     path = cache.directory() / "teachers" / f"{_key(task, own, model, epochs)}.safetensors"
     module = fresh(task, own, model)
-    if path.is_file():
+    is_kept = not specs.is_own(model)
+    if is_kept and path.is_file():
         try:
             students.fill(module, students.read_weights(path), "the weights kept")
             return module
@@ -99,6 +104,8 @@ def trained(
             pass
     for epoch in train(module, task, own, epochs=epochs, seed=seed):
         watch(epoch)
+    if not is_kept:
+        return module
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         student_of(task, own, model, module).save(path)
@@ -112,7 +119,8 @@ def _key(task: Task, config: DistillConfig, model: str, epochs: int) -> str:
     numbers = (config.norm, epochs, config.batch_size, config.learning_rate, config.momentum, config.weight_decay)
     data = tensors.digest({"pixels": task.train.pixels.cpu(), "labels": task.train.labels})
     run = (config.augment and task.flip, config.augment, config.seed, config.threads, task.device)
-    said = [LAYOUT, model, *numbers, *run, data, torch.__version__, torch.backends.cpu.get_cpu_capability()]
+    machine = (torch.__version__, version("torchvision"), torch.backends.cpu.get_cpu_capability())
+    said = [LAYOUT, model, *numbers, *run, data, *machine]
     words = "".join(letter if letter.isalnum() else "-" for letter in model).strip("-")
     return f"{words}-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}"
 
