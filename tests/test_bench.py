@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import time
 from statistics import median
 
@@ -80,7 +82,8 @@ def test_a_stack_is_run_and_shown():
         "fedavg": {
             name: {
                 "against": "bare loop, 1 process" if "fedkd" in name else "",
-                "megabytes": None,
+                "megabytes": 9.0,
+                "beyond": None,
                 "bytes": timing.bytes,
                 "messages": timing.messages,
                 "runs": [{"rounds": timing.rounds, "rest": timing.rest, "begun": timing.begun}],
@@ -92,6 +95,18 @@ def test_a_stack_is_run_and_shown():
     assert table.row_count == 2
     assert set(plan(work, 2)) == {"fedavg", "ensemble", "idle", "many"}
     assert all(stack.against in held or not stack.against for held in plan(work, 2).values() for stack in held.values())
+
+
+def test_images_mapped_from_the_cache_are_weighed_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDKD_CACHE", str(tmp_path))
+    (tmp_path / "images").write_bytes(bytes(50_000_000))
+    before, none = stacks.megabytes_of(os.getpid())
+    with (tmp_path / "images").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as images:
+        assert sum(images[:: mmap.PAGESIZE]) == 0
+        total, mapped = stacks.megabytes_of(os.getpid())
+    assert none == 0
+    assert mapped == pytest.approx(50, rel=0.01)
+    assert total - mapped == pytest.approx(before, rel=0.1)
 
 
 def test_an_idle_client_says_when_it_was_asked():

@@ -139,7 +139,7 @@ def test_a_keyboard_is_enough(page, file):
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "file"
     assert page.locator("#drop").evaluate("field => getComputedStyle(field).outlineStyle") == "solid"
-    # The window in which files are chosen is the system's, and a busy browser may lose it: what would open it is a click.
+    # The window in which files are chosen is the system's, and a busy browser may lose it; a click would open it.
     page.evaluate(
         """document.activeElement.addEventListener("click", (event) => {
             event.preventDefault();

@@ -132,7 +132,7 @@ def _measure(measured: dict[str, Stack], repeats: int, console: Console) -> dict
                 f"{name}: {median(report.warm(timing.rounds)):.4f} s a round, {timing.rest:.1f} s beside", style="dim"
             )
             if is_last:
-                found[name] |= {"megabytes": timing.megabytes, "bytes": timing.bytes, "messages": timing.messages}
+                found[name] |= {key: getattr(timing, key) for key in ("megabytes", "beyond", "bytes", "messages")}
             else:
                 found[name]["runs"].append({"rounds": timing.rounds, "rest": timing.rest, "begun": timing.begun})
     return found

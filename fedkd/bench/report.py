@@ -49,16 +49,23 @@ def table(part: str, found: Mapping[str, Any]) -> Table:
     for title in ("best round", "median", "beside rounds", "memory", "bytes a round", *columns):
         table.add_column(title, justify="right", no_wrap=True)
     for name, stack in held.items():
-        memory = "–" if stack["megabytes"] is None else f"{stack['megabytes']:,.0f} MB"
         always = (
             _seconds(best(stack)),
             _seconds(typical(stack)),
             f"{beside(stack):.1f} s",
-            memory,
+            _memory(stack["megabytes"]),
             size(stack["bytes"]),
         )
         table.add_row(name, *always, *(columns[title](stack, found, held) for title in columns))
     return table
+
+
+def _memory(megabytes: float | None) -> str:
+    return "–" if megabytes is None else f"{megabytes:,.0f} MB"
+
+
+def _beyond(stack: Mapping[str, Any], found: Mapping[str, Any], held: Mapping[str, Any]) -> str:
+    return _memory(stack["beyond"])
 
 
 def _ratio(stack: Mapping[str, Any], found: Mapping[str, Any], held: Mapping[str, Any]) -> str:
@@ -92,7 +99,7 @@ COLUMNS: dict[str, dict[str, Callable[..., str]]] = {
     "fedavg": {"images/s": _speed, "against": _ratio},
     "ensemble": {"against": _ratio},
     "idle": {"a message": _per_message, "first step (beyond import torch)": _first_step},
-    "many": {"against": _ratio},
+    "many": {"beyond images on disk": _beyond, "against": _ratio},
 }
 
 

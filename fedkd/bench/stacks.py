@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedkd import runs
+from fedkd import cache, runs
 from fedkd.config import Config
 from fedkd.errors import RunError
 
@@ -62,6 +62,7 @@ class Timing:
     rounds: Sequence[float]
     rest: float
     megabytes: float | None = None
+    beyond: float | None = None  # of these, what is not images mapped from the cache on the disk
     bytes: int | None = None  # of the arrays of a round, up and down
     messages: int | None = None  # of a round
     begun: float | None = None  # seconds from the start of the process to the first client's step
@@ -73,14 +74,14 @@ def fedkd(work: Work, *, weigh: bool = False, **changes: Any) -> Timing:
         out, scenario = Path(parent) / "run", Path(parent) / "work.toml"
         runs.write(scenario, runs.toml(work.config(**changes, out=str(out))))
         start = time.time()
-        _, whole, megabytes = _run(["-m", "fedkd.simulate", str(scenario)], weigh)
+        _, whole, held = _run(["-m", "fedkd.simulate", str(scenario)], weigh)
         rows = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
     spent = sum(row["seconds"] + row["evaluation_seconds"] for row in rows)
     first = rows[0]["train_metrics"].get("time")
     return Timing(
         [row["seconds"] for row in rows],
         whole - spent,
-        megabytes,
+        *held,
         round(fmean(row["bytes_up"] + row["bytes_down"] for row in rows)),
         rows[0]["participants"],
         None if first is None else first - start,
@@ -125,12 +126,15 @@ def _script(name: str, work: Work) -> list[str]:
 
 
 def _foreign(arguments: list[str], weigh: bool) -> Timing:
-    said, whole, megabytes = _run(arguments, weigh)
+    said, whole, held = _run(arguments, weigh)
     seconds = json.loads(said.splitlines()[-1])["rounds"]
-    return Timing(seconds, whole - sum(seconds), megabytes)
+    return Timing(seconds, whole - sum(seconds), *held)
 
 
-def _run(arguments: list[str], weigh: bool) -> tuple[str, float, float | None]:
+Held = tuple[float | None, float | None]  # megabytes at most: all, and without the images on the disk
+
+
+def _run(arguments: list[str], weigh: bool) -> tuple[str, float, Held]:
     """What a Python process prints, its seconds from start to end, and, if asked, its megabytes.
 
     Weighing disturbs what is timed: it is done in runs of its own.
@@ -140,9 +144,10 @@ def _run(arguments: list[str], weigh: bool) -> tuple[str, float, float | None]:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         start = time.perf_counter()
         process = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=errors, env=environment)
-        most = 0.0
+        most = beyond = 0.0
         while weigh and process.poll() is None:
-            most = max(most, megabytes_of(process.pid))
+            total, images = megabytes_of(process.pid)
+            most, beyond = max(most, total), max(beyond, total - images)
             time.sleep(PAUSE)
         code = process.wait()
         whole = time.perf_counter() - start
@@ -151,17 +156,22 @@ def _run(arguments: list[str], weigh: bool) -> tuple[str, float, float | None]:
         if code:
             said = errors.read().strip() or "no reason given"
             raise RunError(f"{' '.join(arguments[:2])} ended with {code}: {said.splitlines()[-1]}", said)
-        return out.read().strip(), whole, most or None
+        return out.read().strip(), whole, (most or None, beyond or None)
 
 
-def megabytes_of(pid: int) -> float:
-    """The proportional set size of a process and all below it: shared pages count once."""
+def megabytes_of(pid: int) -> tuple[float, float]:
+    """The proportional set size of a process and all below it, and how much of it is images mapped from the cache.
+
+    Shared pages count once. Linux maps a megabyte of a file that is in memory anyway when one byte is touched.
+    """
     import psutil
 
-    total = 0
+    total = images = 0
     with suppress(psutil.Error):
         root = psutil.Process(pid)
         for process in [root, *root.children(recursive=True)]:
             with suppress(psutil.Error):
-                total += process.memory_full_info().pss
-    return total / 1e6
+                for part in process.memory_maps():
+                    total += part.pss
+                    images += part.pss * part.path.startswith(str(cache.directory()))
+    return total / 1e6, images / 1e6
