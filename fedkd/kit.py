@@ -131,9 +131,9 @@ class Kit:
         """
         from fedkd.terms.lesson import Lesson
 
-        module = self._module(client.model, weights)
-        # A copy: a teacher of the student's own architecture must not be the same module.
+        # A copy, made first: there is one module of an architecture, and the student's may be of the same.
         taught_by = copy.deepcopy(self._module(*teacher)).eval().requires_grad_(False)
+        module = self._module(client.model, weights)
         sample = self.scaling(client.data.pixels[:2].to(self.device))
         with seeds.seeded(seeds.derive(client.seed, "adapters")):
             lesson = Lesson(module, [taught_by], [term], sample, client.data.labels.to(self.device)).to(self.device)

@@ -52,7 +52,7 @@ def watching(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
         tensor = output[0] if isinstance(output, tuple) else output
         if isinstance(tensor, Tensor):
             seen.pop(name, None)  # the order is that of the last call
-            seen[name] = tensor
+            seen[name] = tensor.clone()  # the next layer may work in place
 
     with ExitStack() as stack:
         for name in names:
@@ -102,7 +102,7 @@ def maps(known: Mapping[str, tuple[int, ...]]) -> list[str]:
     """
     last: dict[tuple[int, ...], str] = {}
     for name, shape in known.items():
-        grid = shape[1:] if len(shape) == 3 else _grid(shape[0]) if len(shape) == 2 else (1,)
+        grid = _grid(shape)
         if max(grid) > 1:
             last.pop(grid, None)
             last[grid] = name
@@ -111,13 +111,28 @@ def maps(known: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 def as_map(features: Tensor) -> Tensor:
     """Features as a map [B, C, H, W]: tokens [B, N, D] on a square grid where N is one, vectors as one pixel."""
-    if features.dim() == 2:
-        return features[:, :, None, None]
-    if features.dim() == 3:
-        return features.mT.reshape(len(features), -1, *_grid(features.shape[1]))
-    return features
+    shape = tuple(features.shape[1:])
+    if len(shape) == 2:
+        features = features.mT
+    elif _is_channels_last(shape):
+        features = features.permute(0, 3, 1, 2)
+    return features.reshape(len(features), channels(shape), *_grid(shape))
 
 
-def _grid(tokens: int) -> tuple[int, int]:
+def channels(shape: tuple[int, ...]) -> int:
+    """Of what `as_map` makes of an output of this shape, given without the batch."""
+    return shape[-1] if len(shape) == 2 or _is_channels_last(shape) else shape[0]
+
+
+def _grid(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Rows and columns of the map in an output of this shape."""
+    if len(shape) == 3:
+        return shape[:2] if _is_channels_last(shape) else shape[1:]
+    tokens = shape[0] if len(shape) == 2 else 1
     side = round(tokens**0.5)
     return (side, side) if side * side == tokens else (tokens, 1)
+
+
+def _is_channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether it is [H, W, C], as within torchvision's transformers: images, and so their maps, are square."""
+    return len(shape) == 3 and shape[0] == shape[1] != shape[2]

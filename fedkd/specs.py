@@ -65,7 +65,7 @@ def parse(text: str) -> Spec:
 def is_own(text: str) -> bool:
     """Whether it names somebody's own component, or has an option that does."""
     spec = parse(text)
-    return spec.is_plugin or any(parse(value).is_plugin for value in spec.options.values() if ".py:" in value)
+    return spec.is_plugin or any(parse(value).is_plugin for value in spec.options.values() if ":" in value)
 
 
 def bind(kind: str, text: str, reserved: tuple[str, ...] = ()) -> partial[Any]:

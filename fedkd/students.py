@@ -23,7 +23,8 @@ KEY = "fedkd"  # of the JSON among the file's metadata
 class Student:
     """A trained classifier of square images: its spec, its weights, its classes, how pixels become its input.
 
-    ``names`` are those of the classes, where the data has any; ``dataset`` is what it was trained for.
+    ``names`` are those of the classes, where the data has any; ``dataset`` is what it was trained for, ``held_out``
+    how many of its training images took no part, of those that `fedkd.distill` chooses by (0: not known).
     """
 
     model: str
@@ -34,17 +35,23 @@ class Student:
     scaling: Scaling
     dataset: str
     weights: Tensors
+    held_out: int = 0
 
     def module(self) -> nn.Module:
         """The network [B, 3, H, W] -> logits [B, C], in evaluation mode on the CPU.
 
         Raises:
-            DataError: the weights are not those of the model.
+            DataError: there is no such model, or the weights are not its.
 
         """
         import torch
 
-        module = models.build(self.model, self.classes, self.norm).to(memory_format=torch.channels_last)
+        try:
+            module = models.build(self.model, self.classes, self.norm).to(memory_format=torch.channels_last)
+        except FedkdError:
+            raise
+        except Exception as error:  # whatever a network makes of options that a file names
+            raise DataError(f"No network can be built as the file says, {self.model}: {error}.") from error
         fill(module, self.weights, f"the weights of this {self.model}")
         return module.eval()
 
@@ -59,6 +66,7 @@ class Student:
             "mean": list(self.scaling.mean),
             "std": list(self.scaling.std),
             "dataset": self.dataset,
+            "held_out": self.held_out,
         }
 
     def save(self, path: Path) -> None:
@@ -90,8 +98,9 @@ def load(path: Path, model: str = "") -> Student:
             Scaling((mean[0], mean[1], mean[2]), (std[0], std[1], std[2])),
             str(about["dataset"]),
             weights,
+            int(about.get("held_out", 0)),
         )
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} holds weights, but does not say whose: it was not written by fedkd.") from error
     if not model and specs.parse(named).is_plugin:
         raise DataError(f"{path} names a model of somebody's own, {named}; name it yourself to have its code run.")
@@ -131,7 +140,7 @@ def fill(module: nn.Module, weights: Tensors, whose: str) -> None:
     """Load weights into a module.
 
     Raises:
-        DataError: names or shapes are not the module's.
+        DataError: names or shapes are not the module's, or values are not finite.
 
     """
     own = module.state_dict()
@@ -144,6 +153,8 @@ def fill(module: nn.Module, weights: Tensors, whose: str) -> None:
         if tensor.shape != weights[name].shape:
             shapes = f"{list(weights[name].shape)}, not {list(tensor.shape)}"
             raise DataError(f"{whose.capitalize()} do not fit it: {name} is {shapes}.")
+        if not weights[name].isfinite().all():
+            raise DataError(f"{whose.capitalize()} cannot be used: {name} has values that are not finite.")
     module.load_state_dict(dict(weights))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedkd import cli, layers, models, specs, students, tensors
+from fedkd import cli, ensembles, layers, models, specs, students, tensors
 from fedkd.distill import check, distill
 from fedkd.distillation import naming, teachers, training
 from fedkd.distillation.config import DistillConfig
@@ -64,6 +64,8 @@ LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
         ("resnet8", ["layer1", "layer2", "layer3"]),
         ("vit-tiny", ["norm"]),
         ("row-gru", ["read"]),
+        ("torchvision:swin_t", ["features.1", "features.3", "features.5"]),  # [H, W, C]; the last stage is one pixel
+        ("torchvision:convnext_tiny", ["features.2.0", "features.4.0", "features.6.0"]),
     ],
 )
 def test_the_maps_of_a_network(name, wanted):
@@ -78,6 +80,21 @@ def test_watched_layers_are_what_they_give():
     assert torch.equal(seen.layers[layers.EMBEDDING], model.layer3(model.layer2(first)).mean((2, 3)))
     assert torch.equal(seen.logits, model(IMAGES))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_a_layer_gave_is_kept_though_the_next_one_works_in_place():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(inplace=True))
+    seen = Watched(model, ["0"])(IMAGES)
+    assert seen.layers["0"].min() < 0
+    seen.layers["0"].sum().backward()
+
+
+def test_channels_last_is_read_as_such():
+    inner = torch.randn(2, 4, 4, 7)
+    assert torch.equal(layers.as_map(inner), inner.permute(0, 3, 1, 2))
+    outer = inner.permute(0, 3, 1, 2)
+    assert torch.equal(layers.as_map(outer), outer)
+    assert layers.channels((4, 4, 7)) == layers.channels((7, 4, 4)) == layers.channels((16, 7)) == 7
 
 
 def test_a_layer_that_is_not_there():
@@ -174,6 +191,9 @@ def test_losses_add_up():
         (["features"], 1.0),
         (["logits:hard=0.5,soft=0.5"], 0.5),
         (["features", "logits:weight=2"], 0.0),
+        (["logits", "logits:kind=logit-mse,weight=0"], 0.1),
+        (["logits:weight=0.5", "logits:kind=logit-mse,weight=0.5"], 0.0),
+        (["logits:hard=0.3", "logits:hard=0.4,kind=logit-mse"], 0.7),
     ],
 )
 def test_what_the_labels_weigh(texts, weight):
@@ -327,7 +347,54 @@ def test_teachers_are_ranked(tmp_path):
     assert first["accuracy"] > second["accuracy"]
     assert first["accuracy_place"] == 1
     assert first["gap"] == second["gap"]
+    assert "mean_place" not in second
     assert (first["is_good"], second["is_good"]) == (True, False)  # though ignorance is calibrated, and full of entropy
+
+
+def test_a_teacher_that_may_know_the_answers_is_marked(tmp_path, capsys):
+    """Validation rows are the first of one order: who held fewer of them out has trained on the rest."""
+    for name, held in (("fair", 143), ("unfair", 20)):
+        few = config(validation=held)
+        task, _ = prepare(few)
+        module = training.fresh(task, few, "cnn:width=8")
+        teachers.student_of(task, few, "cnn:width=8", module).save(tmp_path / f"{name}.safetensors")
+    result = play(tmp_path / "run", teacher="", teachers_from=str(tmp_path), epochs=1)
+    assert {Path(row["teacher"]).stem: row["is_fair"] for row in result["ranking"]} == {"fair": True, "unfair": False}
+    said = capsys.readouterr().out
+    assert "unfair.safetensors*" in said
+    assert "*: may have been trained on the validation images" in said
+
+
+def test_places_are_among_those_that_are_good(tmp_path):
+    """Whoever knows nothing does not decide between two who know the same."""
+    task, _ = prepare(config())
+    for name, width, epochs in (("a", 8, 4), ("b", 6, 4), ("ignorant", 4, 0)):
+        module = training.fresh(task, config(), f"cnn:width={width}")
+        list(training.train(module, task, config(), epochs=epochs, seed=0))
+        teachers.student_of(task, config(), f"cnn:width={width}", module).save(tmp_path / f"{name}.safetensors")
+    known = teachers.obtain(task, config(), [str(p) for p in sorted(tmp_path.glob("*.safetensors"))], print)
+    without = teachers.rank(task, config(), known[:2], 4.0)
+    assert [row for row in teachers.rank(task, config(), known, 4.0) if row["is_good"]] == [
+        row for row in without if row["is_good"]
+    ]
+
+
+def test_a_teacher_is_no_student_under_another_name(tmp_path):
+    result = play(tmp_path / "run", teacher="cnn:width=4", epochs=2)
+    judged = result["runs"][0]["judged"]
+    assert judged["alone"]["agreement"] < 1
+    told = [json.loads(line)["network"] for line in (tmp_path / "run" / "epochs.jsonl").open()]
+    assert {"cnn:width=4", "student seed0"} <= set(told)
+
+
+def test_a_committee_is_the_mean_that_teaches():
+    """Against what the lesson compares the student with, for equal votes and for certainty."""
+    members = [built("cnn:width=4"), models.build("cnn:width=8", 10, "batch")]
+    members = [teachers.frozen(member) for member in members]
+    seen = [Seen(member(IMAGES), {}) for member in members]
+    for votes in ("equal", "entropy"):
+        wanted = ensembles.mean_probs(torch.stack([one.logits for one in seen]), shares(seen, LABELS, votes))
+        assert torch.allclose(teachers.Committee(members, votes)(IMAGES).softmax(-1), wanted, atol=1e-6)
 
 
 def test_diverging_is_told(tmp_path):
@@ -344,6 +411,9 @@ def test_a_teacher_out_of_a_file(tmp_path):
     result = play(tmp_path / "run", teacher=f"cnn:width=8,pretrained={tmp_path}/a.pth")
     assert result["status"] == "ok"
     assert not any("cnn:width=8" in line for line in (tmp_path / "run" / "epochs.jsonl").open())
+    tensors.save(built("cnn:width=8").state_dict(), tmp_path / "a.safetensors")
+    same = play(tmp_path / "same", teacher=f"cnn:width=8,pretrained={tmp_path}/a.safetensors")
+    assert same["runs"][0]["judged"]["student"]["accuracy"] == result["runs"][0]["judged"]["student"]["accuracy"]
     again = play(tmp_path / "again", teacher=str(tmp_path / "run"))
     assert again["teachers"] == [str(tmp_path / "run")]
 
@@ -353,8 +423,10 @@ def test_another_scaling_is_undone():
     model = built("cnn:width=4").eval()
     other = type(task.scaling)((10.0, 20.0, 30.0), (40.0, 50.0, 60.0))
     pixels = task.test.pixels[:4]
-    rescaled = teachers.Rescaled(model, task.scaling, other)
-    assert torch.allclose(rescaled(task.scaling(pixels)), model(other(pixels)), atol=1e-5)
+    wanted, names = model(other(pixels)), list(layers.shapes(model, IMAGES))
+    teachers.rescale(model, task.scaling, other)
+    assert torch.allclose(model(task.scaling(pixels)), wanted, atol=1e-5)
+    assert list(layers.shapes(model, IMAGES)) == names
 
 
 class Harm:
@@ -383,6 +455,15 @@ def ends(capsys, *flags: object) -> tuple[int, str]:
         (["--teacher", "missing.safetensors"], 3, "no such run or file"),
         (["--teachers-from", "."], 2, "exclude each other"),
         (["--shifted", "noise:size=20,pixels=16"], 3, "name a set of the same"),
+        (["--dataset", "noise:size=1"], 3, "two at least"),
+        (["--student", "vit-tiny:width=100"], 2, "width must be a multiple of 32"),
+        (["--student", "resnet8:width=28", "--norm", "group"], 2, "num_channels (28)"),
+        (["--student", "torchvision:googlenet"], 2, "cannot be used with these networks"),
+        (
+            ["--student", "torchvision:shufflenet_v2_x0_5", "--dataset", "noise:size=72", "--batch-size", "8"],
+            2,
+            "on a last batch of one image, which another --batch-size avoids",
+        ),
         (["--loss", "logits:temperature=0"], 2, "greater than 0"),
         (["--loss", "logits:kind=nothing"], 2, "Unknown loss 'nothing'"),
     ],
@@ -443,7 +524,7 @@ def test_a_loss_of_ones_own(tmp_path):
         "        raise RuntimeError('no')\n"
     )
     assert play(tmp_path / "run", loss=f"{tmp_path}/mine.py:Mine")["status"] == "ok"
-    with pytest.raises(PluginError, match=r"mine\.py:Broken cannot be used with these networks: no"):
+    with pytest.raises(PluginError, match=r"mine\.py:Broken cannot be used with these networks .*: no"):
         play(tmp_path / "broken", loss=f"{tmp_path}/mine.py:Broken")
 
 

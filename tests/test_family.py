@@ -116,6 +116,26 @@ def test_a_mentor_stays_with_its_client_and_pulls(term):
         assert not equal(take("adapters", again), take("adapters", fresh))
 
 
+@pytest.mark.parametrize("width", [4, 8])
+def test_a_student_beside_a_mentor_starts_from_what_came_down(width):
+    """Whatever the mentor's architecture, its own included: hardly trained, what is sent is what came."""
+    experiment = prepare(tiny(learning_rate=1e-9))
+    kit = experiment.kit
+    came = {name: tensor + 1 for name, tensor in kit.initial(kit.student).items()}
+    update, _ = call(f"mentor:model=cnn:width={width}").local(kit, experiment.client(0, 1, {}), came)
+    assert all(torch.allclose(update.tensors[name], came[name], atol=1e-6) for name in came)
+
+
+def test_a_mentor_can_contrast_nothing_on_one_class():
+    experiment = prepare(tiny(partitioner="pathological:classes=1"))
+    kit, start = experiment.kit, experiment.kit.initial(experiment.kit.student)
+    client = experiment.client(0, 1, {})
+    assert len(client.data.labels.unique()) == 1
+    plain, _ = call("fedavg").local(kit, client, start)
+    taught, _ = call("mentor:model=cnn:width=4,term=contrastive").local(kit, client, start)
+    assert equal(taught.tensors, plain.tensors)
+
+
 def test_a_mentor_of_the_students_own_architecture_is_another_network():
     experiment = prepare(tiny())
     update, memory = call("mentor:model=cnn:width=8").local(

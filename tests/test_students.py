@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedkd import models, students
+from fedkd import models, students, tensors
 from fedkd.data.scaling import Scaling
 from fedkd.errors import DataError
 from fedkd.students import Student
@@ -100,3 +101,30 @@ def test_weights_that_do_not_say_whose_they_are(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "student.safetensors")
     with pytest.raises(DataError, match="does not say whose"):
         students.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("about", "says"),
+    [
+        ('{"model": "cnn", "norm": "batch", "classes": Infinity}', "does not say whose"),
+        ("[" * 100_000, "does not say whose"),
+    ],
+)
+def test_what_a_file_says_of_itself_may_be_nonsense(about, says, tmp_path):
+    tensors.save({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {students.KEY: about})
+    with pytest.raises(DataError, match=says):
+        students.load(tmp_path / "a.safetensors")
+
+
+def test_a_network_that_cannot_be_built(tmp_path):
+    held = dataclasses.replace(student(), model="vit-tiny:width=33")
+    held.save(tmp_path / "a.safetensors")
+    with pytest.raises(DataError, match="No network can be built as the file says, vit-tiny:width=33"):
+        students.load(tmp_path / "a.safetensors").module()
+
+
+def test_weights_that_are_no_numbers():
+    module = models.build("cnn:width=4", 10, "batch")
+    broken = {name: tensor * float("nan") for name, tensor in module.state_dict().items()}
+    with pytest.raises(DataError, match="not finite"):
+        students.fill(module, broken, "the weights of a.pth")

@@ -56,11 +56,11 @@ def moved(pixels: Tensor, seed: int, *, turn: float = TURN, shift: float = SHIFT
 
 
 def _by_chunks(pixels: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """What ``change`` makes of the images as float32 and their rows, as bytes again."""
+    """What ``change`` makes of the images as float32 and their rows, as bytes again; on a CPU, wherever they lie."""
     changed = torch.empty_like(pixels)
     for start in range(0, len(pixels), CHUNK):
         rows = slice(start, start + CHUNK)
-        changed[rows] = change(pixels[rows].float(), rows).round_().clamp_(0, 255).to(torch.uint8)
+        changed[rows] = change(pixels[rows].cpu().float(), rows).round_().clamp_(0, 255).to(torch.uint8)
     return changed
 
 

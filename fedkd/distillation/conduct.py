@@ -106,29 +106,39 @@ def _gain(played: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _rehearse(task: Task, config: DistillConfig, terms: Sequence[Term]) -> None:
-    """One batch with everybody untrained, so that a layer that is not there is told before a teacher is trained.
+    """Steps with everybody untrained, so that a layer that is not there is told before a teacher is trained.
+
+    A batch of few, and one of one image if the last one will be such, which some networks cannot be trained on.
 
     Raises:
         UsageError, DataError: what does not fit.
         PluginError: what somebody's own loss or model did.
 
     """
-    texts, student = _named(config, terms), training.fresh(task, config, config.student)
-    modules = [teachers.untrained(task, config, text) for text in texts] or [student]
+    texts = _named(config, terms)
     own = [text for text in (*config.loss.split(), *texts, config.student) if specs.is_own(text)]
-    rows = torch.arange(min(8, len(task.train)))
-    try:
-        lesson = training.lesson_of(task, config, student, modules, terms).eval()
-        seen = lesson(task.scaling(task.train.pixels[rows]))
-        loss = lesson.loss(seen, torch.stack([task.train.labels[rows], rows], 1).to(task.device))
-    except FedkdError:
-        raise
-    except Exception as error:
-        raise (PluginError if own else UsageError)(
-            f"{' or '.join(own) or f'--loss {config.loss}'} cannot be used with these networks: {error}."
-        ) from error
-    if loss.shape != () or not loss.isfinite():
-        raise PluginError(f"--loss {config.loss} gives {loss.detach()}, not one finite number.")
+    counts = {min(8, len(task.train))} | ({1} if len(task.train) % config.batch_size == 1 else set())
+    blamed = " or ".join(own) or f"--loss {config.loss}"
+    for count in sorted(counts, reverse=True):
+        rows = torch.arange(count)
+        where = " on a last batch of one image, which another --batch-size avoids" if count == 1 else ""
+        try:
+            with seeds.seeded(0):
+                student = training.fresh(task, config, config.student)
+                modules = [teachers.frozen(teachers.untrained(task, config, text)) for text in texts]
+                modules = modules or [teachers.frozen(training.fresh(task, config, config.student))]
+                lesson = training.lesson_of(task, config, student, modules, terms).train()
+                seen = lesson(task.scaling(task.train.pixels[rows]))
+                loss = lesson.loss(seen, torch.stack([task.train.labels[rows], rows], 1).to(task.device))
+                loss.backward()  # type: ignore[no-untyped-call]
+        except FedkdError:
+            raise
+        except Exception as error:
+            raise (PluginError if own else UsageError)(
+                f"{blamed} cannot be used with these networks{where} ({', '.join([*texts, config.student])}): {error}."
+            ) from error
+        if loss.shape != () or not loss.isfinite():
+            raise (PluginError if own else UsageError)(f"{blamed} gives {loss.detach()}{where}, not one finite number.")
 
 
 def _named(config: DistillConfig, terms: Sequence[Term]) -> list[str]:
@@ -155,22 +165,28 @@ def _teachers(
 def _table(ranking: Sequence[dict[str, Any]]) -> Grid:
     """The teachers in their order, with what speaks for and against each, and its place by that."""
     titles = ["teacher", "mean place", "val acc", "ECE", "entropy", "gap"]
+
+    def measured(row: dict[str, Any], key: str, said: str) -> str:
+        return said + (f" ({row[f'{key}_place']})" if row["is_good"] else "")
+
     rows = [
         [
-            Path(row["teacher"]).name if "/" in row["teacher"] else row["teacher"],
-            f"{row['mean_place']:.2f}",
-            f"{percent(row['accuracy'])} ({row['accuracy_place']})",
-            f"{row['ece']:.3f} ({row['ece_place']})",
-            f"{row['entropy']:.2f} ({row['entropy_place']})",
-            f"{row['gap']:.2f} ({row['gap_place']})",
+            Path(row["teacher"]).name + "*" * (not row["is_fair"]),
+            f"{row['mean_place']:.2f}" if row["is_good"] else "–",
+            measured(row, "accuracy", percent(row["accuracy"])),
+            measured(row, "ece", f"{row['ece']:.3f}"),
+            measured(row, "entropy", f"{row['entropy']:.2f}"),
+            measured(row, "gap", f"{row['gap']:.2f}"),
         ]
         for row in ranking
     ]
     said = (
         "The first one teaches; in brackets its place by each measure.\n"
-        "Who is less accurate than the best, beyond chance, comes after the others.\n"
+        "Who is less accurate than the best, beyond chance, comes after the others and has no place.\n"
         "entropy: of its soft labels, in nats; gap: |log(parameters / the student's)|."
     )
+    if not all(row["is_fair"] for row in ranking):
+        said += "\n*: may have been trained on the validation images, which flatters it."
     return Grid(titles, rows, said)
 
 
@@ -195,7 +211,7 @@ def _seed(
     student = _taught(task, config, terms, modules, watch)
     found: dict[str, nn.Module] = {}
     if modules:
-        found[quality.TEACHER] = modules[0] if len(modules) == 1 else Committee(modules)
+        found[quality.TEACHER] = modules[0] if len(modules) == 1 else Committee(modules, config.votes)
     found |= {ALONE: alone, TAUGHT: student}
     paths = {ALONE: out / f"{ALONE}-{named}.safetensors", TAUGHT: out / _name(config.seed, out)}
     for name, path in paths.items():

@@ -19,7 +19,7 @@ def named(config: DistillConfig) -> list[str]:
 
 def is_path(text: str) -> bool:
     """Whether it names a run or a student's file, not a model."""
-    return text.endswith(".safetensors") or ("/" in text and ".py:" not in text and "=" not in text)
+    return "=" not in text and ".py:" not in text and ("/" in text or text.endswith(".safetensors"))
 
 
 def pretrained(text: str) -> tuple[str, Path | None]:

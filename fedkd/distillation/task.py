@@ -51,7 +51,9 @@ def prepare(config: DistillConfig) -> tuple[Task, str]:
     device = experiment.device(config.device)
     train, test = (experiment.read(source, split, config.data_dir) for split in ("train", "test"))
     classes = max(train.classes, test.classes)
-    held = min(config.validation, len(train) // 10)
+    held = max(1, min(config.validation, len(train) // 10))
+    if len(train) <= held:
+        raise DataError(f"{dataset} has {len(train)} training images; two at least are needed.")
     order = torch.randperm(len(train), generator=seeds.generator(0, "validation"))
 
     def taken(images: Images, rows: torch.Tensor | slice) -> Images:
@@ -65,6 +67,8 @@ def prepare(config: DistillConfig) -> tuple[Task, str]:
                 f"--shifted {config.shifted} has {other.classes} classes of {other.pixels.shape[1]} pixels, "
                 f"{dataset} {classes} of {test.pixels.shape[1]}; name a set of the same."
             )
+        if other.names and test.names and other.names != test.names:
+            raise DataError(f"--shifted {config.shifted} has other classes than {dataset}, or in another order.")
         shifted = taken(other, slice(None))
     assert train.scaling is not None
     everything = slice(None)

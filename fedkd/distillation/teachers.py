@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fedkd import cache, learning, quality, specs, students, tensors
+from fedkd import cache, ensembles, learning, quality, seeds, specs, students, tensors
+from fedkd.catalog import CATALOG
 from fedkd.distillation import naming
 from fedkd.distillation.training import Epoch, fresh, train
 from fedkd.errors import DataError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from fedkd.distillation.config import DistillConfig
     from fedkd.distillation.task import Task
 
-LAYOUT = 1  # of how teachers are trained; raise it when that changes
+LAYOUT = 2  # of how teachers are trained; raise it when that changes
 
 #: Told of every epoch of whoever is trained: the name and the epoch.
 Watch = Callable[[str, Epoch], None]
@@ -39,10 +40,13 @@ class Teacher:
     name: str
     module: nn.Module
     origin: str  # how it came to be, in words
+    is_fair: bool = True  # whether it has certainly not been trained on the validation images
 
 
 def obtain(task: Task, config: DistillConfig, texts: Sequence[str], watch: Watch) -> list[Teacher]:
     """The teachers that these specs name, in order. The same spec again is another network, of another seed.
+
+    Their seeds are no student's, so that none starts as a student does, or is the student alone under another name.
 
     Raises:
         DataError: a file that cannot be used.
@@ -51,11 +55,16 @@ def obtain(task: Task, config: DistillConfig, texts: Sequence[str], watch: Watch
     found: list[Teacher] = []
     for place, text in enumerate(texts):
         spec, path = naming.pretrained(text)
-        if naming.is_path(text) or path is not None:
-            origin = f"read from {Path(text).name if path is None else path.name}"
-            found.append(Teacher(text, frozen(untrained(task, config, text)), origin))
+        if naming.is_path(text):
+            student = students.load(Path(text).expanduser())
+            is_fair = student.dataset == task.dataset and student.held_out >= len(task.validation)
+            found.append(Teacher(text, frozen(_held(task, text, student)), f"read from {Path(text).name}", is_fair))
             continue
-        epochs, seed = config.teacher_epochs or config.epochs, texts[:place].count(text)
+        if path is not None:
+            found.append(Teacher(text, frozen(untrained(task, config, text)), f"read from {path.name}", False))
+            continue
+        epochs = config.teacher_epochs or config.epochs
+        seed = seeds.derive(0, "teacher", texts[:place].count(text))
         module = trained(task, config, spec, epochs, seed, partial(watch, text))
         found.append(Teacher(text, frozen(module), f"trained here for {epochs} epochs"))
     return found
@@ -69,7 +78,7 @@ def untrained(task: Task, config: DistillConfig, text: str) -> nn.Module:
 
     """
     if naming.is_path(text):
-        return _held(task, text)
+        return _held(task, text, students.load(Path(text).expanduser()))
     spec, path = naming.pretrained(text)
     module = fresh(task, config, spec)
     if path is not None:
@@ -90,12 +99,12 @@ def trained(
 ) -> nn.Module:
     """A network trained on the labels alone. It is kept, and not trained again for the same data and settings.
 
-    One of somebody's own is not kept: its code may change under the same name.
+    Only networks of fedkd and torchvision are kept: other code may change under the same name.
     """
     own = dataclasses.replace(config, seed=seed)
     path = cache.directory() / "teachers" / f"{_key(task, own, model, epochs)}.safetensors"
     module = fresh(task, own, model)
-    is_kept = not specs.is_own(model)
+    is_kept = specs.parse(model).name in CATALOG["model"]
     if is_kept and path.is_file():
         try:
             students.fill(module, students.read_weights(path), "the weights kept")
@@ -129,12 +138,12 @@ def student_of(task: Task, config: DistillConfig, model: str, module: nn.Module)
     """A trained network as a student's file keeps it."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     pixels = task.test.pixels.shape[1]
-    return Student(model, config.norm, task.classes, task.test.names, pixels, task.scaling, task.dataset, weights)
+    about = (model, config.norm, task.classes, task.test.names, pixels, task.scaling, task.dataset)
+    return Student(*about, weights, len(task.validation))
 
 
-def _held(task: Task, text: str) -> nn.Module:
-    """The student in a file or a run's directory."""
-    student = students.load(Path(text).expanduser())
+def _held(task: Task, text: str, student: Student) -> nn.Module:
+    """The network of a student that was read from a file or a run's directory, for input scaled as the task's."""
     if (student.classes, student.pixels) != (task.classes, task.test.pixels.shape[1]):
         raise DataError(
             f"{text} knows {student.classes} classes of {student.pixels} pixels, {task.dataset} has {task.classes} "
@@ -144,7 +153,7 @@ def _held(task: Task, text: str) -> nn.Module:
         raise DataError(f"{text} knows other classes than {task.dataset}, or in another order.")
     module: nn.Module = student.module().to(task.device)
     if student.scaling != task.scaling:
-        module = Rescaled(module, task.scaling, student.scaling)
+        rescale(module, task.scaling, student.scaling)
     return module
 
 
@@ -153,34 +162,32 @@ def frozen(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-class Rescaled(nn.Module):
-    """A network that is given input scaled one way and sees it scaled as it was trained."""
+def rescale(module: nn.Module, given: Scaling, wanted: Scaling) -> None:
+    """Have a network that is given input scaled one way see it scaled as it was trained.
 
-    factor: Tensor
-    offset: Tensor
-
-    def __init__(self, model: nn.Module, given: Scaling, wanted: Scaling) -> None:
-        super().__init__()
-        self.model = model
-        mean, std = (torch.tensor([getattr(s, key) for s in (given, wanted)]) for key in ("mean", "std"))
-        self.register_buffer("factor", (std[0] / std[1])[:, None, None])
-        self.register_buffer("offset", ((mean[0] - mean[1]) / std[1])[:, None, None])
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(x * self.factor + self.offset)
-        return logits
+    By a hook, so that its layers keep their names.
+    """
+    mean, std = (torch.tensor([getattr(s, key) for s in (given, wanted)]) for key in ("mean", "std"))
+    factor, offset = (std[0] / std[1])[:, None, None], ((mean[0] - mean[1]) / std[1])[:, None, None]
+    module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor.to(inputs[0]) + offset.to(inputs[0]),))
 
 
 class Committee(nn.Module):
-    """Several teachers as one: the logarithm of the mean of their probabilities."""
+    """Several teachers as one: the logarithm of the mean of their probabilities, weighed as ``votes`` says.
 
-    def __init__(self, teachers: Sequence[nn.Module]) -> None:
+    Weights by agreement need labels, which a judge does not give: these teachers count the same here.
+    """
+
+    def __init__(self, teachers: Sequence[nn.Module], votes: str = "equal") -> None:
         super().__init__()
-        self.members = nn.ModuleList(teachers)
+        self.members, self.votes = nn.ModuleList(teachers), votes
 
     def forward(self, x: Tensor) -> Tensor:
-        answers = torch.stack([member(x).log_softmax(-1) for member in self.members])
-        return answers.logsumexp(0) - torch.log(torch.tensor(float(len(self.members))))
+        answers = torch.stack([member(x) for member in self.members])
+        weights = torch.full((len(answers), 1), 1 / len(answers), device=x.device)
+        if self.votes == "entropy":
+            weights = ensembles.certainty(answers, torch.ones_like(weights)).float()
+        return (answers.log_softmax(-1) + weights.log()[..., None]).logsumexp(0)
 
 
 def rank(
@@ -189,7 +196,7 @@ def rank(
     """The teachers from the most promising one down, with what speaks for and against each.
 
     Measured on the validation images. Accuracy comes first, as far as they can tell: who is within two standard
-    errors of the most accurate is as good as that. Among those four places decide, by their mean: accuracy (more is
+    errors of the most accurate is as good as that. Among those their places decide, by the mean: of accuracy (more is
     better), calibration error (less), the entropy of soft labels at the temperature, in nats (more tells more), and
     the gap in capacity |log(parameters / the student's)| (less: Mirzadeh et al., 2020). The others follow by
     accuracy. That is a rule of thumb without fitted weights, not a law.
@@ -204,6 +211,7 @@ def rank(
             {
                 "teacher": teacher.name,
                 "origin": teacher.origin,
+                "is_fair": teacher.is_fair,
                 "accuracy": learning.score(logits, task.validation.labels)[0],
                 "ece": quality.ece(logits, task.validation.labels),
                 "entropy": -(soft.exp() * soft).sum(-1).mean().item(),
@@ -211,15 +219,16 @@ def rank(
                 "gap": abs(float(torch.tensor(parameters / own).log())),
             }
         )
-    for key, sign in (("accuracy", -1), ("ece", 1), ("entropy", -1), ("gap", 1)):
-        values = [sign * float(row[key]) for row in rows]
-        for row, value in zip(rows, values, strict=True):
-            row[f"{key}_place"] = 1 + sum(other < value for other in values)
     best = max(float(row["accuracy"]) for row in rows)
     error = (2 * max(best * (1 - best), 1 / len(task.validation)) / len(task.validation)) ** 0.5
     for row in rows:
-        row["mean_place"] = sum(int(row[f"{key}_place"]) for key in ("accuracy", "ece", "entropy", "gap")) / 4
         row["is_good"] = float(row["accuracy"]) >= best - 2 * error
+    good = [row for row in rows if row["is_good"]]
+    for key, sign in (("accuracy", -1), ("ece", 1), ("entropy", -1), ("gap", 1)):
+        for row in good:
+            row[f"{key}_place"] = 1 + sum(sign * float(other[key]) < sign * float(row[key]) for other in good)
+    for row in good:
+        row["mean_place"] = sum(int(row[f"{key}_place"]) for key in ("accuracy", "ece", "entropy", "gap")) / 4
 
     def order(row: dict[str, float | int | str]) -> tuple[bool, float, float]:
         return not row["is_good"], float(row["mean_place"]) if row["is_good"] else 0.0, -float(row["accuracy"])

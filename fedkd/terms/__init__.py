@@ -7,7 +7,7 @@ returns a `fedkd.terms.pulls.Pull`. The default weights are those of the papers'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -43,10 +43,6 @@ class Term:
 
     taught: ClassVar[bool] = True  # whether it needs a teacher
 
-    def labels(self) -> float | None:
-        """What the cross-entropy with the labels is to weigh, None where this term has no say in it."""
-        return None
-
     def build(self, pair: Pair) -> Pull:
         """The term in force between these two.
 
@@ -80,9 +76,6 @@ class Logits(Term):
     def pull(self) -> float:
         """What the teacher weighs."""
         return next(value for value in (self.soft, self.weight, self.usual) if value is not None)
-
-    def labels(self) -> float:
-        return max(0.0, 1 - self.pull()) if self.hard is None else self.hard
 
     def build(self, pair: Pair) -> Pull:
         from fedkd.terms import pulls
@@ -206,6 +199,13 @@ class Itself(Logits):
     usual: ClassVar[float] = 0.5
     temperature: Rate = 1.0
     generations: Annotated[int, Field(ge=2, le=100)] = 3
+
+
+def hard(terms: Sequence[Term]) -> float:
+    """What the cross-entropy with the labels weighs: as those on logits say, else what they leave of one."""
+    answers = [term for term in terms if isinstance(term, Logits)]
+    said = [term.hard for term in answers if term.hard is not None]
+    return sum(said) if said else max(0.0, 1 - sum(term.pull() for term in answers))
 
 
 def pairs(pair: Pair, ours: str, theirs: str, count: int) -> tuple[list[str], list[list[str]]]:

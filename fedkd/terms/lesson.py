@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedkd import ensembles, layers
 from fedkd.layers import Seen, Watched
-from fedkd.terms import Pair
+from fedkd.terms import Pair, hard
 from fedkd.terms.pulls import Batch
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ class Lesson(nn.Module):
         pair = Pair(seen, tuple(layers.shapes(teacher, sample) for teacher in teachers), labels)
         pulls = [term.build(pair) for term in terms]
         self.pulls = nn.ModuleList(pulls)
-        said = [weight for term in terms if (weight := term.labels()) is not None]
-        self.hard, self.votes = sum(said) if said else 1.0, votes
+        self.hard, self.votes = hard(terms), votes
         self.student = Watched(student, [name for pull in pulls for name in pull.student_layers])
         # In a tuple, so that they are no part of this module: not trained, not put into training mode.
         self.teachers = tuple(

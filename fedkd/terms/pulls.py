@@ -89,7 +89,7 @@ class Maps(Pull):
         self.student_layers, self.teacher_layers = student, teachers
         self.weight = term.usual[term.kind] if term.weight is None else term.weight
         self.adapters = nn.ModuleList(
-            Adapter(term.kind, _channels(pair.student[ours]), _channels(known[theirs]))
+            Adapter(term.kind, layers.channels(pair.student[ours]), layers.channels(known[theirs]))
             for known, names in zip(pair.teachers, teachers, strict=True)
             for ours, theirs in zip(student, names, strict=True)
         )
@@ -143,8 +143,8 @@ class Graphs(Pull):
     ) -> None:
         super().__init__()
         self.student_layers, self.teacher_layers, self.weight = student, teachers, term.weight
-        ours = _channels(pair.student[student[-1]])
-        theirs = [_channels(known[names[-1]]) for known, names in zip(pair.teachers, teachers, strict=True)]
+        ours = layers.channels(pair.student[student[-1]])
+        theirs = [layers.channels(known[names[-1]]) for known, names in zip(pair.teachers, teachers, strict=True)]
         self.adapters = nn.ModuleList(nn.Linear(ours, width) for width in theirs)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -173,7 +173,7 @@ class Branches(Pull):
         self.student_layers = [*names, EMBEDDING]
         (width,) = pair.student[EMBEDDING]
         (classes,) = list(pair.student.values())[-1]
-        self.necks = nn.ModuleList(nn.Linear(_channels(pair.student[name]), width) for name in names)
+        self.necks = nn.ModuleList(nn.Linear(layers.channels(pair.student[name]), width) for name in names)
         self.heads = nn.ModuleList(nn.Linear(width, classes) for _ in names)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -194,7 +194,8 @@ class Branches(Pull):
 class Contrasts(Pull):
     """Of embeddings in a common space, against a memory of images of other classes.
 
-    Both sides' maps into it are learned; the memory begins with random directions.
+    Both sides' maps into it are learned; the memory begins with random directions. Where all images are of one class
+    (a client's may be) there is nothing to tell apart, and no pull.
     """
 
     def __init__(
@@ -202,6 +203,7 @@ class Contrasts(Pull):
     ) -> None:
         super().__init__()
         self.term, self.student_layers, self.teacher_layers = term, student, teachers
+        self.is_idle = bool(pair.labels.min() == pair.labels.max())
         count, device = len(teachers) * len(student), pair.labels.device
         inputs = [math.prod(pair.student[name]) for name in student]
         self.ours = nn.ModuleList(nn.Linear(width, term.width) for _ in teachers for width in inputs)
@@ -215,6 +217,8 @@ class Contrasts(Pull):
         self.constants: list[tuple[float, float] | None] = [None] * count
 
     def forward(self, batch: Batch) -> Tensor:
+        if self.is_idle:
+            return 0 * batch.student.logits.sum()
         losses = []
         for place, (ours, theirs, share) in enumerate(self.compared(batch)):
             memory = self.memories[place]
@@ -227,11 +231,6 @@ class Contrasts(Pull):
             losses.append(share * contrastive.crd(*known, constants=constants, temperature=self.term.temperature))
             memory.update(batch.rows, *sides)
         return self.term.weight * _sum(losses) / len(self.student_layers)
-
-
-def _channels(shape: tuple[int, ...]) -> int:
-    """Of what `layers.as_map` makes of an output of this shape."""
-    return shape[-1] if len(shape) == 2 else shape[0]
 
 
 def _fitted(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
