@@ -53,12 +53,14 @@ def read(paths: tuple[Path, ...]) -> tuple[list[Row], dict[tuple[str, int], list
     """The summaries of what the runs finished, and their rounds by method and seed.
 
     Raises:
-        UsageError: one is no run that finished anything, or they differ in more than `FREE`, or play the same twice.
+        UsageError: one is no run that finished anything, or they differ in more than `FREE` or in
+            who holds which rows, or play the same twice.
 
     """
     finished: list[Row] = []
     curves: dict[tuple[str, int], list[Row]] = {}
     settings: dict[str, object] = {}
+    partitions: dict[int, str] = {}
     for path in paths:
         try:
             result = json.loads((path / "result.json").read_text(encoding="utf-8"))
@@ -77,6 +79,9 @@ def read(paths: tuple[Path, ...]) -> tuple[list[Row], dict[tuple[str, int], list
         different = sorted(key for key in held if settings.setdefault(key, held[key]) != held[key])
         if different:
             raise UsageError(f"{path} and {paths[0]} differ in {', '.join(different)}; compare runs of one setting.")
+        for (_, seed), run in played.items():
+            if partitions.setdefault(seed, run.get("partition_sha256")) != run.get("partition_sha256"):
+                raise UsageError(f"{path} deals other images than {paths[0]} with seed {seed}; they cannot be paired.")
         if twice := sorted(played.keys() & curves.keys()):
             raise UsageError(f"{twice[0][0]} with seed {twice[0][1]} is in two of the runs; name one of them.")
         finished += played.values()

@@ -94,6 +94,10 @@ def _member(member: Config, exchange: partial[Iterable[Reply]], out: Path, scree
             row = _measured(experiment, watched, round_, seconds)
             for client, reason in round_.failures.items():
                 runs.log(out, f"{member.algorithm} seed {member.seed} round {round_.number} client {client}\n{reason}")
+            for client, reason in row["evaluation_failures"].items():
+                runs.log(
+                    out, f"{member.algorithm} seed {member.seed} evaluation {round_.number} client {client}\n{reason}"
+                )
             runs.append(out / "rounds.jsonl", row)
             rows.append(row)
             screen.row(row, member.rounds)

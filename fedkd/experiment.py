@@ -51,10 +51,19 @@ class Experiment:
         from fedkd.data.readers import Images
 
         if data is None:
-            rows = torch.from_numpy(self.parts[number])
+            rows = torch.from_numpy(self.pooled(round_number) if self.algorithm.pooled else self.parts[number])
             data = Images(self.train.pixels[rows], self.train.labels[rows], self.train.classes)
         seed = seeds.derive(self.config.seed, "client", round_number, number)
         return Client(number, seed, self.kit.model_of(number), data, memory)
+
+    def pooled(self, round_number: int) -> NDArray[np.int64]:
+        """The rows of all who would take part in a round, so that pooled data is trained on as often as shared data."""
+        import numpy as np
+
+        from fedkd.rounds import sample
+
+        chosen = sample(len(self.dealt), self.config.participation, self.config.seed, round_number)
+        return np.concatenate([self.dealt[client] for client in chosen])
 
     def student(self, weights: Tensors) -> Student:
         """What a method deploys, with all that is needed to use it."""

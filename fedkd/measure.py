@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Ensemble:
-    """The participants' own models on the test set: their mean, and the teacher they make."""
+    """The participants' own models on the test set: their mean, and the teacher they make.
+
+    ``failures`` are those that count for neither, or, diverged, for the mean only; and why.
+    """
 
     client_accuracy: float | None
     teacher_accuracy: float | None
     traffic: Traffic
+    failures: Mapping[int, str] = field(default_factory=dict)
 
 
 def student(experiment: Experiment, round_: Round) -> tuple[float, float] | None:
@@ -58,17 +62,25 @@ def ensemble(experiment: Experiment, exchange: Exchange, round_: Round) -> Ensem
     requests: dict[int, Tensors] = {client: {} for client in round_.updates}
     replies = sorted(exchange("evaluate", round_.number, requests), key=lambda r: r.client)
     traffic = sum((reply.traffic for reply in replies), Traffic())
-    updates = {r.client: r.update for r in replies if r.update is not None and not refusal(r.update, declared)}
-    if not updates:
-        return Ensemble(None, None, traffic)
-    weights = experiment.kit.votes([round_.updates[client].examples for client in updates])
-    logits = [update.tensors["logits"] for update in updates.values()]
-    probs = experiment.algorithm.teacher(experiment.kit, logits, weights)
+    answered: dict[int, Tensor] = {}
+    failures = dict.fromkeys(requests, "no reply")
+    for reply in replies:
+        failures[reply.client] = reply.failure or "no answers"
+        if reply.update is not None and {n: (*t.shape,) for n, t in reply.update.tensors.items()} == declared:
+            answered[reply.client] = reply.update.tensors["logits"]
+            failures[reply.client] = refusal(reply.update, declared)
+    failures = {client: reason for client, reason in failures.items() if reason}
+    fine = [client for client in answered if client not in failures]
 
     def accuracy(scores: Tensor) -> float:
         return (scores.argmax(-1) == experiment.test.labels).double().mean().item()
 
-    return Ensemble(fmean(map(accuracy, logits)), accuracy(probs), traffic)
+    teacher = None
+    if fine:
+        weights = experiment.kit.votes([round_.updates[client].examples for client in fine])
+        teacher = accuracy(experiment.algorithm.teacher(experiment.kit, [answered[c] for c in fine], weights))
+    mean = fmean(map(accuracy, answered.values())) if answered else None  # whoever diverged is wrong, and counts
+    return Ensemble(mean, teacher, traffic, failures)
 
 
 def row(experiment: Experiment, round_: Round, scores: tuple[float, float] | None, members: Ensemble | None) -> Row:
@@ -99,9 +111,14 @@ def row(experiment: Experiment, round_: Round, scores: tuple[float, float] | Non
         "config_bytes_down": round_.traffic.rest_down,
         "evaluation_bytes": members.traffic.arrays_up + members.traffic.arrays_down if members else 0,
         "participants": len(round_.updates),
-        "failures": {str(client): last_line(reason) for client, reason in round_.failures.items()},
+        "failures": _said(round_.failures),
+        "evaluation_failures": _said(members.failures if members else {}),
         "train_metrics": _mean_metrics(round_),
     }
+
+
+def _said(failures: Mapping[int, str]) -> dict[str, str]:
+    return {str(client): last_line(reason) for client, reason in failures.items()}
 
 
 def _mean_metrics(round_: Round) -> dict[str, float]:
@@ -111,7 +128,7 @@ def _mean_metrics(round_: Round) -> dict[str, float]:
 
 def summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: str) -> Row:
     """One entry of ``runs`` in the result."""
-    accuracies = [r["test_accuracy"] for r in rows if r["test_accuracy"] is not None]
+    last = [r["test_accuracy"] for r in rows[-5:] if r["test_accuracy"] is not None]
     config = experiment.config
     return {
         "algorithm": config.algorithm,
@@ -120,7 +137,7 @@ def summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: str) 
         "clients": config.clients,
         "deploys": "clients" if rows[-1]["test_loss"] is None else "student",
         "test_accuracy": rows[-1]["test_accuracy"],
-        "test_accuracy_last5": fmean(accuracies[-5:]) if accuracies else None,
+        "test_accuracy_last5": fmean(last) if len(last) == len(rows[-5:]) else None,
         "test_loss": rows[-1]["test_loss"],
         "teacher_accuracy": rows[-1]["teacher_accuracy"],
         "client_accuracy": rows[-1]["client_accuracy"],
@@ -133,6 +150,7 @@ def summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: str) 
         "config_bytes": sum(r["config_bytes_up"] + r["config_bytes_down"] for r in rows),
         "evaluation_bytes": sum(r["evaluation_bytes"] for r in rows),
         "failures": sum(len(r["failures"]) for r in rows),
+        "evaluation_failures": sum(len(r["evaluation_failures"]) for r in rows),
         "seconds": sum(r["seconds"] for r in rows),
         "evaluation_seconds": sum(r["evaluation_seconds"] for r in rows),
         "partition_sha256": partition_sha256,
@@ -154,20 +172,28 @@ def _break_even(experiment: Experiment, rows: Sequence[Row]) -> int | None:
 
 
 def common_accuracy(curves: Sequence[Sequence[Row]]) -> float | None:
-    """The best test accuracy that every method that communicates reached in some round."""
+    """The best test accuracy that every method that communicates reached in some round.
+
+    Of those that are measured in every round: with ``evaluate_every`` above 1 methods without a student are not.
+    """
     peaks = []
     for rows in curves:
-        reached = [r["test_accuracy"] for r in rows if r["test_accuracy"] is not None]
-        if reached and any(r["bytes_up"] for r in rows):
+        reached = [r["test_accuracy"] for r in rows]
+        if any(r["bytes_up"] for r in rows) and None not in reached:
             peaks.append(max(reached))
     return min(peaks) if peaks else None
 
 
 def bytes_to(accuracy: float, rows: Sequence[Row]) -> int | None:
-    """Bytes up and down until a run's test accuracy first reaches ``accuracy``; None if it never does."""
+    """Bytes up and down until a run's test accuracy first reaches ``accuracy``.
+
+    None if it never does, or if a round before was not measured.
+    """
     total: int = 0
     for line in rows:
         total += int(line["bytes_up"] + line["bytes_down"])
-        if line["test_accuracy"] is not None and line["test_accuracy"] >= accuracy:
+        if line["test_accuracy"] is None:
+            return None
+        if line["test_accuracy"] >= accuracy:
             return total
     return None

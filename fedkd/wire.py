@@ -6,7 +6,7 @@ what clients answer, and the ClientApp does the reverse.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
@@ -68,6 +68,7 @@ class Packed:
     tensors: dict[str, Tensor]
     pieces: dict[str, Piece]
     plain: int  # bytes of those that are not
+    added: int = 0  # bytes that coding needs beside them
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -77,7 +78,10 @@ class Packed:
     @property
     def load(self) -> Load:
         """What all of it weighs."""
-        return sum((piece.load for piece in self.pieces.values()), Load(self.plain, self.plain, self.plain))
+        return sum(
+            (piece.load for piece in self.pieces.values()),
+            Load(self.plain, self.plain + self.added, self.plain + self.added),
+        )
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ class Wire:
         """The server packs a request; ``made`` holds what was packed already for another client of the round."""
         packed = pack(self.down, request, take("down", held), made, self.temperature)
         if self.remembers:
-            packed.tensors[TURN] = held.get("turn", integer(0))
+            turn = packed.tensors[TURN] = held.get("turn", integer(0))
+            packed = replace(packed, added=turn.nbytes)
         return packed
 
     def hear(self, arrays: Tensors, memory: Tensors) -> Packed:

@@ -7,14 +7,16 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from fedkd import ensembles, specs, tensors
+from fedkd import ensembles, measure, rounds, specs, tensors
 from fedkd.algorithm import Update
 from fedkd.catalog import CATALOG
+from fedkd.errors import UsageError
 from fedkd.experiment import prepare
 from fedkd.losses.logits import cross_entropy
-from fedkd.rounds import refusal
-from fedkd.wire import is_soft_label
+from fedkd.rounds import Reply, Round, Traffic, refusal
+from fedkd.wire import Load, is_soft_label
 from tests.conftest import tiny
 
 NAMES = sorted(CATALOG["algorithm"])
@@ -260,8 +262,55 @@ def test_central_has_everybodys_rows_and_local_sends_nothing():
     central, local = (prepare(tiny(algorithm=name)) for name in ("central", "local"))
     assert central.clients == 1
     assert sorted(central.parts[0]) == sorted(row for part in local.parts for row in part)
+    assert sorted(central.client(0, 1, {}).data.labels) == sorted(central.train.labels[central.parts[0]])
     assert not local.algorithm.sends(local.kit, {}, 0)
     assert not local.algorithm.ask(local.kit, {}, 0)
+
+
+def test_central_sees_in_a_round_what_its_participants_would():
+    experiment = prepare(tiny(algorithm="central", clients=5, participation=0.4))
+    seen = []
+    for number in (1, 2, 3):
+        chosen = rounds.sample(5, 0.4, experiment.config.seed, number)
+        wanted = torch.cat([experiment.train.pixels[torch.from_numpy(experiment.dealt[c])] for c in chosen])
+        assert torch.equal(experiment.client(0, number, {}).data.pixels, wanted)
+        seen.append(chosen)
+    assert len(set(map(tuple, seen))) > 1
+
+
+def test_a_client_that_diverged_is_wrong_and_counted_and_no_teacher():
+    experiment = prepare(tiny(algorithm="local"))
+    labels, classes = experiment.test.labels, experiment.kit.classes
+    right = F.one_hot(labels, classes).float() * 9
+    answers = {0: right, 1: right.roll(1, 1), 2: right.roll(1, 1) * 1e6}
+
+    def exchange(kind, number, requests):
+        return [Reply(c, Update({"logits": t}, len(labels)), "", Traffic()) for c, t in answers.items()]
+
+    updates = {client: Update({}, 5) for client in answers}
+    round_ = Round(1, {}, updates, {}, Traffic(), Load(), Load(), {})
+    found = measure.ensemble(experiment, exchange, round_)
+    assert found.client_accuracy == pytest.approx(1 / 3)
+    assert list(found.failures) == [2]
+    assert "beyond" in found.failures[2]
+    assert measure.row(experiment, round_, None, found)["evaluation_failures"] == {"2": "sent logits beyond 1,000,000"}
+    answers.clear()
+    none = measure.ensemble(experiment, exchange, round_)
+    assert (none.client_accuracy, none.teacher_accuracy) == (None, None)
+    assert set(none.failures.values()) == {"no reply"}
+
+
+def test_fedbe_weighs_all_members_alike():
+    kit = prepare(tiny(votes="size")).kit
+    two = [torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 4.0]])]
+    probs = specs.call("algorithm", "fedbe").teacher(kit, two, kit.votes([100, 1]))
+    assert torch.allclose(probs, torch.full((1, 2), 0.5))
+
+
+@pytest.mark.parametrize("name", ["ensemble", "fedema", "cronus", "dsfl:down=student"])
+def test_a_digest_that_never_happens_has_no_length(name):
+    with pytest.raises(UsageError, match="digest_epochs is for"):
+        specs.call("algorithm", f"{name}{',' if ':' in name else ':'}digest_epochs=3")
 
 
 def test_a_subset_of_the_proxy_is_named_by_its_round():

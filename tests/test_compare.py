@@ -21,6 +21,11 @@ def runs(tmp_path_factory):
     play(root / "first", algorithm="ensemble", seeds=2)
     play(root / "second", algorithm="fedavg", seeds=2)
     play(root / "elsewhere", algorithm="local", partitioner="linear")
+    shutil.copytree(root / "second", root / "other")
+    result = json.loads((root / "other" / "result.json").read_text())
+    for one in result["runs"]:
+        one["partition_sha256"] = "of other images"
+    (root / "other" / "result.json").write_text(json.dumps(result))
     for name, held in (("stopped", {"runs": [], "dataset": "digits"}), ("empty", {})):
         shutil.copytree(root / "first", root / name)
         (root / name / "result.json").write_text(json.dumps(held))
@@ -56,6 +61,7 @@ def test_the_command_writes_markdown_and_a_figure(runs, tmp_path):
     [
         (("first", "both"), "is in two of the runs"),
         (("first", "elsewhere"), "differ in partitioner"),
+        (("first", "other"), "deals other images than .* with seed 0"),
         (("stopped",), "finished no method"),
         (("empty",), "is not the directory of a run"),
         (("first", "nowhere"), "is not the directory of a run"),

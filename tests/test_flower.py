@@ -184,6 +184,15 @@ def test_a_new_run_starts_with_an_empty_memory():
     assert tensors.equal(first.update.tensors, again.update.tensors)
 
 
+def test_what_a_silent_client_was_sent_is_counted(grid, monkeypatch):
+    """Its request went over the wire, whether or not an answer ever comes."""
+    monkeypatch.setattr(server_app, "_ask", lambda *_: iter(()))
+    (reply,) = server_app.exchange(grid, range(1, 2), tiny(), "train", 1, {0: {"x": torch.zeros(1000)}})
+    assert (reply.client, reply.update, reply.failure) == (0, None, "no reply")
+    assert reply.traffic.arrays_down > 4000
+    assert reply.traffic.arrays_up == 0
+
+
 def test_replies_that_are_no_replies_are_failures_with_a_reason(grid):
     config = tiny()
 

@@ -181,6 +181,12 @@ def test_every_codec_carries_every_kind_of_answer(tmp_path, up, algorithm):
     assert all(not row["failures"] for row in rows)
 
 
+def test_the_number_of_the_turn_is_weighed():
+    plain, remembering = (Wire(codec("float32"), codec(text)) for text in ("float32", LOSSLESS))
+    weighed = [one.ask({"round": torch.tensor(3)}, {}, {}).load.coded for one in (plain, remembering)]
+    assert weighed == [8, 16]
+
+
 def test_what_all_clients_are_sent_is_coded_once(generator):
     counting, calls = codec("float16"), []
 

@@ -29,6 +29,10 @@ class Cronus(OwnTeacher):
 
     fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
 
+    def __post_init__(self) -> None:
+        if self.digest_epochs != type(self).digest_epochs:
+            raise ValueError("digest_epochs is for a digest apart; clients train on both kinds of images at once")
+
     def train(self, kit: Kit, client: Client, request: Tensors) -> dict[str, Tensor]:
         if self.down != "labels" or "probs" not in request:
             return super().train(kit, client, request)

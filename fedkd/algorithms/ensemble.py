@@ -38,6 +38,10 @@ class Ensemble(Algorithm):
     #: What clients send: logits, or probs.
     said: ClassVar[str] = "logits"
 
+    def __post_init__(self) -> None:
+        if self.down != "labels" and self.digest_epochs != type(self).digest_epochs:
+            raise ValueError("digest_epochs is for down=labels")
+
     @property
     def one_model(self) -> bool:
         return self.down == "student"

@@ -126,10 +126,11 @@ class FedBE(FedDF):
         more = [
             kit.predict(kit.student, weights, kit.proxy[rows]) for weights in (weighted_mean(held, examples), *drawn)
         ]
-        return self.teacher(kit, [*logits, *more], torch.ones(len(logits) + len(more), 1))
+        return self.teacher(kit, [*logits, *more], torch.empty(0))
 
     def teacher(self, kit: Kit, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
-        return ensembles.beta_era(torch.stack(list(logits)), weights, beta=1 / self.sharpen)
+        """Members count the same, whatever ``weights`` says."""
+        return ensembles.beta_era(torch.stack(list(logits)), torch.ones(len(logits), 1), beta=1 / self.sharpen)
 
 
 def sampled(

@@ -23,6 +23,6 @@ class Local(Algorithm):
 
 @dataclass(frozen=True)
 class Central(Local):
-    """`Local` for one client that holds everybody's rows: the ceiling, no federation."""
+    """`Local` for one client that holds the rows of all who would take part in a round: the ceiling, no federation."""
 
     pooled: ClassVar[bool] = True

@@ -101,7 +101,9 @@ def exchange(
         contents[client] = packed[key]
     asked = {client: (nodes[client], content) for client, (content, _) in contents.items()}
     for client, reply in _ask(grid, kind, number, asked, 2 * member.client_timeout or SILENCE):
-        yield _reply(client, reply, *contents[client][1])
+        yield _reply(client, reply, *contents.pop(client)[1])
+    for client, (_, (arrays_down, rest_down)) in contents.items():  # what they were sent has been sent
+        yield Reply(client, None, "no reply", Traffic(arrays_down, 0, rest_down, 0))
 
 
 def _ask(

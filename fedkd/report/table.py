@@ -49,6 +49,7 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
     """A row for each method: means over seeds, with the standard deviation where there are several."""
     common = common_accuracy(list(curves.values()))
     names = list(dict.fromkeys(run["algorithm"] for run in runs))
+    is_even = len({sum(run["algorithm"] == name for run in runs) for name in names}) == 1
     is_paired = BASELINE in names and len(names) > 1
     titles = ["method", "test acc", *([f"- {BASELINE}"] if is_paired else []), "last 5", "teacher", "clients"]
     titles += ["up", "down", "time", "to common" if common is None else f"to {percent(common)}"]
@@ -62,7 +63,7 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
         accuracy, *others = cells.values()
         rows.append(
             [
-                name if mine[0]["deploys"] == "student" else f"{name}*",
+                name + "*" * (mine[0]["deploys"] == "clients") + f" ({_seeds(len(mine))})" * (not is_even),
                 accuracy,
                 *([_paired(mine, runs)] if is_paired else []),
                 *others,
@@ -76,6 +77,8 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
         said.append(f"- {BASELINE}: the difference in points, paired by seed.")
     if any(run["deploys"] == "clients" for run in runs):
         said.append("*: no global student; the test accuracy is that of the clients' own models.")
+    if any(None in [row["test_accuracy"] for row in rows] for rows in curves.values()):
+        said.append("–: it was not measured in every round (--evaluate-every).")
     return Grid(titles, rows, "\n".join(said))
 
 
@@ -104,8 +107,15 @@ def _paired(mine: Sequence[Row], runs: Sequence[Row]) -> str:
     """The mean and the standard deviation of the differences to the baseline with the same seed."""
     baseline = {run["seed"]: run["test_accuracy"] for run in runs if run["algorithm"] == BASELINE}
     differences = [
-        100 * (run["test_accuracy"] - baseline[run["seed"]]) for run in mine if baseline.get(run["seed"]) is not None
+        100 * (run["test_accuracy"] - baseline[run["seed"]])
+        for run in mine
+        if None not in (run["test_accuracy"], baseline.get(run["seed"]))
     ]
     if mine[0]["algorithm"] == BASELINE or not differences:
         return "–"
-    return f"{fmean(differences):+.1f}{f' ±{stdev(differences):.1f}' if len(differences) > 1 else ''}"
+    pairs = f" ({_seeds(len(differences))})" if len(differences) < len(mine) else ""
+    return f"{fmean(differences):+.1f}{f' ±{stdev(differences):.1f}' if len(differences) > 1 else ''}{pairs}"
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count != 1)}"

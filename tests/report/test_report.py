@@ -44,10 +44,14 @@ def test_bytes_to_a_common_accuracy():
     assert measure.common_accuracy([silent]) is None
 
 
-def test_rounds_that_were_not_measured_are_passed_over():
-    rows = curve([None, 0.4])
-    assert measure.common_accuracy([rows]) == 0.4
-    assert measure.bytes_to(0.4, rows) == 300
+def test_what_was_not_measured_in_every_round_is_compared_with_nobodys_rounds():
+    """It may have been there before anybody looked."""
+    rows, other = curve([None, 0.4], deploys="clients"), curve([0.5, 0.6], name="b")
+    assert measure.common_accuracy([rows, other]) == 0.6
+    assert measure.bytes_to(0.4, rows) is None
+    grid = table.side_by_side([summary(rows), summary(other)], {("a", 0): rows, ("b", 0): other})
+    assert [row[-1] for row in grid.rows] == ["–", "300 B"]
+    assert "not measured in every round" in grid.caption
 
 
 def test_the_table_has_means_and_spreads_over_seeds():
@@ -70,6 +74,19 @@ def test_differences_to_fedavg_are_paired_by_seed():
     lines = grid.markdown().splitlines()
     assert lines[0].startswith("| method | test acc | - fedavg |")
     assert lines[3].startswith("| a | 60.5% ±14.8 | +10.5 ±0.7 |")
+
+
+def test_a_seed_that_is_missing_is_seen():
+    curves = {("fedavg", s): curve([0.4], name="fedavg", seed=s) for s in (0, 1)}
+    curves |= {("a", s): curve([0.5], seed=s) for s in (0, 1, 2)}
+    curves |= {("b", s): curve([None if s else 0.6], name="b", seed=s, deploys="clients") for s in (0, 1)}
+    grid = table.side_by_side([summary(rows) for rows in curves.values()], curves)
+    assert [row[0] for row in grid.rows] == ["fedavg (2 seeds)", "a (3 seeds)", "b* (2 seeds)"]
+    assert [row[grid.titles.index("- fedavg")] for row in grid.rows] == [
+        "–",
+        "+10.0 ±0.0 (2 seeds)",
+        "+20.0 (1 seed)",
+    ]
 
 
 def test_no_number_is_cut_on_a_narrow_terminal():
