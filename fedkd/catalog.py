@@ -2,7 +2,7 @@
 
 Nothing is imported to look a name up. An installed package adds names by the entry-point groups
 ``fedkd.algorithm``, ``fedkd.aggregator``, ``fedkd.codec``, ``fedkd.loss``, ``fedkd.model``, ``fedkd.dataset``,
-``fedkd.distillation``, ``fedkd.proxy`` and ``fedkd.partitioner``.
+``fedkd.distillation`` and ``fedkd.partitioner``.
 """
 
 from __future__ import annotations

@@ -10,13 +10,14 @@ import signal
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from fedkd.config import Options
-from fedkd.errors import FedkdError, Terminated, UsageError
+from fedkd.errors import FedkdError, StorageError, Terminated, UsageError
 
 ALIASES = {"FEDKD_DATA": "data_dir"}
 
@@ -25,9 +26,9 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
 def main(
-    command: Callable[[AnyOptions], None], options: type[AnyOptions], argv: Sequence[str] | None = None
+    command: Callable[[AnyOptions], Path], options: type[AnyOptions], argv: Sequence[str] | None = None
 ) -> NoReturn:
-    """Run a command whose options are the fields of a config."""
+    """Run a command whose options are the fields of a config, and which returns the directory of its result."""
     run(_app(command, options), argv)
 
 
@@ -46,7 +47,7 @@ def new(name: str) -> App:
 def run(app: App, argv: Sequence[str] | None = None) -> NoReturn:
     """Parse, run, and end the process with the documented exit code; no traceback for a mistake."""
     tokens = list(sys.argv[1:] if argv is None else argv)
-    as_json = "--json" in tokens
+    as_json = _wants_json(tokens)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         app(tokens, exit_on_error=False, print_error=False)
@@ -55,7 +56,7 @@ def run(app: App, argv: Sequence[str] | None = None) -> NoReturn:
     except FedkdError as error:
         _fail(error, as_json)
     except OSError as error:
-        _fail(_StorageError(f"{error.strerror or error}: {error.filename or 'cannot write'}."), as_json)
+        _fail(StorageError.of(error), as_json)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only spoil the end
         print("fedkd: interrupted; the rounds so far, if any, are in the run directory.", file=sys.stderr)
@@ -63,8 +64,15 @@ def run(app: App, argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
-class _StorageError(FedkdError):
-    code = 74
+def _wants_json(tokens: Sequence[str]) -> bool:
+    """Whether a mistake is to be answered in JSON too, as far as can be told before anything is parsed."""
+    if "--json" in tokens:
+        return True
+    said = os.environ.get("FEDKD_JSON", "")
+    if not said and tokens and tokens[0].endswith(".toml"):
+        with suppress(UsageError):
+            said = str(from_file(Path(tokens[0])).get("json", ""))
+    return said.lower() in ("1", "true", "yes", "on", "t", "y")
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
@@ -79,12 +87,17 @@ def _fail(error: FedkdError, as_json: bool) -> NoReturn:
     sys.exit(error.code)
 
 
-def _app(command: Callable[[AnyOptions], None], options: type[AnyOptions]) -> App:
+def _app(command: Callable[[AnyOptions], Path], options: type[AnyOptions]) -> App:
     """A cyclopts app with a flag for each field of the config, none of them required."""
 
     def run(scenario: Path | None = None, **flags: Any) -> None:
         given = {key: value for key, value in flags.items() if value is not None}
-        command(options.parse(from_file(scenario) | from_environment(os.environ, options) | given))
+        config = options.parse(from_file(scenario) | from_environment(os.environ, options) | given)
+        # Standard output is for one JSON object then: what anybody's code prints goes to standard error.
+        with redirect_stdout(sys.stderr) if config.json else nullcontext():
+            out = command(config)
+        if config.json:
+            print((out / "result.json").read_text(encoding="utf-8"), end="")
 
     first = Parameter(help="Scenario file (TOML) with these options as keys.", group=Group("Scenario", sort_key=0))
     parameters = [

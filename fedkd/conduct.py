@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -91,7 +92,8 @@ def _member(member: Config, exchange: partial[Iterable[Reply]], out: Path, scree
         for round_, seconds in _timed(
             _blamed(member, play(experiment.algorithm, experiment.kit, watched, experiment.clients, experiment.wire))
         ):
-            row = _measured(experiment, watched, round_, seconds)
+            with _blaming(member):
+                row = _measured(experiment, watched, round_, seconds)
             for client, reason in round_.failures.items():
                 runs.log(out, f"{member.algorithm} seed {member.seed} round {round_.number} client {client}\n{reason}")
             for client, reason in row["evaluation_failures"].items():
@@ -102,10 +104,12 @@ def _member(member: Config, exchange: partial[Iterable[Reply]], out: Path, scree
             rows.append(row)
             screen.row(row, member.rounds)
     assert round_ is not None
-    student = experiment.algorithm.deploy(experiment.kit, round_.state)
+    with _blaming(member):
+        student = experiment.algorithm.deploy(experiment.kit, round_.state)
+        summary = measure.summary(experiment, rows, experiment.dealt.digest())
     if student:
         experiment.student(student).save(out / _student_name(member, out))
-    return measure.summary(experiment, rows, experiment.dealt.digest())
+    return summary
 
 
 def _measured(experiment: Experiment, exchange: Exchange, round_: Round, seconds: float) -> Row:
@@ -126,9 +130,15 @@ def _timed(rounds: Iterable[Round]) -> Iterator[tuple[Round, float]]:
 
 
 def _blamed(member: Config, rounds: Iterator[Round]) -> Iterator[Round]:
-    """The rounds; whatever somebody's own algorithm raises on the server is called by its name."""
-    try:
+    with _blaming(member):
         yield from rounds
+
+
+@contextmanager
+def _blaming(member: Config) -> Iterator[None]:
+    """Whatever somebody's own algorithm raises on the server is called by its name."""
+    try:
+        yield
     except (FedkdError, Terminated):
         raise
     except (Exception, SystemExit) as error:

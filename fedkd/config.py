@@ -169,7 +169,7 @@ class Config(Options):
         "local", "Run", "Who plays the clients: processes of fedkd's own, or Flower's simulation runtime on Ray."
     )
     threads: PositiveInt = option(1, "Run", "Threads of arithmetic; results depend on it, to the bit.")
-    workers: Annotated[str, Field(pattern=r"^(auto|[1-9]\d*)$")] = option(
+    workers: Annotated[str, BeforeValidator(str), Field(pattern=r"^(auto|[1-9]\d*)$")] = option(
         "auto", "Run", "Processes that play clients side by side; auto: as many as the cores have room for."
     )
     client_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = option(

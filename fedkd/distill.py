@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd import models, runs, specs
+from fedkd.data import sources
 from fedkd.distillation import naming
 from fedkd.errors import DataError, FedkdError, PluginError, RunError, UsageError
 from fedkd.terms import Itself, Term
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from fedkd.distillation.config import DistillConfig
 
 
-def distill(config: DistillConfig) -> None:
+def distill(config: DistillConfig) -> Path:
     """Distill a student from one teacher or several, or from itself.
 
     The same student is trained without a teacher beside it, and all are judged side by side. Components are named by
@@ -31,6 +32,7 @@ def distill(config: DistillConfig) -> None:
         if getattr(error, "code", None) != RunError.code:
             runs.release(out, "epochs.jsonl")
         raise
+    return out
 
 
 def check(config: DistillConfig) -> list[Term]:
@@ -55,7 +57,7 @@ def check(config: DistillConfig) -> list[Term]:
             raise DataError(f"--teacher {text}: there is no such run or file.")
     specs.bind("model", config.student, models.RESERVED)
     for dataset in {config.dataset, config.shifted} - {"auto", ""}:
-        specs.call("dataset", dataset)
+        sources.named(dataset)
     return terms
 
 

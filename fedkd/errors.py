@@ -43,6 +43,17 @@ class PluginError(FedkdError):
     code = 7
 
 
+class StorageError(FedkdError):
+    """A file could not be written."""
+
+    code = 74
+
+    @classmethod
+    def of(cls, error: OSError) -> StorageError:
+        """What the system said, as a sentence."""
+        return cls(f"{error.strerror or error}: {error.filename or 'cannot write'}.")
+
+
 class Terminated(SystemExit):
     """Asked to end by SIGTERM; told apart from an exit that somebody's own code asks for."""
 

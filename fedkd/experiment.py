@@ -95,6 +95,8 @@ def check(config: Config) -> None:
                 f"{member.algorithm} sends weights, so clients and student need one model, "
                 f"not --model {member.model} --student {member.student or models.split(member.model)[0]}."
             )
+        if algorithm.pooled and member.partitioner == partitioners.OWN:
+            raise UsageError(f"{member.algorithm} needs all data in one place, and nodes keep theirs; leave it out.")
         if algorithm.labeled_proxy and proxies.parse(member.proxy)[0] is not None:
             raise UsageError(
                 f"{member.algorithm} reads the proxy's labels, so the proxy must be held out of the data set "
@@ -107,7 +109,7 @@ def check(config: Config) -> None:
     for model in [*models.split(config.model), *([config.student] if config.student else [])]:
         specs.bind("model", model, models.RESERVED)
     if config.dataset != "auto":
-        specs.call("dataset", config.dataset)
+        sources.named(config.dataset)
     proxies.parse(config.proxy)
     partitioners.check(config.partitioner)
 
@@ -127,14 +129,16 @@ def prepare(config: Config) -> Experiment:
     from fedkd.kit import Kit
     from fedkd.wire import Wire
 
-    source: Source = specs.call("dataset", choose_dataset(config)[0])
+    source = sources.named(choose_dataset(config)[0])
     algorithm, computer = _algorithm(config), device(config.device)
     proxy_source, size = proxies.parse(config.proxy)
     is_own = config.partitioner == partitioners.OWN
-    test = read(source, "test", config.data_dir)
     # Where nodes bring their own rows, the training set serves only to hold the proxy out of it.
-    is_needed = proxy_source is None or not is_own
-    train = read(source, "train", config.data_dir) if is_needed else test.first(0)
+    if proxy_source is None or not is_own:
+        train, test = splits(source, config.data_dir)
+    else:
+        test = read(source, "test", config.data_dir)
+        train = test.first(0)
     classes = max(train.classes, test.classes)
     proxy_labels = None
     if proxy_source is None:
@@ -193,6 +197,16 @@ def read(source: Source, split: str, data_dir: str) -> Images:
     from fedkd.data import readers
 
     return readers.read(source, split, data_dir)
+
+
+def splits(source: Source, data_dir: str) -> tuple[Images, Images]:
+    """The training and the test images, whose labels number the classes alike: a folder may lack some in its tests."""
+    from fedkd.data.readers import renumbered
+
+    train, test = (read(source, split, data_dir) for split in ("train", "test"))
+    if train.names and test.names and train.names != test.names:
+        test = renumbered(test, train.names, train.classes, f"The test set of {source.name}")
+    return train, test
 
 
 @lru_cache(maxsize=2)

@@ -19,6 +19,7 @@ from rich.console import Console
 
 import fedkd
 from fedkd import cli, runs, seeds, specs
+from fedkd.data import sources
 from fedkd.errors import DataError, FedkdError, PluginError, UsageError
 from fedkd.exports import formats
 from fedkd.report.screen import Screen
@@ -59,7 +60,7 @@ def export(
     wanted = formats.chosen(to)
     file = _file(run)
     if dataset:
-        specs.call("dataset", dataset)  # before torch is imported: a mistake is answered within a second
+        sources.named(dataset)  # before torch is imported: a mistake is answered within a second
     from fedkd import students
     from fedkd.exports import card
     from fedkd.exports.check import grid
@@ -136,7 +137,7 @@ def _read(student: Student, dataset: str, data_dir: str, split: str) -> Images:
             f"The student names a data set of somebody's own, {student.dataset}; "
             "name it by --dataset to have its code run, or do without by --no-check."
         )
-    source = specs.call("dataset", dataset or student.dataset)
+    source = sources.named(dataset or student.dataset)
     return readers.read(dataclasses.replace(source, pixels=student.pixels), split, data_dir)
 
 

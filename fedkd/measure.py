@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +68,13 @@ def ensemble(experiment: Experiment, exchange: Exchange, round_: Round) -> Ensem
         failures[reply.client] = reply.failure or "no answers"
         if reply.update is not None and {n: (*t.shape,) for n, t in reply.update.tensors.items()} == declared:
             answered[reply.client] = reply.update.tensors["logits"]
-            failures[reply.client] = refusal(reply.update, declared)
+            failures[reply.client] = refusal(replace(reply.update, metrics={}), declared)
     failures = {client: reason for client, reason in failures.items() if reason}
     fine = [client for client in answered if client not in failures]
 
     def accuracy(scores: Tensor) -> float:
-        return (scores.argmax(-1) == experiment.test.labels).double().mean().item()
+        right = (scores.argmax(-1) == experiment.test.labels) & scores.isfinite().all(-1)
+        return right.double().mean().item()
 
     teacher = None
     if fine:
@@ -88,8 +89,16 @@ def row(experiment: Experiment, round_: Round, scores: tuple[float, float] | Non
 
     Where a method has no global student, what it deploys are the clients' own models: their mean
     accuracy is its test accuracy.
+
+    Raises:
+        RunError: all of those have diverged.
+
     """
     config = experiment.config
+    if scores is None and members and members.client_accuracy is not None and members.teacher_accuracy is None:
+        raise RunError(
+            f"Round {round_.number}: the models of {config.algorithm} have all diverged; lower --learning-rate."
+        )
     accuracy, loss = scores or (members.client_accuracy if members else None, None)
     return {
         "algorithm": config.algorithm,

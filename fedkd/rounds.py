@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 KINDS = {Int64: "torch.int64", UInt8: "torch.uint8"}
 LARGEST = 1e6  # of a logit: what is beyond has diverged, and would be infinite when it is divided by T
+VASTEST = 1e30  # of a metric, so that their sum is finite
 CLOSE = 5e-3  # to one: what bfloat16 does to the sum of a distribution
 
 
@@ -150,7 +150,7 @@ def admit(
 
 def last_line(failure: str) -> str:
     """The end of a traceback is what a person wants to read; the whole of it goes to ``errors.log``."""
-    return failure.strip().splitlines()[-1].rstrip(".")
+    return (failure.strip().splitlines() or ["no reason given"])[-1].rstrip(".")
 
 
 def participants(clients: int, participation: float) -> int:
@@ -174,7 +174,7 @@ def refusal(update: Update, declared: Shapes) -> str:
     """
     if set(update.tensors) != set(declared):
         return f"sent {sorted(update.tensors)} instead of {sorted(declared)}"
-    if not (update.examples > 0 and all(math.isfinite(v) for v in update.metrics.values())):
+    if not (update.examples > 0 and all(abs(value) <= VASTEST for value in update.metrics.values())):
         return "sent no examples, or a metric that is not finite"
     for name, tensor in update.tensors.items():
         if not _fits(tuple(tensor.shape), declared[name]):

@@ -93,7 +93,7 @@ def log(out: Path, text: str) -> None:
 
 def toml(config: Options) -> str:
     """The config as a scenario file. A JSON scalar is a TOML scalar."""
-    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.run_config().items())
+    return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.run_config().items())
 
 
 def note(out: Path, error: FedkdError) -> None:

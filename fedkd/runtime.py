@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from functools import cache
+from functools import lru_cache
 
 
 def cores() -> int:
@@ -13,7 +13,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@cache
+@lru_cache(maxsize=1)
 def settle(threads: int) -> None:
     """Pin the threads of arithmetic (bits depend on them) and keep freed memory in the process.
 

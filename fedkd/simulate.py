@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fedkd.config import Config
 
 
-def simulate(config: Config) -> None:
+def simulate(config: Config) -> Path:
     """Simulate federated distillation.
 
     Clients answer a public proxy set with soft logits; the server distills a global student from the
@@ -41,8 +41,7 @@ def simulate(config: Config) -> None:
             runs.release(out)
         raise
     print(f"run directory: {out}", file=stream, flush=True)
-    if config.json:
-        print((out / "result.json").read_text(encoding="utf-8"), end="")
+    return out
 
 
 def _play(config: Config) -> None:

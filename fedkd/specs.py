@@ -189,10 +189,12 @@ def _convert(name: str, value: str, annotation: Any) -> Any:
             return ast.literal_eval(value)
         except (ValueError, SyntaxError):
             return value
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
     try:
         return TypeAdapter(annotation).validate_python(value)
+    except PydanticUserError as error:
+        raise PluginError(f"{name}: a text cannot become {annotation!r}; annotate the option otherwise.") from error
     except ValidationError as error:
         reason = error.errors()[0]["msg"].lower()
         raise UsageError(f"{name}={value} is not usable: {reason}.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -78,12 +79,15 @@ def weighted_mean(many: Sequence[Tensors], weights: Iterable[float]) -> dict[str
 
 def save(tensors: Tensors, path: Path, about: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all, whoever else writes it; ``about`` is kept with it."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, dict(about or {}))
         part.replace(path)
+    except SafetensorError as error:  # a disk that is full or may not be written to
+        raise OSError(errno.EIO, str(error), str(path)) from error
     finally:
         part.unlink(missing_ok=True)
 

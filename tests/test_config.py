@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fedkd import cli, runs
 from fedkd.cli import from_environment, from_file
 from fedkd.config import Config
 from fedkd.errors import UsageError
@@ -79,3 +80,23 @@ def test_environment_and_file(tmp_path):
     for bad in (path, tmp_path / "absent.toml", tmp_path):
         with pytest.raises(UsageError):
             from_file(bad)
+
+
+def test_numbers_of_workers_may_be_numbers():
+    assert Config.parse({"workers": 2}).workers == "2"
+
+
+def test_a_path_beyond_ascii_is_written_as_toml(tmp_path):
+    config = Config.parse({"data-dir": "/data/😀", "partitioner": "iid"})
+    runs.write(tmp_path / "a.toml", runs.toml(config))
+    assert Config.parse(from_file(tmp_path / "a.toml")) == config
+
+
+def test_json_is_wanted_by_flag_variable_or_file(tmp_path, monkeypatch):
+    (tmp_path / "a.toml").write_text("json = true\n")
+    monkeypatch.delenv("FEDKD_JSON", raising=False)
+    assert cli._wants_json(["--json"])
+    assert cli._wants_json([str(tmp_path / "a.toml"), "--seed", "1"])
+    assert not cli._wants_json(["--seed", "1"])
+    monkeypatch.setenv("FEDKD_JSON", "true")
+    assert cli._wants_json(["--seed", "1"])

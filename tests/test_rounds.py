@@ -6,7 +6,7 @@ import torch
 from fedkd.algorithm import Algorithm, Update
 from fedkd.codecs import Float32
 from fedkd.errors import RunError
-from fedkd.rounds import Reply, Traffic, play, refusal, sample
+from fedkd.rounds import Reply, Traffic, last_line, play, refusal, sample
 from fedkd.tensors import Int64
 from fedkd.wire import Wire
 from tests.conftest import tiny
@@ -48,6 +48,7 @@ PROBS = torch.full((4, 5), 0.2)
         (Update({"probs": PROBS.double()}, 3), "of type torch.float64 instead of torch.float32"),
         (Update({"probs": torch.ones(4, 5, dtype=torch.int64)}, 3), "of type torch.int64 instead of torch.float32"),
         (Update({"probs": PROBS}, 3, {"loss": float("inf")}), "not finite"),
+        (Update({"probs": PROBS}, 3, {"loss": 1.7e308}), "not finite"),  # two of them would add up to infinity
         (Update({"probs": PROBS}, 3, {"loss": 1.0}), ""),
     ],
 )
@@ -55,6 +56,11 @@ def test_the_server_checks_every_reply(update, says):
     found = refusal(update, {"logits" if "logits" in update.tensors else "probs": (4, 5)})
     assert says in found
     assert bool(found) == bool(says)
+
+
+def test_a_failure_without_words_has_a_line():
+    assert last_line("") == last_line(" \n") == "no reason given"
+    assert last_line("a\nb: c.\n") == "b: c"
 
 
 def test_integers_are_declared_and_extents_may_be_bounded():

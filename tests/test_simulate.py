@@ -225,6 +225,28 @@ def test_precedence_flags_over_environment_over_file(tmp_path):
     assert (config["seed"], config["clients"], config["rounds"]) == (9, 4, 1)
 
 
+def test_with_json_what_somebodys_code_prints_goes_to_standard_error(tmp_path, capsys):
+    from fedkd import cli
+
+    (tmp_path / "mine.py").write_text(
+        "print('imported')\nfrom fedkd.algorithms.local import Local\n"
+        "class Mine(Local):\n"
+        "    def local(self, *given):\n        print('trains')\n        return super().local(*given)\n"
+    )
+    given = [part for key, value in TINY.items() for part in (f"--{key}", str(value))]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(
+            simulate,
+            Config,
+            [*given, "--algorithm", f"{tmp_path}/mine.py:Mine", "--json", "--out", f"{tmp_path}/out"],
+        )
+    said = capsys.readouterr()
+    assert ended.value.code == 0
+    assert json.loads(said.out)["status"] == "ok"
+    assert "imported" in said.err
+    assert "trains" in said.err
+
+
 def test_a_participation_below_one(tmp_path):
     rows = play(
         tmp_path / "run", clients=6, participation=0.5, algorithm="ensemble:down=labels", compare="dsfl fedmd fedavg"
@@ -299,6 +321,12 @@ def test_bad_input_is_one_sentence_and_a_code(code, flags, says, own, tmp_path, 
         ({"aggregator": "{own}:narrow"}, PluginError, "--aggregator .*:narrow failed on the server"),
         ({"loss": "{own}:vector"}, PluginError, "--loss .*:vector failed on the server"),
         ({"distill_learning_rate": 1e12}, RunError, "Round 1: the student of ensemble has diverged; lower"),
+        ({"algorithm": "local", "learning_rate": 1e30}, RunError, "Round 1: the models of local have all diverged"),
+        ({"algorithm": "central", "partitioner": "own"}, UsageError, "needs all data in one place"),
+        ({"algorithm": "{own}:Deploying"}, PluginError, "Deploying failed on the server: KeyError: 'oops'"),
+        ({"dataset": "{own}:listed"}, PluginError, "is list, not a fedkd.data.sources.Source"),
+        ({"proxy": "{own}:listed"}, PluginError, "is list, not a fedkd.data.sources.Source"),
+        ({"algorithm": "{own}:Deploying:house=3"}, PluginError, "annotate the option otherwise"),
         ({"model": "cnn:width=8,resnet8:width=8", "compare": "fedproto"}, UsageError, "embeddings of one width"),
     ],
 )
@@ -307,6 +335,12 @@ def test_what_cannot_work_is_one_sentence(tmp_path, changes, error, says):
         "def notcodec():\n    return 3\n"
         "def narrow(logits, weights):\n    return logits[0, :, :3].softmax(-1)\n"
         "def vector(student_logits, teacher_probs):\n    return student_logits - teacher_probs\n"
+        "def listed():\n    return [1]\n"
+        "from fedkd.algorithms.fedavg import FedAvg\n"
+        "class House: pass\n"
+        "class Deploying(FedAvg):\n"
+        "    def __init__(self, house: House = None): pass\n"
+        "    def deploy(self, kit, state): raise KeyError('oops')\n"
     )
     named = {k: v.replace("{own}", f"{tmp_path}/own.py") if isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises(error, match=says):

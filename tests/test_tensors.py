@@ -52,3 +52,11 @@ def test_a_damaged_file_is_refused(tmp_path):
     (tmp_path / "x").write_bytes(b"not a safetensors file")
     with pytest.raises(Exception, match=r"(?i)header|invalid|safetensor"):
         tensors.load(tmp_path / "x")
+
+
+def test_what_cannot_be_written_is_an_error_of_the_system(tmp_path):
+    """So that a full disk is answered as everywhere else; what was there stays, and nothing is left beside it."""
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError, match="No such file"):
+        tensors.save({"x": torch.zeros(1)}, tmp_path / "missing" / "x.safetensors")
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]

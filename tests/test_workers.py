@@ -75,6 +75,7 @@ def test_how_many_workers():
     assert count_workers("auto", 1000, cores, "cpu") == 1
     assert count_workers("auto", 1, 1, "cpu") == 1
     assert count_workers("auto", 20, 1, "cuda") == 1
+    assert count_workers("80", 2, 1, "cpu") == 2
     assert count_workers("7", 20, 1, "cpu") == 7
 
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from zipfile import BadZipFile
 
@@ -21,6 +22,7 @@ import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from fedkd import cache, seeds, specs
+from fedkd.catalog import CATALOG
 from fedkd.data.partition import Partition
 from fedkd.errors import FedkdError, PluginError, UsageError
 
@@ -45,7 +47,7 @@ class Recipe:
     is_counted: bool = True  # takes num_partitions
     is_seeded: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
-    by_clients: Callable[[Rows, int], Mapping[str, object]] | None = None
+    by_clients: Callable[[Rows, int, int], Mapping[str, object]] | None = None  # labels, clients, seed
     direct: Callable[[Rows, int], Partition] | None = None
 
 
@@ -69,7 +71,7 @@ def dirichlet(*, alpha: Alpha = 0.5, min_size: PositiveInt = 2, self_balancing: 
 def inner_dirichlet(*, alpha: Alpha = 0.5) -> Recipe:
     """Equal sizes; each client draws its class mix from Dirichlet(alpha) (Acar et al., 2021)."""
 
-    def equal_sizes(labels: Rows, clients: int) -> Mapping[str, object]:
+    def equal_sizes(labels: Rows, clients: int, seed: int) -> Mapping[str, object]:
         return {"partition_sizes": [len(part) for part in np.array_split(labels, clients)]}
 
     return Recipe("InnerDirichletPartitioner", True, False, True, {"alpha": alpha}, equal_sizes)
@@ -94,9 +96,9 @@ def shard(*, shards: PositiveInt = 2) -> Recipe:
 def distribution(*, classes: PositiveInt = 2, preassigned: PositiveInt = 5, sigma: Alpha = 1.0) -> Recipe:
     """``classes`` classes a client in log-normal amounts (Li et al., 2020, FedProx)."""
 
-    def log_normal(labels: Rows, clients: int) -> Mapping[str, object]:
+    def log_normal(labels: Rows, clients: int, seed: int) -> Mapping[str, object]:
         kinds = len(np.unique(labels))
-        draws = seeds.rng(0, "distribution").lognormal(0.0, sigma, size=(kinds, clients * classes // kinds))
+        draws = seeds.rng(seed, "distribution").lognormal(0.0, sigma, size=(kinds, clients * classes // kinds))
         return {"distribution_array": draws}
 
     options = {"num_unique_labels_per_partition": classes, "preassigned_num_samples_per_label": preassigned}
@@ -105,7 +107,7 @@ def distribution(*, classes: PositiveInt = 2, preassigned: PositiveInt = 5, sigm
 
 def size(*, sizes: str) -> Recipe:
     """Given sizes, separated by plus signs: ``size:sizes=100+200+300``."""
-    if not all(part.isdigit() and int(part) for part in sizes.split("+")):
+    if not all(part.isdecimal() and int(part) for part in sizes.split("+")):
         raise ValueError("sizes are positive integers separated by +")
     options = {"partition_sizes": [int(part) for part in sizes.split("+")]}
     return Recipe("SizePartitioner", is_counted=False, options=options)
@@ -161,13 +163,18 @@ def check(text: str) -> None:
     """Look the name and the options up, without dealing anything."""
     if text == OWN:
         return
-    if not specs.parse(text).is_plugin:
+    if not _is_plugin(text):
         specs.call("partitioner", text)
     else:
         specs.bind("partitioner", text, RESERVED)
 
 
 RESERVED = ("num_partitions", "seed", "partition_by")
+
+
+def _is_plugin(text: str) -> bool:
+    """Whether it is no recipe of ours, but somebody's function or class; one that is installed has a plain name."""
+    return specs.parse(text).name not in CATALOG["partitioner"]
 
 
 def deal(text: str, labels: Rows, clients: int, seed: int) -> Partition:
@@ -180,12 +187,13 @@ def deal(text: str, labels: Rows, clients: int, seed: int) -> Partition:
     """
     if clients > len(labels):
         raise UsageError(f"{clients} clients cannot share {len(labels)} images; use --clients {len(labels)} or fewer.")
-    if specs.parse(text).is_plugin:
+    if _is_plugin(text):
         return _checked(_by_plugin(text, labels, clients, seed), len(labels), clients, text, PluginError)
     recipe: Recipe = specs.call("partitioner", text)
     if recipe.direct is not None:
         return recipe.direct(_shuffled(labels, seed), clients).sorted()
-    described = json.dumps([2, text, clients, seed, hashlib.sha256(labels.tobytes()).hexdigest()])
+    dealers = [np.__version__, version("flwr-datasets")]
+    described = json.dumps([3, text, clients, seed, dealers, hashlib.sha256(labels.tobytes()).hexdigest()])
     path = cache.directory() / "partitions" / f"{hashlib.sha256(described.encode()).hexdigest()[:24]}.npz"
     if (cached := _cached(path)) is None:
         cached = _checked(_by_flower(recipe, text, labels, clients, seed), len(labels), clients, text, UsageError)
@@ -204,7 +212,7 @@ def _by_flower(recipe: Recipe, text: str, labels: Rows, clients: int, seed: int)
 
     options = dict(recipe.options)
     if recipe.by_clients is not None:
-        options |= recipe.by_clients(labels, clients)
+        options |= recipe.by_clients(labels, clients, seed)
     if recipe.by_label:
         options["partition_by"] = "label"
     if recipe.is_counted:
@@ -272,7 +280,10 @@ def _checked(parts: object, rows: int, clients: int, text: str, kind: type[Fedkd
         raise wrong(f"returned {type(parts).__name__}, not a list of index arrays")
     if len(parts) != clients:
         raise wrong(f"returned {len(parts)} index arrays for {clients} clients")
-    arrays = [np.asarray(part) for part in parts]
+    try:
+        arrays = [np.asarray(part) for part in parts]
+    except (ValueError, TypeError) as error:
+        raise wrong("returned something that is no list of index arrays") from error
     for client, array in enumerate(arrays):
         if array.size == 0:
             raise wrong(f"gave client {client} no rows; every client needs at least one")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedkd import seeds, specs
-from fedkd.data.sources import Source
+from fedkd.data import sources
 from fedkd.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedkd.data.readers import Images
+    from fedkd.data.sources import Source
 
 DEFAULT_SIZE = 5000
 
@@ -30,7 +31,7 @@ def parse(text: str) -> tuple[Source | None, int | None]:
     spec = specs.parse(text)
     options = dict(spec.options)
     wanted = options.pop("size", None)
-    if wanted is not None and (not wanted.isdigit() or int(wanted) < 1):
+    if wanted is not None and (not wanted.isdecimal() or int(wanted) < 1):
         raise UsageError(f"--proxy {text!r}: size is the number of images, at least 1, not {wanted!r}.")
     size = None if wanted is None else int(wanted)
     if spec.name == "holdout":
@@ -39,7 +40,7 @@ def parse(text: str) -> tuple[Source | None, int | None]:
         return None, size
     items = [*([spec.argument] if spec.argument else []), *(f"{k}={v}" for k, v in options.items())]
     try:
-        source: Source = specs.call("dataset", ":".join([spec.name, *([",".join(items)] if items else [])]))
+        source = sources.named(":".join([spec.name, *([",".join(items)] if items else [])]))
     except UsageError as error:
         raise UsageError(f"--proxy {text!r}: {error} Or holdout, images held out of the training set.") from error
     return dataclasses.replace(source, count=size or DEFAULT_SIZE), size

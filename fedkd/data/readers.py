@@ -53,9 +53,12 @@ def read(source: Source, split: str, data_dir: str = "") -> Images:
         DataError: the data is missing, cannot be downloaded, or is damaged.
 
     """
-    files = parquet_files(source, split, data_dir)
-    stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    described = json.dumps([LAYOUT, source.__dict__, split, stamps, _place(source)], sort_keys=True)
+    try:
+        files = parquet_files(source, split, data_dir)
+        stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        described = json.dumps([LAYOUT, source.__dict__, split, stamps, _place(source)], sort_keys=True)
+    except OSError as error:
+        raise DataError(f"Cannot read {source.name} ({split}): {error}.") from error
     name = f"{source.reader}-{split}-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
     path = cache.directory() / "decoded" / f"{name}.safetensors"
     if (cached := _cached(path)) is not None:
@@ -66,6 +69,8 @@ def read(source: Source, split: str, data_dir: str = "") -> Images:
         raise
     except Exception as error:  # whatever a reader raises over damaged files
         raise DataError(f"Cannot read {source.name} ({split}): {type(error).__name__}: {error}.") from error
+    if len(images) and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < images.classes:
+        raise DataError(f"{source.name} ({split}) has labels that number no class; hidden ones are often -1.")
     if count := getattr(source, split):
         images = images.first(count)
     images = dataclasses.replace(images, scaling=Scaling.of(images.pixels))
@@ -75,11 +80,11 @@ def read(source: Source, split: str, data_dir: str = "") -> Images:
 
 def _place(source: Source) -> object:
     """What tells one state of a local folder from another."""
-    root = Path(source.argument)
+    root = Path(source.argument).expanduser()
     if source.reader not in ("class_folders", "hugging_face", "own") or not root.exists():
         return None
     files = sorted(root.rglob("*")) or [root]
-    return [str(root.resolve()), len(files), max((f.stat().st_mtime_ns for f in files), default=0)]
+    return [str(root.resolve()), [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
 
 
 def _cached(path: Path) -> Images | None:

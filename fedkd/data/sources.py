@@ -6,6 +6,7 @@ A source only says where its images are (a `Source`); nothing heavy is imported 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from fedkd.errors import DataError
+from fedkd import specs
+from fedkd.errors import DataError, PluginError
 
 Pixels = Annotated[int, Field(ge=8, le=1024)]
 
@@ -34,6 +36,19 @@ class Source:
     count: int = 0
     train: int = 0  # how many of the training images are used, the first ones; 0 for all
     test: int = 0  # and how many of the test images
+
+
+def named(text: str) -> Source:
+    """The source that a spec names.
+
+    Raises:
+        UsageError, PluginError: there is none.
+
+    """
+    source = specs.call("dataset", text)
+    if not isinstance(source, Source):
+        raise PluginError(f"--dataset {text} is {type(source).__name__}, not a fedkd.data.sources.Source.")
+    return source
 
 
 def cifar10(*, train: NonNegativeInt = 0, test: NonNegativeInt = 0) -> Source:
@@ -102,8 +117,18 @@ def parquet_files(source: Source, split: str, data_dir: str) -> list[Path]:
             files = sorted(place.glob(f"{split}-*.parquet"))
             named_otherwise = place == root and root.name != source.folder
             if files and source.folder and not named_otherwise:
+                _require_all(files, split)
                 return files
     return []
+
+
+def _require_all(files: list[Path], split: str) -> None:
+    """Refuse a split of which files are missing: each says how many there are."""
+    said = {int(found[1]) for file in files if (found := re.search(r"-of-(\d+)", file.name))}
+    if said and len(files) != max(said):
+        raise DataError(
+            f"{files[0].parent} holds {len(files)} of {max(said)} parquet files of {split}; fetch the rest."
+        )
 
 
 def is_reachable(host: str, seconds: float = 10.0) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -78,8 +77,6 @@ def conduct(config: DistillConfig, terms: Sequence[Term]) -> None:
     finally:
         runs.write_json(out / "result.json", held)
     screen.say(f"run directory: {out}")
-    if config.json:
-        sys.stdout.write((out / "result.json").read_text(encoding="utf-8"))
 
 
 def _header(task: Task, config: DistillConfig, fallback: str) -> Iterator[str]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedkd import experiment, seeds, specs
+from fedkd import experiment, seeds
+from fedkd.data import sources
 from fedkd.data.readers import Images
 from fedkd.errors import DataError
 
@@ -47,9 +48,9 @@ def prepare(config: DistillConfig) -> tuple[Task, str]:
 
     """
     dataset, fallback = experiment.choose_dataset(config)
-    source = specs.call("dataset", dataset)
+    source = sources.named(dataset)
     device = experiment.device(config.device)
-    train, test = (experiment.read(source, split, config.data_dir) for split in ("train", "test"))
+    train, test = experiment.splits(source, config.data_dir)
     classes = max(train.classes, test.classes)
     held = max(1, min(config.validation, len(train) // 10))
     if len(train) <= held:
@@ -61,7 +62,7 @@ def prepare(config: DistillConfig) -> tuple[Task, str]:
 
     shifted = None
     if config.shifted:
-        other = experiment.read(specs.call("dataset", config.shifted), "test", config.data_dir)
+        other = experiment.read(sources.named(config.shifted), "test", config.data_dir)
         if other.classes != classes or other.pixels.shape[1:] != test.pixels.shape[1:]:
             raise DataError(
                 f"--shifted {config.shifted} has {other.classes} classes of {other.pixels.shape[1]} pixels, "

@@ -24,9 +24,12 @@ SMALL = 0.002  # seconds; a turn that takes less is not worth handing to another
 
 
 def count_workers(asked: str, participants: int, threads: int, device: str) -> int:
-    """How many processes play the clients of a round: as asked, or what the cores have room for; one on a GPU."""
+    """How many processes play the clients of a round: as asked, or what the cores have room for; one on a GPU.
+
+    Never more than there are clients to play.
+    """
     if asked != "auto":
-        return int(asked)
+        return min(int(asked), participants)
     if device.startswith("cuda") or not hasattr(os, "fork"):
         return 1
     return max(1, min(cores() // threads, participants))

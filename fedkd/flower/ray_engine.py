@@ -31,7 +31,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedkd import cli, runs
 from fedkd.config import Config
-from fedkd.errors import FedkdError, RunError, UsageError
+from fedkd.errors import FedkdError, RunError, StorageError, UsageError
 from fedkd.flower import client_app
 from fedkd.flower.server_app import serve
 from fedkd.flower.turns import failure
@@ -78,6 +78,8 @@ def play(config: Config) -> None:
             os.killpg(child.pid, signal.SIGKILL)
         code = child.wait()
     if code:
+        if code == StorageError.code:
+            raise runs.failure(out) or StorageError(f"A file could not be written; see {out / 'ray.log'}.")
         raise runs.failure(out) or RunError(f"Flower's simulation ended with {code}; its log is {out / 'ray.log'}.")
 
 
@@ -93,6 +95,10 @@ def main() -> NoReturn:
     except FedkdError as error:
         runs.note(out, error)
         code = error.code
+    except OSError as error:
+        with suppress(OSError):
+            runs.note(out, StorageError.of(error))
+        code = StorageError.code
     except KeyboardInterrupt:
         code = 130
     except BaseException:

@@ -25,6 +25,7 @@ from fedkd.errors import RunError
 from fedkd.flower.turns import Place, failure
 
 TRIES = 2  # of a turn whose process died or hung
+LONGEST = 86400.0  # seconds that are waited at once: more than 24 days are too many for the system
 PID = 8  # bytes of a process number on the nursery's line
 
 
@@ -81,10 +82,10 @@ class Workers:
                         worker.replace()
 
     def _ready(self) -> list[_Worker]:
-        """The workers that have answered, died, or are over their time; there is at least one."""
+        """The workers that have answered, died, or are over their time, once there is one or `LONGEST` is over."""
         busy = {worker.connection: worker for worker in self._workers if worker.message is not None}
         first = min(worker.deadline for worker in busy.values()) - time.monotonic()
-        wait(busy, None if first == float("inf") else max(0.0, first))
+        wait(busy, None if first == float("inf") else min(max(0.0, first), LONGEST))
         now = time.monotonic()
         return [worker for worker in busy.values() if worker.connection.poll() or now >= worker.deadline]
 

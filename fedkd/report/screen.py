@@ -91,3 +91,5 @@ class Screen:
         )
         for client, reason in row["failures"].items():
             self.say(f"         client {client} was not counted: {reason}")
+        for client, reason in row["evaluation_failures"].items():
+            self.say(f"         client {client} is no part of the teacher that is measured: {reason}")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -54,6 +56,11 @@ def test_the_seed_alone_decides(text, monkeypatch, tmp_path):
     monkeypatch.setenv("FEDKD_CACHE", str(tmp_path / "another"))
     assert deal(text, seed=1).digest() == first
     assert deal(text, seed=2).digest() != first
+
+
+def test_log_normal_amounts_follow_the_seed():
+    sizes = [partitioners.deal("distribution", LABELS, 10, seed).sizes.tolist() for seed in (1, 1, 2)]
+    assert sizes[0] == sizes[1] != sizes[2]
 
 
 def test_a_partition_is_the_same_on_every_machine():
@@ -140,6 +147,7 @@ def missing(labels, clients, rng): return [np.array([k]) if k else None for k in
 def empty(labels, clients, rng): return [np.arange(0)] * clients
 def fractions(labels, clients, rng): return [np.array([k + 0.5]) for k in range(clients)]
 def nothing(labels, clients, rng): return None
+def ragged(labels, clients, rng): return [[[1], [2, 3]]] * clients
 def raising(labels, clients, rng): raise KeyError("no such thing")
 def greedy(labels, clients, rng):
     labels[:] = 0
@@ -172,6 +180,7 @@ def test_ones_own_function_and_subclass(own, name):
         ("empty", "gave client 0 no rows"),
         ("fractions", "not a row of integer indices"),
         ("nothing", "returned NoneType, not a list"),
+        ("ragged", "no list of index arrays"),
         ("raising", "KeyError"),
         ("Foreign", "neither a subclass of"),
     ],
@@ -179,6 +188,13 @@ def test_ones_own_function_and_subclass(own, name):
 def test_a_broken_contract_is_named(own, name, says):
     with pytest.raises(PluginError, match=says):
         deal(f"{own}:{name}")
+
+
+def test_one_that_is_installed_has_a_plain_name(own, monkeypatch):
+    point = SimpleNamespace(name="every-other", value=f"{own}:every_other")
+    monkeypatch.setattr(specs, "entry_points", lambda group: [point] if group == "fedkd.partitioner" else [])
+    partitioners.check("every-other:step=4")
+    assert sum(map(len, deal("every-other:step=4"))) == 500
 
 
 def test_a_plug_in_cannot_change_the_labels(own):

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 
 import numpy as np
 import pytest
 import torch
 
-from fedkd import specs
+from fedkd import experiment, specs
 from fedkd.data import proxies, readers, sources
 from fedkd.data.readers import Images, read
 from fedkd.errors import DataError, UsageError
@@ -55,6 +56,58 @@ def test_a_folder_of_class_folders(tmp_path):
     assert images.pixels[:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
     picture(7).save(tmp_path / "train" / "cat" / "new.png")
     assert len(read(source, "train")) == 7, "a changed folder is read again"
+
+
+def pictured(root, split, *names):
+    for index, name in enumerate(names):
+        (root / split / name).mkdir(parents=True)
+        picture(50 * index).save(root / split / name / "a.png")
+
+
+def test_a_folder_is_read_again_whatever_changed_and_however_it_is_named(tmp_path, monkeypatch):
+    pictured(tmp_path / "set", "train", "cat", "dog")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = specs.call("dataset", "folder:~/set,pixels=16")
+    assert read(source, "train").pixels[:, 0, 0, 0].tolist() == [0, 50]
+    cat, dog = (tmp_path / "set" / "train" / name / "a.png" for name in ("cat", "dog"))
+    stamp = cat.stat()
+    picture(222).save(cat)
+    os.utime(cat, ns=(stamp.st_atime_ns, stamp.st_mtime_ns - 10**9))  # an older file was copied over it
+    assert dog.stat().st_mtime_ns > cat.stat().st_mtime_ns
+    assert read(source, "train").pixels[:, 0, 0, 0].tolist() == [222, 50]
+
+
+def test_a_test_set_without_some_class_is_numbered_as_the_training_set(tmp_path):
+    pictured(tmp_path / "set", "train", "cat", "dog", "fox")
+    pictured(tmp_path / "set", "test", "dog", "fox")
+    train, test = experiment.splits(specs.call("dataset", f"folder:{tmp_path / 'set'},pixels=16"), "")
+    assert (train.labels.tolist(), test.labels.tolist()) == ([0, 1, 2], [1, 2])
+    assert test.names == train.names == ("cat", "dog", "fox")
+    pictured(tmp_path / "other", "train", "cat", "dog")
+    pictured(tmp_path / "other", "test", "cat", "yak")
+    with pytest.raises(DataError, match="yak, which are none of cat, dog"):
+        experiment.splits(specs.call("dataset", f"folder:{tmp_path / 'other'},pixels=16"), "")
+
+
+def test_labels_that_are_hidden_are_refused(monkeypatch):
+    held = Images(torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.tensor([-1, -1]), 10)
+    monkeypatch.setitem(readers.READERS, "digits", lambda *_: held)
+    with pytest.raises(DataError, match="labels that number no class"):
+        read(sources.digits(), "test")
+
+
+def test_a_split_of_which_files_are_missing_is_refused(tmp_path):
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / "train-00000-of-00005.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match="holds 1 of 5 parquet files of train"):
+        read(sources.cifar10(), "train", str(tmp_path))
+
+
+def test_a_link_that_leads_nowhere_is_a_data_error(tmp_path):
+    pictured(tmp_path / "set", "train", "cat")
+    (tmp_path / "set" / "train" / "cat" / "b.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(DataError, match="Cannot read"):
+        read(specs.call("dataset", f"folder:{tmp_path / 'set'},pixels=16"), "train")
 
 
 def test_a_hugging_face_folder_and_parquet(tmp_path):
