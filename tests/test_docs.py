@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fedkd import distill, experiment
+from fedkd import compare, distill, experiment
 from fedkd.cli import from_file
 from fedkd.config import Config
 from fedkd.distillation.config import DistillConfig
+from fedkd.report import table
 
 ROOT = Path(__file__).parents[1]
 RECIPES = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
@@ -89,3 +90,10 @@ def test_links_lead_somewhere(path):
     for link in re.findall(r"\]\(([^)#]+)", path.read_text()):
         if not link.startswith("http"):
             assert (path.parent / link).exists(), link
+
+
+def test_the_published_table_is_that_of_the_rounds_beside_it():
+    """Which seeds and methods there are is read off the files."""
+    runs = tuple(sorted((ROOT / "simulations" / "family").iterdir()))
+    for text in table.side_by_side(*compare.read(runs)).markdown().splitlines():
+        assert text in (ROOT / "simulations" / "README.md").read_text()
