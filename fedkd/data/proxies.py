@@ -43,7 +43,9 @@ def parse(text: str) -> tuple[Source | None, int | None]:
         source = sources.named(":".join([spec.name, *([",".join(items)] if items else [])]))
     except UsageError as error:
         raise UsageError(f"--proxy {text!r}: {error} Or holdout, images held out of the training set.") from error
-    return dataclasses.replace(source, count=size or DEFAULT_SIZE), size
+    if source.reader == "noise":  # made in the number that is wanted; others are decoded once for all sizes
+        source = dataclasses.replace(source, count=size or DEFAULT_SIZE)
+    return source, size
 
 
 def hold_out(size: int | None, rows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

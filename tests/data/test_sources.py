@@ -216,6 +216,7 @@ def test_a_proxy_that_cannot_be_is_refused_by_its_text(text):
 def test_sizes_and_options_of_proxies():
     source, size = proxies.parse("stl10:size=100,pixels=48")
     assert (source.name, source.pixels, size) == ("stl10", 48, 100)
+    assert source == proxies.parse("stl10:size=7,pixels=48")[0], "decoded once, whatever the size"
     source, size = proxies.parse("noise:size=64")
     assert (source.count, size) == (64, 64)
     assert proxies.parse("hf:some/name,size=3")[0].argument == "some/name"
