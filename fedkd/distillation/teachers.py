@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fedkd import cache, ensembles, learning, quality, seeds, specs, students, tensors
+from fedkd import cache, learning, quality, seeds, specs, students, tensors
 from fedkd.catalog import CATALOG
 from fedkd.distillation import naming
 from fedkd.distillation.training import Epoch, fresh, train
 from fedkd.errors import DataError
+from fedkd.layers import Seen
 from fedkd.students import Student
+from fedkd.terms.lesson import shares
 
 if TYPE_CHECKING:
     from fedkd.data.scaling import Scaling
@@ -183,10 +185,10 @@ class Committee(nn.Module):
         self.members, self.votes = nn.ModuleList(teachers), votes
 
     def forward(self, x: Tensor) -> Tensor:
-        answers = torch.stack([member(x) for member in self.members])
-        weights = torch.full((len(answers), 1), 1 / len(answers), device=x.device)
-        if self.votes == "entropy":
-            weights = ensembles.certainty(answers, torch.ones_like(weights)).float()
+        seen = [Seen(member(x), {}) for member in self.members]
+        nobodys = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        weights = shares(seen, nobodys, "equal" if self.votes == "agreement" else self.votes)
+        answers = torch.stack([one.logits for one in seen])
         return (answers.log_softmax(-1) + weights.log()[..., None]).logsumexp(0)
 
 
