@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 
-from fedkd import measure, runs
-from fedkd.errors import FedkdError, PluginError, Terminated
+from fedkd import measure, runs, specs
+from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, choose_dataset, prepared
 from fedkd.report import figure, header, table
 from fedkd.report.screen import HEAD, Screen
 from fedkd.rounds import Reply, play
-from fedkd.specs import parse
 
 if TYPE_CHECKING:
     from fedkd.config import Config
@@ -134,23 +132,10 @@ def _blamed(member: Config, rounds: Iterator[Round]) -> Iterator[Round]:
         yield from rounds
 
 
-@contextmanager
-def _blaming(member: Config) -> Iterator[None]:
+def _blaming(member: Config) -> AbstractContextManager[None]:
     """Whatever somebody's own algorithm raises on the server is called by its name."""
-    try:
-        yield
-    except (FedkdError, Terminated):
-        raise
-    except (Exception, SystemExit) as error:
-        named = {"algorithm": member.algorithm, "aggregator": member.aggregator, "loss": member.loss}
-        own = " or ".join(f"--{kind} {spec}" for kind, spec in named.items() if parse(spec).is_plugin)
-        if not own:
-            raise
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise PluginError(
-            f"{own} failed on the server: {type(error).__name__}: {error} "
-            f"({Path(place.filename).name}, line {place.lineno})."
-        ) from error
+    kinds = ("algorithm", "aggregator", "loss")
+    return specs.blaming([(kind, getattr(member, kind)) for kind in kinds], "on the server")
 
 
 def _student_name(member: Config, out: Path) -> str:

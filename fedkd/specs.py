@@ -13,7 +13,9 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkd.catalog import CATALOG
-from fedkd.errors import PluginError, UsageError, unknown
+from fedkd.errors import FedkdError, PluginError, Terminated, UsageError, unknown
 from fedkd.seeds import derive
 
 
@@ -66,6 +68,30 @@ def is_own(text: str) -> bool:
     """Whether it names somebody's own component, or has an option that does."""
     spec = parse(text)
     return spec.is_plugin or any(parse(value).is_plugin for value in spec.options.values() if ":" in value)
+
+
+@contextmanager
+def blaming(named: Iterable[tuple[str, str]], where: str) -> Iterator[None]:
+    """Whatever is raised within is said of somebody's own components among these, of (option, spec).
+
+    Without one of them it is ours, and passes.
+
+    Raises:
+        PluginError: in one sentence, with the line of code that raised.
+
+    """
+    try:
+        yield
+    except (FedkdError, Terminated):
+        raise
+    except (Exception, SystemExit) as error:
+        own = " or ".join(f"--{option} {text}" for option, text in named if is_own(text))
+        if not own:
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise PluginError(
+            f"{own} failed {where}: {type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})."
+        ) from error
 
 
 def bind(kind: str, text: str, reserved: tuple[str, ...] = ()) -> partial[Any]:

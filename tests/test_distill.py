@@ -522,10 +522,22 @@ def test_a_loss_of_ones_own(tmp_path):
         "class Broken(Term):\n"
         "    def build(self, pair):\n"
         "        raise RuntimeError('no')\n"
+        "class Tiring(Pull):\n"
+        "    calls = 0\n"
+        "    def forward(self, batch):\n"
+        "        self.calls += 1\n"
+        "        assert self.calls < 3, 'enough'\n"
+        "        return batch.student.logits.mean()\n"
+        "@dataclass(frozen=True)\n"
+        "class Late(Term):\n"
+        "    def build(self, pair):\n"
+        "        return Tiring()\n"
     )
     assert play(tmp_path / "run", loss=f"{tmp_path}/mine.py:Mine")["status"] == "ok"
     with pytest.raises(PluginError, match=r"mine\.py:Broken cannot be used with these networks .*: no"):
         play(tmp_path / "broken", loss=f"{tmp_path}/mine.py:Broken")
+    with pytest.raises(PluginError, match=r"mine\.py:Late failed in training: AssertionError: enough \(mine\.py, line"):
+        play(tmp_path / "late", loss=f"{tmp_path}/mine.py:Late")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -54,13 +55,16 @@ def conduct(config: DistillConfig, terms: Sequence[Term]) -> None:
             screen.say(line)
         _rehearse(task, config, terms)
         watch = partial(_watch, out, screen)
-        taught_by, ranking = _teachers(task, config, terms, watch)
+        with _blaming(config):
+            taught_by, ranking = _teachers(task, config, terms, watch)
         held |= {"teachers": [teacher.name for teacher in taught_by], "ranking": ranking}
         if ranking:
             screen.show(_table(ranking).rich())
         for seed in range(config.seed, config.seed + config.seeds):
             one = dataclasses.replace(config, seed=seed, seeds=1)
-            held["runs"].append({"seed": seed, "judged": _seed(task, one, terms, taught_by, watch, out)})
+            with _blaming(config):
+                judged = _seed(task, one, terms, taught_by, watch, out)
+            held["runs"].append({"seed": seed, "judged": judged})
         judged = report.joined([run["judged"] for run in held["runs"]])
         for grid in (report.knows(judged), report.costs(judged)):
             screen.show(grid.rich())
@@ -77,6 +81,13 @@ def conduct(config: DistillConfig, terms: Sequence[Term]) -> None:
     finally:
         runs.write_json(out / "result.json", held)
     screen.say(f"run directory: {out}")
+
+
+def _blaming(config: DistillConfig) -> AbstractContextManager[None]:
+    """Whatever somebody's own loss or network raises in training is called by its name."""
+    named = [("loss", text) for text in config.loss.split()]
+    named += [("teacher", text) for text in naming.named(config)]
+    return specs.blaming([*named, ("student", config.student)], "in training")
 
 
 def _header(task: Task, config: DistillConfig, fallback: str) -> Iterator[str]:
