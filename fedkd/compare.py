@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
 
 from fedkd import cli
+from fedkd.distillation import naming
 from fedkd.errors import UsageError
-from fedkd.report import figure, table
+from fedkd.report import figure, quality, table
 from fedkd.report.screen import Screen
 
 if TYPE_CHECKING:
@@ -23,18 +27,29 @@ app = cli.new("python -m fedkd.compare")
 
 @app.default
 def compare(
-    *runs: Annotated[Path, Parameter(help="Run directories, of different methods or seeds.")],
+    *runs: Annotated[Path, Parameter(help="Run directories, of different methods, losses or seeds.")],
     markdown: Annotated[bool, Parameter(help="Write the tables as Markdown.", negative=())] = False,
     out: Annotated[Path | None, Parameter(help="A directory for curve.png and curve.svg.")] = None,
 ) -> None:
     """Put methods and seeds of several runs into one table, as if one run had played them all.
 
-    Runs must be of one setting, but for methods, seeds, codecs and where they were computed.
+    Runs must be of one setting, but for methods, seeds, codecs and where they were computed. Of runs of fedkd.distill
+    losses and teachers may differ, and seeds are the same.
     """
     if not runs:
         raise UsageError("Name the directories of one run or more.")
-    finished, curves = read(runs)
-    for grid in (table.side_by_side(finished, curves), table.ledger(finished)):
+    held = [opened(path) for path in runs]
+    curves: dict[tuple[str, int], list[Row]] = {}
+    if len({one.is_distilled for one in held}) == 2:
+        raise UsageError("Name runs of fedkd.simulate or of fedkd.distill, not of both.")
+    if held[0].is_distilled:
+        if out is not None:
+            raise UsageError("--out is for curves of fedkd.simulate; runs of fedkd.distill have none.")
+        grids = [quality.side_by_side(distilled(held))]
+    else:
+        finished, curves = played(held)
+        grids = [table.side_by_side(finished, curves), table.ledger(finished)]
+    for grid in grids:
         if markdown:
             print(f"{grid.markdown()}\n")
         else:
@@ -47,46 +62,115 @@ def compare(
 #: What two runs may differ in: which methods and seeds, how it is sent, and where it is computed.
 FREE = {"algorithm", "compare", "seed", "seeds", "out", "json", "device", "engine", "workers", "client-timeout"}
 FREE |= {"ray-address", "client-cpus", "client-gpus", "data-dir", "evaluate-every", "up", "down"}
+#: The same for two distillations: who teaches, and how.
+FREE_TAUGHT = {"loss", "teacher", "teachers-from", "teacher-epochs", "votes", "judge", "out", "json", "data-dir"}
 
 
-def read(paths: tuple[Path, ...]) -> tuple[list[Row], dict[tuple[str, int], list[Row]]]:
-    """The summaries of what the runs finished, and their rounds by method and seed.
+@dataclass(frozen=True)
+class Held:
+    """What the directory of a run says of it."""
+
+    path: Path
+    config: dict[str, Any]
+    result: dict[str, Any]
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether fedkd.distill made it."""
+        return "teacher-epochs" in self.config
+
+
+def opened(path: Path) -> Held:
+    """What a run's directory says.
+
+    Raises:
+        UsageError: it is none, or the run has not ended.
+
+    """
+    with _readable(path):
+        result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+        config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+        return Held(path, {**config, "dataset": result["dataset"]}, {**result, "runs": list(result["runs"])})
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not the directory of a run that has ended ({type(error).__name__}).") from error
+
+
+def _alike(held: Sequence[Held], free: set[str]) -> None:
+    """Refuse runs that differ in more than that."""
+    settings: dict[str, object] = {}
+    for one in held:
+        kept = {key: value for key, value in one.config.items() if key not in free}
+        different = sorted(key for key in kept if settings.setdefault(key, kept[key]) != kept[key])
+        if different:
+            raise UsageError(
+                f"{one.path} and {held[0].path} differ in {', '.join(different)}; compare runs of one setting."
+            )
+
+
+def played(held: Sequence[Held]) -> tuple[list[Row], dict[tuple[str, int], list[Row]]]:
+    """The summaries of what runs of fedkd.simulate finished, and their rounds by method and seed.
 
     Raises:
         UsageError: one is no run that finished anything, or they differ in more than `FREE` or in
             who holds which rows, or play the same twice.
 
     """
+    _alike(held, FREE)
     finished: list[Row] = []
     curves: dict[tuple[str, int], list[Row]] = {}
-    settings: dict[str, object] = {}
     partitions: dict[int, str] = {}
-    for path in paths:
-        try:
-            result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    for one in held:
+        path = one.path
+        with _readable(path):
             rounds = [json.loads(line) for line in (path / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
-            config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
-            played = {(run["algorithm"], run["seed"]): run for run in result["runs"]}
-            own = {key: [row for row in rounds if (row["algorithm"], row["seed"]) == key] for key in played}
-            config["dataset"] = result["dataset"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{path} is not the directory of a run that has ended ({type(error).__name__})."
-            ) from error
-        if not played or not all(own.values()):
+            runs = {(run["algorithm"], run["seed"]): run for run in one.result["runs"]}
+            own = {key: [row for row in rounds if (row["algorithm"], row["seed"]) == key] for key in runs}
+        if not runs or not all(own.values()):
             raise UsageError(f"{path} finished no method; it was interrupted or failed.")
-        held = {key: value for key, value in config.items() if key not in FREE}
-        different = sorted(key for key in held if settings.setdefault(key, held[key]) != held[key])
-        if different:
-            raise UsageError(f"{path} and {paths[0]} differ in {', '.join(different)}; compare runs of one setting.")
-        for (_, seed), run in played.items():
+        for (_, seed), run in runs.items():
             if partitions.setdefault(seed, run.get("partition_sha256")) != run.get("partition_sha256"):
-                raise UsageError(f"{path} deals other images than {paths[0]} with seed {seed}; they cannot be paired.")
-        if twice := sorted(played.keys() & curves.keys()):
+                raise UsageError(
+                    f"{path} deals other images than {held[0].path} with seed {seed}; they cannot be paired."
+                )
+        if twice := sorted(runs.keys() & curves.keys()):
             raise UsageError(f"{twice[0][0]} with seed {twice[0][1]} is in two of the runs; name one of them.")
-        finished += played.values()
+        finished += runs.values()
         curves |= own
     return finished, curves
+
+
+def _teacher(name: str) -> str:
+    """A spec as it is, a file by the end of its path."""
+    return "/".join(Path(name).with_suffix("").parts[-2:]) if naming.is_path(name) else name
+
+
+def distilled(held: Sequence[Held]) -> list[tuple[str, str, Sequence[quality.Judged]]]:
+    """The loss, the teachers and what was judged by seed, of each run of fedkd.distill.
+
+    Raises:
+        UsageError: one has not ended, or they differ in more than `FREE_TAUGHT` or in the students without a teacher.
+
+    """
+    _alike(held, FREE_TAUGHT)
+    found: list[tuple[str, str, Sequence[quality.Judged]]] = []
+    for one in held:
+        if one.result["status"] != "ok":
+            raise UsageError(f"{one.path} did not come to its end; it was interrupted or failed.")
+        with _readable(one.path):
+            judged = [run["judged"] for run in one.result["runs"]]
+            teachers = ", ".join(_teacher(name) for name in one.result["teachers"]) or "itself"
+            found.append((one.config["loss"], teachers, judged))
+    alone = [[seed["alone"][key] for seed in judged for key in ("accuracy", "nll")] for _, _, judged in found]
+    for one, mine in zip(held, alone, strict=True):
+        if mine != alone[0]:
+            raise UsageError(f"{one.path} has other students alone than {held[0].path}; play both on one machine.")
+    return found
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+from statistics import fmean, stdev
 
 import pytest
 
-from fedkd.compare import read
+from fedkd.compare import compare, distilled, opened, played
+from fedkd.distill import distill
+from fedkd.distillation.config import DistillConfig
 from fedkd.errors import UsageError
 from tests.conftest import ROOT, play
 
@@ -30,6 +33,31 @@ def runs(tmp_path_factory):
         shutil.copytree(root / "first", root / name)
         (root / name / "result.json").write_text(json.dumps(held))
     return root
+
+
+@pytest.fixture(scope="module")
+def distillations(tmp_path_factory):
+    root = tmp_path_factory.mktemp("distillations")
+    common = {"dataset": "digits", "student": "cnn:width=4", "teacher": "cnn:width=8", "epochs": 1, "judge": 0}
+    for name, changes in {
+        "logits": {"seeds": 2},
+        "itself": {"seeds": 2, "loss": "self:generations=2", "teacher": ""},
+        "longer": {"epochs": 2},
+    }.items():
+        distill(DistillConfig.parse({**common, "out": str(root / name), **changes}))
+    for name, change in (("other", "accuracy"), ("stopped", "status")):
+        shutil.copytree(root / "logits", root / name)
+        result = json.loads((root / name / "result.json").read_text())
+        if change == "status":
+            result["status"] = "interrupted"
+        else:
+            result["runs"][1]["judged"]["alone"]["accuracy"] += 0.01
+        (root / name / "result.json").write_text(json.dumps(result))
+    return root
+
+
+def read(paths):
+    return played([opened(path) for path in paths])
 
 
 def steady(row):
@@ -70,3 +98,38 @@ def test_the_command_writes_markdown_and_a_figure(runs, tmp_path):
 def test_runs_that_do_not_go_together(runs, names, says):
     with pytest.raises(UsageError, match=says):
         read(tuple(runs / name for name in names))
+
+
+def test_distillations_side_by_side(distillations):
+    command = [sys.executable, "-m", "fedkd.compare", distillations / "logits", distillations / "itself", "--markdown"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[:5]]
+    assert rows[0][:4] == ["loss", "teacher", "test acc", "- alone"]
+    for (loss, teacher, accuracy, gain), name in zip([row[:4] for row in rows[3:]], ("logits", "itself"), strict=True):
+        runs = json.loads((distillations / name / "result.json").read_text())["runs"]
+        own, alone = ([100 * run["judged"][who]["accuracy"] for run in runs] for who in ("student", "alone"))
+        gains = [mine - bare for mine, bare in zip(own, alone, strict=True)]
+        assert loss.split(":")[0] == ("logits" if name == "logits" else "self")
+        assert teacher == ("cnn:width=8" if name == "logits" else "itself")
+        assert accuracy == f"{fmean(own):.1f}% ±{stdev(own):.1f}"
+        assert gain == f"{fmean(gains):+.1f} ±{stdev(gains):.1f}"
+    assert rows[2][:3] == ["alone", "–", f"{fmean(alone):.1f}% ±{stdev(alone):.1f}"]
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("logits", "longer"), "differ in epochs"),
+        (("logits", "other"), "has other students alone than"),
+        (("logits", "stopped"), "did not come to its end"),
+    ],
+)
+def test_distillations_that_do_not_go_together(distillations, names, says):
+    with pytest.raises(UsageError, match=says):
+        distilled([opened(distillations / name) for name in names])
+
+
+def test_a_federation_is_not_compared_with_a_distillation(runs, distillations):
+    with pytest.raises(UsageError, match="not of both"):
+        compare(runs / "first", distillations / "logits")

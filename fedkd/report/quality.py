@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from fedkd.report.figure import COLORS, STYLES
 from fedkd.report.table import Grid
-from fedkd.report.text import size, spread
+from fedkd.report.text import plain, points, size, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Judged = Mapping[str, Mapping[str, Any]]  # candidate -> its verdict
 Joined = Mapping[str, Mapping[str, Any]]  # candidate -> what `joined` makes of its verdicts
 
 FEWEST = 10  # images in a bin whose accuracy is drawn: that of fewer is chance
 
 
-def joined(found: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+def joined(found: Sequence[Judged]) -> dict[str, dict[str, Any]]:
     """One judgment for those of several seeds: each number as {"mean", "std"}, all else as in the first.
 
     Numbers that a seed lacks are left out, as a bin without an image is; with one number std is None.
@@ -62,6 +63,33 @@ def knows(found: Joined) -> Grid:
     if any_["corruption_accuracy"] is None:
         del said[1]
     return Grid(titles, rows, "\n".join(said))
+
+
+def side_by_side(runs: Sequence[tuple[str, str, Sequence[Judged]]]) -> Grid:
+    """A row for the student alone and for each way to teach it: (loss, teachers, what was judged by seed)."""
+    titles = ["loss", "teacher", "test acc", "- alone", "NLL", "ECE", "agrees", "shifted"]
+    rows = []
+    for loss, teacher, judged in [("alone", "–", runs[0][2]), *runs]:
+        name = "alone" if loss == "alone" else "student"
+        verdict = joined(judged)[name]
+        gains = [seed["student"]["accuracy"] - seed["alone"]["accuracy"] for seed in judged]
+        rows.append(
+            [
+                loss,
+                teacher,
+                _share(verdict["accuracy"]),
+                "–" if name == "alone" else points(gains),
+                _plain(verdict["nll"]),
+                _share(verdict["ece"]),
+                "–" if name == "alone" else _share(verdict["agreement"]),
+                _share(verdict["shifted_accuracy"]),
+            ]
+        )
+    said = (
+        f"means over {plain(len(runs[0][2]), 'seed')}; - alone: the difference in points, paired by seed;\n"
+        "NLL in nats; ECE: expected calibration error; agrees: with its teacher's class."
+    )
+    return Grid(titles, rows, said)
 
 
 def costs(found: Joined) -> Grid:

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fedkd.measure import bytes_to, common_accuracy
-from fedkd.report.text import percent, seconds, size, spread
+from fedkd.report.text import percent, points, seconds, size, spread
 
 if TYPE_CHECKING:
     from fedkd.measure import Row
@@ -107,14 +107,14 @@ def _paired(mine: Sequence[Row], runs: Sequence[Row]) -> str:
     """The mean and the standard deviation of the differences to the baseline with the same seed."""
     baseline = {run["seed"]: run["test_accuracy"] for run in runs if run["algorithm"] == BASELINE}
     differences = [
-        100 * (run["test_accuracy"] - baseline[run["seed"]])
+        run["test_accuracy"] - baseline[run["seed"]]
         for run in mine
         if None not in (run["test_accuracy"], baseline.get(run["seed"]))
     ]
     if mine[0]["algorithm"] == BASELINE or not differences:
         return "–"
     pairs = f" ({_seeds(len(differences))})" if len(differences) < len(mine) else ""
-    return f"{fmean(differences):+.1f}{f' ±{stdev(differences):.1f}' if len(differences) > 1 else ''}{pairs}"
+    return points(differences) + pairs
 
 
 def _seeds(count: int) -> str:

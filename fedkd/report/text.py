@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import fmean, stdev
+
 
 def size(count: float | None) -> str:
     """Bytes in decimal units, three digits: ``200 kB``, ``1.23 MB``."""
@@ -23,6 +26,12 @@ def percent(share: float | None, digits: int = 1) -> str:
 def spread(mean: float | None, std: float | None = None) -> str:
     """A share with its standard deviation over seeds, in percent: ``51.3% ±0.4``."""
     return percent(mean) + ("" if mean is None or std is None else f" ±{100 * std:.1f}")
+
+
+def points(differences: Sequence[float]) -> str:
+    """Differences of shares in points, their mean and standard deviation: ``+2.5 ±1.4``."""
+    spread = f" ±{100 * stdev(differences):.1f}" if len(differences) > 1 else ""
+    return f"{100 * fmean(differences):+.1f}{spread}"
 
 
 def seconds(value: float) -> str:
