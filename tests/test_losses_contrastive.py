@@ -35,20 +35,19 @@ def test_objective_and_memory_are_torchdistills(memory, batch, generator):
     theirs = mid_level.CRDLoss("n", "e", "n", WIDTH, ROWS, NEGATIVES, ROWS, temperature=HOT, eps=0.0).double()
     theirs.memory_v1.copy_(memory.student)
     theirs.memory_v2.copy_(memory.teacher)
-    # Theirs takes the partner from its memory, where the paper has the embedding of this step; here they agree.
-    theirs.memory_v1[rows], theirs.memory_v2[rows] = student, teacher
-    memory.student[rows], memory.teacher[rows] = student, teacher
     io = {
         "n": {"output": student},
         "e": {"input": {"pos_idx": rows, "contrast_idx": torch.cat([rows[:, None], chosen], 1)}},
     }
     expected = theirs(io, {"n": {"output": teacher}}).item()
 
-    held = (student, teacher, memory.student[chosen], memory.teacher[chosen], ROWS)
+    own = torch.cat([rows[:, None], chosen], 1)
+    held = (student, teacher, memory.student[own], memory.teacher[own], ROWS)
     constants = normalizers(*held, temperature=HOT)
     assert constants == pytest.approx(tuple(theirs.params[2:4].tolist()), rel=1e-6)
     assert crd(*held, constants=constants, temperature=HOT).item() == pytest.approx(expected, rel=1e-6)
 
+    memory.update(rows, student, teacher)
     moved = unit(student + 0.3 * student.roll(1, 0))
     theirs({**io, "n": {"output": moved}}, {"n": {"output": teacher}})
     memory.update(rows, moved, teacher)
@@ -59,11 +58,12 @@ def test_objective_and_memory_are_torchdistills(memory, batch, generator):
 def test_objective_against_the_formula(memory, batch, generator):
     """The paper's h, without Z, in loops; the mean over the batch, the sum over sides."""
     rows, student, teacher = batch
-    ours, theirs = memory.negatives(rows, NEGATIVES, generator)
+    ours, theirs = memory.candidates(rows, NEGATIVES, generator)
     total = 0.0
-    for anchors, positives, negatives in ((student, teacher, theirs), (teacher, student, ours)):
-        for anchor, positive, others in zip(anchors, positives, negatives, strict=True):
-            for other, is_pair in [(positive, True), *((other, False) for other in others)]:
+    for anchors, candidates in ((student, theirs), (teacher, ours)):
+        for anchor, others in zip(anchors, candidates, strict=True):
+            for place, other in enumerate(others):
+                is_pair = place == 0
                 x = math.exp(float(anchor @ other) / 0.07)
                 h = x / (x + NEGATIVES / ROWS)
                 total -= math.log(h if is_pair else 1 - h) / 4
@@ -71,17 +71,18 @@ def test_objective_against_the_formula(memory, batch, generator):
 
 
 def test_the_objective_pairs_each_row_with_its_own(memory, batch, generator):
-    rows, student, _ = batch
-    ours, theirs = memory.negatives(rows, NEGATIVES, generator)
-    right, wrong = (crd(student, other, ours, theirs, ROWS) for other in (student, student.roll(1, 0)))
+    rows, _, _ = batch
+    ours, theirs = memory.candidates(rows, NEGATIVES, generator)
+    own = ours[:, 0], theirs[:, 0]
+    right, wrong = (crd(*(side.roll(shift, 0) for side in own[::-1]), ours, theirs, ROWS) for shift in (0, 1))
     assert right < wrong
 
 
 def test_the_objective_is_finite_in_float32_at_a_cold_temperature(memory, batch, generator):
     rows, student, teacher = batch
-    negatives = (side.float() for side in memory.negatives(rows, NEGATIVES, generator))
+    candidates = (side.float() for side in memory.candidates(rows, NEGATIVES, generator))
     student = student.float().requires_grad_()
-    loss = crd(student, teacher.float(), *negatives, ROWS, temperature=0.001)
+    loss = crd(student, teacher.float(), *candidates, ROWS, temperature=0.001)
     assert loss.isfinite()
     gradient = torch.autograd.grad(loss, student)[0]
     assert gradient.isfinite().all()
@@ -90,9 +91,9 @@ def test_the_objective_is_finite_in_float32_at_a_cold_temperature(memory, batch,
 
 def test_the_gradient_is_the_numeric_one(memory, batch, generator):
     rows, student, teacher = batch
-    negatives = memory.negatives(rows, NEGATIVES, generator)
+    candidates = memory.candidates(rows, NEGATIVES, generator)
     both = student.requires_grad_(), teacher.requires_grad_()
-    assert torch.autograd.gradcheck(lambda s, t: crd(s, t, *negatives, ROWS, constants=(3.0, 0.5)), both)
+    assert torch.autograd.gradcheck(lambda s, t: crd(s, t, *candidates, ROWS, constants=(3.0, 0.5)), both)
 
 
 def test_negatives_have_another_label_and_are_drawn_evenly():
@@ -109,9 +110,9 @@ def test_negatives_have_another_label_and_are_drawn_evenly():
         assert (counts[allowed] - even).abs().max() < 5 * even**0.5
     assert chosen.equal(memory.others(rows, draws, torch.Generator().manual_seed(1)))
     assert not chosen.equal(memory.others(rows, draws, torch.Generator().manual_seed(2)))
-    ours, theirs = memory.negatives(rows, draws, torch.Generator().manual_seed(1))
-    assert ours.equal(memory.student[chosen])
-    assert theirs.equal(memory.teacher[chosen])
+    ours, theirs = memory.candidates(rows, draws, torch.Generator().manual_seed(1))
+    assert ours.equal(memory.student[torch.cat([rows[:, None], chosen], 1)])
+    assert theirs.equal(memory.teacher[torch.cat([rows[:, None], chosen], 1)])
 
 
 def test_negatives_need_a_second_label(generator):

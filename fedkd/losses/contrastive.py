@@ -22,56 +22,46 @@ if TYPE_CHECKING:
 def crd(
     student: Tensor,
     teacher: Tensor,
-    student_negatives: Tensor,
-    teacher_negatives: Tensor,
+    students: Tensor,
+    teachers: Tensor,
     total: int,
     *,
     constants: tuple[float, float] = (1.0, 1.0),
     temperature: float = 0.07,
 ) -> Tensor:
-    """-log h(pair) - sum_k log(1 - h(negative k)), from either side; h = x / (x + K / N), x = exp(g) / Z.
+    """-log h(own row) - sum_k log(1 - h(other row k)), from either side; h = x / (x + K / N), x = exp(g) / Z.
 
-    student and teacher [B, E] of the same rows; negatives [B, K, E] from other rows; ``total`` is N. The student is
-    compared with the teacher's negatives, and the other way about. ``constants`` are Z of the student and of the
-    teacher as anchors, see `normalizers`; Z = 1 is the paper's formula. Mean over the batch, sum over sides.
-    A learned projection of the teacher gets gradients as well.
+    student and teacher [B, E]; candidates of either side [B, 1 + K, E], that of the same row first; ``total`` is N.
+    The student is compared with the teacher's candidates, and the other way about. ``constants`` are Z of the student
+    and of the teacher as anchors, see `normalizers`; Z = 1 is the paper's formula. Mean over the batch, sum over
+    sides. A learned projection of the teacher gets gradients as well.
     """
-    share = math.log(student_negatives.shape[1] / total)
+    share = math.log((students.shape[1] - 1) / total)
     loss = student.new_zeros(())
-    for anchor, positive, negatives, constant in (
-        (student, teacher, teacher_negatives, constants[0]),
-        (teacher, student, student_negatives, constants[1]),
-    ):
-        odds = _scores(anchor, positive, negatives, temperature) - math.log(constant) - share
+    for anchor, candidates, constant in ((student, teachers, constants[0]), (teacher, students, constants[1])):
+        odds = _scores(anchor, candidates, temperature) - math.log(constant) - share
         # log h = log sigmoid(odds) and log(1 - h) = log sigmoid(-odds): no overflow at any temperature.
         loss = loss - logsigmoid(odds[:, 0]).mean() - logsigmoid(-odds[:, 1:]).sum(1).mean()
     return loss
 
 
 def normalizers(
-    student: Tensor,
-    teacher: Tensor,
-    student_negatives: Tensor,
-    teacher_negatives: Tensor,
-    total: int,
-    *,
-    temperature: float = 0.07,
+    student: Tensor, teacher: Tensor, students: Tensor, teachers: Tensor, total: int, *, temperature: float = 0.07
 ) -> tuple[float, float]:
     """Z = N * mean exp(g) of either side as anchors, over a first batch; the authors' code keeps it for the run."""
-    sides = ((student, teacher, teacher_negatives), (teacher, student, student_negatives))
+    sides = ((student, teachers), (teacher, students))
     ours, theirs = (float(_scores(*side, temperature).detach().exp().mean()) * total for side in sides)
     return ours, theirs
 
 
-def _scores(anchor: Tensor, positive: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    """Scores g [B, 1 + K] of each anchor with its own row first, then with its negatives."""
-    own = (anchor * positive).sum(-1, keepdim=True)
-    return torch.cat([own, (negatives @ anchor[:, :, None])[:, :, 0]], -1) / temperature
+def _scores(anchor: Tensor, candidates: Tensor, temperature: float) -> Tensor:
+    """Scores g [B, 1 + K] of each anchor with its candidates."""
+    return (candidates @ anchor[:, :, None])[:, :, 0] / temperature
 
 
 @dataclass
 class Memory:
-    """The latest embeddings [N, E] of every training row at both sides, to draw negatives from; labels [N]."""
+    """The latest embeddings [N, E] of every training row at both sides, to draw candidates from; labels [N]."""
 
     student: Tensor
     teacher: Tensor
@@ -89,9 +79,13 @@ class Memory:
         for held, new in ((self.student, student), (self.teacher, teacher)):
             held[rows] = unit(momentum * held[rows] + (1 - momentum) * new.detach())
 
-    def negatives(self, rows: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Student's and teacher's embeddings [B, count, E] of rows with another label."""
-        chosen = self.others(rows, count, generator)
+    def candidates(self, rows: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Student's and teacher's embeddings [B, 1 + count, E]: of the row itself, then of rows with another label.
+
+        Its own comes from the memory too, as in the authors' code. With the embedding of this step, which the paper's
+        formula has, both projections fall into one direction within a few steps, and pull the student after them.
+        """
+        chosen = torch.cat([rows[:, None], self.others(rows, count, generator)], 1)
         return self.student[chosen], self.teacher[chosen]
 
     def others(self, rows: Tensor, count: int, generator: torch.Generator) -> Tensor:

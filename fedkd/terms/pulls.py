@@ -223,7 +223,7 @@ class Contrasts(Pull):
         for place, (ours, theirs, share) in enumerate(self.compared(batch)):
             memory = self.memories[place]
             sides = (unit(self.ours[place](ours.flatten(1))), unit(self.theirs[place](theirs.flatten(1))))
-            known = (*sides, *memory.negatives(batch.rows, self.term.negatives, self.generator), len(memory.labels))
+            known = (*sides, *memory.candidates(batch.rows, self.term.negatives, self.generator), len(memory.labels))
             if self.constants[place] is None:
                 self.constants[place] = contrastive.normalizers(*known, temperature=self.term.temperature)
             constants = self.constants[place]
