@@ -13,7 +13,7 @@ from fedkd import compare, distill, experiment
 from fedkd.cli import from_file
 from fedkd.config import Config
 from fedkd.distillation.config import DistillConfig
-from fedkd.report import table
+from fedkd.report import quality, table
 
 ROOT = Path(__file__).parents[1]
 RECIPES = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
@@ -92,13 +92,21 @@ def test_links_lead_somewhere(path):
             assert (path.parent / link).exists(), link
 
 
+def published(grid):
+    """Whether each row of a table stands among the results."""
+    lines = (ROOT / "simulations" / "README.md").read_text().splitlines()
+    return all(text in lines for text in grid.markdown().splitlines() if text.startswith("|"))
+
+
+def opened(directory):
+    return [compare.opened(path) for path in sorted(directory.iterdir())]
+
+
 @pytest.mark.parametrize("runs", sorted((ROOT / "simulations" / "family").iterdir()), ids=lambda path: path.name)
-def test_the_published_tables_are_those_of_the_rounds_beside_them(runs):
+def test_the_tables_of_the_family_are_those_of_the_rounds_beside_them(runs):
     """Which seeds and methods there are is read off the files."""
-    published = (ROOT / "simulations" / "README.md").read_text().splitlines()
-    for text in (
-        table.side_by_side(*compare.played([compare.opened(path) for path in sorted(runs.iterdir())]))
-        .markdown()
-        .splitlines()
-    ):
-        assert not text.startswith("|") or text in published
+    assert published(table.side_by_side(*compare.played(opened(runs))))
+
+
+def test_the_table_of_distillations_is_that_of_the_results_beside_it():
+    assert published(quality.side_by_side(compare.distilled(opened(ROOT / "simulations" / "distill"))))
