@@ -25,7 +25,7 @@ from fedkd.quality import Candidate
 from fedkd.report import quality as report
 from fedkd.report.screen import Screen
 from fedkd.report.table import Grid
-from fedkd.report.text import percent, seconds, spread
+from fedkd.report.text import percent, plain, seconds, spread
 from fedkd.runtime import settle
 from fedkd.terms import Itself, Logits, Term
 
@@ -95,7 +95,7 @@ def _header(task: Task, config: DistillConfig, fallback: str) -> Iterator[str]:
     yield f"      data  {task.dataset}: {counts}"
     if fallback:
         yield f"            not CIFAR-10: {fallback}"
-    yield f"   student  {config.student}, {config.epochs} epochs, {config.loss}"
+    yield f"   student  {config.student}, {plain(config.epochs, 'epoch')}, {config.loss}"
 
 
 def _watch(out: Path, screen: Screen, name: str, epoch: Epoch) -> None:
