@@ -506,6 +506,15 @@ def test_a_student_of_other_classes_cannot_teach(tmp_path):
         teachers.untrained(task, config(), str(tmp_path / "seven.safetensors"))
 
 
+def test_a_students_file_in_the_working_directory_teaches(tmp_path, monkeypatch):
+    play(tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    assert play(tmp_path / "next", teacher="student.safetensors")["teachers"] == ["student.safetensors"]
+    Path("bad.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(DataError, match="no safetensors file, or a damaged one"):
+        play(tmp_path / "bad", teacher="bad.safetensors")
+
+
 def test_a_loss_of_ones_own(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n"

@@ -86,7 +86,7 @@ def conduct(config: DistillConfig, terms: Sequence[Term]) -> None:
 def _blaming(config: DistillConfig) -> AbstractContextManager[None]:
     """Whatever somebody's own loss or network raises in training is called by its name."""
     named = [("loss", text) for text in config.loss.split()]
-    named += [("teacher", text) for text in naming.named(config)]
+    named += [("teacher", text) for text in naming.named(config) if not naming.is_path(text)]
     return specs.blaming([*named, ("student", config.student)], "in training")
 
 
@@ -124,7 +124,8 @@ def _rehearse(task: Task, config: DistillConfig, terms: Sequence[Term]) -> None:
 
     """
     texts = _named(config, terms)
-    own = [text for text in (*config.loss.split(), *texts, config.student) if specs.is_own(text)]
+    models = [text for text in (*texts, config.student) if not naming.is_path(text)]
+    own = [text for text in (*config.loss.split(), *models) if specs.is_own(text)]
     counts = {min(8, len(task.train))} | ({1} if len(task.train) % config.batch_size == 1 else set())
     blamed = " or ".join(own) or f"--loss {config.loss}"
     for count in sorted(counts, reverse=True):

@@ -56,12 +56,12 @@ def obtain(task: Task, config: DistillConfig, texts: Sequence[str], watch: Watch
     """
     found: list[Teacher] = []
     for place, text in enumerate(texts):
-        spec, path = naming.pretrained(text)
         if naming.is_path(text):
             student = students.load(Path(text).expanduser())
             is_fair = student.dataset == task.dataset and student.held_out >= len(task.validation)
             found.append(Teacher(text, frozen(_held(task, text, student)), f"read from {Path(text).name}", is_fair))
             continue
+        spec, path = naming.pretrained(text)
         if path is not None:
             found.append(Teacher(text, frozen(untrained(task, config, text)), f"read from {path.name}", False))
             continue
