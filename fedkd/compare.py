@@ -160,13 +160,13 @@ def distilled(held: Sequence[Held]) -> list[tuple[str, str, Sequence[quality.Jud
     _alike(held, FREE_TAUGHT)
     found: list[tuple[str, str, Sequence[quality.Judged]]] = []
     for one in held:
-        if one.result["status"] != "ok":
+        if one.result.get("status") != "ok":
             raise UsageError(f"{one.path} did not come to its end; it was interrupted or failed.")
         with _readable(one.path):
             judged = [run["judged"] for run in one.result["runs"]]
             teachers = ", ".join(_teacher(name) for name in one.result["teachers"]) or "itself"
             found.append((one.config["loss"], teachers, judged))
-    alone = [[seed["alone"][key] for seed in judged for key in ("accuracy", "nll")] for _, _, judged in found]
+    alone = [[seed[quality.ALONE][key] for seed in judged for key in ("accuracy", "nll")] for _, _, judged in found]
     for one, mine in zip(held, alone, strict=True):
         if mine != alone[0]:
             raise UsageError(f"{one.path} has other students alone than {held[0].path}; play both on one machine.")

@@ -23,6 +23,7 @@ from fedkd.distillation.teachers import Committee, Teacher
 from fedkd.errors import FedkdError, PluginError, UsageError
 from fedkd.quality import Candidate
 from fedkd.report import quality as report
+from fedkd.report.quality import ALONE, TAUGHT
 from fedkd.report.screen import Screen
 from fedkd.report.table import Grid
 from fedkd.report.text import percent, plain, seconds, spread
@@ -32,8 +33,6 @@ from fedkd.terms import Itself, Logits, Term
 if TYPE_CHECKING:
     from fedkd.distillation.config import DistillConfig
     from fedkd.distillation.training import Epoch
-
-ALONE, TAUGHT = "alone", "student"  # without a teacher, and with one
 
 
 def conduct(config: DistillConfig, terms: Sequence[Term]) -> None:
@@ -85,9 +84,14 @@ def conduct(config: DistillConfig, terms: Sequence[Term]) -> None:
 
 def _blaming(config: DistillConfig) -> AbstractContextManager[None]:
     """Whatever somebody's own loss or network raises in training is called by its name."""
-    named = [("loss", text) for text in config.loss.split()]
-    named += [("teacher", text) for text in naming.named(config) if not naming.is_path(text)]
-    return specs.blaming([*named, ("student", config.student)], "in training")
+    return specs.blaming(_components(config), "in training")
+
+
+def _components(config: DistillConfig) -> list[tuple[str, str]]:
+    """Option and spec of whatever may be somebody's own code: losses, and networks that are no files."""
+    texts = [("loss", text) for text in config.loss.split()]
+    texts += [("teacher", text) for text in naming.named(config) if not naming.is_path(text)]
+    return [*texts, ("student", config.student)]
 
 
 def _header(task: Task, config: DistillConfig, fallback: str) -> Iterator[str]:
@@ -109,7 +113,7 @@ def _watch(out: Path, screen: Screen, name: str, epoch: Epoch) -> None:
 
 def _gain(played: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """Mean and standard deviation over seeds of the accuracy that teaching adds, in [-1, 1]."""
-    gains = [run["judged"][TAUGHT]["accuracy"] - run["judged"][ALONE]["accuracy"] for run in played]
+    gains = report.gains([run["judged"] for run in played])
     return {"mean": fmean(gains), "std": stdev(gains) if len(gains) > 1 else None}
 
 
@@ -124,8 +128,7 @@ def _rehearse(task: Task, config: DistillConfig, terms: Sequence[Term]) -> None:
 
     """
     texts = _named(config, terms)
-    models = [text for text in (*texts, config.student) if not naming.is_path(text)]
-    own = [text for text in (*config.loss.split(), *models) if specs.is_own(text)]
+    own = [text for _, text in _components(config) if specs.is_own(text)]
     counts = {min(8, len(task.train))} | ({1} if len(task.train) % config.batch_size == 1 else set())
     blamed = " or ".join(own) or f"--loss {config.loss}"
     for count in sorted(counts, reverse=True):

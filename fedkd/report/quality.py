@@ -14,6 +14,8 @@ from fedkd.report.text import plain, points, size, spread
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+ALONE, TAUGHT = "alone", "student"  # the candidates that are one student without a teacher, and with one
+
 Judged = Mapping[str, Mapping[str, Any]]  # candidate -> its verdict
 Joined = Mapping[str, Mapping[str, Any]]  # candidate -> what `joined` makes of its verdicts
 
@@ -38,6 +40,11 @@ def _join(values: Sequence[Any]) -> Any:
         return first
     known = [value for value in values if value is not None]
     return {"mean": fmean(known), "std": stdev(known) if len(known) > 1 else None}
+
+
+def gains(found: Sequence[Judged]) -> list[float]:
+    """The accuracy that teaching adds in each seed, in [-1, 1]."""
+    return [seed[TAUGHT]["accuracy"] - seed[ALONE]["accuracy"] for seed in found]
 
 
 def knows(found: Joined) -> Grid:
@@ -69,19 +76,20 @@ def side_by_side(runs: Sequence[tuple[str, str, Sequence[Judged]]]) -> Grid:
     """A row for the student alone and for each way to teach it: (loss, teachers, what was judged by seed)."""
     titles = ["loss", "teacher", "test acc", "- alone", "NLL", "ECE", "agrees", "shifted"]
     rows = []
-    for loss, teacher, judged in [("alone", "–", runs[0][2]), *runs]:
-        name = "alone" if loss == "alone" else "student"
+    for title, teacher, name, judged in [
+        (ALONE, "–", ALONE, runs[0][2]),
+        *((*run[:2], TAUGHT, run[2]) for run in runs),
+    ]:
         verdict = joined(judged)[name]
-        gains = [seed["student"]["accuracy"] - seed["alone"]["accuracy"] for seed in judged]
         rows.append(
             [
-                loss,
+                title,
                 teacher,
                 _share(verdict["accuracy"]),
-                "–" if name == "alone" else points(gains),
+                "–" if name == ALONE else points(gains(judged)),
                 _plain(verdict["nll"]),
                 _share(verdict["ece"]),
-                "–" if name == "alone" else _share(verdict["agreement"]),
+                "–" if name == ALONE else _share(verdict["agreement"]),
                 _share(verdict["shifted_accuracy"]),
             ]
         )
