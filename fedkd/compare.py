@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
-from fedkd import cli
-from fedkd.distillation import naming
-from fedkd.errors import UsageError
-from fedkd.report import figure, quality, table
-from fedkd.report.screen import Screen
+from fedkd.core import cli
+from fedkd.core.errors import UsageError
+from fedkd.distill import teacher_names
+from fedkd.evaluation.report import figure, students, table
+from fedkd.evaluation.report.screen import Screen
 
 if TYPE_CHECKING:
-    from fedkd.measure import Row
+    from fedkd.evaluation.metrics import Row
 
 app = cli.new("python -m fedkd.compare")
 
@@ -45,7 +45,7 @@ def compare(
     if held[0].is_distilled:
         if out is not None:
             raise UsageError("--out is for curves of fedkd.simulate; runs of fedkd.distill have none.")
-        grids = [quality.side_by_side(distilled(held))]
+        grids = [students.side_by_side(distilled(held))]
     else:
         finished, curves = played(held)
         grids = [table.side_by_side(finished, curves), table.ledger(finished)]
@@ -147,10 +147,10 @@ def played(held: Sequence[Held]) -> tuple[list[Row], dict[tuple[str, int], list[
 
 def _teacher(name: str) -> str:
     """A spec as it is, a file by the end of its path."""
-    return "/".join(Path(name).with_suffix("").parts[-2:]) if naming.is_path(name) else name
+    return "/".join(Path(name).with_suffix("").parts[-2:]) if teacher_names.is_path(name) else name
 
 
-def distilled(held: Sequence[Held]) -> list[tuple[str, str, Sequence[quality.Judged]]]:
+def distilled(held: Sequence[Held]) -> list[tuple[str, str, Sequence[students.Judged]]]:
     """The loss, the teachers and what was judged by seed, of each run of fedkd.distill.
 
     Raises:
@@ -158,7 +158,7 @@ def distilled(held: Sequence[Held]) -> list[tuple[str, str, Sequence[quality.Jud
 
     """
     _alike(held, FREE_TAUGHT)
-    found: list[tuple[str, str, Sequence[quality.Judged]]] = []
+    found: list[tuple[str, str, Sequence[students.Judged]]] = []
     for one in held:
         if one.result.get("status") != "ok":
             raise UsageError(f"{one.path} did not come to its end; it was interrupted or failed.")
@@ -166,7 +166,7 @@ def distilled(held: Sequence[Held]) -> list[tuple[str, str, Sequence[quality.Jud
             judged = [run["judged"] for run in one.result["runs"]]
             teachers = ", ".join(_teacher(name) for name in one.result["teachers"]) or "itself"
             found.append((one.config["loss"], teachers, judged))
-    alone = [[seed[quality.ALONE][key] for seed in judged for key in ("accuracy", "nll")] for _, _, judged in found]
+    alone = [[seed[students.ALONE][key] for seed in judged for key in ("accuracy", "nll")] for _, _, judged in found]
     for one, mine in zip(held, alone, strict=True):
         if mine != alone[0]:
             raise UsageError(f"{one.path} has other students alone than {held[0].path}; play both on one machine.")

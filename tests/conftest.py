@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedkd.config import Config
-from fedkd.experiment import Experiment, prepare
-from fedkd.runtime import settle
+from fedkd.core.config import Config
+from fedkd.core.runtime import settle
 from fedkd.simulate import simulate
+from fedkd.simulate.experiment import Experiment, prepare
 
 TINY = {
     "dataset": "digits",

@@ -11,9 +11,9 @@ from statistics import fmean, stdev
 import pytest
 
 from fedkd.compare import compare, distilled, opened, played
+from fedkd.core.errors import UsageError
 from fedkd.distill import distill
-from fedkd.distillation.config import DistillConfig
-from fedkd.errors import UsageError
+from fedkd.distill.config import DistillConfig
 from tests.conftest import ROOT, play
 
 

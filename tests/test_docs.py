@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from fedkd import compare, distill, experiment
-from fedkd.cli import from_file
-from fedkd.config import Config
-from fedkd.distillation.config import DistillConfig
-from fedkd.report import quality, table
+from fedkd import compare, distill
+from fedkd.core.cli import from_file
+from fedkd.core.config import Config
+from fedkd.distill.config import DistillConfig
+from fedkd.evaluation.report import students, table
+from fedkd.simulate import experiment
 
 ROOT = Path(__file__).parents[1]
 RECIPES = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
@@ -109,4 +110,4 @@ def test_the_tables_of_the_family_are_those_of_the_rounds_beside_them(runs):
 
 
 def test_the_table_of_distillations_is_that_of_the_results_beside_it():
-    assert published(quality.side_by_side(compare.distilled(opened(ROOT / "simulations" / "distill"))))
+    assert published(students.side_by_side(compare.distilled(opened(ROOT / "simulations" / "distill"))))

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, PositiveInt
 
+from fedkd.algorithms.aggregators import probabilities
 from fedkd.algorithms.ensemble import OwnTeacher
-from fedkd.ensembles import probabilities
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.algorithm import Client, Update
-    from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.algorithms.base import Client, Update
+    from fedkd.core.tensors import Tensors
+    from fedkd.training.trainer import Kit
 
 Bits = Annotated[int, Field(ge=1, le=32)]
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from fedkd import ensembles
-from fedkd.algorithm import Algorithm, Client, Update
-from fedkd.lazy import torch
-from fedkd.tensors import integer, put
+from fedkd.algorithms import aggregators
+from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.core.lazy import torch
+from fedkd.core.tensors import integer, put
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.kit import Kit
-    from fedkd.tensors import Shapes, Tensors
+    from fedkd.core.tensors import Shapes, Tensors
+    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class COMET(Algorithm):
             weights = kit.fit_jointly(client, weights, rows, nearest, self.distance)
         else:
             weights = kit.fit(client, weights)
-        probs = ensembles.probabilities(kit.answer(client, weights, int(request["round"])))
+        probs = aggregators.probabilities(kit.answer(client, weights, int(request["round"])))
         return Update({"probs": probs}, len(client.data)), put("model", weights)
 
     def distance(self, student_logits: Tensor, probs: Tensor) -> Tensor:
@@ -58,6 +58,6 @@ class COMET(Algorithm):
 
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         probs = torch.stack([update.tensors["probs"] for update in updates.values()])
-        centroids, _ = ensembles.clustered(probs, self.clusters, seed)
+        centroids, _ = aggregators.clustered(probs, self.clusters, seed)
         named = {f"{place:04d}/probs": centroid for place, centroid in enumerate(centroids.float())}
         return {"round": state["round"] + 1, "told": state["round"], **named}

@@ -7,23 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from fedkd import ensembles
+from fedkd.algorithms import aggregators
 from fedkd.algorithms.ensemble import OwnTeacher
-from fedkd.losses.logits import cross_entropy
+from fedkd.training.losses.logits import cross_entropy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.algorithm import Client
-    from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.algorithms.base import Client
+    from fedkd.core.tensors import Tensors
+    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)
 class Cronus(OwnTeacher):
     """Clients train on the union of their rows and the proxy with the robust labels.
 
-    ``fraction`` of the clients may be dropped for an image (`ensembles.spectral`). The server's student is
+    ``fraction`` of the clients may be dropped for an image (`aggregators.spectral`). The server's student is
     optional in the paper; here it is distilled from the same labels, so that there is one to compare.
     """
 
@@ -40,4 +40,4 @@ class Cronus(OwnTeacher):
         return kit.fit_jointly(client, kit.own(client), rows, request["probs"], cross_entropy)
 
     def aggregate(self, logits: Tensor, weights: Tensor) -> Tensor:
-        return ensembles.spectral(logits, weights, fraction=self.fraction)
+        return aggregators.spectral(logits, weights, fraction=self.fraction)

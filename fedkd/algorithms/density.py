@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from fedkd import density, seeds
+from fedkd.algorithms import density_ratio
 from fedkd.algorithms.ensemble import Ensemble
-from fedkd.lazy import torch
+from fedkd.core import seeds
+from fedkd.core.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.algorithm import Client, Update
-    from fedkd.kit import Kit
-    from fedkd.tensors import Shapes, Tensors
+    from fedkd.algorithms.base import Client, Update
+    from fedkd.core.tensors import Shapes, Tensors
+    from fedkd.training.trainer import Kit
 
 MOST = 500  # images of either kind that a density is estimated from
 
@@ -24,7 +25,7 @@ MOST = 500  # images of either kind that a density is estimated from
 class Density(Ensemble):
     """Beside its logits a client sends, for each proxy image, how much denser it lies in its data than in the proxy.
 
-    That ratio (`density.ratio`, in the principal components of the proxy's pixels) weighs the client's answer in
+    That ratio (`density_ratio.ratio`, in the principal components of the proxy's pixels) weighs the client's answer in
     ``--aggregator``; ``--aggregator entropy`` or ``variance`` adds the client's own certainty to it. It tells more
     about a client's data than soft labels alone.
     """
@@ -50,7 +51,7 @@ def density_of(kit: Kit, client: Client, rows: Tensor) -> Tensor:
 
     def some(images: Tensor, purpose: str) -> Tensor:
         order = torch.randperm(len(images), generator=seeds.generator(kit.config.seed, purpose, client.id))
-        return density.features(kit.proxy, images[order[:MOST]])
+        return density_ratio.features(kit.proxy, images[order[:MOST]])
 
     private, public = some(client.data.pixels, "density, own"), some(kit.proxy, "density, proxy")
-    return density.ratio(private, public, density.features(kit.proxy, kit.proxy[rows]))
+    return density_ratio.ratio(private, public, density_ratio.features(kit.proxy, kit.proxy[rows]))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from fedkd import ensembles
+from fedkd.algorithms import aggregators
 from fedkd.algorithms.ensemble import OwnTeacher
 
 if TYPE_CHECKING:
@@ -24,4 +24,4 @@ class DSFL(OwnTeacher):
     def aggregate(self, logits: Tensor, weights: Tensor) -> Tensor:
         if self.aggregation == "sa":
             return super().aggregate(logits, weights)
-        return ensembles.era(logits, weights, temperature=self.temperature)
+        return aggregators.era(logits, weights, temperature=self.temperature)

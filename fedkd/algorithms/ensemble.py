@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import PositiveInt
 
-from fedkd import ensembles
-from fedkd.algorithm import Algorithm, Client, Update
-from fedkd.losses.logits import cross_entropy
-from fedkd.tensors import integer, put, take
+from fedkd.algorithms import aggregators
+from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.core.tensors import integer, put, take
+from fedkd.training.losses.logits import cross_entropy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.kit import Kit
-    from fedkd.tensors import Shapes, Tensors
+    from fedkd.core.tensors import Shapes, Tensors
+    from fedkd.training.trainer import Kit
 
 Down = Literal["nothing", "labels", "student"]
 
@@ -118,11 +118,11 @@ class OwnTeacher(Ensemble):
 
     def aggregate(self, logits: Tensor, weights: Tensor) -> Tensor:
         """The teacher's probs [N, C]; the mean of the clients'."""
-        return ensembles.mean_probs(logits, weights)
+        return aggregators.mean_probs(logits, weights)
 
 
 def _said(kind: str, logits: Tensor) -> Tensor:
-    return ensembles.probabilities(logits) if kind == "probs" else logits
+    return aggregators.probabilities(logits) if kind == "probs" else logits
 
 
 def heard(updates: Sequence[Tensors]) -> list[Tensor]:

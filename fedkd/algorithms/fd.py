@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, NonNegativeFloat
 
-from fedkd import ensembles
-from fedkd.algorithm import Algorithm, Client, Update
-from fedkd.lazy import torch
-from fedkd.tensors import put
+from fedkd.algorithms import aggregators
+from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.core.lazy import torch
+from fedkd.core.tensors import put
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.kit import Kit
-    from fedkd.tensors import Shapes, Tensors
+    from fedkd.core.tensors import Shapes, Tensors
+    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class FD(Algorithm):
     def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         means = torch.stack([update.tensors["means"] for update in updates.values()])
         logits, has = means.clamp_min(1e-30).log(), (means.sum(-1) > 0).float()
-        others = ensembles.leave_one_out(logits, has) * (has.sum(0) > has)[..., None]
-        everyone = ensembles.mean_probs(logits, has) * (has.sum(0) > 0)[:, None]
+        others = aggregators.leave_one_out(logits, has) * (has.sum(0) > has)[..., None]
+        everyone = aggregators.mean_probs(logits, has) * (has.sum(0) > 0)[:, None]
         return {"present": torch.tensor(list(updates)), "others": others, "all": everyone}
 
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, NonNegativeFloat
 
-from fedkd.algorithm import Algorithm, Client, Update
-from fedkd.tensors import put, shapes, take, weighted_mean
+from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.core.tensors import put, shapes, take, weighted_mean
 
 if TYPE_CHECKING:
-    from fedkd.kit import Kit
-    from fedkd.learning import Penalty
-    from fedkd.tensors import Shapes, Tensors
+    from fedkd.core.tensors import Shapes, Tensors
+    from fedkd.training.loop import Penalty
+    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class FedProx(FedAvg):
     mu: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 0.01
 
     def penalty(self, kit: Kit, start: Tensors) -> Penalty | None:
-        from fedkd import learning
+        from fedkd.training import loop
 
-        return learning.proximal(self.mu, start, kit.device) if self.mu else None
+        return loop.proximal(self.mu, start, kit.device) if self.mu else None
 
 
 @dataclass(frozen=True)

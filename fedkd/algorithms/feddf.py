@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from fedkd import ensembles
-from fedkd.algorithm import Algorithm, Client, Update
-from fedkd.errors import RunError
-from fedkd.lazy import torch
-from fedkd.losses.logits import cross_entropy
-from fedkd.seeds import derive, generator
-from fedkd.tensors import integer, put, shapes, take, weighted_mean
+from fedkd.algorithms import aggregators
+from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.core.errors import RunError
+from fedkd.core.lazy import torch
+from fedkd.core.seeds import derive, generator
+from fedkd.core.tensors import integer, put, shapes, take, weighted_mean
+from fedkd.training.losses.logits import cross_entropy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.kit import Kit
-    from fedkd.tensors import Shapes, Tensors
+    from fedkd.core.tensors import Shapes, Tensors
+    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class FedDF(Algorithm):
         return self.teacher(kit, list(logits), kit.votes([update.examples for update in updates.values()]))
 
     def teacher(self, kit: Kit, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
-        return ensembles.mean_logits(torch.stack(list(logits)), weights)
+        return aggregators.mean_logits(torch.stack(list(logits)), weights)
 
     def deploy(self, kit: Kit, state: Tensors) -> Tensors:
         places = {model: place for place, model in self.seats(kit).items()}
@@ -130,7 +130,7 @@ class FedBE(FedDF):
 
     def teacher(self, kit: Kit, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
         """Members count the same, whatever ``weights`` says."""
-        return ensembles.beta_era(torch.stack(list(logits)), torch.ones(len(logits), 1), beta=1 / self.sharpen)
+        return aggregators.beta_era(torch.stack(list(logits)), torch.ones(len(logits), 1), beta=1 / self.sharpen)
 
 
 def sampled(
@@ -177,4 +177,4 @@ class FedET(FedDF):
         return (hard + self.diversity * diverse).float()
 
     def teacher(self, kit: Kit, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
-        return ensembles.variance(torch.stack(list(logits)), weights)
+        return aggregators.variance(torch.stack(list(logits)), weights)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from fedkd.algorithms.ensemble import Down, Ensemble
-from fedkd.tensors import put, take, weighted_mean
+from fedkd.core.tensors import put, take, weighted_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.core.tensors import Tensors
+    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
+from fedkd.algorithms.aggregators import probabilities
 from fedkd.algorithms.ensemble import OwnTeacher, heard
-from fedkd.ensembles import probabilities
-from fedkd.lazy import torch
+from fedkd.core.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.algorithm import Client, Update
-    from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.algorithms.base import Client, Update
+    from fedkd.core.tensors import Tensors
+    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt
 
-from fedkd import ensembles, privacy, seeds
-from fedkd.algorithm import Algorithm, Client, Update
-from fedkd.lazy import torch
-from fedkd.losses.logits import logit_mae
-from fedkd.tensors import integer, put, weighted_mean
+from fedkd.algorithms import aggregators, privacy
+from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.core import seeds
+from fedkd.core.lazy import torch
+from fedkd.core.tensors import integer, put, weighted_mean
+from fedkd.training.losses.logits import logit_mae
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.kit import Kit
-    from fedkd.tensors import Shapes, Tensors
+    from fedkd.core.tensors import Shapes, Tensors
+    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ class FedMD(Algorithm):
         return {"round": state["round"] + 1, "told": state["round"], "logits": consensus["logits"]}
 
     def teacher(self, kit: Kit, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
-        return ensembles.mean_logits(torch.stack(list(logits)), torch.ones(len(logits), 1))
+        return aggregators.mean_logits(torch.stack(list(logits)), torch.ones(len(logits), 1))
 
 
 @dataclass(frozen=True)
 class NFDP(FedMD):
     """FedMD-NFDP (Sun and Lyu, 2021): FedMD whose clients train on ``samples`` of their rows, drawn once.
 
-    Its metrics are the (epsilon, delta) of that draw (`fedkd.privacy`); a round shows their means, the guarantee
+    Its metrics are the (epsilon, delta) of that draw (`privacy`); a round shows their means, the guarantee
     is the largest. Delta is about samples / rows: none by the usual rule that it be far below 1 / rows.
     """
 

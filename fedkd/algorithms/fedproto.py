@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, NonNegativeFloat
 
-from fedkd.algorithm import Algorithm, Client, Update
+from fedkd.algorithms.base import Algorithm, Client, Update
 from fedkd.algorithms.fd import class_means
-from fedkd.errors import UsageError
-from fedkd.lazy import torch
-from fedkd.tensors import put, shapes
+from fedkd.core.errors import UsageError
+from fedkd.core.lazy import torch
+from fedkd.core.tensors import put, shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.kit import Kit
-    from fedkd.tensors import Shapes, Tensors
+    from fedkd.core.tensors import Shapes, Tensors
+    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fedkd.algorithm import Algorithm, Client, Update
-from fedkd.tensors import put
+from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.core.tensors import put
 
 if TYPE_CHECKING:
-    from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.core.tensors import Tensors
+    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)

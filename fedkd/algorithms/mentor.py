@@ -9,15 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from fedkd import models, specs
-from fedkd.algorithm import Client, Update
+from fedkd import models
+from fedkd.algorithms.base import Client, Update
 from fedkd.algorithms.fedavg import FedAvg
-from fedkd.tensors import put, take
-from fedkd.terms import Term, Weight
+from fedkd.core import specs
+from fedkd.core.tensors import put, take
+from fedkd.training.terms import Term, Weight
 
 if TYPE_CHECKING:
-    from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.core.tensors import Tensors
+    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)

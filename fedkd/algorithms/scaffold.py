@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
-from fedkd.algorithm import Algorithm, Client, Update
-from fedkd.tensors import put, shapes, take, weighted_mean
+from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.core.tensors import put, shapes, take, weighted_mean
 
 if TYPE_CHECKING:
-    from fedkd.kit import Kit
-    from fedkd.tensors import Shapes, Tensors
+    from fedkd.core.tensors import Shapes, Tensors
+    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Scaffold(Algorithm):
         return state
 
     def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
-        from fedkd import learning
+        from fedkd.training import loop
 
         start, common = take("student", request), take("control", request)
         own = take("control", client.memory) or kit.trainable(client.model)
         slope = {name: common[name] - own[name] for name in common}
-        weights = kit.fit(client, start, penalty=learning.linear(slope, kit.device))
+        weights = kit.fit(client, start, penalty=loop.linear(slope, kit.device))
         config = kit.config
         steps = config.local_epochs * ceil(len(client.data) / config.batch_size)
         moved = config.learning_rate * travel(steps, config.momentum)

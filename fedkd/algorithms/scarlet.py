@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from fedkd import ensembles
-from fedkd.algorithm import Client, Update
+from fedkd.algorithms import aggregators
+from fedkd.algorithms.base import Client, Update
 from fedkd.algorithms.ensemble import OwnTeacher, heard
-from fedkd.lazy import torch
-from fedkd.tensors import integer, put
+from fedkd.core.lazy import torch
+from fedkd.core.tensors import integer, put
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.kit import Kit
-    from fedkd.tensors import Shapes, Tensors
+    from fedkd.core.tensors import Shapes, Tensors
+    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Scarlet(OwnTeacher):
         if len(rows):
             weights = self.plain(kit).digest(client, weights, rows, cache[rows], self.digest_epochs)
         weights = kit.fit(client, weights)
-        probs = ensembles.probabilities(kit.predict(client.model, weights, kit.proxy[self.wanted(kit, number)]))
+        probs = aggregators.probabilities(kit.predict(client.model, weights, kit.proxy[self.wanted(kit, number)]))
         return Update({"probs": probs}, len(client.data)), {"cache": cache, "held": held, **put("model", weights)}
 
     def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
@@ -76,7 +76,7 @@ class Scarlet(OwnTeacher):
         return {**self.learn(self.plain(kit), state, rows, cache[rows], seed), "cache": cache, "seen": seen}
 
     def aggregate(self, logits: Tensor, weights: Tensor) -> Tensor:
-        return ensembles.beta_era(logits, weights, beta=self.beta)
+        return aggregators.beta_era(logits, weights, beta=self.beta)
 
     def wanted(self, kit: Kit, number: int) -> Tensor:
         """The proxy rows whose labels are asked for in a round: those of the round that are missing or too old."""

@@ -16,11 +16,11 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.console import Console
 
-from fedkd import cli, runs
 from fedkd.bench import report, stacks
 from fedkd.bench.stacks import Timing, Work
-from fedkd.errors import UsageError
-from fedkd.runtime import cores
+from fedkd.core import cli, run_directory
+from fedkd.core.errors import UsageError
+from fedkd.core.runtime import cores
 
 Part = Literal["peak", "fedavg", "ensemble", "idle", "many"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -62,7 +62,7 @@ def bench(
     except OSError as error:
         raise UsageError(f"--out {out} cannot be made: {error.strerror}.") from error
     work, count = Work(clients, images, rounds), cores()
-    machine = {key: value for key, value in runs.environment("cpu", "noise", "").items() if key != "command"}
+    machine = {key: value for key, value in run_directory.environment("cpu", "noise", "").items() if key != "command"}
     found: dict[str, Any] = {"machine": machine, "cores": count, "options": sys.argv[1:]}
     found |= {"work": dataclasses.asdict(work), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     if "peak" in parts:
@@ -72,7 +72,7 @@ def bench(
         if part in parts:
             found[part] = _measure(measured, repeats, console)
             console.print(report.table(part, found))
-            runs.write_json(out / "bench.json", found)
+            run_directory.write_json(out / "bench.json", found)
     if "fedavg" in found:
         report.draw(found, out / "bench.png")
     console.print(f"{out / 'bench.json'}")

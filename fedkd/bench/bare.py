@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedkd import models, seeds
-from fedkd.config import Config
+from fedkd import models
+from fedkd.core import seeds
+from fedkd.core.config import Config
+from fedkd.core.runtime import settle
 from fedkd.data.augment import crop_and_flip
-from fedkd.experiment import Experiment, prepare
-from fedkd.runtime import settle
+from fedkd.simulate.experiment import Experiment, prepare
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

@@ -4,7 +4,7 @@
 
 Small models leave a GPU waiting for Python: a step of a batch of 32 is some ninety kernels of a few
 microseconds. What may help is to record a step once and replay it (CUDA graphs), or to train all
-clients in the same kernels (`torch.func.vmap`). The plain loop, `fedkd.learning.descend`, is what
+clients in the same kernels (`torch.func.vmap`). The plain loop, `fedkd.training.loop.descend`, is what
 the engine does, and the oracle: a way whose weights are not its weights within rounding is no way.
 """
 
@@ -24,8 +24,10 @@ from cyclopts.validators import Number
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from fedkd import cli, learning, models, optimizers, seeds
+from fedkd import models
+from fedkd.core import cli, seeds
 from fedkd.data.scaling import Scaling
+from fedkd.training import loop, optimizers
 
 Weights = dict[str, Tensor]  # of all clients: each tensor has a first dimension [clients]
 RATE, MOMENTUM, DECAY, BATCH = 0.01, 0.9, 0.0005, 32
@@ -54,7 +56,7 @@ class Job:
     def batches(self) -> Iterator[Tensor]:
         """Rows of every client's next batch [K, B], in the order in which the plain loop takes them."""
         clients, images = self.labels.shape
-        own = [learning.batches(images, BATCH, torch.Generator().manual_seed(k)) for k in range(clients)]
+        own = [loop.batches(images, BATCH, torch.Generator().manual_seed(k)) for k in range(clients)]
         for rows in zip(*own, strict=True):
             yield torch.stack(rows).to(self.labels.device)
 
@@ -66,8 +68,8 @@ def plain(job: Job) -> Weights:
     for client, (pixels, labels) in enumerate(zip(job.pixels, job.labels, strict=True)):
         job.module.load_state_dict(start)
         step = optimizers.sgd(list(job.module.parameters()), RATE, MOMENTUM, DECAY)
-        loss, none = nn.functional.cross_entropy, learning.Augmentation()
-        learning.descend(
+        loss, none = nn.functional.cross_entropy, loop.Augmentation()
+        loop.descend(
             job.module, step, pixels, labels, loss, SCALING, epochs=1, batch_size=BATCH, augmentation=none, seed=client
         )
         done.append({name: value.clone() for name, value in job.module.state_dict().items()})
@@ -180,7 +182,7 @@ def measure(
     device: Annotated[str, Parameter(help="cuda; on a CPU only the ways without a graph are tried.")] = "cuda",
 ) -> None:
     """Time each way of training many clients on a GPU; one JSON object."""
-    from fedkd.experiment import device as checked
+    from fedkd.simulate.experiment import device as checked
 
     job = Job.of(model, clients, images, checked(device))
     on_gpu = job.labels.device.type == "cuda"

@@ -6,11 +6,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedkd.algorithm import Algorithm, Client, Update
+from fedkd.algorithms.base import Algorithm, Client, Update
 
 if TYPE_CHECKING:
-    from fedkd.kit import Kit
-    from fedkd.tensors import Tensors
+    from fedkd.core.tensors import Tensors
+    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)

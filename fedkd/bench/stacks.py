@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedkd import cache, runs
-from fedkd.config import Config
-from fedkd.errors import RunError
+from fedkd.core import cache, run_directory
+from fedkd.core.config import Config
+from fedkd.core.errors import RunError
 
 PAUSE = 0.1  # seconds between looks at a process tree's memory
 
@@ -72,7 +72,7 @@ def fedkd(work: Work, *, weigh: bool = False, **changes: Any) -> Timing:
     """Fedkd itself, as people run it."""
     with tempfile.TemporaryDirectory() as parent:
         out, scenario = Path(parent) / "run", Path(parent) / "work.toml"
-        runs.write(scenario, runs.toml(work.config(**changes, out=str(out))))
+        run_directory.write(scenario, run_directory.toml(work.config(**changes, out=str(out))))
         start = time.time()
         _, whole, held = _run(["-m", "fedkd.simulate", str(scenario)], weigh)
         rows = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]

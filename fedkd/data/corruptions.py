@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fedkd import seeds
-from fedkd.errors import UsageError, unknown
+from fedkd.core import seeds
+from fedkd.core.errors import UsageError, unknown
 
 STRENGTHS = (1, 2, 3, 4, 5)
 CHUNK = 512  # images at once: 6 MB as float32 at 32 pixels

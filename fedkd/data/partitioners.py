@@ -21,10 +21,10 @@ from zipfile import BadZipFile
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from fedkd import cache, seeds, specs
-from fedkd.catalog import CATALOG
+from fedkd.core import cache, seeds, specs
+from fedkd.core.catalog import CATALOG
+from fedkd.core.errors import FedkdError, PluginError, UsageError
 from fedkd.data.partition import Partition
-from fedkd.errors import FedkdError, PluginError, UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedkd import seeds, specs
+from fedkd.core import seeds, specs
+from fedkd.core.errors import UsageError
 from fedkd.data import sources
-from fedkd.errors import UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkd import cache, seeds, tensors
+from fedkd.core import cache, seeds, tensors
+from fedkd.core.errors import DataError, FedkdError
 from fedkd.data.scaling import Scaling
 from fedkd.data.sources import Source, is_reachable, parquet_files, searched
-from fedkd.errors import DataError, FedkdError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

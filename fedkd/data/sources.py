@@ -16,8 +16,8 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from fedkd import specs
-from fedkd.errors import DataError, PluginError
+from fedkd.core import specs
+from fedkd.core.errors import DataError, PluginError
 
 Pixels = Annotated[int, Field(ge=8, le=1024)]
 
@@ -105,7 +105,7 @@ def noise(*, size: PositiveInt = 5000, pixels: Pixels = 32) -> Source:
 def searched(data_dir: str) -> list[Path]:
     """The directories that may hold data, in order."""
     named = data_dir or os.environ.get("FEDKD_DATA", "")
-    from fedkd import cache
+    from fedkd.core import cache
 
     return [*([Path(named).expanduser()] if named else []), cache.directory() / "data"]
 

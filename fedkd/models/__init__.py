@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import PositiveInt
 
-from fedkd import specs
-from fedkd.errors import UsageError
+from fedkd.core import specs
+from fedkd.core.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,7 +68,7 @@ def torchvision(name: str, /, *, classes: int) -> nn.Module:
     """A classifier of torchvision.models, untrained, with its own normalization layers."""
     import torchvision as library
 
-    from fedkd.errors import unknown
+    from fedkd.core.errors import unknown
 
     known = library.models.list_models(module=library.models)
     if name not in known:

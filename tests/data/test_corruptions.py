@@ -9,9 +9,9 @@ import scipy.ndimage
 import torch
 from PIL import Image
 
+from fedkd.core.errors import UsageError
 from fedkd.data import corruptions
 from fedkd.data.corruptions import KINDS, STRENGTHS, corrupt, moved
-from fedkd.errors import UsageError
 
 
 @pytest.fixture

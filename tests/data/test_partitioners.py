@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fedkd import specs
-from fedkd.catalog import CATALOG
+from fedkd.core import specs
+from fedkd.core.catalog import CATALOG
+from fedkd.core.errors import PluginError, UsageError
 from fedkd.data import partitioners, skew
 from fedkd.data.partition import Partition
-from fedkd.errors import PluginError, UsageError
 
 LABELS = np.random.default_rng(0).integers(0, 10, 2000)
 SPECS = {

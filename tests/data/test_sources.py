@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedkd import experiment, specs
+from fedkd.core import specs
+from fedkd.core.errors import DataError, UsageError
 from fedkd.data import proxies, readers, sources
 from fedkd.data.readers import Images, read
-from fedkd.errors import DataError, UsageError
+from fedkd.simulate import experiment
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,1 @@
+"""What is sent: codecs, entropy coding, deltas, and how many bytes they take."""

@@ -1,0 +1,159 @@
+"""Run directories: what a run leaves on disk, each file whole or not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import fedkd
+from fedkd.core.config import Options
+from fedkd.core.errors import FedkdError, UsageError
+from fedkd.core.seeds import derive
+
+if TYPE_CHECKING:
+    from fedkd.simulate.experiment import Experiment
+
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def default_out(config: Options, name: str) -> Path:
+    """``runs/NAME-TIME-HASH``: the method, the time in UTC, and a hash of config and process."""
+    name = name.partition(":")[0].rpartition("/")[2].removesuffix(".py")
+    tail = f"{derive(time.time_ns(), str(config), os.getpid()):016x}"[-6:]
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{tail}"
+
+
+def begin(config: AnyOptions, name: str) -> AnyOptions:
+    """The config with a directory to write to, which is claimed and holds ``config.toml``."""
+    out = Path(config.out) if config.out else default_out(config, name)
+    config = dataclasses.replace(config, out=str(out))  # type: ignore[type-var]
+    claim(out)
+    write(out / "config.toml", toml(config))
+    return config
+
+
+def claim(out: Path) -> None:
+    """Make the directory of a run; one that holds anything already is refused.
+
+    Raises:
+        UsageError: it is in use, or cannot be made.
+
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise UsageError(f"--out {out} is in use: it is not empty. Name another directory, or remove it.")
+        os.close(os.open(out / "config.toml", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be made: {error.strerror}.") from error
+
+
+def release(out: Path, record: str = "rounds.jsonl") -> None:
+    """Remove a claimed directory in which nothing was recorded, so that its name is free again."""
+    if not (out / record).exists():
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file, whole or not at all."""
+    write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def append(path: Path, row: Mapping[str, object]) -> None:
+    """Add one JSON line; what was written before stays whole whatever happens."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def log(out: Path, text: str) -> None:
+    """Add to ``errors.log``: tracebacks of clients that failed."""
+    with (out / "errors.log").open("a", encoding="utf-8") as file:
+        file.write(text.rstrip("\n") + "\n")
+
+
+def toml(config: Options) -> str:
+    """The config as a scenario file. A JSON scalar is a TOML scalar."""
+    return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.run_config().items())
+
+
+def note(out: Path, error: FedkdError) -> None:
+    """Say in ``result.json`` what ended a run: engines of Flower's end with 0 whatever happened."""
+    path = out / "result.json"
+    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"status": "failed", "out": str(out)}
+    write_json(path, {**held, "code": error.code, "message": str(error)})
+
+
+def failure(out: Path) -> FedkdError | None:
+    """What ended a run, read from its result."""
+    path = out / "result.json"
+    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if "code" not in held:
+        return None
+    error = FedkdError(held["message"])
+    error.code = held["code"]
+    return error
+
+
+def environment(device: str, dataset: str, fallback: str) -> dict[str, Any]:
+    """What results may depend on beside the config: versions, processor, device, data."""
+    import torch
+
+    names = ("torch", "torchvision", "numpy", "flwr", "flwr-datasets", "safetensors")
+    return {
+        "fedkd": fedkd.__version__,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in names},
+        "platform": platform.platform(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "dataset": dataset,
+        "dataset_fallback": fallback,
+        "command": sys.argv,
+    }
+
+
+def student_file(algorithm: str, seed: int) -> str:
+    """The name of a student that is not its run's first."""
+    words = "".join(c if c.isalnum() else "-" for c in algorithm).strip("-")
+    return f"student-{words}-seed{seed}.safetensors"
+
+
+def save_partitions(path: Path, experiments: Mapping[int, Experiment]) -> None:
+    """Rows of every client (split at ``ends``), class counts and proxy rows, for each seed."""
+    import numpy as np
+
+    from fedkd.data import skew
+
+    arrays: dict[str, Any] = {}
+    for seed, experiment in experiments.items():
+        arrays[f"seed{seed}_rows"] = experiment.dealt.rows
+        arrays[f"seed{seed}_ends"] = experiment.dealt.ends
+        arrays[f"seed{seed}_counts"] = skew.counts(
+            experiment.train.labels.numpy(), experiment.dealt, experiment.kit.classes
+        )
+        if experiment.proxy_rows is not None:
+            arrays[f"seed{seed}_proxy"] = experiment.proxy_rows
+    part = path.with_name("partition.part.npz")
+    np.savez_compressed(part, **arrays)
+    part.replace(path)

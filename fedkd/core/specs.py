@@ -1,0 +1,226 @@
+"""Spec strings: ``name:key=value,...`` names a component and sets its options.
+
+A component is a name of the catalog, of an installed plug-in, ``package.module:Name``, or
+``./file.py:Name``. Its options are its keyword-only parameters (for a class: all parameters of
+its constructor), checked and converted by their annotations.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from fedkd.core.catalog import CATALOG
+from fedkd.core.errors import FedkdError, PluginError, Terminated, UsageError, unknown
+from fedkd.core.seeds import derive
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed spec string. ``argument`` is the one item without a key (``folder:PATH``)."""
+
+    text: str
+    name: str
+    argument: str | None
+    options: Mapping[str, str]
+
+    @property
+    def is_plugin(self) -> bool:
+        """Whether the name is a dotted path or a file path."""
+        return ":" in self.name
+
+
+def parse(text: str) -> Spec:
+    """The parts of a spec string."""
+    head, _, rest = text.strip().partition(":")
+    if head.endswith(".py") or re.fullmatch(r"\w+(\.\w+)+", head):
+        attribute, *more = re.split("[:,]", rest, maxsplit=1)
+        if not attribute.isidentifier():
+            raise UsageError(f"{text!r} names no component; write {head}:Name.")
+        head, rest = f"{head}:{attribute}", more[0] if more else ""
+    argument: str | None = None
+    options: dict[str, str] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals and argument is None and not options:
+            argument = item
+        elif not equals or key in options or not key.isidentifier():
+            raise UsageError(f"Cannot read {item!r} in {text!r}; write name:key=value,key=value.")
+        else:
+            options[key] = value.strip()
+    return Spec(text, head, argument, options)
+
+
+def is_own(text: str) -> bool:
+    """Whether it names somebody's own component, or has an option that does."""
+    spec = parse(text)
+    return spec.is_plugin or any(parse(value).is_plugin for value in spec.options.values() if ":" in value)
+
+
+@contextmanager
+def blaming(named: Iterable[tuple[str, str]], where: str) -> Iterator[None]:
+    """Whatever is raised within is said of somebody's own components among these, of (option, spec).
+
+    Without one of them it is ours, and passes.
+
+    Raises:
+        PluginError: in one sentence, with the line of code that raised.
+
+    """
+    try:
+        yield
+    except (FedkdError, Terminated):
+        raise
+    except (Exception, SystemExit) as error:
+        own = " or ".join(f"--{option} {text}" for option, text in named if is_own(text))
+        if not own:
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise PluginError(
+            f"{own} failed {where}: {type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})."
+        ) from error
+
+
+def bind(kind: str, text: str, reserved: tuple[str, ...] = ()) -> partial[Any]:
+    """The component that ``text`` names, with its options bound and checked; call it to use it.
+
+    ``reserved`` are parameters that fedkd fills in itself.
+
+    Raises:
+        UsageError: an unknown name or option, or a value that does not fit.
+        PluginError: somebody's own component that cannot be imported.
+
+    """
+    spec = parse(text)
+    component = _find(kind, spec)
+    try:
+        parameters = inspect.signature(component).parameters
+    except (TypeError, ValueError) as error:
+        raise PluginError(f"{kind} {text!r} cannot be used: {error}.") from error
+    positional = [p for p in parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    if spec.argument is not None and not positional:
+        raise UsageError(f"{kind} {spec.name!r} takes key=value options, not {spec.argument!r}.")
+    if spec.argument is None and positional and positional[0].default is inspect.Parameter.empty:
+        raise UsageError(f"{kind} {spec.name!r} needs a value: {spec.name}:{positional[0].name.upper()}.")
+    options = _options(component, parameters, reserved)
+    values = {}
+    for key, value in spec.options.items():
+        if key not in options:
+            raise UsageError(unknown(f"option of {kind} {spec.name!r}:", key, options))
+        values[key] = _convert(f"{spec.name}:{key}", value, _annotation(component, options[key]))
+    arguments = () if spec.argument is None else (spec.argument,)
+    return partial(component, *arguments, **values)
+
+
+def call(kind: str, text: str, reserved: tuple[str, ...] = ()) -> Any:
+    """What the component returns when it is called with its options: how values are made."""
+    bound = bind(kind, text, reserved)
+    try:
+        return bound()
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{kind} {text!r} cannot be used: {error}.") from error
+
+
+def _find(kind: str, spec: Spec) -> Callable[..., Any]:
+    """The class or function itself."""
+    if spec.is_plugin:
+        return _import(kind, spec.name)
+    known = CATALOG[kind]
+    if spec.name in known:
+        return _import(kind, known[spec.name])
+    installed = {point.name: point for point in entry_points(group=f"fedkd.{kind}")}
+    if spec.name not in installed:
+        message = unknown(kind, spec.name, {*known, *installed})
+        raise UsageError(f"{message} For one of your own write package.module:Name or ./file.py:Name.")
+    return _import(kind, installed[spec.name].value)
+
+
+def _import(kind: str, path: str) -> Callable[..., Any]:
+    """The attribute ``where:name``, from a module or a file. Importing runs its code."""
+    where, _, name = path.rpartition(":")
+    try:
+        module = _module_of_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except Exception as error:  # whatever somebody's module raises while it is imported
+        raise PluginError(f"Cannot import {kind} {path!r}: {type(error).__name__}: {error}.") from error
+    component = getattr(module, name, None)
+    if not callable(component):
+        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        raise PluginError(unknown(f"name in {where}:", name, own))
+    return component  # type: ignore[no-any-return]
+
+
+def _module_of_file(path: Path) -> Any:
+    """A file as a module, imported once however often it is named."""
+    path = path.expanduser().resolve()
+    name = f"fedkd_plugin_{path.stem}_{derive(0, str(path)):x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    loader = importlib.util.spec_from_file_location(name, path)
+    assert loader is not None
+    assert loader.loader is not None
+    module = importlib.util.module_from_spec(loader)
+    sys.modules[name] = module
+    try:
+        loader.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _options(
+    component: object, parameters: Mapping[str, inspect.Parameter], reserved: tuple[str, ...]
+) -> dict[str, inspect.Parameter]:
+    """The parameters that a spec may set."""
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if name not in reserved
+        and (
+            parameter.kind is parameter.KEYWORD_ONLY
+            or (inspect.isclass(component) and parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
+        )
+    }
+
+
+def _annotation(component: Callable[..., Any], parameter: inspect.Parameter) -> Any:
+    """The annotation as a type. Only an option's own: others may name types not imported yet."""
+    if isinstance(parameter.annotation, str):
+        # An inherited field means what it means where it was written.
+        classes = component.__mro__ if inspect.isclass(component) else ()
+        owner = next((c for c in classes if parameter.name in inspect.get_annotations(c)), component)
+        return eval(parameter.annotation, vars(sys.modules[owner.__module__]))
+    return parameter.annotation
+
+
+def _convert(name: str, value: str, annotation: Any) -> Any:
+    """The text as what the annotation says; without one, as a Python literal, else as it stands."""
+    if annotation is inspect.Parameter.empty or annotation is Any:
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return value
+    from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(annotation).validate_python(value)
+    except PydanticUserError as error:
+        raise PluginError(f"{name}: a text cannot become {annotation!r}; annotate the option otherwise.") from error
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].lower()
+        raise UsageError(f"{name}={value} is not usable: {reason}.") from error

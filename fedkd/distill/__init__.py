@@ -1,0 +1,75 @@
+"""``python -m fedkd.distill``: from any teacher to any student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedkd import models
+from fedkd.core import run_directory, specs
+from fedkd.core.errors import DataError, FedkdError, PluginError, RunError, UsageError
+from fedkd.data import sources
+from fedkd.distill import teacher_names
+from fedkd.training.terms import Itself, Term
+
+if TYPE_CHECKING:
+    from fedkd.distill.config import DistillConfig
+
+
+def distill(config: DistillConfig) -> Path:
+    """Distill a student from one teacher or several, or from itself.
+
+    The same student is trained without a teacher beside it, and all are judged side by side. Components are named by
+    specs, as in fedkd.simulate.
+    """
+    terms = check(config)  # before torch is imported: a mistake is answered within a second
+    config = run_directory.begin(config, config.student)
+    out = Path(config.out)
+    from fedkd.distill import runner
+
+    try:
+        runner.conduct(config, terms)
+    except (FedkdError, KeyboardInterrupt, SystemExit) as error:
+        if getattr(error, "code", None) != RunError.code:
+            run_directory.release(out, "epochs.jsonl")
+        raise
+    return out
+
+
+def check(config: DistillConfig) -> list[Term]:
+    """The terms of the loss, after every name was resolved before anything heavy is imported.
+
+    Raises:
+        UsageError, DataError, PluginError: the first thing that cannot be used.
+
+    """
+    terms = [specs.call("distillation", text) for text in config.loss.split()]
+    for text, term in zip(config.loss.split(), terms, strict=True):
+        if not isinstance(term, Term):
+            raise PluginError(f"--loss {text} is not a subclass of fedkd.training.terms.Term.")
+    if not terms:
+        raise UsageError("--loss names no loss; logits is the usual one.")
+    named = teacher_names.named(config)
+    _fitting(config, terms, named)
+    for text in named:
+        if not teacher_names.is_path(text):
+            specs.bind("model", teacher_names.pretrained(text)[0], models.RESERVED)
+        elif not Path(text).expanduser().exists():
+            raise DataError(f"--teacher {text}: there is no such run or file.")
+    specs.bind("model", config.student, models.RESERVED)
+    for dataset in {config.dataset, config.shifted} - {"auto", ""}:
+        sources.named(dataset)
+    return terms
+
+
+def _fitting(config: DistillConfig, terms: list[Term], named: list[str]) -> None:
+    """Refuse teachers and losses that exclude each other."""
+    is_taught = any(term.taught for term in terms)
+    if any(isinstance(term, Itself) for term in terms) and len(terms) > 1:
+        raise UsageError("--loss self has no other loss beside it; its weights are options: self:weight=0.5,hard=0.5.")
+    if named and config.teachers_from:
+        raise UsageError("--teacher and --teachers-from exclude each other; put students into one directory.")
+    if (named or config.teachers_from) and not is_taught:
+        raise UsageError(f"--loss {config.loss} needs no teacher; leave it away, or add a loss such as logits.")
+    if config.teachers_from:
+        teacher_names.candidates(Path(config.teachers_from))

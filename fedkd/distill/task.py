@@ -1,0 +1,87 @@
+"""Task: the images of a distillation, and how they become a network's input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedkd.core import seeds
+from fedkd.core.errors import DataError
+from fedkd.data import sources
+from fedkd.data.readers import Images
+from fedkd.simulate import experiment
+
+if TYPE_CHECKING:
+    from fedkd.data.scaling import Scaling
+    from fedkd.distill.config import DistillConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is learned from, what nobody learns from, what is measured on, and on which device.
+
+    ``shifted`` are the images of another data set of the same classes, if one is named.
+    """
+
+    dataset: str
+    train: Images
+    validation: Images
+    test: Images
+    shifted: Images | None
+    scaling: Scaling
+    flip: bool
+    device: str
+
+    @property
+    def classes(self) -> int:
+        return self.test.classes
+
+
+def prepare(config: DistillConfig) -> tuple[Task, str]:
+    """The task, and why it is not on CIFAR-10 where ``auto`` fell back.
+
+    Validation rows are the same for every seed, since teachers are kept from run to run.
+
+    Raises:
+        DataError: data is missing, or the shifted set has other classes.
+
+    """
+    dataset, fallback = experiment.choose_dataset(config)
+    source = sources.named(dataset)
+    device = experiment.device(config.device)
+    train, test = experiment.splits(source, config.data_dir)
+    classes = max(train.classes, test.classes)
+    held = max(1, min(config.validation, len(train) // 10))
+    if len(train) <= held:
+        raise DataError(f"{dataset} has {len(train)} training images; two at least are needed.")
+    order = torch.randperm(len(train), generator=seeds.generator(0, "validation"))
+
+    def taken(images: Images, rows: torch.Tensor | slice) -> Images:
+        return Images(images.pixels[rows].to(device), images.labels[rows], classes, test.names)
+
+    shifted = None
+    if config.shifted:
+        other = experiment.read(sources.named(config.shifted), "test", config.data_dir)
+        if other.classes != classes or other.pixels.shape[1:] != test.pixels.shape[1:]:
+            raise DataError(
+                f"--shifted {config.shifted} has {other.classes} classes of {other.pixels.shape[1]} pixels, "
+                f"{dataset} {classes} of {test.pixels.shape[1]}; name a set of the same."
+            )
+        if other.names and test.names and other.names != test.names:
+            raise DataError(f"--shifted {config.shifted} has other classes than {dataset}, or in another order.")
+        shifted = taken(other, slice(None))
+    assert train.scaling is not None
+    everything = slice(None)
+    task = Task(
+        dataset,
+        taken(train, order[held:]),
+        taken(train, order[:held]),
+        taken(test, everything),
+        shifted,
+        train.scaling,
+        source.flip,
+        device,
+    )
+    return task, fallback

@@ -1,0 +1,1 @@
+"""Metrics of rounds and models, and how they are shown."""

@@ -1,0 +1,121 @@
+"""The methods side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from fedkd.evaluation.metrics import bytes_to, common_accuracy
+from fedkd.evaluation.report.text import percent, points, seconds, size, spread
+
+if TYPE_CHECKING:
+    from fedkd.evaluation.metrics import Row
+
+Curves = Mapping[tuple[str, int], Sequence["Row"]]  # (algorithm, seed) -> the rows of its rounds
+BASELINE = "fedavg"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as text: its titles, a row for each method, and what is to be said of it."""
+
+    titles: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str
+
+    def rich(self) -> Table:
+        """For a terminal."""
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=self.caption, caption_justify="left")
+        table.add_column(self.titles[0], overflow="fold")
+        for title in self.titles[1:]:
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """For a document."""
+        rule = ["---", *["---:"] * (len(self.titles) - 1)]
+        lines = [f"| {' | '.join(cells)} |" for cells in (self.titles, rule, *self.rows)]
+        return "\n".join([*lines, "", self.caption.replace("\n", " ")])
+
+
+def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
+    """A row for each method: means over seeds, with the standard deviation where there are several."""
+    common = common_accuracy(list(curves.values()))
+    names = list(dict.fromkeys(run["algorithm"] for run in runs))
+    is_even = len({sum(run["algorithm"] == name for run in runs) for name in names}) == 1
+    is_paired = BASELINE in names and len(names) > 1
+    titles = ["method", "test acc", *([f"- {BASELINE}"] if is_paired else []), "last 5", "teacher", "clients"]
+    titles += ["up", "down", "time", "to common" if common is None else f"to {percent(common)}"]
+    rows = []
+    for name in names:
+        mine = [run for run in runs if run["algorithm"] == name]
+        spent = [None if common is None else bytes_to(common, curves[name, run["seed"]]) for run in mine]
+        reached = [value for value in spent if value is not None]
+        cells = {key: _spread([run[key] for run in mine]) for key in ("test_accuracy", "test_accuracy_last5")}
+        cells |= {key: _spread([run[key] for run in mine]) for key in ("teacher_accuracy", "client_accuracy")}
+        accuracy, *others = cells.values()
+        rows.append(
+            [
+                name + "*" * (mine[0]["deploys"] == "clients") + f" ({_seeds(len(mine))})" * (not is_even),
+                accuracy,
+                *([_paired(mine, runs)] if is_paired else []),
+                *others,
+                *(size(fmean(run[key] for run in mine)) for key in ("bytes_up", "bytes_down")),
+                seconds(fmean(run["seconds"] for run in mine)),
+                size(fmean(reached)) if len(reached) == len(mine) else "–",
+            ]
+        )
+    said = ["up, down: bytes of arrays, all clients and rounds; to …: both, until that accuracy."]
+    if is_paired:
+        said.append(f"- {BASELINE}: the difference in points, paired by seed.")
+    if any(run["deploys"] == "clients" for run in runs):
+        said.append("*: no global student; the test accuracy is that of the clients' own models.")
+    if any(None in [row["test_accuracy"] for row in rows] for rows in curves.values()):
+        said.append("–: it was not measured in every round (--evaluate-every).")
+    return Grid(titles, rows, "\n".join(said))
+
+
+def ledger(runs: Sequence[Row]) -> Grid:
+    """What each method sent in all, from the numbers themselves to what was framed."""
+    rows = []
+    for name in dict.fromkeys(run["algorithm"] for run in runs):
+        mine = [run for run in runs if run["algorithm"] == name]
+        sizes = [fmean(run[key] for run in mine) for key in ("raw_bytes", "entropy_bytes", "coded_bytes")]
+        framed = fmean(run["bytes_up"] + run["bytes_down"] for run in mine)
+        equal = [run["break_even"] for run in mine if run["break_even"] is not None]
+        rows.append([name, *map(size, sizes), size(framed), f"{int(fmean(equal)):,}" if equal else "–"])
+    caption = (
+        "raw: as float32; entropy: of the symbols one by one, floats as coded; framed: as serialized;\n"
+        "equal at: proxy images a round at which answers cost as much as the student's weights."
+    )
+    return Grid(["method", "raw", "entropy", "coded", "framed", "equal at"], rows, caption)
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return spread(fmean(known) if known else None, stdev(known) if len(known) > 1 else None)
+
+
+def _paired(mine: Sequence[Row], runs: Sequence[Row]) -> str:
+    """The mean and the standard deviation of the differences to the baseline with the same seed."""
+    baseline = {run["seed"]: run["test_accuracy"] for run in runs if run["algorithm"] == BASELINE}
+    differences = [
+        run["test_accuracy"] - baseline[run["seed"]]
+        for run in mine
+        if None not in (run["test_accuracy"], baseline.get(run["seed"]))
+    ]
+    if mine[0]["algorithm"] == BASELINE or not differences:
+        return "–"
+    pairs = f" ({_seeds(len(differences))})" if len(differences) < len(mine) else ""
+    return points(differences) + pairs
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count != 1)}"

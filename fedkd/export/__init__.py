@@ -1,0 +1,284 @@
+"""``python -m fedkd.export``: a trained student in the files of other runtimes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from rich.console import Console
+
+import fedkd
+from fedkd.core import cli, run_directory, seeds, specs
+from fedkd.core.errors import DataError, FedkdError, PluginError, UsageError
+from fedkd.data import sources
+from fedkd.evaluation.report.screen import Screen
+from fedkd.export import formats
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedkd.data.readers import Images
+    from fedkd.export.formats import Format
+    from fedkd.models.checkpoint import Student
+
+app = cli.new("python -m fedkd.export")
+CALIBRATION = 512  # training images that show the ranges of activations
+LARGEST = 1024  # pixels: no data set has larger images
+
+
+@app.default
+def export(
+    run: Annotated[Path, Parameter(help="A run directory, or a student's .safetensors file.")],
+    *,
+    to: Annotated[
+        tuple[str, ...],
+        Parameter(help=f"What to write: {', '.join(formats.FORMATS)}.", consume_multiple=True, negative=()),
+    ] = (),
+    out: Annotated[Path | None, Parameter(help="Where to write; beside the student if not given.")] = None,
+    model: Annotated[str, Parameter(help="The model, where it is one of your own: naming it runs its code.")] = "",
+    dataset: Annotated[str, Parameter(help="Another data set than the student names.")] = "",
+    data_dir: Annotated[str, Parameter(help="Where the data set is [default: FEDKD_DATA].")] = "",
+    images: Annotated[int, Parameter(help="Check on the first N test images; 0 for all.", validator=Number(gte=0))] = 0,
+    check: Annotated[bool, Parameter(help="Run what was written on test images, against the original.")] = True,
+    json: Annotated[bool, Parameter(help="Print export.json on standard output.", negative=())] = False,
+) -> None:
+    """Write a student for ONNX Runtime, PyTorch or a phone, and check that it still answers the same.
+
+    Every file takes pixels uint8 [N, P, P, 3] and returns logits float32 [N, C]; the scaling is inside. Beside them
+    lie export.json and MODEL_CARD.md. Either all of it is written or nothing.
+    """
+    wanted = formats.chosen(to)
+    file = _file(run)
+    if dataset:
+        sources.named(dataset)  # before torch is imported: a mistake is answered within a second
+    from fedkd.export import card
+    from fedkd.export.check import grid
+    from fedkd.models import checkpoint
+
+    student = checkpoint.load(file, model)
+    _try(student)
+    test = _test(student, dataset, data_dir, images) if check else None
+    training = _training(student, dataset, data_dir) if any(held.calibrated for held in wanted) else None
+    screen = Screen(Console(stderr=json))
+    place, prefix = out or file.parent, "" if file.stem == "student" else f"{file.stem}-"
+    with _staged(place) as folder:
+        for held in wanted:
+            screen.say(f"writing {place / (file.stem + held.ending)}")
+            _write(held, student, folder / (file.stem + held.ending), training)
+        report = _report(file, student, wanted, folder, test, dataset or student.dataset)
+        report["files"] = _kept(place / f"{prefix}export.json", report) | report["files"]
+        run_directory.write_json(folder / f"{prefix}export.json", report)
+        run_directory.write(folder / f"{prefix}MODEL_CARD.md", card.card(report, card.trained(file)))
+    if test is not None:
+        screen.show(grid(report).rich())
+    if json:
+        print((place / f"{prefix}export.json").read_text(encoding="utf-8"), end="")
+
+
+def _file(run: Path) -> Path:
+    """The student's file.
+
+    Raises:
+        DataError: it is not there.
+
+    """
+    if not run.is_dir():
+        if not run.exists():
+            raise DataError(f"There is no run or student {run}.")
+        return run
+    file = run / "student.safetensors"
+    if file.is_file():
+        return file
+    if (run / "config.toml").is_file():
+        method = cli.from_file(run / "config.toml").get("algorithm", "its method")
+        raise DataError(f"{run} holds no student: the run did not get so far, or {method} deploys no global model.")
+    raise DataError(f"{run} is not the directory of a run.")
+
+
+def _try(student: Student) -> None:
+    """Answer one gray image, so that what cannot be exported says so first.
+
+    Raises:
+        DataError: the student cannot be made of what its file says, or returns no numbers.
+
+    """
+    import torch
+
+    if not 1 <= student.pixels <= LARGEST:
+        raise DataError(f"The student says it reads images of {student.pixels} pixels, which no data set has.")
+    gray = torch.full((1, student.pixels, student.pixels, 3), 128, dtype=torch.uint8)
+    try:
+        with torch.inference_mode():
+            logits = formats.served(student)(gray)
+    except FedkdError:
+        raise
+    except Exception as error:  # whatever a network raises over images that it cannot read
+        raise DataError(f"{student.model} cannot be used on {student.pixels} pixels: {_line(error)}.") from error
+    if logits.shape != (1, student.classes) or not logits.isfinite().all():
+        raise DataError(f"The student does not return {student.classes} finite logits; was its training cut off?")
+
+
+def _read(student: Student, dataset: str, data_dir: str, split: str) -> Images:
+    """A split of a data set, at the student's size."""
+    from fedkd.data import readers
+
+    if not dataset and specs.parse(student.dataset).is_plugin:
+        raise DataError(
+            f"The student names a data set of somebody's own, {student.dataset}; "
+            "name it by --dataset to have its code run, or do without by --no-check."
+        )
+    source = sources.named(dataset or student.dataset)
+    return readers.read(dataclasses.replace(source, pixels=student.pixels), split, data_dir)
+
+
+def _test(student: Student, dataset: str, data_dir: str, count: int) -> Images:
+    """The test images to check on.
+
+    Raises:
+        DataError: they cannot be read, or are of other classes.
+
+    """
+    test = _read(student, dataset, data_dir, "test")
+    if test.classes > student.classes or (test.names and student.names and test.names != student.names):
+        raise DataError(f"The classes of {dataset or student.dataset} are not the student's; name its own data set.")
+    return test.first(count) if count else test
+
+
+def _training(student: Student, dataset: str, data_dir: str) -> Tensor:
+    """Training images [M, P, P, 3] drawn at random, for calibration."""
+    import torch
+
+    pixels = _read(student, dataset, data_dir, "train").pixels
+    return pixels[torch.randperm(len(pixels), generator=seeds.generator(0, "calibration"))[:CALIBRATION]]
+
+
+def _write(held: Format, student: Student, path: Path, training: Tensor | None) -> None:
+    """Write one file; whatever a library raises over a network it cannot take is one sentence."""
+    try:
+        held.write(student, path, training)
+    except (FedkdError, OSError):
+        raise
+    except Exception as error:
+        kind = PluginError if specs.parse(student.model).is_plugin else UsageError
+        raise kind(f"{student.model} cannot be exported to {held.name}: {_line(error)}.") from error
+
+
+def _report(
+    file: Path, student: Student, wanted: list[Format], folder: Path, test: Images | None, dataset: str
+) -> dict[str, Any]:
+    """What ``export.json`` holds: the student, each file, and how they compare where there are test images."""
+    import torch
+
+    parameters = sum(parameter.numel() for parameter in student.module().parameters())
+    report: dict[str, Any] = {
+        "student": {**student.about(), **_entry(file), "parameters": parameters},
+        "input": {"name": "pixels", "type": "uint8", "shape": ["batch", student.pixels, student.pixels, 3]},
+        "output": {"name": "logits", "type": "float32", "shape": ["batch", student.classes]},
+        "files": {held.name: _about(held, folder / (file.stem + held.ending)) for held in wanted},
+        "environment": {
+            "fedkd": fedkd.__version__,
+            "torch": torch.__version__,
+            "platform": platform.platform(),
+            "processor": torch.backends.cpu.get_cpu_capability(),
+            "threads": 1,
+        },
+    }
+    return report if test is None else report | _checked(file, student, wanted, folder, test, dataset, report["files"])
+
+
+def _checked(
+    file: Path,
+    student: Student,
+    wanted: list[Format],
+    folder: Path,
+    test: Images,
+    dataset: str,
+    entries: dict[str, Any],
+) -> dict[str, Any]:
+    """The original's entry, and those of the files with what their own runtimes answered."""
+    import torch
+
+    from fedkd.core.runtime import settle
+    from fedkd.export import check
+
+    settle(1)
+    ours = formats.served(student)
+
+    def plain(pixels: Tensor) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = ours(pixels)
+            return logits
+
+    opened = [held.open(folder / entries[held.name]["file"]) for held in wanted]
+    original, answers = check.original(file, plain, test)
+    for held, run in zip(wanted, opened, strict=True):
+        found = check.compare(held, answers, check.logits(run, test.pixels), test.labels)
+        entries[held.name]["check"] = {"dataset": dataset, **found}
+    timed = check.latency([plain, *opened], test.pixels)
+    for entry, times in zip([original, *(entries[held.name] for held in wanted)], timed, strict=True):
+        entry["milliseconds"] = times
+    return {"original": original, "files": entries}
+
+
+def _about(held: Format, path: Path) -> dict[str, Any]:
+    """The entry of a written file, not checked yet."""
+    return {
+        **_entry(path),
+        "runtime": f"{held.runtime} {version(held.runtime)}",
+        "batch": held.batch,
+        "calibration_images": CALIBRATION if held.calibrated else 0,
+        "check": None,
+    }
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    return {"file": path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _kept(path: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier export of the same student says of files that still lie there, unchanged."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if earlier["student"]["sha256"] != report["student"]["sha256"]:
+            return {}
+        return {
+            name: entry
+            for name, entry in earlier["files"].items()
+            if name not in report["files"] and entry.items() >= _entry(path.parent / entry["file"]).items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+@contextmanager
+def _staged(place: Path) -> Iterator[Path]:
+    """A folder whose files move to ``place`` when the block ends, in the order written, and are gone if it fails."""
+    is_new = not place.exists()
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=place) as folder:
+            yield Path(folder)
+            for path in sorted(Path(folder).iterdir(), key=lambda path: path.stat().st_mtime_ns):
+                path.replace(place / path.name)
+    except BaseException:
+        if is_new:
+            with suppress(OSError):
+                place.rmdir()
+        raise
+
+
+def _line(error: Exception) -> str:
+    """An error in one line."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:200].rstrip('.')}" if first else type(error).__name__

@@ -1,0 +1,128 @@
+"""``MODEL_CARD.md``: what a student is, how it was made, what was measured. Nothing that is not on record."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from fedkd.core import run_directory
+from fedkd.evaluation.report.table import Grid
+from fedkd.evaluation.report.text import percent
+from fedkd.export.check import grid
+
+PRIVACY = "Only logits being shared is *not* a privacy guarantee. No formal privacy is claimed."
+
+
+def card(report: dict[str, Any], trained: list[str]) -> str:
+    """The model card of a report, as Markdown; ``trained`` are lines on how it was trained."""
+    about = report["student"]
+    pixels, classes = about["pixels"], about["classes"]
+    named = f": {', '.join(about['names'])}, in this order" if about["names"] else ", numbered from 0"
+    norm = ", BatchNorm" if about["norm"] == "batch" else ""
+    files = {about["file"]: about, **{entry["file"]: entry for entry in report["files"].values()}}
+    listed = Grid(
+        ["file", "bytes", "sha256"],
+        [[name, f"{entry['bytes']:,}", f"`{entry['sha256']}`"] for name, entry in files.items()],
+        "",
+    )
+    return "\n".join(
+        [
+            f"# {about['model']} for {about['dataset']}",
+            "",
+            f"An image classifier written by fedkd {report['environment']['fedkd']}: `{about['model']}`{norm}, "
+            f"{about['parameters']:,} parameters, {classes} classes{named}.",
+            "",
+            "## How it was trained",
+            "",
+            *trained,
+            "",
+            "## What it takes and returns",
+            "",
+            f"- Input `pixels`: uint8 [N, {pixels}, {pixels}, 3], RGB, 0 to 255, as read; rows from the top.",
+            f"- Pictures of another size are scaled to {pixels} x {pixels} first (bicubic, in Pillow).",
+            "- Inside the file, and not to be done again: `(pixels - mean) / std` by channel, with mean "
+            f"{about['mean']} and std {about['std']}.",
+            f"- Output `logits`: float32 [N, {classes}]; their softmax are probabilities, the largest is the class.",
+            *[f"- `{entry['file']}` takes one image a call." for entry in report["files"].values() if entry["batch"]],
+            "",
+            "## What was measured",
+            "",
+            *_measured(report),
+            "",
+            "## Files",
+            "",
+            listed.markdown().rstrip(),
+            "",
+            "## Limits",
+            "",
+            f"- {PRIVACY}",
+            f"- It knows the {classes} classes of {about['dataset']} and answers every picture with one of them.",
+            "- Probabilities are not calibrated, and no picture from elsewhere was tried.",
+            "- The license of the weights is for whoever publishes them to state; the data set's terms may bear on it.",
+            "",
+        ]
+    )
+
+
+def _measured(report: dict[str, Any]) -> list[str]:
+    """The table, where anything was checked, and what it was measured on."""
+    if "original" not in report:
+        return ["Nothing: the files were written without a check (`--no-check`)."]
+    checks = [entry["check"] for entry in report["files"].values() if entry["check"]]
+    images = " or ".join(sorted({f"{check['images']:,} test images of {check['dataset']}" for check in checks}))
+    environment = report["environment"]
+    where = f"{environment['processor']}, one thread, PyTorch {environment['torch']}"
+    calibrated = [e for e in report["files"].values() if e["calibration_images"]]
+    return [
+        f"On {images}; times on {where}.",
+        *(f"`{e['file']}` was calibrated on {e['calibration_images']} training images." for e in calibrated),
+        "",
+        grid(report).markdown(),
+    ]
+
+
+def trained(file: Path) -> list[str]:
+    """How the student in a file was trained, by the records of the run beside it; as far as there are any."""
+    try:
+        config = tomllib.loads((file.parent / "config.toml").read_text(encoding="utf-8"))
+        result = json.loads((file.parent / "result.json").read_text(encoding="utf-8"))
+        return (_distilled if "teacher" in config else _simulated)(config, result, file.name)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        return ["Not on record: there is no finished run beside the student."]
+
+
+def _simulated(config: dict[str, Any], result: dict[str, Any], name: str) -> list[str]:
+    """By a run of ``fedkd.simulate``."""
+    played = result["runs"]
+    entry = next(run for run in played if run["deploys"] == "student" and _is_of(run, played, name))
+    return [
+        f"- Method: `{entry['algorithm']}`, simulated by fedkd, {entry['rounds']} rounds, seed {entry['seed']}.",
+        f"- Clients: {entry['clients']}, {percent(config['participation'], 0)} of them in a round, "
+        f"partition `{config['partitioner']}`.",
+        f"- Their models: `{config['model']}`, {config['local-epochs']} local epochs a round.",
+        f"- Proxy set: `{config['proxy']}`.",
+        f"- Accuracy after the last round, as the run measured it on its test images: "
+        f"{percent(entry['test_accuracy'], 2)}.",
+    ]
+
+
+def _distilled(config: dict[str, Any], result: dict[str, Any], name: str) -> list[str]:
+    """By a run of ``fedkd.distill``: ``student.safetensors`` is the first seed's, the others name theirs."""
+    who, _, seed = name.removesuffix(".safetensors").partition("-seed")
+    entry = next(run for run in result["runs"] if run["seed"] == int(seed or config["seed"]))
+    taught = f"by `{config['loss']}`" + (f" from {', '.join(result['teachers'])}" if result["teachers"] else "")
+    return [
+        f"- Trained by fedkd {'on labels alone' if who == 'alone' else taught}, "
+        f"{config['epochs']} epochs, seed {entry['seed']}.",
+        f"- Accuracy after the last epoch, as the run measured it on its test images: "
+        f"{percent(entry['judged'][who]['accuracy'], 2)}.",
+    ]
+
+
+def _is_of(run: dict[str, Any], played: list[dict[str, Any]], name: str) -> bool:
+    """Whether a run left the student of this name."""
+    first = next(other for other in played if other["deploys"] == "student")
+    wanted = "student.safetensors" if run is first else run_directory.student_file(run["algorithm"], run["seed"])
+    return name == wanted

@@ -1,1 +1,0 @@
-"""A student in the files of other runtimes, each held against the original."""

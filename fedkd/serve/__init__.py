@@ -1,0 +1,61 @@
+"""``python -m fedkd.serve``: a trained network answers images over HTTP."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from fedkd.core import cli
+from fedkd.core.errors import UsageError
+
+app = cli.new("python -m fedkd.serve")
+NEEDED = ("onnx", "onnxruntime", "PIL", "python_multipart", "starlette", "uvicorn")
+
+
+def _option(text: str, low: float = 1, high: float | None = None) -> Parameter:
+    return Parameter(help=text, validator=Number(gte=low, lte=high))
+
+
+@app.default
+def serve(
+    file: Annotated[Path, Parameter(help="An ONNX file that fedkd.export wrote.")],
+    /,
+    *,
+    host: Annotated[str, Parameter(help="The address to listen on. Beyond this machine, put a proxy before it.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, _option("The port; 0 is any that is free.", 0, 65535)] = 8000,
+    threads: Annotated[int, _option("Threads of a run of the network.")] = 1,
+    max_batch: Annotated[int, _option("Images of one run, at most.")] = 64,
+    max_wait: Annotated[float, _option("Milliseconds that an image waits for others, at most.", 0, 10_000)] = 2.0,
+    max_bytes: Annotated[int, _option("Bytes of a request, at most.")] = 5_000_000,
+    backlog: Annotated[int, _option("Requests at once, at most; more are told to come again.")] = 128,
+    timeout: Annotated[float, _option("Seconds in which a request must arrive.", 0.1, 3600)] = 20.0,
+) -> None:
+    """Answer images over HTTP: POST /predict, and a page at / to try it by hand.
+
+    Ctrl-C or SIGTERM ends it when all that was accepted is answered. There is no password and no encryption.
+    """
+    if any(find_spec(name) is None for name in NEEDED):
+        raise UsageError("Serving needs libraries that are not installed: pip install 'fedkd[serve]'.")
+    from fedkd.serve import http, network, web
+
+    loaded = network.load(file, threads)
+    limits = web.Limits(max_bytes, backlog, timeout, max_batch, max_wait)
+    with http.listen(host, port) as listening:
+        shown = f"[{host}]" if ":" in host else host
+        print(
+            f"{file} answers at http://{shown}:{listening.getsockname()[1]}/ "
+            f"({loaded.about['classes']} classes, {loaded.pixels} x {loaded.pixels} pixels). Ctrl-C ends it.",
+            flush=True,
+        )
+        try:
+            http.server(web.app(loaded, limits), timeout).run(sockets=[listening])
+        except KeyboardInterrupt:  # cli.run speaks of rounds
+            print("fedkd: interrupted; what was accepted is answered.", file=sys.stderr)
+            sys.exit(130)

@@ -1,1 +1,0 @@
-"""A trained network answers images over HTTP: the parts of ``python -m fedkd.serve``. None of them imports PyTorch."""

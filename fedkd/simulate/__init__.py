@@ -1,0 +1,75 @@
+"""``python -m fedkd.simulate``: the main job."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedkd.core import run_directory
+from fedkd.core.errors import FedkdError, RunError, UsageError
+from fedkd.data.partitioners import OWN
+from fedkd.simulate import experiment
+
+if TYPE_CHECKING:
+    from fedkd.core.config import Config
+
+
+def simulate(config: Config) -> Path:
+    """Simulate federated distillation.
+
+    Clients answer a public proxy set with soft logits; the server distills a global student from the
+    ensemble they make.
+
+    Components are named by specs: name:key=value,... for built-in ones (dsfl:temperature=0.1),
+    package.module:Name or ./file.py:Name for your own.
+    """
+    experiment.check(config)  # before torch is imported: a mistake is answered within a second
+    if config.partitioner == OWN:
+        raise UsageError("--partitioner own is for deployed nodes, which bring their own rows (docs/deployment.md).")
+    if config.engine == "ray" and (sys.platform == "win32" or find_spec("ray") is None):
+        raise UsageError("--engine ray needs Ray, on Linux or macOS: pip install 'fedkd[ray]'.")
+    config = run_directory.begin(config, config.algorithm)
+    out = Path(config.out)
+    stream = sys.stderr if config.json else sys.stdout
+    print(f"run directory: {out}", file=stream, flush=True)
+    try:
+        (_play_on_ray if config.engine == "ray" else _play)(config)
+    except (FedkdError, KeyboardInterrupt, SystemExit) as error:
+        if getattr(error, "code", None) != RunError.code:
+            run_directory.release(out)
+        raise
+    print(f"run directory: {out}", file=stream, flush=True)
+    return out
+
+
+def _play(config: Config) -> None:
+    """Run Flower's two apps on this machine."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    is_fresh = "torch" not in sys.modules  # nothing was computed in this process: it can be forked
+    from fedkd.simulate.flower.local_grid import LocalGrid, count_workers
+    from fedkd.simulate.rounds import participants
+
+    device = experiment.device(config.device)
+    with LocalGrid(
+        "fedkd.simulate.flower.client_app:app",
+        config.clients,
+        config.run_config(),
+        count_workers(config.workers, participants(config.clients, config.participation), config.threads, device),
+        timeout=config.client_timeout,
+        fork=is_fresh and device == "cpu" and sys.platform == "linux",
+        disk=Path(config.out),
+    ) as grid:
+        from fedkd.simulate.flower.server_app import serve
+
+        serve(grid, config)
+
+
+def _play_on_ray(config: Config) -> None:
+    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    from fedkd.simulate.flower import ray_engine
+
+    ray_engine.play(config)

@@ -1,0 +1,130 @@
+"""The local grid: Flower's `Grid` on this machine, in one process or several."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Self
+from uuid import uuid4
+
+from flwr.app import Message, Metadata, RecordDict
+from flwr.app.user_config import UserConfig
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fedkd.core.runtime import cores
+from fedkd.simulate.flower.local_update import RUN_ID, SERVER, Place
+from fedkd.simulate.flower.workers import Workers
+
+SMALL = 0.002  # seconds; a turn that takes less is not worth handing to another process
+
+
+def count_workers(asked: str, participants: int, threads: int, device: str) -> int:
+    """How many processes play the clients of a round: as asked, or what the cores have room for; one on a GPU.
+
+    Never more than there are clients to play.
+    """
+    if asked != "auto":
+        return min(int(asked), participants)
+    if device.startswith("cuda") or not hasattr(os, "fork"):
+        return 1
+    return max(1, min(cores() // threads, participants))
+
+
+class LocalGrid(Grid):
+    """Runs a ClientApp; client i is node i + 1.
+
+    With one worker and no time limit a turn is played in this process when its reply is pulled; else
+    turns are played by processes, begun in the order they were pushed, and replies come as they are
+    done; where such turns were `SMALL`, they too are played here. A client that raises is answered for
+    by an error message.
+    """
+
+    def __init__(
+        self,
+        app: str | ClientApp,
+        clients: int,
+        run_config: UserConfig,
+        workers: int = 1,
+        *,
+        timeout: float = 0,
+        fork: bool = False,
+        disk: Path | None = None,
+    ) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="memories-", dir=disk)
+        self._place = Place(app, clients, run_config, Path(self._directory.name))
+        in_processes = workers > 1 or timeout > 0
+        self._workers = Workers(self._place, workers, timeout, fork=fork) if in_processes else None
+        self._pending: dict[str, Message] = {}
+        self._is_bounded, self._small = timeout > 0, set[str]()
+
+    def __enter__(self) -> Self:
+        """Start the workers, if any."""
+        if self._workers is not None:
+            self._workers.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the workers at once, whatever they are doing, and forget what clients remember."""
+        if self._workers is not None:
+            self._workers.__exit__()
+        self._directory.cleanup()
+
+    def set_run(self, run: Run) -> None:
+        """There is one run, known from the start."""
+
+    @property
+    def run(self) -> Run:
+        """The one run."""
+        return Run.create_empty(RUN_ID)
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        metadata = Metadata(
+            run_id=RUN_ID,
+            message_id=uuid4().hex,
+            src_node_id=SERVER,
+            dst_node_id=dst_node_id,
+            reply_to_message_id="",
+            group_id=group_id,
+            created_at=time.time(),
+            ttl=ttl or 43200.0,
+            message_type=message_type,
+        )
+        return Message(content=content, metadata=metadata)  # type: ignore[call-overload,no-any-return]
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(1, self._place.clients + 1)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            self._pending[message.metadata.message_id] = message
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """The replies, each as soon as it is there."""
+        messages = [self._pending.pop(i) for i in message_ids if i in self._pending]
+        kinds = {message.metadata.message_type for message in messages}
+        start = time.perf_counter()
+        if self._workers is None or (not self._is_bounded and kinds <= self._small):
+            yield from (self._place.accept(self._place.play(message)) for message in messages)
+        else:
+            yield from self._workers.play(messages)
+        is_small = time.perf_counter() - start < SMALL * len(messages)
+        self._small = self._small | kinds if is_small else self._small - kinds
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Push, then pull."""
+        yield from self.pull_messages(self.push_messages(messages))

@@ -1,0 +1,212 @@
+"""Flower's simulation runtime: turns are played by Ray's actors, on this machine or on a cluster.
+
+The run is played in a child process that leads a session of its own. So whatever happens (Flower's
+threads hang after Ctrl-C, Ray's helpers outlive a killed driver by a minute), the whole group ends
+with the command that was started. In the child the server plays in the main thread, where signals
+arrive, and Flower's runtime in another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from _thread import interrupt_main
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any, NoReturn
+
+from flwr.app import Context, Message
+from flwr.app.user_config import UserConfig
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedkd.core import cli, run_directory
+from fedkd.core.config import Config
+from fedkd.core.errors import FedkdError, RunError, StorageError, UsageError
+from fedkd.simulate.flower import client_app
+from fedkd.simulate.flower.local_update import failure
+from fedkd.simulate.flower.server_app import serve
+
+GRACE = 5.0  # seconds the child gets to write what it has after Ctrl-C
+
+
+class Lent(ClientApp):
+    """The client app with the run's config, which Flower's runtime gives to the server alone."""
+
+    def __init__(self, run_config: UserConfig) -> None:
+        super().__init__()
+        self._run_config = run_config
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """The app's reply. What it raises becomes a reply too, as everywhere in fedkd, and not a page of Ray's log."""
+        theirs, context.run_config = context.run_config, dict(self._run_config)
+        try:
+            return client_app.app(message, context)
+        except (Exception, SystemExit):
+            return failure(message, traceback.format_exc())
+        finally:
+            context.run_config = theirs
+
+
+def play(config: Config) -> None:
+    """Run the child, pass on what it says, and leave no process behind.
+
+    Raises:
+        FedkdError: what ended the run, with its exit code.
+
+    """
+    out = Path(config.out)
+    child = subprocess.Popen([sys.executable, "-m", __name__, str(out)], start_new_session=True)
+    try:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, but its number is still its own
+    except BaseException:  # Ctrl-C, or asked to terminate
+        child.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE)
+        raise
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        code = child.wait()
+    if code:
+        if code == StorageError.code:
+            raise run_directory.failure(out) or StorageError(f"A file could not be written; see {out / 'ray.log'}.")
+        raise run_directory.failure(out) or RunError(
+            f"Flower's simulation ended with {code}; its log is {out / 'ray.log'}."
+        )
+
+
+def main() -> NoReturn:
+    """``python -m fedkd.simulate.flower.ray_engine OUT``: the child. The run directory has the config."""
+    out = Path(sys.argv[1])
+    config = Config.parse(cli.from_file(out / "config.toml"))
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    _keep_screen_clean(out / "ray.log", screen=2 if config.json else 1)
+    code = 0
+    try:
+        _play(dataclasses.replace(config, json=True))  # everything that is shown goes to standard error
+    except FedkdError as error:
+        run_directory.note(out, error)
+        code = error.code
+    except OSError as error:
+        with suppress(OSError):
+            run_directory.note(out, StorageError.of(error))
+        code = StorageError.code
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # Flower's threads are not waited for
+
+
+def _play(config: Config) -> None:
+    _connect(config)
+    handed: Queue[Grid] = Queue()
+    over = threading.Event()
+    server = ServerApp()
+
+    @server.main()
+    def hand_over(grid: Grid, context: Context) -> None:
+        handed.put(grid)
+        over.wait()
+
+    broken: list[BaseException] = []
+    runtime = threading.Thread(target=_simulate, args=(server, config, over, broken), daemon=True)
+    runtime.start()
+    try:
+        while True:
+            with suppress(Empty):
+                grid = handed.get(timeout=1)  # not for ever: a signal has to be seen
+                break
+        serve(grid, config)
+    except KeyboardInterrupt:
+        if broken:
+            raise RunError(f"Flower's simulation runtime ended: {broken[0]}.") from broken[0]
+        raise
+    finally:
+        over.set()
+
+
+def _connect(config: Config) -> None:
+    """Start Ray here, or join a cluster."""
+    import ray
+
+    address = config.ray_address or "local"
+    host, _, port = address.removeprefix("ray://").partition(":")
+    if ":" in address and not port.isdigit():
+        raise UsageError(f"--ray-address {address} is not HOST:PORT.")
+    if port:  # Ray itself would try for minutes
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except (OSError, OverflowError) as error:
+            raise UsageError(f"--ray-address {address} cannot be reached: {error}.") from error
+    ours = {key: value for key, value in os.environ.items() if key.startswith("FEDKD_")}
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=None if port or address == "auto" else False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": {**ours, "PYTHONPATH": os.pathsep.join(sys.path)}},
+        )
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        raise UsageError(f"--ray-address {address} cannot be used: {str(error).splitlines()[0]}") from error
+    found = ray.cluster_resources()
+    for kind, wanted in (("CPU", config.client_cpus), ("GPU", config.client_gpus)):
+        if wanted > found.get(kind, 0):
+            raise UsageError(f"--client-{kind.lower()}s {wanted:g}: Ray has {found.get(kind, 0):g} of them.")
+
+
+def _simulate(server: ServerApp, config: Config, over: threading.Event, broken: list[BaseException]) -> None:
+    """Flower's runtime; if it ends before its time, the main thread is told."""
+    from flwr.simulation import run_simulation
+
+    # Ray's own answer to a process that dies: another one, and the turn once more. Flower has none.
+    resources: dict[str, Any] = {
+        "num_cpus": config.client_cpus,
+        "num_gpus": config.client_gpus,
+        "max_restarts": -1,
+        "max_task_retries": 1,
+    }
+    try:
+        run_simulation(
+            server, Lent(config.run_config()), config.clients, backend_config={"client_resources": resources}
+        )
+    except BaseException as error:
+        broken.append(error)
+    if not over.is_set():
+        interrupt_main()
+
+
+def _keep_screen_clean(log: Path, screen: int) -> None:
+    """What Flower and Ray say goes to a log; standard error is the screen, the descriptor ``screen``."""
+    shown, file = os.fdopen(os.dup(screen), "w", buffering=1), log.open("w", buffering=1)
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = file, shown
+    for handler in logging.getLogger("flwr").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(file)
+
+
+def _end_with(parent: int) -> None:
+    """Kill this session's processes, this one too, when the command that was started has gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

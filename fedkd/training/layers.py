@@ -1,0 +1,138 @@
+"""What the layers of a network give: watched by name with forward hooks, listed with their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkd.core.errors import UsageError, unknown
+
+EMBEDDING = "embedding"  # what the last linear layer sees, as if it were a layer of its own
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The logits [B, C] of a network and what its watched layers gave, [B, ...] each."""
+
+    logits: Tensor
+    layers: Mapping[str, Tensor]
+
+
+class Watched(nn.Module):
+    """A network that returns its logits and the outputs of named layers."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = tuple(names)
+
+    def forward(self, x: Tensor) -> Seen:
+        """Both; a layer that is called several times is seen as it was last."""
+        with watching(self.model, self.names) as seen:
+            return Seen(self.model(x), seen)
+
+
+@contextmanager
+def watching(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """What these layers give while the block runs, in the order in which they are done.
+
+    Raises:
+        ValueError: the embedding is wanted of a model without a linear layer.
+
+    """
+    seen: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+
+    def keep(name: str, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        if isinstance(tensor, Tensor):
+            seen.pop(name, None)  # the order is that of the last call
+            seen[name] = tensor.clone()  # the next layer may work in place
+
+    with ExitStack() as stack:
+        for name in names:
+            if name == EMBEDDING:
+                linear = [module for module in modules.values() if isinstance(module, nn.Linear)]
+                if not linear:
+                    raise ValueError("it has no linear layer, whose input would be the embedding")
+                hook = linear[-1].register_forward_pre_hook(lambda _, inputs: keep(EMBEDDING, inputs[0]))
+            else:
+                hook = modules[name].register_forward_hook(lambda _, __, output, name=name: keep(name, output))
+            stack.callback(hook.remove)
+        yield seen
+
+
+def shapes(model: nn.Module, x: Tensor) -> dict[str, tuple[int, ...]]:
+    """The shape of what each layer gives for a batch ``x``, without the batch, in the order of computation."""
+    names = [name for name, _ in model.named_modules() if name]
+    if any(isinstance(module, nn.Linear) for module in model.modules()):
+        names.append(EMBEDDING)
+    was, device = model.training, next(model.parameters()).device
+    with watching(model.eval(), names) as seen, torch.no_grad():
+        model(x.to(device))
+    model.train(was)
+    return {name: tuple(output.shape[1:]) for name, output in seen.items() if output.shape[:1] == x.shape[:1]}
+
+
+def chosen(text: str, known: Mapping[str, tuple[int, ...]], whose: str) -> list[str]:
+    """The layers that ``a+b`` names.
+
+    Raises:
+        UsageError: there is no such layer; the sentence lists those there are.
+
+    """
+    names = text.split("+")
+    for name in names:
+        if name not in known:
+            listed = ", ".join(f"{n} {'x'.join(map(str, shape))}" for n, shape in known.items())
+            hint = unknown(f"layer of {whose}:", name, known).split(" Known:")[0]
+            raise UsageError(f"{hint} It has {listed}.")
+    return names
+
+
+def maps(known: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The last layer at each resolution, from fine to coarse: the ends of the stages of a convolutional network.
+
+    Tokens [N, D] count as a map. A network without any map has its embedding alone.
+    """
+    last: dict[tuple[int, ...], str] = {}
+    for name, shape in known.items():
+        grid = _grid(shape)
+        if max(grid) > 1:
+            last.pop(grid, None)
+            last[grid] = name
+    return list(last.values()) or [EMBEDDING]
+
+
+def as_map(features: Tensor) -> Tensor:
+    """Features as a map [B, C, H, W]: tokens [B, N, D] on a square grid where N is one, vectors as one pixel."""
+    shape = tuple(features.shape[1:])
+    if len(shape) == 2:
+        features = features.mT
+    elif _is_channels_last(shape):
+        features = features.permute(0, 3, 1, 2)
+    return features.reshape(len(features), channels(shape), *_grid(shape))
+
+
+def channels(shape: tuple[int, ...]) -> int:
+    """Of what `as_map` makes of an output of this shape, given without the batch."""
+    return shape[-1] if len(shape) == 2 or _is_channels_last(shape) else shape[0]
+
+
+def _grid(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Rows and columns of the map in an output of this shape."""
+    if len(shape) == 3:
+        return shape[:2] if _is_channels_last(shape) else shape[1:]
+    tokens = shape[0] if len(shape) == 2 else 1
+    side = round(tokens**0.5)
+    return (side, side) if side * side == tokens else (tokens, 1)
+
+
+def _is_channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether it is [H, W, C], as within torchvision's transformers: images, and so their maps, are square."""
+    return len(shape) == 3 and shape[0] == shape[1] != shape[2]

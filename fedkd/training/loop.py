@@ -1,0 +1,160 @@
+"""Fitting, distilling, predicting, evaluating: the only module that calls ``backward``.
+
+Images are uint8 [N, H, W, 3]; seen as [N, 3, H, W] they are in channels_last order without a copy,
+the layout in which CPUs and GPUs convolve fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkd.core.seeds import seeded
+from fedkd.data.augment import crop_and_flip
+from fedkd.data.scaling import Scaling
+from fedkd.training.layers import EMBEDDING, watching
+from fedkd.training.optimizers import Step
+
+CPU_CHUNK, GPU_CHUNK = 64, 2048  # images a forward pass: what fits the cache of a CPU core, what fills a GPU
+
+Objective = Callable[[Any, Tensor], Tensor]  # what the model returns, targets of these rows -> scalar
+Penalty = Callable[[nn.Module], Tensor]  # of the parameters -> a scalar that is added to the loss
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Whether images are cropped at random, and whether they are flipped; ``only`` the first of them, if not all."""
+
+    crop: bool = False
+    flip: bool = False
+    only: int | None = None
+
+    def __call__(self, images: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """The images [B, H, W, 3] of these rows, as they are seen this time."""
+        if not self.crop:
+            return images
+        seen = crop_and_flip(images, self.flip, generator)
+        if self.only is None:
+            return seen
+        return torch.where((rows < self.only).to(images.device)[:, None, None, None], seen, images)
+
+
+def descend(
+    model: nn.Module,
+    step: Step,
+    pixels: Tensor,
+    targets: Tensor,
+    objective: Objective,
+    scaling: Scaling,
+    *,
+    epochs: int,
+    batch_size: int,
+    augmentation: Augmentation,
+    seed: int,
+    penalty: Penalty | None = None,
+    average: bool = False,
+) -> None:
+    """Minimize ``objective`` over (pixels, targets), in place. Order and augmentation follow ``seed``.
+
+    With ``average`` what is left is the mean of the weights after each epoch (stochastic weight
+    averaging: Izmailov et al., 2018).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    model.train()
+    with seeded(seed):  # for dropout, which draws from torch's own stream
+        sums = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in _floats(model)} if average else {}
+        for _ in range(epochs):
+            for rows in batches(len(pixels), batch_size, generator):
+                images, wanted = augmentation(pixels[rows].to(device), rows, generator), targets[rows].to(device)
+                loss = objective(model(scaling(images)), wanted)
+                if penalty is not None:
+                    loss = loss + penalty(model)
+                loss.backward()  # type: ignore[no-untyped-call]
+                step()
+            for name, weights in _floats(model) if average else ():
+                sums[name] += weights
+        if average and epochs:
+            for name, weights in _floats(model):
+                weights.copy_(sums[name] / epochs)
+
+
+def batches(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Rows of each batch of an epoch, shuffled; the last batch may be smaller."""
+    return torch.split(torch.randperm(count, generator=generator), size)
+
+
+def _floats(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers that can be averaged."""
+    return [(name, tensor.detach()) for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
+
+
+def proximal(mu: float, center: Mapping[str, Tensor], device: str = "cpu") -> Penalty:
+    """Mu / 2 times the squared distance of the parameters from ``center`` (FedProx: Li et al., 2020)."""
+    held = {name: tensor.to(device) for name, tensor in center.items()}
+
+    def penalty(model: nn.Module) -> Tensor:
+        distances = [(p - held[n]).square().sum() for n, p in model.named_parameters()]
+        return 0.5 * mu * torch.stack(distances).sum()
+
+    return penalty
+
+
+def linear(slope: Mapping[str, Tensor], device: str = "cpu") -> Penalty:
+    """<slope, parameters>: adds ``slope`` to every gradient (SCAFFOLD's correction: Karimireddy et al., 2020)."""
+    held = {name: tensor.to(device) for name, tensor in slope.items()}
+
+    def penalty(model: nn.Module) -> Tensor:
+        return torch.stack([(p * held[n]).sum() for n, p in model.named_parameters()]).sum()
+
+    return penalty
+
+
+class Embedded(nn.Module):
+    """A model that returns its logits [B, C] and its embedding [B, D], which is what its last linear layer sees."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both.
+
+        Raises:
+            ValueError: the model has no linear layer.
+
+        """
+        with watching(self.model, [EMBEDDING]) as seen:
+            return self.model(x), seen[EMBEDDING]
+
+
+class Embedding(Embedded):
+    """A model that returns its embedding [B, D] alone."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[1]
+
+
+def predict(model: nn.Module, pixels: Tensor, scaling: Scaling) -> Tensor:
+    """What it returns, logits [N, C] as a rule, float32 on the CPU, in evaluation mode."""
+    device = next(model.parameters()).device
+    chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+    model.eval()
+    with torch.inference_mode():
+        parts = torch.split(pixels, chunk)
+        first = model(scaling(parts[0].to(device)))
+        # Filled in place: small results kept between big buffers would break up the heap, which then grows.
+        logits = torch.empty(len(pixels), *first.shape[1:])
+        for part, rows in zip(parts, torch.split(logits, chunk), strict=True):
+            rows.copy_(first if part is parts[0] else model(scaling(part.to(device))))
+    return logits.clone()  # a plain tensor again, which may be trained on
+
+
+def score(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Accuracy in [0, 1] and mean negative log-likelihood, in nats."""
+    accuracy = (logits.argmax(-1) == labels).double().mean().item()
+    return accuracy, nn.functional.cross_entropy(logits.double(), labels).item()

@@ -1,0 +1,243 @@
+"""Terms in force: modules, since they may hold adapters that are learned along with the student.
+
+What a term sees of a batch is a `Batch`; what it gives is a scalar. Teachers come without gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fedkd.algorithms import aggregators
+from fedkd.core import specs
+from fedkd.training import layers
+from fedkd.training.layers import EMBEDDING, Seen
+from fedkd.training.losses import contrastive, features, graph, logits, relations
+from fedkd.training.losses.contrastive import Memory
+from fedkd.training.losses.vectors import unit
+
+if TYPE_CHECKING:
+    from fedkd.training import terms
+    from fedkd.training.terms import Pair
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What both sides gave for a batch, its labels [B] and rows [B], and what each teacher weighs, shares [K, B]."""
+
+    student: Seen
+    teachers: Sequence[Seen]
+    shares: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
+class Pull(nn.Module):
+    """A term in force, which sees the layers that it names of the student and of each teacher."""
+
+    student_layers: Sequence[str] = ()
+    teacher_layers: Sequence[Sequence[str]] = ()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """A scalar."""
+        raise NotImplementedError
+
+    def compared(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Each layer of the student, the teacher's beside it, and what that teacher weighs in this batch."""
+        return [
+            (batch.student.layers[ours], seen.layers[theirs], share)
+            for seen, names, share in zip(batch.teachers, self.teacher_layers, batch.shares.mean(1), strict=True)
+            for ours, theirs in zip(self.student_layers, names, strict=True)
+        ]
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum()
+
+
+class Answers(Pull):
+    """Of the teachers' mean probabilities at T, or of the mean of their logits."""
+
+    def __init__(self, term: terms.Logits) -> None:
+        super().__init__()
+        self.term = term
+        self.on_logits = {"logit-mse": logits.logit_mse, "logit-mae": logits.logit_mae}.get(term.kind)
+        self.on_probs = None if self.on_logits else specs.bind("loss", term.kind)
+
+    def forward(self, batch: Batch) -> Tensor:
+        temperature, weight = self.term.temperature, self.term.pull()
+        teachers = torch.stack([seen.logits for seen in batch.teachers])
+        if self.on_logits is not None:
+            return weight * self.on_logits(batch.student.logits, (teachers * batch.shares[..., None]).sum(0))
+        assert self.on_probs is not None
+        probs = aggregators.mean_probs(teachers / temperature, batch.shares)
+        labels = (batch.labels,) if self.on_probs.func is logits.dkd else ()
+        loss: Tensor = self.on_probs(batch.student.logits / temperature, probs, *labels)
+        return weight * temperature**2 * loss
+
+
+class Maps(Pull):
+    """Of feature maps, each at the coarser resolution of the two."""
+
+    def __init__(
+        self, term: terms.Features, pair: Pair, student: Sequence[str], teachers: Sequence[Sequence[str]]
+    ) -> None:
+        super().__init__()
+        self.student_layers, self.teacher_layers = student, teachers
+        self.weight = term.usual[term.kind] if term.weight is None else term.weight
+        self.adapters = nn.ModuleList(
+            Adapter(term.kind, layers.channels(pair.student[ours]), layers.channels(known[theirs]))
+            for known, names in zip(pair.teachers, teachers, strict=True)
+            for ours, theirs in zip(student, names, strict=True)
+        )
+
+    def forward(self, batch: Batch) -> Tensor:
+        losses = [
+            share * adapter(*_fitted(layers.as_map(ours), layers.as_map(theirs)))
+            for (ours, theirs, share), adapter in zip(self.compared(batch), self.adapters, strict=True)
+        ]
+        return self.weight * _sum(losses) / len(self.student_layers)
+
+
+class Adapter(nn.Module):
+    """The loss of a kind with what it learns: a 1x1 convolution to the teacher's channels, VID's variances."""
+
+    def __init__(self, kind: str, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind in ("hint", "vid"):
+            self.regressor = nn.Conv2d(inputs, outputs, 1)
+        if kind == "vid":
+            self.raw_variance = nn.Parameter(torch.full((outputs,), features.RAW_VARIANCE))
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.kind == "vid":
+            return features.vid(self.regressor(student), self.raw_variance, teacher)
+        if self.kind == "hint":
+            return features.hint(self.regressor(student), teacher)
+        return {"attention": features.attention, "nst": features.nst}[self.kind](student, teacher)
+
+
+class Rows(Pull):
+    """Of how the rows of a batch relate."""
+
+    def __init__(self, term: terms.Relations, student: Sequence[str], teachers: Sequence[Sequence[str]]) -> None:
+        super().__init__()
+        self.student_layers, self.teacher_layers = student, teachers
+        self.weight = term.usual[term.kind] if term.weight is None else term.weight
+        self.loss = getattr(relations, term.kind)
+
+    def forward(self, batch: Batch) -> Tensor:
+        losses = [share * self.loss(ours.flatten(1), theirs.flatten(1)) for ours, theirs, share in self.compared(batch)]
+        return self.weight * _sum(losses) / len(self.student_layers)
+
+
+class Graphs(Pull):
+    """Of instance relationship graphs; the last vertices are compared after a learned map to the teacher's width."""
+
+    def __init__(
+        self, term: terms.Graph, pair: Pair, student: Sequence[str], teachers: Sequence[Sequence[str]]
+    ) -> None:
+        super().__init__()
+        self.student_layers, self.teacher_layers, self.weight = student, teachers, term.weight
+        ours = layers.channels(pair.student[student[-1]])
+        theirs = [layers.channels(known[names[-1]]) for known, names in zip(pair.teachers, teachers, strict=True)]
+        self.adapters = nn.ModuleList(nn.Linear(ours, width) for width in theirs)
+
+    def forward(self, batch: Batch) -> Tensor:
+        ours = _vertices(batch.student, self.student_layers)
+        losses = []
+        for seen, names, share, adapter in zip(
+            batch.teachers, self.teacher_layers, batch.shares.mean(1), self.adapters, strict=True
+        ):
+            sides = [*ours[:-1], adapter(ours[-1])], _vertices(seen, names)
+            # How far a vertex moves can be told between layers of one width only.
+            is_even = all(len({vertices.shape[1] for vertices in side}) == 1 for side in sides)
+            losses.append(share * graph.graph(*sides, vertex_move=float(is_even), edge_move=1.0))
+        return self.weight * _sum(losses)
+
+
+def _vertices(seen: Seen, names: Sequence[str]) -> list[Tensor]:
+    return [layers.as_map(seen.layers[name]).mean((2, 3)) for name in names]
+
+
+class Branches(Pull):
+    """A classifier on each of some earlier layers, taught by the last one."""
+
+    def __init__(self, term: terms.Exits, pair: Pair, names: Sequence[str]) -> None:
+        super().__init__()
+        self.term, self.names = term, tuple(names)
+        self.student_layers = [*names, EMBEDDING]
+        (width,) = pair.student[EMBEDDING]
+        (classes,) = list(pair.student.values())[-1]
+        self.necks = nn.ModuleList(nn.Linear(layers.channels(pair.student[name]), width) for name in names)
+        self.heads = nn.ModuleList(nn.Linear(width, classes) for _ in names)
+
+    def forward(self, batch: Batch) -> Tensor:
+        term, seen = self.term, batch.student
+        deep = seen.layers[EMBEDDING].detach()
+        probs = (seen.logits.detach() / term.temperature).softmax(-1)
+        losses = []
+        for vertices, neck, head in zip(_vertices(seen, self.names), self.necks, self.heads, strict=True):
+            feature = neck(vertices).relu()
+            answer = head(feature)
+            hard = nn.functional.cross_entropy(answer, batch.labels)
+            soft = term.temperature**2 * logits.kl(answer / term.temperature, probs)
+            near = (feature - deep).square().sum(-1).mean()
+            losses.append((1 - term.alpha) * hard + term.alpha * soft + term.feature * near)
+        return term.weight * _sum(losses)
+
+
+class Contrasts(Pull):
+    """Of embeddings in a common space, against a memory of images of other classes.
+
+    Both sides' maps into it are learned; the memory begins with random directions. Where all images are of one class
+    (a client's may be) there is nothing to tell apart, and no pull.
+    """
+
+    def __init__(
+        self, term: terms.Contrastive, pair: Pair, student: Sequence[str], teachers: Sequence[Sequence[str]]
+    ) -> None:
+        super().__init__()
+        self.term, self.student_layers, self.teacher_layers = term, student, teachers
+        self.is_idle = bool(pair.labels.min() == pair.labels.max())
+        count, device = len(teachers) * len(student), pair.labels.device
+        inputs = [math.prod(pair.student[name]) for name in student]
+        self.ours = nn.ModuleList(nn.Linear(width, term.width) for _ in teachers for width in inputs)
+        self.theirs = nn.ModuleList(
+            nn.Linear(math.prod(known[name]), term.width)
+            for known, names in zip(pair.teachers, teachers, strict=True)
+            for name in names
+        )
+        self.generator = torch.Generator(device).manual_seed(torch.initial_seed())
+        self.memories = [Memory.random(pair.labels, term.width, self.generator) for _ in range(count)]
+        self.constants: list[tuple[float, float] | None] = [None] * count
+
+    def forward(self, batch: Batch) -> Tensor:
+        if self.is_idle:
+            return 0 * batch.student.logits.sum()
+        losses = []
+        for place, (ours, theirs, share) in enumerate(self.compared(batch)):
+            memory = self.memories[place]
+            sides = (unit(self.ours[place](ours.flatten(1))), unit(self.theirs[place](theirs.flatten(1))))
+            known = (*sides, *memory.candidates(batch.rows, self.term.negatives, self.generator), len(memory.labels))
+            if self.constants[place] is None:
+                self.constants[place] = contrastive.normalizers(*known, temperature=self.term.temperature)
+            constants = self.constants[place]
+            assert constants is not None
+            losses.append(share * contrastive.crd(*known, constants=constants, temperature=self.term.temperature))
+            memory.update(batch.rows, *sides)
+        return self.term.weight * _sum(losses) / len(self.student_layers)
+
+
+def _fitted(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps at the coarser resolution of both."""
+    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
+    pool = nn.functional.adaptive_avg_pool2d
+    ours, theirs = (m if m.shape[2:] == size else pool(m, size) for m in (student, teacher))
+    return ours, theirs

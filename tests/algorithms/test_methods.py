@@ -1,0 +1,342 @@
+"""Conformance: what holds for every registered algorithm. And what each one claims for itself."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fedkd.algorithms import aggregators
+from fedkd.algorithms.base import Update
+from fedkd.communication.channel import Load, is_soft_label
+from fedkd.core import specs, tensors
+from fedkd.core.catalog import CATALOG
+from fedkd.core.errors import UsageError
+from fedkd.evaluation import metrics
+from fedkd.simulate import rounds
+from fedkd.simulate.experiment import prepare
+from fedkd.simulate.rounds import Reply, Round, Traffic, refusal
+from fedkd.training.losses.logits import cross_entropy
+from tests.conftest import tiny
+
+NAMES = sorted(CATALOG["algorithm"])
+MORE = [
+    *NAMES,
+    "dsfl:aggregation=sa",
+    "ensemble:down=labels",
+    "ensemble:down=student",
+    "fedprox:mu=0.1",
+    "fedbe:posterior=dirichlet",
+    "cfd:up_bits=32,down_bits=2",
+    "cronus:down=nothing",
+]
+SAME = {"fedavg", "fedprox", "fedavgm", "mentor", "scaffold", "fedbe", "fedema", "central"}  # one model for all
+PERSONAL = {"fedmd", "nfdp", "comet", "kt-pfl", "fd", "fedproto", "local", "central"}  # without a global student
+
+
+def turns(experiment, algorithm, number, state, memories, clients=None):
+    """One round, played by hand."""
+    kit = experiment.kit
+    updates, new = {}, dict(memories)
+    for client in range(experiment.clients) if clients is None else clients:
+        held = experiment.client(client, number, memories.get(client, {}))
+        updates[client], new[client] = algorithm.local(kit, held, algorithm.ask(kit, state, client))
+    return updates, new, algorithm.tell(kit, state, updates, seed=number)
+
+
+@pytest.fixture(scope="module", params=MORE)
+def played(request):
+    """Two rounds of a method."""
+    experiment = prepare(tiny(algorithm=request.param, model="cnn:width=8", clients=3))
+    algorithm, kit = experiment.algorithm, experiment.kit
+    first = turns(experiment, algorithm, 1, algorithm.init(kit), {})
+    second = turns(experiment, algorithm, 2, first[2], first[1])
+    return experiment, first, second
+
+
+def test_the_same_turn_twice_gives_the_same_bits(played):
+    experiment, first, second = played
+    torch.manual_seed(1234)  # the process-wide stream must not matter
+    updates, memories, state = turns(experiment, experiment.algorithm, 2, first[2], first[1])
+    assert all(tensors.equal(updates[k].tensors, second[0][k].tensors) for k in updates)
+    assert all(tensors.equal(memories[k], second[1][k]) for k in memories)
+    assert tensors.equal(state, second[2])
+
+
+def test_arguments_are_not_changed(played):
+    experiment, first, second = played
+    kit, algorithm = experiment.kit, experiment.algorithm
+    state, memories, updates = copy.deepcopy((first[2], first[1], second[0]))
+    request = algorithm.ask(kit, state, 0)
+    asked = copy.deepcopy(request)
+    algorithm.local(kit, experiment.client(0, 2, memories[0]), request)
+    algorithm.tell(kit, state, updates, 2)
+    algorithm.deploy(kit, state)
+    assert tensors.equal(asked, request)
+    assert tensors.equal(state, first[2])
+    assert tensors.equal(memories[0], first[1][0])
+    assert all(tensors.equal(updates[k].tensors, second[0][k].tensors) for k in updates)
+
+
+def test_everything_that_lasts_is_cpu_tensors_without_grad(played):
+    experiment, _, (updates, memories, state) = played
+    lasting = [
+        state,
+        *memories.values(),
+        *(u.tensors for u in updates.values()),
+        experiment.algorithm.ask(experiment.kit, state, 0),
+    ]
+    for mapping in lasting:
+        for tensor in mapping.values():
+            assert tensor.device.type == "cpu"
+            assert not tensor.requires_grad
+            assert not tensor.is_inference()
+
+
+def test_an_update_holds_what_is_declared_and_nothing_else(played):
+    experiment, first, second = played
+    algorithm, kit = experiment.algorithm, experiment.kit
+    for state, updates in ((algorithm.init(kit), first[0]), (first[2], second[0])):
+        for client, update in updates.items():
+            assert refusal(update, algorithm.sends(kit, state, client)) == ""
+            assert algorithm.objection(kit, update) == ""
+
+
+def test_nobody_is_told_soft_labels_before_anybody_has_answered(played):
+    """The first teacher is never noise that is then distilled."""
+    experiment, _, _ = played
+    algorithm, kit = experiment.algorithm, experiment.kit
+    first = algorithm.ask(kit, algorithm.init(kit), 0)
+    assert not [name for name, tensor in first.items() if is_soft_label(name) and len(tensor)]
+
+
+def test_what_comes_down_changes_what_a_client_does(played):
+    """An exchange that is cut off must show."""
+    experiment, first, second = played
+    algorithm, kit = experiment.algorithm, experiment.kit
+    asked = algorithm.ask(kit, first[2], 0)
+    if set(asked) <= {"round"}:
+        assert experiment.config.algorithm in ("local", "central", "ensemble", "density", "cronus:down=nothing")
+        return
+    cut = dict(algorithm.ask(kit, algorithm.init(kit), 0))
+    if "round" in cut:
+        cut["round"] = torch.tensor(2)
+    if "since" in cut:  # whose labels must be as many as are due
+        cut = {**asked, "probs": torch.full_like(asked["probs"], 0.1)}
+    _, memory = algorithm.local(kit, experiment.client(0, 2, first[1][0]), cut)
+    assert not tensors.equal(*(tensors.take("model", held) for held in (memory, second[1][0])))
+
+
+def test_a_missing_client_is_survived(played):
+    experiment, first, _ = played
+    clients = [0] if experiment.clients == 1 else [0, 2]
+    _, memories, state = turns(experiment, experiment.algorithm, 2, first[2], first[1], clients)
+    turns(experiment, experiment.algorithm, 3, state, memories)
+
+
+def test_a_client_that_comes_late_is_survived(played):
+    experiment, first, _ = played
+    memories = {client: memory for client, memory in first[1].items() if client != 0}
+    turns(experiment, experiment.algorithm, 2, first[2], memories)
+
+
+def test_the_memory_holds_the_clients_model(played):
+    experiment, _, (_, memories, _) = played
+    weights = tensors.take("model", memories[0])
+    assert experiment.kit.predict(experiment.kit.model_of(0), weights, experiment.test.pixels[:3]).shape == (3, 10)
+
+
+def test_what_is_deployed_is_a_student_or_nothing(played):
+    experiment, _, (_, _, state) = played
+    weights = experiment.algorithm.deploy(experiment.kit, state)
+    if weights:
+        assert experiment.kit.predict(experiment.kit.student, weights, experiment.test.pixels[:3]).shape == (3, 10)
+    else:
+        assert experiment.config.algorithm in PERSONAL
+
+
+@pytest.fixture(scope="module")
+def kit():
+    return prepare(tiny()).kit
+
+
+def answers(count=3, seed=0, kit=None):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(count, *kit.answers(), generator=generator)
+    return {k: Update({"logits": value}, 10 + k) for k, value in enumerate(logits)}
+
+
+def test_an_ensemble_of_one_is_plain_distillation(kit):
+    algorithm = specs.call("algorithm", "ensemble")
+    (update,) = answers(1, kit=kit).values()
+    state = algorithm.tell(kit, algorithm.init(kit), {0: update}, seed=5)
+    student = kit.distill(
+        kit.student,
+        kit.initial(kit.student),
+        kit.subset(1),
+        update.tensors["logits"].softmax(-1),
+        epochs=kit.config.distill_epochs,
+        seed=5,
+    )
+    ours = algorithm.deploy(kit, state)
+    assert all(torch.allclose(ours[name], student[name], atol=1e-5) for name in student)
+
+
+@pytest.mark.parametrize(
+    ("down", "first", "later"),
+    [("nothing", {"round"}, {"round"}), ("labels", {"round"}, {"round", "told", "probs"}), ("student", "all", "all")],
+)
+def test_what_goes_down_has_a_name(kit, down, first, later):
+    algorithm = specs.call("algorithm", f"ensemble:down={down}")
+    student = {"round", *tensors.put("student", kit.initial(kit.student))}
+    state = algorithm.tell(kit, algorithm.init(kit), answers(kit=kit), seed=1)
+    for held, wanted in ((algorithm.init(kit), first), (state, later)):
+        assert set(algorithm.ask(kit, held, 0)) == (student if wanted == "all" else wanted)
+    assert algorithm.one_model is (down == "student")
+
+
+def test_a_client_that_is_sent_the_student_trains_from_it(experiment):
+    algorithm, kit = specs.call("algorithm", "ensemble:down=student"), experiment.kit
+    other = {name: weight * 0.5 for name, weight in kit.initial(kit.student).items()}
+    client = experiment.client(0, 2, tensors.put("model", kit.initial(kit.student)))
+    request = {"round": torch.tensor(2), **tensors.put("student", other)}
+    _, memory = algorithm.local(kit, client, request)
+    assert tensors.equal(tensors.take("model", memory), kit.fit(client, other))
+
+
+def test_dsfl_sends_probabilities_and_sharpens_their_mean(kit):
+    algorithm = specs.call("algorithm", "dsfl:temperature=0.1")
+    probs = {
+        k: dataclasses.replace(u, tensors={"probs": u.tensors["logits"].softmax(-1)})
+        for k, u in answers(kit=kit).items()
+    }
+    state = algorithm.tell(kit, algorithm.init(kit), probs, seed=1)
+    mean = torch.stack([u.tensors["probs"].double() for u in probs.values()]).mean(0)
+    assert torch.allclose(state["probs"].double(), (mean / 0.1).softmax(-1), atol=1e-5)
+    plain = specs.call("algorithm", "dsfl:aggregation=sa").tell(kit, algorithm.init(kit), probs, seed=1)
+    assert torch.allclose(plain["probs"].double(), mean, atol=1e-6)
+
+
+def test_dsfl_does_not_listen_to_the_runs_loss_aggregator_and_temperature(kit):
+    other = dataclasses.replace(
+        kit,
+        aggregator=aggregators.mean_logits,
+        loss=lambda s, p: s.sum() * 0,
+        config=dataclasses.replace(kit.config, temperature=4.0),
+    )
+    algorithm = specs.call("algorithm", "dsfl")
+    probs = {
+        k: dataclasses.replace(u, tensors={"probs": u.tensors["logits"].softmax(-1)})
+        for k, u in answers(kit=kit).items()
+    }
+    assert tensors.equal(*(algorithm.tell(k, algorithm.init(k), probs, seed=1) for k in (kit, other)))
+    assert kit.loss is not cross_entropy
+
+
+def test_fedmd_averages_scores_not_probabilities(kit):
+    algorithm = specs.call("algorithm", "fedmd")
+    updates = answers(kit=kit)
+    state = algorithm.tell(kit, algorithm.init(kit), updates, seed=1)
+    mean = torch.stack([u.tensors["logits"].double() for u in updates.values()]).mean(0)
+    assert torch.allclose(state["logits"].double(), mean, atol=1e-6)
+    assert int(algorithm.ask(kit, state, 0)["told"]) == 1
+    assert int(algorithm.ask(kit, state, 0)["round"]) == 2
+
+
+def test_fedavg_weighs_by_examples(kit):
+    algorithm = specs.call("algorithm", "fedavg")
+    updates = {0: Update({"w": torch.tensor([0.0])}, 1), 1: Update({"w": torch.tensor([4.0])}, 3)}
+    assert algorithm.tell(kit, {}, updates, 0)["w"].item() == 3.0
+
+
+def test_fedprox_without_its_term_is_fedavg(experiment):
+    kit, client = experiment.kit, experiment.client(0, 1, {})
+    start = kit.initial(kit.student)
+    plain = specs.call("algorithm", "fedavg").local(kit, client, start)[0].tensors
+    for mu, same in ((0.0, True), (1.0, False)):
+        held = specs.call("algorithm", f"fedprox:mu={mu}").local(kit, client, start)[0].tensors
+        assert tensors.equal(plain, held) is same
+
+
+def test_central_has_everybodys_rows_and_local_sends_nothing():
+    central, local = (prepare(tiny(algorithm=name)) for name in ("central", "local"))
+    assert central.clients == 1
+    assert sorted(central.parts[0]) == sorted(row for part in local.parts for row in part)
+    assert sorted(central.client(0, 1, {}).data.labels) == sorted(central.train.labels[central.parts[0]])
+    assert not local.algorithm.sends(local.kit, {}, 0)
+    assert not local.algorithm.ask(local.kit, {}, 0)
+
+
+def test_central_sees_in_a_round_what_its_participants_would():
+    experiment = prepare(tiny(algorithm="central", clients=5, participation=0.4))
+    seen = []
+    for number in (1, 2, 3):
+        chosen = rounds.sample(5, 0.4, experiment.config.seed, number)
+        wanted = torch.cat([experiment.train.pixels[torch.from_numpy(experiment.dealt[c])] for c in chosen])
+        assert torch.equal(experiment.client(0, number, {}).data.pixels, wanted)
+        seen.append(chosen)
+    assert len(set(map(tuple, seen))) > 1
+
+
+def test_a_client_that_diverged_is_wrong_and_counted_and_no_teacher():
+    experiment = prepare(tiny(algorithm="local"))
+    labels, classes = experiment.test.labels, experiment.kit.classes
+    right = F.one_hot(labels, classes).float() * 9
+    answers = {0: right, 1: right.roll(1, 1), 2: right.roll(1, 1) * 1e6}
+
+    def exchange(kind, number, requests):
+        return [Reply(c, Update({"logits": t}, len(labels)), "", Traffic()) for c, t in answers.items()]
+
+    updates = {client: Update({}, 5) for client in answers}
+    round_ = Round(1, {}, updates, {}, Traffic(), Load(), Load(), {})
+    found = metrics.ensemble(experiment, exchange, round_)
+    assert found.client_accuracy == pytest.approx(1 / 3)
+    assert list(found.failures) == [2]
+    assert "beyond" in found.failures[2]
+    assert metrics.row(experiment, round_, None, found)["evaluation_failures"] == {"2": "sent logits beyond 1,000,000"}
+    answers.clear()
+    none = metrics.ensemble(experiment, exchange, round_)
+    assert (none.client_accuracy, none.teacher_accuracy) == (None, None)
+    assert set(none.failures.values()) == {"no reply"}
+
+
+def test_fedbe_weighs_all_members_alike():
+    kit = prepare(tiny(votes="size")).kit
+    two = [torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 4.0]])]
+    probs = specs.call("algorithm", "fedbe").teacher(kit, two, kit.votes([100, 1]))
+    assert torch.allclose(probs, torch.full((1, 2), 0.5))
+
+
+@pytest.mark.parametrize("name", ["ensemble", "fedema", "cronus", "dsfl:down=student"])
+def test_a_digest_that_never_happens_has_no_length(name):
+    with pytest.raises(UsageError, match="digest_epochs is for"):
+        specs.call("algorithm", f"{name}{',' if ':' in name else ':'}digest_epochs=3")
+
+
+def test_a_subset_of_the_proxy_is_named_by_its_round():
+    kit = prepare(tiny(proxy_samples=15)).kit
+    first, second = kit.subset(1), kit.subset(2)
+    assert kit.answers() == (15, 10)
+    assert len(first.unique()) == 15
+    assert torch.equal(first, kit.subset(1))
+    assert not torch.equal(first, second)
+    assert kit.subset(10**6).max() < 40
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - SAME))
+def test_clients_of_different_architectures_take_part_in_one_run(name):
+    experiment = prepare(
+        tiny(
+            algorithm=name,
+            model="cnn:width=4,resnet8:width=32" if name == "fedproto" else "cnn:width=8,resnet8:width=8",
+            student="cnn:width=16",
+        )
+    )
+    algorithm, kit = experiment.algorithm, experiment.kit
+    _, memories, state = turns(experiment, algorithm, 1, algorithm.init(kit), {})
+    turns(experiment, algorithm, 2, state, memories)
+    shapes = [{k: v.shape for k, v in memories[c].items()} for c in range(3)]
+    assert shapes[0] == shapes[2] != shapes[1]

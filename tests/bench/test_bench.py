@@ -1,0 +1,138 @@
+"""The benchmark's floor is an oracle too: the arithmetic of a run, written as a script."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import time
+from statistics import median
+
+import pytest
+import torch
+
+from fedkd import models
+from fedkd.bench import bare, gpu, report, stacks
+from fedkd.bench.__main__ import plan
+from fedkd.bench.stacks import Work
+from fedkd.core import tensors
+from fedkd.simulate.experiment import prepare
+from fedkd.training import optimizers
+from fedkd.training.losses.logits import kl
+from tests.conftest import play, tiny
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("algorithm", ["fedavg", "ensemble"])
+def test_a_run_is_its_arithmetic_to_the_bit(tmp_path, algorithm, workers):
+    """Against a loop that knows neither messages nor algorithms, and steps by torch.optim."""
+    changes = {"algorithm": algorithm, "partitioner": "linear", "local_epochs": 2, "augment": True}
+    play(tmp_path / "run", **changes)
+    student, seconds = bare.play(prepare(tiny(**changes)), workers)
+    assert tensors.equal(student, tensors.load(tmp_path / "run" / "student.safetensors"))
+    assert len(seconds) == 2
+
+
+def test_a_step_on_a_cached_teacher_beats_one_that_asks_twenty_teachers(experiment):
+    """What FedDF's public code does in every step, against what is done here: at least four times the time."""
+    kit = experiment.kit
+    student, *teachers = (models.build("cnn", 10, "group").to(memory_format=torch.channels_last) for _ in range(21))
+    images = kit.scaling(experiment.train.pixels[:64])
+    cached = torch.stack([teacher(images).detach() for teacher in teachers]).softmax(-1).mean(0)
+    step = optimizers.adam(list(student.parameters()), 1e-3)
+
+    def distill(ask: bool) -> float:
+        start = time.perf_counter()
+        probs = cached
+        if ask:
+            with torch.inference_mode():
+                probs = torch.stack([teacher(images) for teacher in teachers]).softmax(-1).mean(0)
+            probs = probs.clone()
+        kl(student(images), probs).backward()
+        step()
+        return time.perf_counter() - start
+
+    pairs = [(distill(True), distill(False)) for _ in range(12)]
+    assert median(asked / held for asked, held in pairs) > 4
+
+
+def test_the_work_is_what_it_says():
+    work = Work(clients=4, images=8, rounds=2)
+    experiment = prepare(work.config())
+    assert [len(part) for part in experiment.parts] == [8] * 4
+    many = prepare(Work(4, 2, 2, registered=1000).config())
+    assert many.clients == 1000
+    assert many.parts.sizes.tolist() == [2] * 1000
+    assert many.config.participation * 1000 == 4
+
+
+def test_a_stack_is_run_and_shown():
+    """Fedkd itself and its floor, as the command plays them."""
+    work = Work(clients=2, images=16, rounds=2, model="cnn:width=8")
+    measured = {
+        "bare loop, 1 process": stacks.bare(work, 1),
+        "fedkd, 1 worker": stacks.fedkd(work, workers="1"),
+    }
+    for timing in measured.values():
+        assert len(timing.rounds) == 2
+        assert min(timing.rounds) > 0
+        assert timing.rest > 0
+    ours = measured["fedkd, 1 worker"]
+    assert ours.messages == 2
+    found = {
+        "work": {"clients": 2, "images": 16},
+        "fedavg": {
+            name: {
+                "against": "bare loop, 1 process" if "fedkd" in name else "",
+                "megabytes": 9.0,
+                "beyond": None,
+                "bytes": timing.bytes,
+                "messages": timing.messages,
+                "runs": [{"rounds": timing.rounds, "rest": timing.rest, "begun": timing.begun}],
+            }
+            for name, timing in measured.items()
+        },
+    }
+    table = report.table("fedavg", json.loads(json.dumps(found)))
+    assert table.row_count == 2
+    assert set(plan(work, 2)) == {"fedavg", "ensemble", "idle", "many"}
+    assert all(stack.against in held or not stack.against for held in plan(work, 2).values() for stack in held.values())
+
+
+def test_images_mapped_from_the_cache_are_weighed_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDKD_CACHE", str(tmp_path))
+    (tmp_path / "images").write_bytes(bytes(50_000_000))
+    before, none = stacks.megabytes_of(os.getpid())
+    with (tmp_path / "images").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as images:
+        assert sum(images[:: mmap.PAGESIZE]) == 0
+        total, mapped = stacks.megabytes_of(os.getpid())
+    assert none == 0
+    assert mapped == pytest.approx(50, rel=0.01)
+    assert total - mapped == pytest.approx(before, rel=0.1)
+
+
+def test_an_idle_client_says_when_it_was_asked():
+    timing = stacks.fedkd(Work(2, 2, 2, "cnn:width=8", "fedkd.bench.idle:Idle"))
+    assert timing.begun is not None
+    assert 0 < timing.begun < 120
+    assert timing.bytes == 0
+
+
+@pytest.mark.parametrize("model", ["cnn:width=8", "resnet8:width=8"])
+def test_clients_trained_in_the_same_kernels_get_the_weights_of_the_plain_loop(model):
+    job = gpu.Job.of(model, clients=3, images=96, device="cpu")
+    alone, together = gpu.plain(job), gpu.stacked(job)
+    assert set(together) == set(alone)
+    for name, start in job.module.state_dict().items():
+        assert torch.allclose(together[name], alone[name], rtol=1e-4, atol=1e-5), name
+        assert not torch.allclose(alone[name][0], start, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(alone[name][0], alone[name][1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("way", [name for name in gpu.WAYS if "bfloat16" not in name])
+def test_every_way_on_a_gpu_gives_the_weights_of_the_plain_loop(way):
+    job = gpu.Job.of("cnn:width=8", clients=3, images=96, device="cuda")
+    alone, done = gpu.plain(job), gpu.WAYS[way](job)
+    for name in alone:
+        assert torch.allclose(done[name], alone[name], rtol=1e-3, atol=1e-4), name

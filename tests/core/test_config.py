@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedkd.core import cli, run_directory
+from fedkd.core.cli import from_environment, from_file
+from fedkd.core.config import Config
+from fedkd.core.errors import UsageError
+
+
+def test_flowers_config_block_is_the_defaults():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert project["tool"]["flwr"]["app"]["config"] == Config().run_config()
+
+
+def test_run_config_and_back():
+    config = Config.parse({"clients": 3, "compare": ["fedavg", "local"], "partitioner": "iid"})
+    assert Config.parse(config.run_config()) == config
+    assert all(isinstance(value, str | int | float | bool) for value in config.run_config().values())
+
+
+def test_members_pair_methods_within_a_seed():
+    config = Config.parse({"algorithm": "fedmd", "compare": "fedavg fedmd", "seed": 4, "seeds": 2})
+    assert [(m.algorithm, m.seed) for m in config.members("digits")] == [
+        ("fedmd", 4),
+        ("fedavg", 4),
+        ("fedmd", 5),
+        ("fedavg", 5),
+    ]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"clients": 0},
+        {"clients": -3},
+        {"clients": "many"},
+        {"participation": 0},
+        {"participation": 1.01},
+        {"participation": "nan"},
+        {"rounds": 0},
+        {"learning_rate": "inf"},
+        {"temperature": 0},
+        {"momentum": 1},
+        {"seed": -1},
+        {"norm": "layer"},
+    ],
+)
+def test_values_out_of_range_are_named(values):
+    with pytest.raises(UsageError, match=next(iter(values)).replace("_", "-")):
+        Config.parse(values)
+
+
+def test_an_unknown_key_is_answered_with_the_nearest():
+    with pytest.raises(UsageError, match="Did you mean 'local-epochs'"):
+        Config.parse({"local-epoch": 1})
+
+
+def test_every_option_is_grouped_and_explained():
+    for field in dataclasses.fields(Config):
+        assert field.default.description.endswith(".")
+        assert field.default.json_schema_extra["group"]
+
+
+def test_environment_and_file(tmp_path):
+    assert from_environment(
+        {"FEDKD_LOCAL_EPOCHS": "3", "FEDKD_DATA": "d", "FEDKD_CACHE": "x", "HOME": "y"}, Config
+    ) == {
+        "local_epochs": "3",
+        "data_dir": "d",
+    }
+    path = tmp_path / "scenario.toml"
+    path.write_text('local-epochs = 3\ncompare = ["fedavg"]\n')
+    assert from_file(path) == {"local_epochs": 3, "compare": ["fedavg"]}
+    path.write_text("local-epochs =")
+    for bad in (path, tmp_path / "absent.toml", tmp_path):
+        with pytest.raises(UsageError):
+            from_file(bad)
+
+
+def test_numbers_of_workers_may_be_numbers():
+    assert Config.parse({"workers": 2}).workers == "2"
+
+
+def test_a_path_beyond_ascii_is_written_as_toml(tmp_path):
+    config = Config.parse({"data-dir": "/data/😀", "partitioner": "iid"})
+    run_directory.write(tmp_path / "a.toml", run_directory.toml(config))
+    assert Config.parse(from_file(tmp_path / "a.toml")) == config
+
+
+def test_json_is_wanted_by_flag_variable_or_file(tmp_path, monkeypatch):
+    (tmp_path / "a.toml").write_text("json = true\n")
+    monkeypatch.delenv("FEDKD_JSON", raising=False)
+    assert cli._wants_json(["--json"])
+    assert cli._wants_json([str(tmp_path / "a.toml"), "--seed", "1"])
+    assert not cli._wants_json(["--seed", "1"])
+    monkeypatch.setenv("FEDKD_JSON", "true")
+    assert cli._wants_json(["--seed", "1"])

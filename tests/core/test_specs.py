@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+
+from fedkd.core import specs
+from fedkd.core.catalog import CATALOG
+from fedkd.core.errors import PluginError, UsageError
+
+OWN = """
+import dataclasses
+
+def function(labels, clients, rng, *, step: int = 2, name="x"):
+    return (labels, step, name)
+
+class Kind:
+    def __init__(self, num_partitions, step: float = 1.0):
+        self.num_partitions, self.step = num_partitions, step
+
+value = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path) -> str:
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    return str(path)
+
+
+def test_parts_of_a_spec():
+    spec = specs.parse("torchvision:resnet50,pretrained=a/b.pth")
+    assert (spec.name, spec.argument, dict(spec.options)) == ("torchvision", "resnet50", {"pretrained": "a/b.pth"})
+    assert dict(specs.parse("x:a-b=1").options) == {"a_b": "1"}
+    assert specs.parse("hf:uoft-cs/cifar10").argument == "uoft-cs/cifar10"
+    assert specs.parse("./mine.py:Name:step=2") == specs.Spec(
+        "./mine.py:Name:step=2", "./mine.py:Name", None, {"step": "2"}
+    )
+    assert specs.parse("package.module:Name,step=2").name == "package.module:Name"
+
+
+@pytest.mark.parametrize("text", ["x:a=1,b", "x:a=1,a=2", "x:=1", "./mine.py", "./mine.py:", "a.b:1x"])
+def test_what_cannot_be_read_is_said(text):
+    with pytest.raises(UsageError):
+        specs.parse(text)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in CATALOG.items() for name in names])
+def test_every_name_of_the_catalog_leads_somewhere(kind, name):
+    text = {"hf": "hf:x", "folder": "folder:x", "torchvision": "torchvision:resnet18", "size": "size:sizes=1"}.get(
+        name, name
+    )
+    assert callable(specs.bind(kind, text))
+
+
+def test_options_are_converted_by_their_annotations(own):
+    assert specs.bind("partitioner", f"{own}:function:step=3,name=[1]")(0, 0, 0) == (0, 3, [1])
+    bound = specs.bind("partitioner", f"{own}:Kind:step=3", ("num_partitions",))
+    assert bound(num_partitions=2).step == 3.0
+    assert specs.call("algorithm", "ensemble:down=nothing").down == "nothing"
+
+
+def test_a_file_is_imported_once(own):
+    assert specs.bind("partitioner", f"{own}:Kind").func is specs.bind("partitioner", f"{own}:Kind").func
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "says"),
+    [
+        ("algorithm", "fedav", "Did you mean 'fedavg'"),
+        ("algorithm", "dsfl:temprature=1", "Did you mean 'temperature'"),
+        ("algorithm", "dsfl:temperature=hot", "valid number"),
+        ("algorithm", "dsfl:temperature=0", "greater than 0"),
+        ("algorithm", "dsfl:x", "takes key=value options"),
+        ("dataset", "folder", "folder:PATH"),
+        ("model", "resnet8:norm=layer", "'group' or 'batch'"),
+        ("partitioner", "pathological:classes=0", "greater than 0"),
+        ("partitioner", "dirichlet:alpha=nan", "finite"),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_helps(kind, text, says):
+    with pytest.raises(UsageError, match=says):
+        specs.bind(kind, text)
+
+
+@pytest.mark.parametrize("name", ["missing", "value"])
+def test_a_name_that_a_file_does_not_have(own, name):
+    with pytest.raises(PluginError, match="Known: Kind, function"):
+        specs.bind("partitioner", f"{own}:{name}")
+
+
+def test_a_module_that_cannot_be_imported(tmp_path):
+    (tmp_path / "broken.py").write_text("1 / 0")
+    for text in (f"{tmp_path}/broken.py:X", f"{tmp_path}/absent.py:X", "no.such.module:X"):
+        with pytest.raises(PluginError, match="Cannot import"):
+            specs.bind("loss", text)

@@ -1,0 +1,268 @@
+"""``python -m fedkd.export``: files of other runtimes that answer what the student answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fedkd import export as command
+from fedkd import models
+from fedkd.core import cli, specs
+from fedkd.core.errors import DataError, RunError, UsageError
+from fedkd.data import readers
+from fedkd.data.scaling import Scaling
+from fedkd.export import check, formats
+from fedkd.models import checkpoint
+from fedkd.models.checkpoint import Student
+from tests.conftest import play
+
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+MODELS = ["cnn:width=8", "resnet8:width=8", "vit-tiny", "row-gru"]
+IMAGES = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def student(model: str = "cnn:width=4", norm: models.Norm = "group", dataset: str = "digits") -> Student:
+    torch.manual_seed(0)
+    weights = models.build(model, 10, norm).state_dict()
+    return Student(model, norm, 10, (), 32, Scaling((78.0, 79.0, 80.0), (89.0, 88.0, 87.0)), dataset, weights)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory that holds a student, which was not trained."""
+    (tmp_path / "run").mkdir()
+    student().save(tmp_path / "run" / "student.safetensors")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Times are taken once."""
+    monkeypatch.setattr(check, "REPEATS", 1)
+
+
+def listed(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["onnx", "pt2", "pte"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_file_answers_what_the_student_answers(model, name, tmp_path):
+    if name == "pte":
+        pytest.importorskip("executorch")
+    held, path = student(model), tmp_path / "a"
+    formats.FORMATS[name].write(held, path, None)
+    run = formats.FORMATS[name].open(path)
+    with torch.inference_mode():
+        wanted = held.module()(held.scaling(IMAGES))
+    for count in (1, 5):
+        logits = run(IMAGES[:count])
+        assert logits.dtype == torch.float32
+        assert torch.allclose(logits, wanted[:count], atol=1e-4)
+        assert torch.equal(logits.argmax(-1), wanted[:count].argmax(-1))
+
+
+def test_a_file_says_what_it_is_and_not_where_it_was_made(tmp_path):
+    import onnx
+
+    held = student("resnet8:width=8", "batch")
+    for name, ending in (("onnx", "a.onnx"), ("int8", "b.onnx"), ("pt2", "a.pt2")):
+        formats.FORMATS[name].write(held, tmp_path / ending, IMAGES)
+    for ending in ("a.onnx", "b.onnx"):
+        props = {prop.key: prop.value for prop in onnx.load(tmp_path / ending).metadata_props}
+        assert json.loads(props["fedkd"]) == held.about()
+    extra = {"fedkd": ""}
+    torch.export.load(tmp_path / "a.pt2", extra_files=extra)
+    assert json.loads(extra["fedkd"]) == held.about()
+    for path in tmp_path.iterdir():
+        assert b"served.py" not in path.read_bytes(), path.name
+
+
+def test_the_server_takes_them(tmp_path):
+    from fedkd.serve import network
+
+    held = student()
+    for name in ("onnx", "int8"):
+        formats.FORMATS[name].write(held, tmp_path / name, IMAGES)
+        found = network.load(tmp_path / name)
+        assert found.pixels == 32
+        wanted = {key: value for key, value in held.about().items() if key != "held_out"}  # which a server does not ask
+        assert {key: found.about[key] for key in wanted} == wanted
+        assert found.logits(IMAGES.numpy()).shape == (5, 10)
+
+
+def test_int8_holds_weights_of_eight_bits_one_scale_a_channel(tmp_path):
+    import onnx
+
+    held = student("cnn:width=32")
+    for name in ("onnx", "int8"):
+        formats.FORMATS[name].write(held, tmp_path / name, IMAGES)
+    assert (tmp_path / "int8").stat().st_size < 0.6 * (tmp_path / "onnx").stat().st_size
+    graph = onnx.load(tmp_path / "int8").graph
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in graph.node}
+    kernels = [tensor for tensor in graph.initializer if len(tensor.dims) == 4]
+    assert kernels
+    assert all(tensor.data_type == onnx.TensorProto.INT8 for tensor in kernels)
+    scales = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    by_channel = [node.input[1] for node in graph.node if node.input and node.input[0] == kernels[0].name]
+    assert [scales[name] for name in by_channel] == [[kernels[0].dims[0]]]
+
+
+def test_a_run_is_exported(tmp_path, hasty, capsys):
+    play(tmp_path / "run", rounds=1)
+    before = listed(tmp_path / "run")
+    capsys.readouterr()
+    command.export(tmp_path / "run", to=("onnx", "pt2", "onnx"), images=50, json=True)
+    assert json.loads(capsys.readouterr().out)["original"]["file"] == "student.safetensors"
+    command.export(tmp_path / "run", to=("int8",), images=50)
+    report = json.loads((tmp_path / "run" / "export.json").read_text())
+    assert listed(tmp_path / "run") == sorted(
+        [*before, "student.onnx", "student.pt2", "student-int8.onnx", "export.json", "MODEL_CARD.md"]
+    )
+    assert set(report["files"]) == {"onnx", "pt2", "int8"}  # an earlier export is kept
+    for name in ("onnx", "pt2"):
+        found = report["files"][name]["check"]
+        assert found["images"] == 50
+        assert found["equal_classes"] == 1
+        assert found["logit_difference"] < 1e-4
+        assert found["accuracy"] == found["accuracy_original"]
+        assert set(report["files"][name]["milliseconds"]) == {"1", "64"}
+    card = (tmp_path / "run" / "MODEL_CARD.md").read_text()
+    assert report["files"]["int8"]["sha256"] in card
+    assert "Method: `ensemble`" in card
+    assert "No formal privacy is claimed" in card
+
+
+def test_calibration_never_reads_test_images(saved, monkeypatch):
+    asked = []
+    read = readers.read
+
+    def watched(source, split, *rest):
+        asked.append(split)
+        return read(source, split, *rest)
+
+    monkeypatch.setattr(readers, "read", watched)
+    command.export(saved, to=("int8",), check=False)
+    assert asked == ["train"]
+    shown = command._training(checkpoint.load(saved), "", "")
+    train = read(dataclasses.replace(specs.call("dataset", "digits"), pixels=32), "train", "")
+    rows = {image.numpy().tobytes() for image in train.pixels}
+    assert len(shown) == command.CALIBRATION
+    assert all(image.numpy().tobytes() in rows for image in shown)
+    assert torch.equal(shown, command._training(checkpoint.load(saved), "", ""))
+
+
+def test_without_a_check(saved):
+    command.export(saved, to=("onnx",), check=False)
+    assert json.loads((saved / "export.json").read_text())["files"]["onnx"]["check"] is None
+    assert "Nothing: the files were written without a check" in (saved / "MODEL_CARD.md").read_text()
+
+
+def broken(folder, **changes):
+    held = student()
+    save_file(
+        {name: tensor.contiguous() for name, tensor in held.weights.items()},
+        folder / "student.safetensors",
+        {"fedkd": json.dumps({**held.about(), **changes})},
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pixels": 0}, "0 pixels"),
+        ({"pixels": 10**9}, "1000000000 pixels"),
+        ({"model": "resnet8"}, "do not fit"),
+        ({"classes": 7}, "do not fit"),
+        ({"std": [0.0, 0.0, 0.0]}, "finite"),
+        ({"dataset": "./theirs.py:read"}, "somebody's own"),
+        ({"model": "./theirs.py:Net"}, "somebody's own"),
+        ({"names": list("abcdefghij")}, "not the student's"),
+    ],
+)
+def test_a_student_that_cannot_be_used(changes, said, saved):
+    broken(saved, **changes)
+    with pytest.raises(DataError, match=said):
+        command.export(saved, to=("pt2",))
+    assert listed(saved) == ["student.safetensors"]
+
+
+def test_no_student_there(saved, tmp_path):
+    with pytest.raises(DataError, match="no run or student"):
+        command.export(tmp_path / "none", to=("pt2",))
+    (saved / "student.safetensors").write_bytes(b"{}" * 50)
+    with pytest.raises(DataError, match="damaged"):
+        command.export(saved, to=("pt2",))
+    (saved / "student.safetensors").unlink()
+    with pytest.raises(DataError, match="not the directory of a run"):
+        command.export(saved, to=("pt2",))
+    (saved / "config.toml").write_text('algorithm = "central"\n')
+    with pytest.raises(DataError, match=r"holds no student.*central"):
+        command.export(saved, to=("pt2",))
+
+
+@pytest.mark.parametrize(
+    ("to", "said"), [((), "Name what to export to"), (("onx",), "Did you mean 'onnx'"), (("pte",), "fedkd\\[mobile\\]")]
+)
+def test_a_format_that_cannot_be_had(to, said, saved, monkeypatch):
+    monkeypatch.setattr(formats, "find_spec", lambda module: None)
+    with pytest.raises(UsageError, match=said):
+        command.export(saved, to=to)
+    assert listed(saved) == ["student.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"), [(["none", "--to", "onnx"], 3), (["none", "--to", "x"], 2), (["none", "--images", "-1"], 2)]
+)
+def test_a_mistake_is_one_sentence_and_a_code(argv, code, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.run(command.app, argv)
+    assert ended.value.code == code
+    said = capsys.readouterr().err
+    assert said.startswith("fedkd: ")
+    assert "Traceback" not in said
+
+
+def test_a_runtime_that_answers_otherwise_leaves_nothing(saved, monkeypatch):
+    wrong = dataclasses.replace(formats.FORMATS["pt2"], open=lambda path: lambda pixels: torch.ones(len(pixels), 10))
+    monkeypatch.setitem(formats.FORMATS, "pt2", wrong)
+    with pytest.raises(RunError, match="differ by"):
+        command.export(saved, to=("pt2",), images=20, out=saved / "new")
+    assert listed(saved) == ["student.safetensors"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no such operator\nand more"), KeyboardInterrupt()])
+def test_a_failure_leaves_what_was_there(error, saved, monkeypatch):
+    (saved / "student.onnx").write_text("of before")
+
+    def fails(held, path, training):
+        path.write_text("half")
+        raise error
+
+    monkeypatch.setitem(formats.FORMATS, "pt2", dataclasses.replace(formats.FORMATS["pt2"], write=fails))
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UsageError) as raised:
+        command.export(saved, to=("onnx", "pt2"), check=False)
+    if isinstance(error, ValueError):
+        assert "cannot be exported to pt2: ValueError: no such operator." in str(raised.value)
+    assert listed(saved) == ["student.onnx", "student.safetensors"]
+    assert (saved / "student.onnx").read_text() == "of before"
+
+
+@pytest.mark.real
+def test_real_cifar10_all_classes_are_equal(data_dir, tmp_path):
+    held = student("cnn", dataset="cifar10")
+    formats.write_onnx(held, tmp_path / "a.onnx")
+    test = readers.read(dataclasses.replace(specs.call("dataset", "cifar10"), pixels=32), "test", data_dir)
+    assert len(test.pixels) == 10_000
+    ours = formats.served(held)
+    with torch.inference_mode():
+        wanted = check.logits(ours, test.pixels)
+    found = check.logits(formats.open_onnx(tmp_path / "a.onnx"), test.pixels)
+    assert torch.equal(found.argmax(-1), wanted.argmax(-1))
+    assert (found - wanted).abs().max() < 1e-4

@@ -1,0 +1,132 @@
+"""A student in a file, and weights from elsewhere: nothing but tensors is ever made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fedkd import models
+from fedkd.core import tensors
+from fedkd.core.errors import DataError
+from fedkd.data.scaling import Scaling
+from fedkd.models import checkpoint
+from fedkd.models.checkpoint import Student
+from tests.conftest import play
+
+
+def student(model: str = "cnn:width=8") -> Student:
+    module = models.build(model, 10, "group")
+    scaling = Scaling((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
+    return Student(model, "group", 10, ("zero", "one"), 32, scaling, "digits", module.state_dict())
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    student().save(tmp_path / "student.safetensors")
+    held = checkpoint.load(tmp_path)
+    assert held.about() == student().about()
+    images = torch.randn(2, 3, 32, 32)
+    module = models.build("cnn:width=8", 10, "group")
+    module.load_state_dict(dict(held.weights))
+    assert torch.allclose(held.module()(images), module(images), atol=1e-6)
+
+
+def test_every_run_leaves_one(tmp_path):
+    play(tmp_path / "run")
+    held = checkpoint.load(tmp_path / "run")
+    assert (held.model, held.classes, held.pixels, held.dataset) == ("cnn:width=8", 10, 32, "digits")
+    assert held.module()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_a_file_cannot_name_code(tmp_path):
+    ours = tmp_path / "student.safetensors"
+    save_file({}, ours, {"fedkd": json.dumps({**student().about(), "model": "./theirs.py:Net"})})
+    with pytest.raises(DataError, match="somebody's own"):
+        checkpoint.load(ours)
+    assert checkpoint.load(ours, "cnn").model == "cnn"
+
+
+class Harm:
+    """What a pickle can do: run a command when it is read."""
+
+    def __reduce__(self):
+        return os.system, ("touch harm",)
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_a_pickle_is_refused_and_not_run(name, protocol, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(pickle.dumps({"weight": Harm()}, protocol))
+    with pytest.raises(DataError, match=r"damaged"):
+        checkpoint.read_weights(tmp_path / name)
+    torch.save({"weight": Harm()}, tmp_path / "b.pth")
+    with pytest.raises(DataError, match=r"more than tensors"):
+        checkpoint.read_weights(tmp_path / "b.pth")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_state_dict_is_read(tmp_path):
+    weights = models.build("resnet8", 10, "batch").state_dict()
+    for nested in (weights, {"state_dict": {f"module.{k}": v for k, v in weights.items()}}, {"model": weights}):
+        torch.save(nested, tmp_path / "a.pth")
+        held = checkpoint.read_weights(tmp_path / "a.pth")
+        checkpoint.fill(models.build("resnet8", 10, "batch"), held, "these weights")
+        assert all(torch.equal(held[name], weights[name]) for name in weights)
+
+
+def test_weights_that_do_not_fit():
+    module, other = (models.build(name, 10, "group") for name in ("cnn", "cnn:width=8"))
+    with pytest.raises(DataError, match=r"0\.0\.weight is \[8, 3, 3, 3\], not \[32, 3, 3, 3\]"):
+        checkpoint.fill(module, other.state_dict(), "the weights of a.pth")
+    with pytest.raises(DataError, match="they lack"):
+        checkpoint.fill(module, {}, "the weights of a.pth")
+    with pytest.raises(DataError, match="they hold an unknown x"):
+        checkpoint.fill(module, {**module.state_dict(), "x": torch.zeros(1)}, "the weights of a.pth")
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"", "damaged"), (b"{}" * 50, "damaged"), (None, "no file")])
+@pytest.mark.parametrize("name", ["student.safetensors", "student.pth"])
+def test_no_student_there(content, said, name, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        checkpoint.read_weights(tmp_path / name)
+
+
+def test_weights_that_do_not_say_whose_they_are(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "student.safetensors")
+    with pytest.raises(DataError, match="does not say whose"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("about", "says"),
+    [
+        ('{"model": "cnn", "norm": "batch", "classes": Infinity}', "does not say whose"),
+        ("[" * 100_000, "does not say whose"),
+    ],
+)
+def test_what_a_file_says_of_itself_may_be_nonsense(about, says, tmp_path):
+    tensors.save({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {checkpoint.KEY: about})
+    with pytest.raises(DataError, match=says):
+        checkpoint.load(tmp_path / "a.safetensors")
+
+
+def test_a_network_that_cannot_be_built(tmp_path):
+    held = dataclasses.replace(student(), model="vit-tiny:width=33")
+    held.save(tmp_path / "a.safetensors")
+    with pytest.raises(DataError, match="No network can be built as the file says, vit-tiny:width=33"):
+        checkpoint.load(tmp_path / "a.safetensors").module()
+
+
+def test_weights_that_are_no_numbers():
+    module = models.build("cnn:width=4", 10, "batch")
+    broken = {name: tensor * float("nan") for name, tensor in module.state_dict().items()}
+    with pytest.raises(DataError, match="not finite"):
+        checkpoint.fill(module, broken, "the weights of a.pth")

@@ -1,0 +1,560 @@
+"""The server: right answers, limits, and words for every mistake."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing
+
+import httpx
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from PIL import Image
+
+from fedkd.core.errors import DataError, UsageError
+from fedkd.serve import bodies, http, images, network, web
+from fedkd.serve.batches import Batches
+from fedkd.serve.images import Refused
+from tests import toy
+from tests.conftest import ROOT
+from tests.toy import direct, encoded, noise, probs, serving
+
+PNG = {"Content-Type": "image/png"}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return toy.write(tmp_path_factory.mktemp("toy") / "toy.onnx")
+
+
+@pytest.fixture(scope="module")
+def url(file):
+    with serving(file, max_bytes=2_000_000) as (address, _):
+        yield address
+
+
+def test_an_answer_is_that_of_the_network(url, file):
+    pixels = noise()
+    answer = httpx.post(f"{url}/predict", content=encoded(pixels), headers=PNG).json()
+    wanted = direct(file, pixels)
+    assert probs(answer) == pytest.approx(wanted.tolist(), rel=1e-5)
+    assert answer["class"] == wanted.argmax() == answer["probabilities"][0]["class"]
+    assert answer["name"] == toy.NAMES[answer["class"]]
+    shares = [one["probability"] for one in answer["probabilities"]]
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_a_form_is_answered_in_its_order(url, file):
+    sent = [("image", (f"{seed}.png", encoded(noise(seed)))) for seed in range(5)]
+    response = httpx.post(f"{url}/predict", files=sent)
+    assert [probs(answer) for answer in response.json()["answers"]] == [
+        pytest.approx(direct(file, noise(seed)).tolist(), rel=1e-5) for seed in range(5)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP", "GIF", "JPEG"])
+def test_formats(kind):
+    gray = np.repeat(noise(3, channels=1)[:, :, None], 3, 2)  # 256 colors, as GIF can hold them
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {})
+    got = images.pixels(encoded(gray if kind != "GIF" else gray[:, :, 0], kind, **options), toy.SIDE)
+    assert np.abs(got.astype(int) - gray).max() <= (3 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_turned_upright(orientation):
+    upright = Image.fromarray(noise(4, (30, 18)))
+    undo = {None: None} | {5: 5, 6: 8, 7: 7, 8: 6}
+    stored = upright if orientation == 1 else upright.transpose(images.TURNS[undo.get(orientation, orientation)])
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = orientation
+    got = images.pixels(encoded(stored, exif=exif), 6)
+    wanted = images.pixels(encoded(upright), 6)
+    assert len(np.unique(wanted)) > 50
+    np.testing.assert_allclose(got.astype(int), wanted, atol=1)  # rows and columns are rounded in turn
+
+
+def test_the_middle_square_is_taken():
+    wide = np.zeros((8, 20, 3), np.uint8)
+    wide[:, 6:14] = noise()
+    np.testing.assert_array_equal(images.pixels(encoded(wide), 8), noise())
+    np.testing.assert_array_equal(images.pixels(encoded(wide.swapaxes(0, 1)), 8), noise().swapaxes(0, 1))
+
+
+def test_a_large_image_is_averaged_and_not_picked():
+    board = (np.indices((400, 400)).sum(0) % 2 * 255).astype(np.uint8)
+    for kind in ("PNG", "JPEG"):
+        got = images.pixels(encoded(board, kind, **({"quality": 95} if kind == "JPEG" else {})), 8)
+        assert np.abs(got.astype(int) - 127).max() <= 3
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
+def test_modes_are_seen_as_people_see_them(mode):
+    """A square that is half white, half transparent or black."""
+    if mode == "I;16":
+        image = Image.fromarray(np.full((8, 8), 40_000, np.uint16))
+        assert (images.pixels(encoded(image), 8) == 40_000 // 256).all()
+        return
+    if mode in ("LA", "RGBA"):
+        image = Image.new(mode, (8, 8), (0,) * len(mode))  # black, but transparent
+        assert (images.pixels(encoded(image), 8) == 255).all()
+        return
+    image = Image.new("L", (8, 8), 0)
+    image.paste(255, (0, 0, 4, 8))
+    got = images.pixels(encoded(image.convert(mode)), 8)
+    assert (got[:, :4] == 255).all()
+    assert (got[:, 4:] == 0).all()
+
+
+def test_of_what_moves_the_first_picture():
+    frames = [Image.fromarray(noise(seed, channels=1)) for seed in (1, 2)]
+    content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(images.pixels(content, toy.SIDE)[:, :, 0], noise(1, channels=1))
+
+
+def scans(count):
+    """A JPEG with more scans than it needs: the last one over and over."""
+    content = encoded(Image.new("L", (2000, 2000)), "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    return content[:-2] + content[last:-2] * count + b"\xff\xd9"
+
+
+def flat(width, height):
+    return encoded(Image.new("1", (width, height)))
+
+
+REFUSED = {
+    "empty": (b"", PNG, 400, "There is no image"),
+    "nothing": (b"", {}, 400, "There is no image"),
+    "text": (b"hello", PNG, 415, "not an image"),
+    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", {"Content-Type": "image/svg+xml"}, 415, "not an image"),
+    "sound": (b"RIFF\x24\0\0\0WAVEfmt ", PNG, 415, "not an image"),
+    "tiff": (encoded(noise(), "TIFF"), {"Content-Type": "image/tiff"}, 415, "not an image"),
+    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", PNG, 415, "not an image"),
+    "type": (encoded(noise()), {"Content-Type": "application/json"}, 415, "Content-Type"),
+    "no type": (encoded(noise()), {}, 415, "Content-Type"),
+    "cut": (encoded(noise(0, (200, 200)))[:-5000], PNG, 422, "damaged"),
+    "head only": (b"\x89PNG\r\n\x1a\n", PNG, 422, "damaged"),
+    "bytes": (b"\0" * 2_000_001, PNG, 413, "larger than 2,000,000 bytes"),
+    "pixels": (flat(5_001, 4_000), PNG, 413, "20 million pixels"),
+    "bomb": (flat(30_000, 20_000), PNG, 413, "20 million pixels"),
+    "scans": (scans(80), {"Content-Type": "image/jpeg"}, 422, "scans"),
+    "no boundary": (b"x", {"Content-Type": "multipart/form-data"}, 400, "form"),
+    "broken form": (b"--x\r\nnothing", {"Content-Type": "multipart/form-data; boundary=x"}, 400, "form"),
+    "no file": (
+        b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n--x--\r\n',
+        {"Content-Type": "multipart/form-data; boundary=x"},
+        400,
+        "no file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_and_how(url, case):
+    content, headers, status, says = REFUSED[case]
+    response = httpx.post(f"{url}/predict", content=content, headers=headers)
+    assert response.status_code == status, response.text
+    assert list(response.json()) == ["error"]
+    assert says in response.json()["error"]
+
+
+def test_what_is_just_allowed(url):
+    assert httpx.post(f"{url}/predict", content=flat(5_000, 4_000), headers=PNG).status_code == 200
+    bmp = encoded(noise(0, (810, 820)), "BMP")
+    assert 1_990_000 < len(bmp) <= 2_000_000
+    assert httpx.post(f"{url}/predict", content=bmp, headers=PNG).status_code == 200
+    assert images.pixels(scans(20), 8).shape == (8, 8, 3)
+
+
+def test_forms_have_limits_and_say_which_file(url):
+    good = ("image", ("a.png", encoded(noise())))
+    many = httpx.post(f"{url}/predict", files=[good] * (bodies.FILES + 1))
+    assert (many.status_code, "Too many files" in many.json()["error"]) == (413, True)
+    assert len(httpx.post(f"{url}/predict", files=[good] * bodies.FILES).json()["answers"]) == bodies.FILES
+    second = httpx.post(f"{url}/predict", files=[good, ("image", ("b.txt", b"hello")), good])
+    assert second.status_code == 415
+    assert second.json()["error"].startswith("File 2 of 3: This is not an image")
+    empty = httpx.post(f"{url}/predict", files={"image": ("a.png", b"")})
+    assert (empty.status_code, empty.json()["error"]) == (400, "The image is empty.")
+
+
+def test_damage_is_never_an_error_of_the_server(url):
+    rng = np.random.default_rng(0)
+    seen = set()
+    form = httpx.Request("POST", url, files={"image": ("a.png", encoded(noise()))})
+    sources = [(encoded(noise(1, (40, 30)), kind), "image/png") for kind in images.FORMATS]
+    sources.append((form.read(), form.headers["Content-Type"]))
+    with httpx.Client() as client:
+        for content, kind in sources:
+            for _ in range(40):
+                damaged = bytearray(content)
+                for place in rng.integers(0, len(content) // (1 if rng.random() < 0.3 else 8), rng.integers(1, 12)):
+                    damaged[place] = rng.integers(256)
+                end = rng.integers(1, len(content)) if rng.random() < 0.3 else len(content)
+                response = client.post(f"{url}/predict", content=bytes(damaged[:end]), headers={"Content-Type": kind})
+                assert response.status_code in (200, 400, 413, 415, 422), response.text
+                seen.add(response.status_code)
+    assert {200, 400, 415, 422} <= seen
+
+
+def test_nothing_is_written_to_disk(url, monkeypatch):
+    def refuse(self):
+        raise AssertionError("on its way to the disk")
+
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", refuse)
+    large = encoded(noise(0, (700, 700)), "BMP")
+    assert len(large) > 1_000_000
+    assert httpx.post(f"{url}/predict", files={"image": ("a.bmp", large)}).status_code == 200
+
+
+# --- what arrives slowly, or never ends
+
+
+def connect(url):
+    connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20)
+    return closing(connection)
+
+
+def receive(connection):
+    """All that comes until the other side closes."""
+    got = b""
+    while chunk := connection.recv(65536):
+        got += chunk
+    return got
+
+
+HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+
+
+def test_an_endless_body_is_cut_off(url):
+    chunk = b"10000\r\n" + b"\0" * 65536 + b"\r\n"
+    sent = 0
+    with connect(url) as connection:
+        connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        try:
+            while sent < 200_000_000:
+                connection.sendall(chunk)
+                sent += len(chunk)
+        except OSError:
+            pass
+    assert sent < 100_000_000
+
+
+def test_a_body_that_promises_too_much_is_not_waited_for(url):
+    with connect(url) as connection:
+        connection.sendall(HEAD + b"Content-Length: 99999999999\r\n\r\n")
+        assert receive(connection).startswith(b"HTTP/1.1 413 ")
+
+
+def test_slow_clients_are_cut_off_and_others_are_answered(file):
+    with serving(file, timeout=0.4) as (url, _), connect(url) as body, connect(url) as head, connect(url) as silent:
+        body.sendall(HEAD + b"Content-Length: 1000\r\n\r\nabc")
+        head.sendall(HEAD[:20])
+        assert httpx.post(f"{url}/predict", content=encoded(noise()), headers=PNG).status_code == 200
+        answer = receive(body)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"did not arrive within 0.4 seconds" in answer
+        assert receive(head) == receive(silent) == b""
+
+
+def test_who_leaves_disturbs_nobody(file, capfd):
+    with serving(file) as (url, service):
+        for _ in range(3):
+            with connect(url) as connection:
+                connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\nabc")
+        assert httpx.post(f"{url}/predict", content=encoded(noise()), headers=PNG).status_code == 200
+        wait_for(lambda: service.inside == 0)
+    assert capfd.readouterr().err == ""
+
+
+def wait_for(condition):
+    for _ in range(200):
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it did not come to pass")
+
+
+# --- batches
+
+
+def test_fifty_at_once_are_answered_together_and_each_by_its_own(file):
+    async def ask(url):
+        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=50), timeout=60) as client:
+            sent = (client.post(f"{url}/predict", content=encoded(noise(i)), headers=PNG) for i in range(50))
+            return await asyncio.gather(*sent)
+
+    with serving(file, max_wait=100.0, max_batch=16) as (url, service):
+        responses = asyncio.run(ask(url))
+        assert [probs(response.json()) for response in responses] == [
+            pytest.approx(direct(file, noise(i)).tolist(), rel=1e-4) for i in range(50)
+        ]
+        health = httpx.get(f"{url}/health").json()
+        assert health == {"status": "ok", "images": 50, "runs": service.batches.runs}
+        assert 50 / 16 <= service.batches.runs <= 25
+
+
+def play(run, count, **options):
+    """The sizes of the runs for `count` images at once, and the answers."""
+    sizes = []
+
+    def counted(pixels):
+        sizes.append(len(pixels))
+        return run(pixels)
+
+    async def ask():
+        batches = Batches(counted, **options)
+        asked = (batches.ask(np.full((1, 1, 3), i, np.uint8)) for i in range(count))
+        try:
+            return await asyncio.gather(*asked, return_exceptions=True)
+        finally:
+            await batches.close()
+
+    return sizes, asyncio.run(asyncio.wait_for(ask(), 20))
+
+
+def test_a_batch_is_never_larger_than_it_may_be_and_a_full_one_does_not_wait():
+    sizes, answers = play(lambda pixels: pixels[:, 0, 0].astype(float), 20, largest=5, patience=3600)
+    assert sizes == [5, 5, 5, 5]
+    assert [answer.tolist() for answer in answers] == [[i] * 3 for i in range(20)]
+    assert play(lambda pixels: pixels[:, 0, 0], 7, largest=5, patience=0.0)[0] == [5, 2]
+
+
+def test_a_run_that_fails_is_answered_by_words_and_the_next_one_is_tried():
+    def run(pixels):
+        if pixels.min() == 0:
+            raise MemoryError
+        return pixels[:, 0, 0]
+
+    _, answers = play(run, 4, largest=2, patience=0.01)
+    assert [getattr(answer, "status", 200) for answer in answers] == [503, 503, 200, 200]
+
+
+def test_too_many_at_once_are_told_to_come_again(file):
+    with serving(file, backlog=2) as (url, service), connect(url) as first, connect(url) as second:
+        content = encoded(noise())
+        for connection in (first, second):
+            connection.sendall(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(content))
+        wait_for(lambda: service.inside == 2)
+        busy = httpx.post(f"{url}/predict", content=content, headers=PNG)
+        assert (busy.status_code, busy.headers["Retry-After"]) == (503, "1")
+        for connection in (first, second):
+            connection.sendall(content)
+            assert receive(connection).startswith(b"HTTP/1.1 200 ")
+        assert httpx.post(f"{url}/predict", content=content, headers=PNG).status_code == 200
+
+
+def test_the_ten_likeliest_and_no_number_that_is_none():
+    answer = web.ranked(np.arange(100, dtype=np.float32) * 100, [])
+    assert [one["class"] for one in answer["probabilities"]] == list(range(99, 89, -1))
+    assert answer["name"] is None
+    assert answer["probabilities"][0]["probability"] == pytest.approx(1.0)
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(Refused, match="no finite answer") as caught:
+            web.ranked(np.array([0, bad], np.float32), [])
+        assert caught.value.status == 422
+
+
+# --- the page and the other routes
+
+
+def test_the_page_is_whole_and_may_run_its_own_script_only(url):
+    response = httpx.get(url)
+    assert response.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    policy = response.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none';")
+    assert "unsafe" not in policy
+    script = response.text.partition("<script>")[2].partition("</script>")[0]
+    assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
+    assert len(script) > 1000
+    outside = re.findall(r"""(?:src|href)=["']([^"']*)|url\(([^)]*)|@import""", response.text)
+    assert all(found[0].startswith("data:") for found in outside), outside
+    assert "innerHTML" not in response.text
+
+
+def test_what_it_says_about_itself(url):
+    about = httpx.get(f"{url}/model").json()
+    limits = about.pop("limits")
+    assert about == toy.ABOUT
+    assert limits["max_bytes"] == 2_000_000
+    assert httpx.get(f"{url}/health").json()["status"] == "ok"
+    for response, status in ((httpx.get(f"{url}/predict"), 405), (httpx.get(f"{url}/docs"), 404)):
+        assert response.status_code == status
+        assert "POST /predict" in response.json()["error"]
+
+
+# --- files
+
+
+def external(location):
+    made = toy.model()
+    tensor = made.graph.initializer[1]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", location
+    return made
+
+
+def hidden():
+    """A constant in a branch of a function's node that lies elsewhere."""
+    made = toy.model()
+    tensor = external("secret").graph.initializer[1]
+    body = helper.make_graph([helper.make_node("Constant", [], ["c"], value=tensor)], "branch", [], [])
+    node = helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body)
+    made.functions.append(helper.make_function("own", "F", ["c"], ["y"], [node], [helper.make_opsetid("", 18)]))
+    return made
+
+
+def foreign():
+    made = toy.model()
+    made.graph.node[3].domain = "somebody"
+    made.opset_import.append(helper.make_opsetid("somebody", 1))
+    return made
+
+
+BAD = {
+    "external": (lambda: external("weights.bin"), "keeps tensors in other files"),
+    "absolute": (lambda: external("/etc/hostname"), "keeps tensors in other files"),
+    "hidden": (hidden, "keeps tensors in other files"),
+    "own operation": (foreign, "ONNX Runtime cannot use .*somebody"),
+    "no metadata": (lambda: toy.model({}), "was not written by fedkd.export"),
+    "names": (lambda: toy.model({**toy.ABOUT, "names": ["a"]}), "was not written by fedkd.export"),
+    "mean": (lambda: toy.model({**toy.ABOUT, "mean": [0.5, float("nan"), 0.5]}), "was not written by fedkd.export"),
+    "list": (lambda: toy.model([1, 2]), "was not written by fedkd.export"),
+    "size": (lambda: toy.model({**toy.ABOUT, "pixels": 9}), r"pixels must be tensor\(uint8\) of \[N, 9, 9, 3\]"),
+    "classes": (lambda: toy.model({**toy.ABOUT, "names": [], "classes": 9}), "logits must be"),
+    "type": (lambda: toy.model(kind=TensorProto.FLOAT), "pixels must be"),
+    "output": (lambda: toy.model(output="probs"), "logits must be"),
+    "batch": (lambda: toy.model(batch=1), "pixels must be"),
+    "empty": (onnx.ModelProto, "not an ONNX file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_files_that_are_not_of_the_contract_are_refused(case, tmp_path):
+    make, says = BAD[case]
+    (tmp_path / "bad.onnx").write_bytes(make().SerializeToString())
+    (tmp_path / "weights.bin").write_bytes(bytes(100_000))
+    with pytest.raises(DataError, match=says) as caught:
+        network.load(tmp_path / "bad.onnx")
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_files_are_refused(file, tmp_path):
+    content = file.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(content)
+        for place in rng.integers(0, len(content), 5):
+            damaged[place] = rng.integers(256)
+        (tmp_path / "bad.onnx").write_bytes(damaged[: rng.integers(1, len(content))] if rng.random() < 0.5 else damaged)
+        try:
+            network.load(tmp_path / "bad.onnx")
+        except DataError:
+            refused += 1
+    assert refused >= 20
+
+
+def test_names_are_text_that_can_be_sent(tmp_path):
+    names = ["\ud800", "\x1b[31m", "</script>", "", "é", "日本", "a" * 5000, "null", "\u202e", "&amp;"]
+    loaded = network.load(toy.write(tmp_path / "names.onnx", about={**toy.ABOUT, "names": names}))
+    assert loaded.about["names"] == ["?", *names[1:]]
+    json.dumps(loaded.about, ensure_ascii=False).encode()
+
+
+# --- the command
+
+
+def command(*arguments):
+    line = [sys.executable, "-m", "fedkd.serve", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+
+
+def test_mistakes_at_the_start_are_sentences(file, tmp_path):
+    (tmp_path / "text.onnx").write_text("hello")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for arguments, code, says in (
+            ([tmp_path / "none.onnx"], 3, "There is no file"),
+            ([tmp_path / "text.onnx"], 3, "not an ONNX file"),
+            ([file, "--port", port], 2, f"Cannot listen on port {port} of 127.0.0.1 (address already in use)"),
+            ([file, "--max-batch", "0"], 2, "max-batch"),
+            ([], 2, "FILE"),
+        ):
+            done = command(*arguments)
+            assert (done.returncode, done.stdout) == (code, ""), done.stderr
+            assert says in done.stderr
+            assert done.stderr.startswith("fedkd: ")
+            assert done.stderr.count("\n") == 1
+
+
+def test_hosts_that_are_not_here():
+    with pytest.raises(UsageError, match=r"Cannot listen on port 0 of 203\.0\.113\.1"):
+        http.listen("203.0.113.1", 0)
+
+
+def test_answers_are_not_held_back_for_those_that_follow():
+    """Without its protocol asyncio leaves Nagle's algorithm on, and a connection that is kept waits 40 ms an answer."""
+    with http.listen("localhost", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
+
+
+def test_without_the_extra(file, monkeypatch):
+    from fedkd import serve
+
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else object())
+    with pytest.raises(UsageError, match=re.escape("pip install 'fedkd[serve]'")):
+        serve.serve(file)
+
+
+def test_pytorch_is_not_loaded(file):
+    script = (
+        "import sys; from pathlib import Path; import fedkd.serve; assert 'onnxruntime' not in sys.modules;"
+        "from fedkd.serve import http, network, web; network.load(Path(sys.argv[1]));"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script, file], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_when_what_was_accepted_is_answered(file, sent, code):
+    line = [sys.executable, "-m", "fedkd.serve", str(file), "--port", "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": ""}, **pipes) as server:
+        try:
+            url = re.search(r"http://[^/]+", server.stdout.readline())[0]
+            content = encoded(noise())
+            with connect(url) as connection:
+                connection.sendall(HEAD + b"Content-Length: %d\r\nExpect: 100-continue\r\n\r\n" % len(content))
+                assert b"100" in connection.recv(1000)  # it is being read
+                server.send_signal(sent)
+                wait_for(lambda: not accepts(url))
+                connection.sendall(content)
+                assert receive(connection).startswith(b"HTTP/1.1 200 ")
+            assert server.wait(20) == code
+            assert re.fullmatch(r"fedkd: (terminated\.|interrupted; .*)\n", server.stderr.read())
+        finally:
+            server.kill()
+
+
+def accepts(url):
+    try:
+        with connect(url):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,136 @@
+"""Who carries the messages changes nothing; and nobody is left when a run ends, however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedkd.core import tensors
+from tests.conftest import CODED, FLAGS, ROOT, TINY, play, run
+
+ray = pytest.mark.skipif(
+    subprocess.run([sys.executable, "-c", "import ray"], capture_output=True, check=False).returncode != 0,
+    reason="Ray is not installed",
+)
+pytestmark = pytest.mark.xdist_group("engines")  # one at a time: Ray wants the machine for itself
+SHARED = ["--algorithm", "ensemble:down=labels", "--compare", "fedavg", "--up", CODED, "--down", CODED]
+
+OWN = """
+import os, time
+from dataclasses import dataclass
+from pathlib import Path
+from fedkd.algorithms.base import Algorithm, Update
+from fedkd.core.tensors import put
+
+@dataclass(frozen=True)
+class Failing(Algorithm):
+    how: str = ""
+    mark: str = ""
+
+    def local(self, kit, client, request):
+        if client.id == 1 and self.how == "raise":
+            raise ZeroDivisionError("a client of mine")
+        if client.id == 1 and self.how == "die" and not Path(self.mark).exists():
+            Path(self.mark).touch()
+            os._exit(9)
+        if client.id == 1 and self.how == "hang":
+            time.sleep(1000)
+        return Update({}, len(client.data)), put("model", kit.own(client))
+"""
+
+
+@ray
+@pytest.mark.slow
+def test_ray_gives_the_same_bits(tmp_path):
+    process = run(*FLAGS, *SHARED, "--engine", "ray", "--json", "--out", tmp_path / "ray")
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["status"] == "ok"
+    rows = play(tmp_path / "local", algorithm="ensemble:down=labels", compare="fedavg", up=CODED, down=CODED)
+    lines = (tmp_path / "ray" / "rounds.jsonl").read_text().splitlines()
+    assert [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in lines] == rows
+    for name in ("student.safetensors", "student-fedavg-seed0.safetensors"):
+        assert tensors.equal(tensors.load(tmp_path / "ray" / name), tensors.load(tmp_path / "local" / name))
+    assert not left(tmp_path)
+
+
+@ray
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "code"), [("raise", 0), ("die", 0), ("hang", 4)])
+def test_ray_survives_its_clients(tmp_path, how, code):
+    """One that raises is reported, one whose process dies is played again, and a hung one ends no more than the run."""
+    (tmp_path / "mine.py").write_text(OWN)
+    algorithm = f"{tmp_path}/mine.py:Failing:how={how},mark={tmp_path}/died"
+    flags = ["--algorithm", algorithm, "--engine", "ray", "--client-cpus", len(os.sched_getaffinity(0))]
+    process = run(*FLAGS, *flags, "--client-timeout", 5, "--out", tmp_path / "run")
+    assert process.returncode == code, process.stderr
+    assert "Traceback" not in process.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    if how == "hang":  # one actor, and it never comes back
+        assert "no reply" in result["message"]
+    else:
+        assert result["runs"][0]["failures"] == (2 if how == "raise" else 0)
+    assert not left(tmp_path)
+
+
+@ray
+@pytest.mark.slow
+def test_what_ray_cannot_do_is_one_sentence(tmp_path):
+    for flags, says in (
+        (["--ray-address", "127.0.0.1:1"], "cannot be reached"),
+        (["--client-gpus", "64"], "Ray has 0 of them"),
+    ):
+        process = run(*FLAGS, "--engine", "ray", *flags, "--json", "--out", tmp_path / "run")
+        assert process.returncode == 2
+        assert says in json.loads(process.stdout)["message"]
+        assert not (tmp_path / "run").exists()
+
+
+ENGINES = [{"workers": "1"}, {"workers": "2"}, pytest.param({"engine": "ray"}, marks=[ray, pytest.mark.slow])]
+
+
+@pytest.mark.parametrize("to_all", [False, True], ids=["to the command", "to its group"])
+@pytest.mark.parametrize("engine", ENGINES, ids=["one", "two", "ray"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_nobody_is_left_after_a_signal(tmp_path, engine, number, to_all):
+    out = tmp_path / "run"
+    options = TINY | engine | {"rounds": 100_000, "out": out}
+    flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "fedkd.simulate", *flags]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and not (out / "rounds.jsonl").exists():
+        time.sleep(0.1)
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number], error
+    assert "Traceback" not in error
+    if number != signal.SIGKILL:
+        assert json.loads((out / "result.json").read_text())["status"] == "interrupted"
+    assert not left(tmp_path)
+
+
+def left(tmp_path: Path) -> list[str]:
+    """Processes that have to do with a run in this folder, after at most ten seconds."""
+    for _ in range(100):
+        found = [where for where in Path("/proc").glob("[0-9]*") if str(tmp_path) in _started(where)]
+        if not found:
+            return []
+        time.sleep(0.1)
+    return [_started(where)[:300] for where in found]
+
+
+def _started(process: Path) -> str:
+    """The command and the files a process was started with, if it is still one."""
+    try:
+        return (process / "cmdline").read_text() + "".join(os.readlink(file) for file in (process / "fd").iterdir())
+    except OSError:
+        return ""

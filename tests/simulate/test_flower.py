@@ -1,0 +1,217 @@
+"""Flower's side: bytes, the local grid, and Flower's own FedAvg as an oracle."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedkd.core import tensors
+from fedkd.simulate.experiment import prepared
+from fedkd.simulate.flower import client_app, server_app
+from fedkd.simulate.flower.local_grid import LocalGrid
+from fedkd.simulate.flower.records import from_record, to_record, weigh
+from fedkd.simulate.rounds import Traffic, play
+from tests.conftest import tiny
+
+NPY_HEADER = 128  # bytes that NumPy's format puts before the numbers
+
+
+def exchange_of(config):
+    grid = LocalGrid(client_app.app, config.clients, config.run_config())
+
+    def exchange(kind, number, requests):
+        return server_app.exchange(grid, grid.get_node_ids(), config, kind, number, requests)
+
+    return exchange
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3, 4)])
+def test_records_keep_every_bit(kind, shape, generator):
+    held = {"x": torch.randint(2, shape, generator=generator).to(kind), "y/z": torch.ones(2, 3).t().to(kind)}
+    assert tensors.equal(from_record(to_record(held)), held)
+
+
+def test_an_object_array_is_never_unpickled():
+    import io
+
+    from flwr.app import Array
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="pickle"):
+        from_record(ArrayRecord({"x": Array("object", (1,), "numpy.ndarray", buffer.getvalue())}))
+
+
+def test_bytes_are_those_of_numpys_own_files(tmp_path, generator):
+    held = {"logits": torch.randn(7, 10, generator=generator), "round": torch.tensor(3)}
+    on_disk = 0
+    for name, tensor in held.items():
+        np.save(tmp_path / "x.npy", tensor.numpy())
+        on_disk += (tmp_path / "x.npy").stat().st_size + len(name)
+    content = RecordDict(
+        {"arrays": to_record(held), "config": ConfigRecord({"round": 1}), "m": MetricRecord({"a": 1.0})}
+    )
+    assert weigh(content) == (on_disk, (5 + 8) + (1 + 8))
+
+
+def test_bytes_of_a_round_of_twenty_clients_and_a_thousand_images():
+    """20 x 1,000 x 10 x 4 bytes of numbers, and 20 x 134 bytes of framing: NumPy's header and the name."""
+    config = tiny(clients=20, proxy="holdout:size=1000", rounds=1)
+    experiment = prepared(config)
+    (round_,) = play(experiment.algorithm, experiment.kit, exchange_of(config), 20, experiment.wire)
+    framing = 20 * (NPY_HEADER + len("logits"))
+    assert framing == 2680
+    assert round_.traffic.arrays_up == 20 * 1000 * 10 * 4 + framing
+    assert round_.traffic.arrays_down == 20 * (NPY_HEADER + 8 + len("round"))
+    assert round_.traffic.rest_up > 0
+    assert round_.traffic.rest_down > 0
+
+
+LINEAR = """
+from torch import nn
+
+def linear(*, classes: int):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, classes))
+"""
+
+
+def test_our_fedavg_equals_flowers_own_strategy(monkeypatch, tmp_path):
+    """The same ClientApp, driven for two rounds by Flower's FedAvg strategy and by ours.
+
+    Flower adds up in float32 and in the order of arrival, we in float64 and in the order of clients: they
+    differ by 1e-7 after a round. The model is linear, so that training does not blow that up.
+    """
+    (tmp_path / "models.py").write_text(LINEAR)
+    config = tiny(algorithm="fedavg", partitioner="linear", clients=4, model=f"{tmp_path}/models.py:linear")
+    experiment = prepared(config)
+    rounds = list(play(experiment.algorithm, experiment.kit, exchange_of(config), 4, experiment.wire))
+
+    for name in ("run_id", "task_id", "node_id"):  # what an engine of Flower's sets in its processes
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+
+    class Theirs(FedAvg):
+        """Only tells our client which run it is in."""
+
+        def configure_train(self, server_round, arrays, config, grid):
+            config.update({"round": server_round, "algorithm": "fedavg", "seed": 0, "dataset": "digits"})
+            for index, message in enumerate(super().configure_train(server_round, arrays, config, grid)):
+                message.metadata.__dict__["_message_id"] = f"{server_round}-{index}"
+                yield message
+
+    grid = LocalGrid(client_app.app, 4, config.run_config())
+    result = Theirs(fraction_evaluate=0.0).start(
+        grid, to_record(experiment.kit.initial(experiment.kit.student)), num_rounds=2, train_config=ConfigRecord()
+    )
+    theirs = from_record(result.arrays)
+    ours = rounds[-1].state
+    assert set(ours) == set(theirs)
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6), name
+    moved = max(
+        (ours[name] - value).abs().max() for name, value in experiment.kit.initial(experiment.kit.student).items()
+    )
+    assert moved > 0.01
+
+
+def echo(message: Message, context: Context) -> Message:
+    seen = context.state.get("seen")
+    count = int(seen["count"]) + 1 if isinstance(seen, ConfigRecord) else 1
+    context.state["seen"] = ConfigRecord({"count": count})
+    if context.node_config["partition-id"] == 2:
+        raise RuntimeError("client two is broken")
+    return Message(
+        RecordDict({"metrics": MetricRecord({"count": count, "id": int(context.node_config["partition-id"])})}),
+        reply_to=message,
+    )
+
+
+@pytest.fixture
+def grid() -> LocalGrid:
+    app = ClientApp()
+    app.query()(echo)
+    return LocalGrid(app, 4, {"key": "value"})
+
+
+def test_the_local_grid_keeps_flowers_contract(grid):
+    assert list(grid.get_node_ids()) == [1, 2, 3, 4]
+    messages = [grid.create_message(RecordDict(), "query", node, "1") for node in (4, 3, 1)]
+    ids = list(grid.push_messages(messages))
+    assert [m.metadata.message_id for m in messages] == ids
+    replies = list(grid.pull_messages(ids))
+    assert [reply.metadata.reply_to_message_id for reply in replies] == ids
+    assert [reply.has_error() for reply in replies] == [False, True, False]
+    assert "client two is broken" in (replies[1].error.reason or "")
+    assert replies[0].content["metrics"]["id"] == 3
+    assert list(grid.pull_messages(ids)) == []
+
+
+def test_every_client_has_one_context_that_lasts(grid):
+    for expected in (1, 2, 3):
+        messages = [grid.create_message(RecordDict(), "query", node, "1") for node in (1, 2)]
+        assert [r.content["metrics"]["count"] for r in grid.send_and_receive(messages)] == [expected, expected]
+
+
+def test_only_clients_that_are_asked_cost_anything(grid):
+    list(grid.send_and_receive([grid.create_message(RecordDict(), "query", 1, "1")]))
+    assert [path.name for path in grid._place.memories.iterdir()] == ["1"]
+
+
+def test_a_new_run_starts_with_an_empty_memory():
+    config = tiny(algorithm="local", compare="fedmd")
+    one, other = (prepared(member) for member in config.members("digits"))
+    grid = LocalGrid(client_app.app, config.clients, config.run_config())
+
+    def ask(member, number):
+        return next(
+            iter(
+                server_app.exchange(
+                    grid, grid.get_node_ids(), member, "train", number, {0: {"round": torch.tensor(number)}}
+                )
+            )
+        )
+
+    first = ask(other.config, 1)
+    ask(one.config, 1)
+    again = ask(other.config, 1)
+    assert tensors.equal(first.update.tensors, again.update.tensors)
+
+
+def test_what_a_silent_client_was_sent_is_counted(grid, monkeypatch):
+    """Its request went over the wire, whether or not an answer ever comes."""
+    monkeypatch.setattr(server_app, "_ask", lambda *_: iter(()))
+    (reply,) = server_app.exchange(grid, range(1, 2), tiny(), "train", 1, {0: {"x": torch.zeros(1000)}})
+    assert (reply.client, reply.update, reply.failure) == (0, None, "no reply")
+    assert reply.traffic.arrays_down > 4000
+    assert reply.traffic.arrays_up == 0
+
+
+def test_replies_that_are_no_replies_are_failures_with_a_reason(grid):
+    config = tiny()
+
+    def answers(content):
+        app = ClientApp()
+        app.train()(lambda message, context: Message(content, reply_to=message))
+        return next(iter(server_app.exchange(LocalGrid(app, 1, {}), range(1, 2), config, "train", 1, {0: {}})))
+
+    assert "without arrays" in answers(RecordDict()).failure
+    huge = (
+        b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (10000000000000,), }".ljust(127)
+        + b"\n"
+    )
+    for data in (b"\x93NUMPY but broken", b"", b"PK\x03\x04 no archive", huge):
+        broken = to_record({"x": torch.zeros(3)})
+        broken["x"].data = data
+        reply = answers(RecordDict({"arrays": broken, "metrics": MetricRecord({"num-examples": 1})}))
+        assert "cannot be read" in reply.failure, data
+    endless = RecordDict({"arrays": to_record({}), "metrics": MetricRecord({"num-examples": math.inf})})
+    assert "cannot be read" in answers(endless).failure
+    assert isinstance(reply.traffic, Traffic)
+    assert math.isfinite(reply.traffic.arrays_up)

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedkd.algorithms.base import Algorithm, Update
+from fedkd.communication.channel import Wire
+from fedkd.communication.codecs import Float32
+from fedkd.core.errors import RunError
+from fedkd.core.tensors import Int64
+from fedkd.simulate.rounds import Reply, Traffic, last_line, play, refusal, sample
+from tests.conftest import tiny
+
+PLAIN = Wire(Float32(), Float32())
+
+
+def test_participants_are_drawn_without_repetition_and_follow_seed_and_round():
+    first = sample(1000, 0.1, seed=0, number=1)
+    assert len(set(first)) == 100
+    assert first == sorted(first) == sample(1000, 0.1, seed=0, number=1)
+    assert first != sample(1000, 0.1, seed=0, number=2)
+    assert first != sample(1000, 0.1, seed=1, number=1)
+    assert sample(20, 1.0, 0, 1) == list(range(20))
+    assert len(sample(20, 0.001, 0, 1)) == 1
+
+
+def test_everybody_is_drawn_about_equally_often():
+    counts = torch.bincount(torch.tensor([c for n in range(400) for c in sample(20, 0.25, 0, n)]), minlength=20)
+    assert counts.sum() == 400 * 5
+    assert counts.min() > 65  # mean 100, standard deviation 8.7
+    assert counts.max() < 135
+
+
+PROBS = torch.full((4, 5), 0.2)
+
+
+@pytest.mark.parametrize(
+    ("update", "says"),
+    [
+        (Update({}, 3), "instead of"),
+        (Update({"probs": PROBS, "labels": PROBS}, 3), "instead of"),
+        (Update({"probs": PROBS[:2]}, 3), "shape"),
+        (Update({"probs": PROBS * torch.nan}, 3), "not finite"),
+        (Update({"probs": PROBS * 2}, 3), "not distributions"),
+        (Update({"probs": PROBS - torch.tensor([0.4, -0.1, -0.1, -0.1, -0.1])}, 3), "not distributions"),
+        (Update({"probs": PROBS}, 0), "no examples"),
+        (Update({"logits": PROBS * 1e7}, 3), "beyond 1,000,000"),
+        (Update({"probs": PROBS.double()}, 3), "of type torch.float64 instead of torch.float32"),
+        (Update({"probs": torch.ones(4, 5, dtype=torch.int64)}, 3), "of type torch.int64 instead of torch.float32"),
+        (Update({"probs": PROBS}, 3, {"loss": float("inf")}), "not finite"),
+        (Update({"probs": PROBS}, 3, {"loss": 1.7e308}), "not finite"),  # two of them would add up to infinity
+        (Update({"probs": PROBS}, 3, {"loss": 1.0}), ""),
+    ],
+)
+def test_the_server_checks_every_reply(update, says):
+    found = refusal(update, {"logits" if "logits" in update.tensors else "probs": (4, 5)})
+    assert says in found
+    assert bool(found) == bool(says)
+
+
+def test_a_failure_without_words_has_a_line():
+    assert last_line("") == last_line(" \n") == "no reason given"
+    assert last_line("a\nb: c.\n") == "b: c"
+
+
+def test_integers_are_declared_and_extents_may_be_bounded():
+    declared = {"counts": Int64((3,)), "probs": (-4, 5)}
+    counts = torch.tensor([1, 2, 3])
+    assert refusal(Update({"counts": counts, "probs": PROBS[:2]}, 3), declared) == ""
+    assert refusal(Update({"counts": counts, "probs": PROBS[:0]}, 3), declared) == ""
+    assert "torch.int64" in refusal(Update({"counts": counts.float(), "probs": PROBS}, 3), declared)
+    assert "shape" in refusal(Update({"counts": counts, "probs": PROBS.repeat(2, 1)}, 3), declared)
+
+
+class Counting(Algorithm):
+    """Adds up what comes, in the order in which it is told."""
+
+    def init(self, kit):
+        return {"sum": torch.zeros(1)}
+
+    def sends(self, kit, state, client):
+        return {"x": (1,)}
+
+    def local(self, kit, client, request):
+        raise NotImplementedError
+
+    def tell(self, kit, state, updates, seed):
+        assert list(updates) == sorted(updates)
+        return {"sum": state["sum"] + sum(update.tensors["x"] for update in updates.values())}
+
+
+def replies(values):
+    """An exchange with given answers, coming in reversed order."""
+
+    def exchange(kind, number, requests):
+        for client in reversed(requests):
+            value = values.get(client)
+            if isinstance(value, str):
+                yield Reply(client, None, value, Traffic(1, 0, 1, 0))
+            elif value is not None:
+                yield Reply(client, Update({"x": torch.tensor([value])}, 1), "", Traffic(1, 2, 3, 4))
+
+    return exchange
+
+
+@pytest.fixture
+def kit(experiment):
+    return experiment.kit
+
+
+def test_failed_bad_and_silent_clients_are_survived_and_named(kit):
+    exchange = replies({0: 1.0, 1: "it fell over", 2: float("nan")})
+    rounds = list(play(Counting(), kit, exchange, 4, PLAIN))
+    assert [round_.number for round_ in rounds] == [1, 2]
+    assert rounds[-1].state["sum"].item() == 2.0
+    assert set(rounds[0].failures) == {1, 2, 3}
+    assert rounds[0].failures[1] == "it fell over"
+    assert "finite" in rounds[0].failures[2]
+    assert rounds[0].failures[3] == "no reply"
+    assert rounds[0].traffic == Traffic(3, 4, 7, 8)
+
+
+def test_a_round_without_any_answer_ends_the_run(kit):
+    with pytest.raises(RunError, match="Round 1: none of 2 clients gave a usable answer; client 0: gone"):
+        list(play(Counting(), kit, replies({0: "gone"}), 2, PLAIN))
+
+
+def test_stopping_early_is_a_break_and_resuming_is_a_state(kit):
+    exchange = replies({0: 1.0, 1: 2.0})
+    first = next(play(Counting(), kit, exchange, 2, PLAIN))
+    (last,) = play(Counting(), kit, exchange, 2, PLAIN, state=first.state, start=2)
+    assert last.state["sum"].item() == 6.0
+    assert tiny().rounds == 2

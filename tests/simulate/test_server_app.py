@@ -1,0 +1,171 @@
+"""The server on engines of Flower's: random node ids, nodes that are late, gone, or call themselves alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from PIL import Image
+
+from fedkd.core import run_directory, tensors
+from fedkd.core.errors import DataError, RunError
+from fedkd.simulate import experiment
+from fedkd.simulate.flower import client_app, server_app
+from fedkd.simulate.flower.local_grid import LocalGrid
+from fedkd.simulate.flower.local_update import Place
+from tests.conftest import tiny
+
+IDS = [71, -5, 40]  # of clients 0, 1 and 2, as an engine of Flower's might name them
+
+
+class Foreign(LocalGrid):
+    """The local grid with names of nodes as strange as Flower's, and nodes that come one at a time."""
+
+    def __init__(self, *args, late: int = 0, lost: tuple[int, ...] = (), numbers: dict | None = None, **more) -> None:
+        super().__init__(*args, **more)
+        self.late, self.lost, self.numbers = late, lost, numbers or {}
+        play = self._place.play
+
+        def named(message: Message) -> Message:
+            reply = play(message)
+            if not reply.has_error() and message.metadata.message_type == "query":
+                client = int(reply.content["metrics"]["client"])
+                reply.content["metrics"] = MetricRecord({"client": self.numbers.get(client, client)})
+            return reply
+
+        object.__setattr__(self._place, "play", named)
+
+    def get_node_ids(self):
+        self.late -= 1
+        return sorted(IDS)[: 3 if self.late < 0 else 1]
+
+    def create_message(self, content, message_type, dst_node_id, group_id, ttl=None):
+        return super().create_message(content, message_type, IDS.index(dst_node_id) + 1, group_id, ttl)
+
+    def push_messages(self, messages):
+        ids = super().push_messages(messages)
+        return [None if m.metadata.dst_node_id - 1 in self.lost else i for m, i in zip(messages, ids, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr(server_app, "START", 0.3)
+    monkeypatch.setattr(server_app, "SILENCE", 0.3)
+
+
+def foreign(config, **more) -> Foreign:
+    return Foreign(client_app.app, config.clients, config.run_config(), **more)
+
+
+def test_nodes_are_found_by_the_number_they_give():
+    config = tiny()
+    assert server_app.enroll(foreign(config, late=3), config) == IDS
+    assert server_app.enroll(LocalGrid(client_app.app, 10**6, {}), config) == range(1, 10**6 + 1), (
+        "and ours need no asking"
+    )
+
+
+def test_a_run_over_foreign_nodes_gives_the_bits_of_ours(tmp_path):
+    config = tiny(partitioner="linear", algorithm="ensemble:down=labels")
+    students = []
+    for name, grid in (("foreign", foreign(config)), ("ours", LocalGrid(client_app.app, 3, config.run_config()))):
+        server_app.serve(
+            grid,
+            run_directory.begin(tiny(partitioner="linear", algorithm=config.algorithm, out=str(tmp_path / name)), "x"),
+        )
+        students.append(tensors.load(tmp_path / name / "student.safetensors"))
+    assert tensors.equal(*students)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"late": 10**9}, "3 nodes are wanted and 1 are there"),
+        ({"numbers": {2: 0}}, r"call themselves clients \[0, 1\]"),
+        ({"numbers": {2: 7}}, r"call themselves clients \[0, 1, 7\]"),
+        ({"lost": (1,)}, r"call themselves clients \[0, 2\]"),
+    ],
+)
+def test_nodes_that_are_not_those_wanted_end_the_run(more, says):
+    config = tiny()
+    with pytest.raises(RunError, match=says):
+        server_app.enroll(foreign(config, **more), config)
+
+
+def test_a_node_without_a_number_is_told_how_to_get_one():
+    def bare(message: Message, context) -> Message:
+        del context.node_config["partition-id"]
+        return client_app.app(message, context)
+
+    app = ClientApp()
+    app.query()(bare)
+    config = tiny()
+    grid = foreign(config)
+    object.__setattr__(grid._place, "app", app)
+    with pytest.raises(RunError, match="This node has no number; start it with --node-config"):
+        server_app.enroll(grid, config)
+
+
+def test_a_round_goes_on_without_those_who_never_answer():
+    config = tiny()
+    nodes, asked = [IDS[client] for client in range(3)], {client: {"round": torch.tensor(1)} for client in range(3)}
+    replies = list(server_app.exchange(foreign(config, lost=(1,)), nodes, config, "train", 1, asked))
+    assert {reply.client: reply.failure for reply in replies} == {0: "", 1: "no reply", 2: ""}
+    assert len({reply.traffic.arrays_down for reply in replies}) == 1  # what was sent was sent
+
+
+def test_a_turn_that_fails_leaves_the_old_memory(tmp_path, monkeypatch):
+    """On engines of Flower's too, where the context is kept whatever became of the turn."""
+    config = tiny(algorithm="local", compare="fedmd")
+    place = Place(client_app.app, 3, config.run_config(), tmp_path)
+    grid = LocalGrid(client_app.app, 3, config.run_config())
+
+    def ask(algorithm: str) -> Message:
+        record = ConfigRecord({"round": 1, "algorithm": algorithm, "seed": 0, "dataset": "digits"})
+        return grid.create_message(
+            RecordDict({"arrays": server_app.to_record({"round": torch.tensor(1)}), "config": record}), "train", 1, "1"
+        )
+
+    place.accept(place.play(ask("local")))
+    before = (tmp_path / "1").read_bytes()
+    monkeypatch.setattr(experiment.prepared(config.member("fedmd", 0, "digits")).algorithm.__class__, "local", None)
+    assert place.play(ask("fedmd")).has_error()
+    assert (tmp_path / "1").read_bytes() == before
+    assert not (tmp_path / "1.new").exists()
+
+
+def test_a_node_plays_with_its_own_images(tmp_path):
+    """Rows that lie in folders of its own count; images that are public are refused, and so is nothing at all."""
+    config = tiny(partitioner="own", clients=1)
+    public = experiment.prepared(tiny(clients=1))
+    assert len(experiment.prepared(config).parts[0]) == 0
+    for row in public.parts[0][:30]:
+        folder = tmp_path / "mine" / str(int(public.train.labels[row]))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(public.train.pixels[row].numpy()).save(folder / f"{row}.png")
+    images = experiment.own(str(tmp_path / "mine"), config)
+    assert len(images) == 30
+    assert sorted(images.labels.tolist()) == sorted(public.train.labels[public.parts[0][:30]].tolist())
+
+    def play(**node_config) -> Message:
+        def placed(message: Message, context) -> Message:
+            context.node_config.update(node_config)
+            return client_app.app(message, context)
+
+        app = ClientApp()
+        app.train()(placed)
+        grid = LocalGrid(app, 1, config.run_config())
+        return next(
+            iter(server_app.exchange(grid, grid.get_node_ids(), config, "train", 1, {0: {"round": torch.tensor(1)}}))
+        )
+
+    reply = play(data=str(tmp_path / "mine"))
+    assert reply.failure == ""
+    assert reply.update.examples == 30
+    assert "This node has no data" in play().failure
+    Image.fromarray(public.kit.proxy[0].numpy()).save(tmp_path / "mine" / "0" / "public.png")
+    experiment.own.cache_clear()
+    experiment.read.cache_clear()
+    with pytest.raises(DataError, match=r"1 of the 31 images in .* are in the proxy or the test set"):
+        experiment.own(str(tmp_path / "mine"), config)

@@ -1,0 +1,96 @@
+"""Several processes: the same bits, and what happens when one dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedkd.core import tensors
+from fedkd.simulate.flower.local_grid import LocalGrid, count_workers
+from tests.conftest import CODED, play
+
+DROPPING = """
+from torch import nn
+
+def dropping(*, classes: int):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, classes))
+"""
+
+
+@pytest.mark.parametrize("model", ["cnn:width=8", "{own}:dropping"])
+def test_the_number_of_workers_changes_no_bit(tmp_path, model):
+    """Two and three processes against one, for a model without and with dropout."""
+    (tmp_path / "models.py").write_text(DROPPING)
+    model = model.replace("{own}", f"{tmp_path}/models.py")
+    played = {}
+    for workers in ("1", "2", "3") if "cnn" in model else ("1", "2"):
+        changes = {"algorithm": "ensemble:down=labels", "clients": 5, "up": CODED, "down": CODED}
+        rows = play(tmp_path / workers, workers=workers, model=model, **changes)
+        played[workers] = rows, tensors.digest(tensors.load(tmp_path / workers / "student.safetensors"))
+    assert len({str(result) for result in played.values()}) == 1
+
+
+app = ClientApp()
+
+
+@app.query()
+def dying(message: Message, context: Context) -> Message:
+    """Dies when it is asked to, once for each file it finds, or always."""
+    path = Path(str(message.content["config"]["path"]))
+    if context.node_config["partition-id"] == 1 and path.exists():
+        if path.name == "once":
+            path.unlink()
+        os._exit(9)
+    return Message(RecordDict({"metrics": MetricRecord({"count": 1})}), reply_to=message)
+
+
+@pytest.mark.parametrize("name", ["once", "always"])
+def test_a_worker_that_dies_is_replaced_and_its_turn_played_again(tmp_path, name):
+    (tmp_path / name).touch()
+    asked = RecordDict({"config": ConfigRecord({"path": str(tmp_path / name)})})
+    with LocalGrid("tests.test_workers:app", 2, {}, workers=2) as grid:
+        for _ in range(2):
+            replies = list(grid.send_and_receive([grid.create_message(asked, "query", node, "1") for node in (1, 2)]))
+            assert len(replies) == 2
+            failed = [reply.error.reason for reply in replies if reply.has_error()]
+            if name == "once":
+                assert not failed
+            else:
+                assert "died, twice" in str(failed)
+    deadline = 50
+    while multiprocessing.active_children() and (deadline := deadline - 1):
+        time.sleep(0.1)
+    assert not multiprocessing.active_children()
+
+
+def test_how_many_workers():
+    cores = count_workers("auto", 1000, 1, "cpu")
+    assert cores == len(os.sched_getaffinity(0))
+    assert count_workers("auto", 1000, cores, "cpu") == 1
+    assert count_workers("auto", 1, 1, "cpu") == 1
+    assert count_workers("auto", 20, 1, "cuda") == 1
+    assert count_workers("80", 2, 1, "cpu") == 2
+    assert count_workers("7", 20, 1, "cpu") == 7
+
+
+@app.train()
+def hanging(message: Message, context: Context) -> Message:
+    if context.node_config["partition-id"] == 1:
+        time.sleep(60)
+    return Message(RecordDict({"metrics": MetricRecord({"count": 1})}), reply_to=message)
+
+
+def test_a_turn_that_hangs_is_ended_and_the_others_go_on():
+    start = time.monotonic()
+    with LocalGrid("tests.test_workers:app", 3, {}, workers=1, timeout=0.5) as grid:
+        messages = [grid.create_message(RecordDict(), "train", node, "1") for node in (1, 2, 3)]
+        replies = {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(messages)}
+    assert [replies[node].has_error() for node in (1, 2, 3)] == [False, True, False]
+    assert "--client-timeout, twice" in replies[2].error.reason
+    assert time.monotonic() - start < 50

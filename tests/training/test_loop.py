@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedkd.core import seeds
+from fedkd.data.augment import PAD, crop_and_flip
+from fedkd.training import loop, optimizers
+from fedkd.training.loop import Augmentation, Scaling
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def pixels(generator) -> torch.Tensor:
+    return torch.randint(256, (50, 32, 32, 3), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture
+def labels(generator) -> torch.Tensor:
+    return torch.randint(10, (50,), generator=generator)
+
+
+def small() -> nn.Module:
+    with seeds.seeded(3):
+        return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 10))
+
+
+def train(model: nn.Module, pixels, labels, **changes) -> nn.Module:
+    options = {"epochs": 2, "batch_size": 16, "augmentation": Augmentation(), "seed": 7} | changes
+    step = optimizers.sgd(list(model.parameters()), 0.1, 0.9, 0.0)
+    loop.descend(model, step, pixels, labels, F.cross_entropy, Scaling.of(pixels), **options)
+    return model
+
+
+def test_scaling_is_numpys_mean_and_deviation(pixels):
+    scaling = Scaling.of(pixels)
+    flat = pixels.numpy().reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(scaling.mean, flat.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(scaling.std, flat.std(0), rtol=1e-9)
+    seen = scaling(pixels)
+    assert seen.shape == (50, 3, 32, 32)
+    assert seen.is_contiguous(memory_format=torch.channels_last)
+    assert abs(seen.mean().item()) < 1e-5
+    assert seen.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_a_constant_channel_is_not_divided_by_zero():
+    assert Scaling.of(torch.full((4, 8, 8, 3), 9, dtype=torch.uint8)).std == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_crop_and_flip_against_one_image_at_a_time(pixels, flip):
+    batch = crop_and_flip(pixels, flip, torch.Generator().manual_seed(1))
+    padded = F.pad(pixels, (0, 0, PAD, PAD, PAD, PAD)).numpy()
+    flipped = 0
+    for image, whole in zip(batch.numpy(), padded, strict=True):
+        cuts = [whole[y : y + 32, x : x + 32] for y in range(2 * PAD + 1) for x in range(2 * PAD + 1)]
+        straight = any(np.array_equal(image, cut) for cut in cuts)
+        mirrored = any(np.array_equal(image, cut[:, ::-1]) for cut in cuts)
+        assert straight or (flip and mirrored)
+        flipped += mirrored and not straight
+    assert (10 < flipped < 40) if flip else flipped == 0
+
+
+def test_descend_is_the_plain_loop(pixels, labels):
+    """The same steps written out with PyTorch's own parts."""
+    model = train(small(), pixels, labels)
+    oracle, scaling = small(), Scaling.of(pixels)
+    optimizer = torch.optim.SGD(oracle.parameters(), lr=0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(2):
+        order = torch.randperm(50, generator=generator)
+        for start in range(0, 50, 16):
+            rows = order[start : start + 16]
+            images = (
+                pixels[rows].permute(0, 3, 1, 2).float() - torch.tensor(scaling.mean).view(3, 1, 1)
+            ) / torch.tensor(scaling.std).view(3, 1, 1)
+            optimizer.zero_grad()
+            F.cross_entropy(oracle(images), labels[rows]).backward()
+            optimizer.step()
+    for ours, theirs in zip(model.parameters(), oracle.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_the_proximal_term_is_fedproxs(pixels, labels):
+    start = {name: value.clone() for name, value in small().state_dict().items()}
+    model = small()
+    with torch.no_grad():
+        model[2].weight += 0.5
+        model[2].bias -= 0.25
+    expected = 0.5 * 0.3 * (48 * 10 * 0.25 + 10 * 0.0625)
+    assert loop.proximal(0.3, start)(model).item() == pytest.approx(expected, rel=1e-5)
+    free = train(small(), pixels, labels, epochs=6)
+    held = train(small(), pixels, labels, epochs=6, penalty=loop.proximal(3.0, start))
+    distances = [sum((p - start[n]).square().sum() for n, p in m.named_parameters()) for m in (free, held)]
+    assert distances[1] < 0.5 * distances[0]
+
+
+class Dropping(nn.Module):
+    """Dropout draws from torch's own stream: the seed must reach it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.drop = small(), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(self.net(x))
+
+
+@pytest.mark.parametrize("kind", [small, Dropping])
+def test_the_seed_decides_order_augmentation_and_dropout(kind, pixels, labels):
+    def weights(seed: int, stream: int) -> torch.Tensor:
+        with seeds.seeded(3):
+            model = kind()
+        torch.manual_seed(stream)
+        train(model, pixels, labels, seed=seed, augmentation=Augmentation(True, True))
+        return torch.cat([p.flatten() for p in model.parameters()])
+
+    assert torch.equal(weights(1, stream=0), weights(1, stream=99))
+    assert not torch.equal(weights(1, stream=0), weights(2, stream=0))
+
+
+def test_a_single_image_and_a_batch_larger_than_the_data(pixels, labels):
+    for norm in ("group", "batch"):
+        from fedkd.models import build
+
+        model = build("resnet8:width=8", 10, norm)
+        train(model, pixels[:1], labels[:1], epochs=1)
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_predict_is_in_evaluation_mode_and_does_not_depend_on_chunks(pixels, monkeypatch):
+    from fedkd.models import build
+
+    model = build("resnet8:width=8", 10, "batch")
+    scaling = Scaling.of(pixels)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    logits = loop.predict(model.train(), pixels, scaling)
+    monkeypatch.setattr(loop, "CPU_CHUNK", 7)
+    assert torch.allclose(loop.predict(model, pixels, scaling), logits, atol=1e-5)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not logits.requires_grad
+    assert not logits.is_inference()
+
+
+def test_score():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
+    accuracy, loss = loop.score(logits, torch.tensor([0, 1, 1]))
+    assert accuracy == pytest.approx(2 / 3)
+    assert loss == pytest.approx((2 * np.log1p(np.exp(-2)) + np.log1p(np.exp(2))) / 3)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_optimizers_give_the_bits_of_torchs_own(kind, pixels, labels):
+    """Over some steps, in channels_last; a frozen parameter stays, one without gradient counts as zero."""
+
+    def convolutional() -> nn.Module:
+        with seeds.seeded(3):
+            model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 900, 10), nn.Linear(2, 2))
+        model[2].bias.requires_grad_(False)
+        return model.to(memory_format=torch.channels_last)
+
+    ours, theirs = convolutional(), convolutional()
+    used = [p for p in theirs.parameters() if p.requires_grad]
+    if kind == "sgd":
+        step = optimizers.sgd(list(ours.parameters()), 0.01, 0.9, 5e-4)
+        oracle = torch.optim.SGD(used, lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
+    else:
+        step = optimizers.adam(list(ours.parameters()), 1e-3)
+        oracle = torch.optim.Adam(used, lr=1e-3, fused=True)
+    images = Scaling.of(pixels)(pixels)
+    for _ in range(4):
+        for model in (ours, theirs):
+            F.cross_entropy(model[2](model[1](model[0](images))), labels).backward()
+        for parameter in theirs[3].parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        step()
+        oracle.step()
+        oracle.zero_grad()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert mine.grad is None
+        assert torch.equal(mine, other)
+    assert torch.equal(ours[2].bias, convolutional()[2].bias)
+
+
+def test_training_does_not_import_the_compiler():
+    code = (
+        "import sys; from fedkd.core.runtime import settle; settle(1);"
+        "from tests.conftest import tiny; from fedkd.simulate.experiment import prepare;"
+        "e = prepare(tiny()); e.kit.fit(e.client(0, 1, {}), e.kit.initial('cnn:width=8'));"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
