@@ -61,7 +61,7 @@ def read(paths):
 
 
 def steady(row):
-    return {key: value for key, value in row.items() if "seconds" not in key}
+    return {key: value for key, value in row.items() if "training_seconds" not in key}
 
 
 def test_runs_played_apart_are_those_played_together(runs):

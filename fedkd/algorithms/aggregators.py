@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from fedkd.core.soft_labels import certainty, normalized, weighted_mean, weighted_sum
+from fedkd.core.soft_labels import mean_probs as mean_probs
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -22,19 +25,9 @@ Bound = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=0.5)]
 
 
-def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """softmax(f / T), as it is sent: worked out in float64, rounded once."""
-    return (logits.double() / temperature).softmax(-1).float()
-
-
 def mean_logits(logits: Tensor, weights: Tensor) -> Tensor:
     """softmax(sum_k w_k f_k) (FedDF: Lin et al., 2020). One overconfident client can outvote the rest."""
-    return _mean(logits, weights).softmax(-1).to(logits.dtype)
-
-
-def mean_probs(logits: Tensor, weights: Tensor) -> Tensor:
-    """sum_k w_k softmax(f_k): simple averaging (DS-FL: Itahara et al., 2020). Every vote is bounded."""
-    return _mean(_probs(logits), weights).to(logits.dtype)
+    return weighted_mean(logits, weights).softmax(-1).to(logits.dtype)
 
 
 def era(logits: Tensor, weights: Tensor, *, temperature: Scale = 0.1) -> Tensor:
@@ -42,12 +35,12 @@ def era(logits: Tensor, weights: Tensor, *, temperature: Scale = 0.1) -> Tensor:
 
     It sharpens the head and lifts the far tail: a class of probability zero gets one.
     """
-    return (_mean(_probs(logits), weights) / temperature).softmax(-1).to(logits.dtype)
+    return (weighted_mean(_probs(logits), weights) / temperature).softmax(-1).to(logits.dtype)
 
 
 def beta_era(logits: Tensor, weights: Tensor, *, beta: Scale = 2.0) -> Tensor:
     """p^beta / sum_c p^beta of the mean probabilities p; beta 1 leaves them (SCARLET: Azuma et al., 2025)."""
-    return (beta * _mean(_probs(logits), weights).log()).softmax(-1).to(logits.dtype)
+    return (beta * weighted_mean(_probs(logits), weights).log()).softmax(-1).to(logits.dtype)
 
 
 def entropy(logits: Tensor, weights: Tensor, *, sharpness: Scale = 1.0) -> Tensor:
@@ -56,20 +49,13 @@ def entropy(logits: Tensor, weights: Tensor, *, sharpness: Scale = 1.0) -> Tenso
     Who is sure counts more (the unlabeled analogue of FedGEMS: Cheng et al., 2021).
     """
     certain = certainty(logits, weights, sharpness)
-    return _mean(_probs(logits), certain).to(logits.dtype)
-
-
-def certainty(logits: Tensor, weights: Tensor, sharpness: float = 1.0) -> Tensor:
-    """What each weighs on each sample [K, N], in proportion to its weight times exp(-sharpness * H(p_k))."""
-    log_probs = logits.double().log_softmax(-1)
-    uncertainty = -(log_probs.exp() * log_probs).sum(-1)
-    return (_shares(weights, logits).log() - sharpness * uncertainty).softmax(0)
+    return weighted_mean(_probs(logits), certain).to(logits.dtype)
 
 
 def variance(logits: Tensor, weights: Tensor) -> Tensor:
     """softmax(sum_k a_k f_k), a_k(x) = Var_c f_k / sum Var: Fed-ET's weights (Cho et al., 2022)."""
     spread = logits.double().var(-1, correction=0)
-    return _mean(logits, _shares(weights, logits) * (spread + 1e-12)).softmax(-1).to(logits.dtype)
+    return weighted_mean(logits, normalized(weights, logits) * (spread + 1e-12)).softmax(-1).to(logits.dtype)
 
 
 def median(logits: Tensor, weights: Tensor) -> Tensor:
@@ -90,10 +76,10 @@ def geometric_median(logits: Tensor, weights: Tensor, *, steps: PositiveInt = 10
 
     By Weiszfeld's steps, each the mean by w_k / max(1e-6, ||p_k - z||); from the mean.
     """
-    probs, shares = _probs(logits), _shares(weights, logits)
-    center = _mean(probs, shares)
+    probs, shares = _probs(logits), normalized(weights, logits)
+    center = weighted_mean(probs, shares)
     for _ in range(steps):
-        center = _mean(probs, shares / (probs - center).norm(dim=-1).clamp_min(1e-6))
+        center = weighted_mean(probs, shares / (probs - center).norm(dim=-1).clamp_min(1e-6))
     return center.to(logits.dtype)
 
 
@@ -106,7 +92,7 @@ def spectral(logits: Tensor, weights: Tensor, *, fraction: Fraction = 0.2, varia
     The paper states no constants. Liars of share e who pass ``variance`` = v move the mean by no more
     than sqrt(v e / (1 - e)): by 0.11 for a fifth of the clients and 0.05, the default.
     """
-    probs, shares = _probs(logits), _shares(weights, logits)
+    probs, shares = _probs(logits), normalized(weights, logits)
     kept = (shares > 0).double()
     left = (fraction * kept.sum(0) + 1e-9).floor()
     rows = left.nonzero()[:, 0]
@@ -119,7 +105,7 @@ def spectral(logits: Tensor, weights: Tensor, *, fraction: Fraction = 0.2, varia
         kept[:, rows] -= farthest * each
         left[rows] = (left[rows] - farthest.sum(0)).clamp_min(0)
         rows = rows[left[rows] > 0]
-    return _mean(probs, shares * kept).to(logits.dtype)
+    return weighted_mean(probs, shares * kept).to(logits.dtype)
 
 
 def vote(logits: Tensor, weights: Tensor) -> Tensor:
@@ -128,7 +114,7 @@ def vote(logits: Tensor, weights: Tensor) -> Tensor:
     A client with several first classes divides its vote among them.
     """
     first = (logits == logits.amax(-1, keepdim=True)).double()
-    return _mean(first / first.sum(-1, keepdim=True), weights).to(logits.dtype)
+    return weighted_mean(first / first.sum(-1, keepdim=True), weights).to(logits.dtype)
 
 
 def leave_one_out(logits: Tensor, weights: Tensor) -> Tensor:
@@ -136,7 +122,7 @@ def leave_one_out(logits: Tensor, weights: Tensor) -> Tensor:
 
     Its own where no other client has any weight: to learn from oneself changes nothing.
     """
-    probs, shares = _probs(logits), _shares(weights, logits)
+    probs, shares = _probs(logits), normalized(weights, logits)
     others = 1 - probs.new_ones(len(probs)).diag()
     total = (others @ (shares[..., None] * probs).flatten(1)).view_as(probs)
     weight = (others @ shares)[..., None]
@@ -161,7 +147,7 @@ def clustered(probs: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     names = list(dict.fromkeys(labels))
     assignment = torch.tensor([names.index(label) for label in labels])
     groups = [probs[assignment == cluster] for cluster in range(len(names))]
-    return torch.stack([_mean(group, torch.ones(1, 1)) for group in groups]).to(probs.dtype), assignment
+    return torch.stack([weighted_mean(group, torch.ones(1, 1)) for group in groups]).to(probs.dtype), assignment
 
 
 def mixed(probs: Tensor, coefficients: Tensor) -> Tensor:
@@ -199,26 +185,6 @@ def _probs(logits: Tensor) -> Tensor:
     return logits.double().softmax(-1)
 
 
-def _shares(weights: Tensor, values: Tensor) -> Tensor:
-    """Weights [K, N] that sum to one over the clients; where all are zero, all count alike."""
-    weights = weights.double().expand(values.shape[:2])
-    weights = weights.masked_fill(weights.sum(0) == 0, 1.0)
-    return weights / weights.sum(0)
-
-
-def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    """The weighted mean over clients [N, C]."""
-    return _sum(values, _shares(weights, values)[..., None])
-
-
-def _sum(values: Tensor, shares: Tensor) -> Tensor:
-    """sum_k shares_k values_k for shares [K, N, 1 or C], in float64, added up in the clients' order."""
-    total = values[0].double() * shares[0]
-    for value, share in zip(values[1:], shares[1:], strict=True):
-        total += value.double() * share
-    return total
-
-
 def _middle(logits: Tensor, weights: Tensor, fraction: float) -> Tensor:
     """Each class' mean of the sorted probabilities whose cumulative weight is in [fraction, 1 - fraction].
 
@@ -226,12 +192,12 @@ def _middle(logits: Tensor, weights: Tensor, fraction: float) -> Tensor:
     """
     probs = _probs(logits)
     values, order = probs.sort(0)
-    shares = _shares(weights, probs)[..., None].expand_as(probs).gather(0, order)
+    shares = normalized(weights, probs)[..., None].expand_as(probs).gather(0, order)
     above = shares.cumsum(0)
     inside = (above.clamp_max(1 - fraction) - (above - shares).clamp_min(fraction)).clamp_min(0)
-    middle = _sum(values, inside / (1 - 2 * fraction))
+    middle = weighted_sum(values, inside / (1 - 2 * fraction))
     total = middle.sum(-1, keepdim=True)
-    return (middle / total).where(total > 1e-9, _mean(probs, weights)).to(logits.dtype)
+    return (middle / total).where(total > 1e-9, weighted_mean(probs, weights)).to(logits.dtype)
 
 
 def _axis(probs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,8 +208,8 @@ def _axis(probs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """
     import torch
 
-    centered = (probs - _mean(probs, weights)).transpose(0, 1)
-    scaled = centered * _shares(weights, probs).T.sqrt()[..., None]
+    centered = (probs - weighted_mean(probs, weights)).transpose(0, 1)
+    scaled = centered * normalized(weights, probs).T.sqrt()[..., None]
     wide = scaled.shape[1] < scaled.shape[2]
     values, axes = torch.linalg.eigh(scaled @ scaled.mT if wide else scaled.mT @ scaled)
     if wide:

@@ -1,33 +1,46 @@
-"""The protocol of a method: ``ask -> local on every chosen client -> tell``.
+"""The protocol of a method: ``broadcast -> local_update on every sampled client -> aggregate``.
 
 An algorithm is a value: a frozen dataclass whose fields are its hyperparameters. Its methods are
-pure, state in and state out; what they compute with is in the `Kit`.
+pure functions, state in and state out; what they compute with is in the `Setup`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from fedkd.core.lazy import torch
+from fedkd.core.seeds import derive
+from fedkd.core.tensors import take
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedkd.core.config import Config
     from fedkd.core.tensors import Shapes, Tensors
+    from fedkd.data.proxies import ProxySet
     from fedkd.data.readers import Images
-    from fedkd.training.trainer import Kit
+    from fedkd.training.trainer import Trainer
+
+    Aggregator = Callable[[Tensor, Tensor], Tensor]
+    DistillationLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Client:
-    """A client in a round: its number, its seed for this round, its model, its data, its memory."""
+    """A client in a round: its number, its seed for this round, its model's spec, its data and its memory."""
 
     id: int
     seed: int
     model: str
     data: Images
     memory: Tensors
+
+    def derive(self, purpose: str) -> int:
+        """The seed of this client and round for one purpose."""
+        return derive(self.seed, purpose)
 
 
 @dataclass(frozen=True)
@@ -39,62 +52,122 @@ class Update:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Distillation:
+    """How client logits become a teacher, and how a student is compared with it.
+
+    ``aggregator``: logits [K, N, C] / T and weights -> probs [N, C]. ``loss``: student logits [B, C] / T and
+    teacher probs [B, C] -> scalar. These are the only two places where logits are divided by T.
+    """
+
+    aggregator: Aggregator
+    loss: DistillationLoss
+    temperature: float
+    weighting: Literal["uniform", "size"]
+
+    def teacher_probs(self, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """The teacher's probs [N, C] at T, from the logits [N, C] of K clients and their weights [K, 1 or N]."""
+        return self.aggregator(torch.stack(list(logits)) / self.temperature, weights)
+
+    def client_weights(self, examples: Sequence[int]) -> Tensor:
+        """The weights of the clients in the ensemble [K, 1]: ones, or their numbers of examples."""
+        sizes: Tensor = torch.tensor(examples, dtype=torch.float)[:, None]
+        return sizes if self.weighting == "size" else torch.ones_like(sizes)
+
+    def objective(self, student_logits: Tensor, teacher_probs: Tensor) -> Tensor:
+        """T^2 * loss(student_logits / T, teacher_probs): gradients keep their size (Hinton et al., 2015)."""
+        return self.temperature**2 * self.loss(student_logits / self.temperature, teacher_probs)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the server and all clients share before the first round.
+
+    ``models`` are the specs of the clients' models, assigned in turn; ``student`` is that of the global student.
+    """
+
+    config: Config
+    classes: int
+    models: tuple[str, ...]
+    student: str
+    proxy: ProxySet
+    distillation: Distillation
+    trainer: Trainer
+
+    @property
+    def logits_shape(self) -> tuple[int, int]:
+        """The shape [P, C] of a client's logits on the proxy samples of one round."""
+        return self.proxy.samples, self.classes
+
+    def model_of(self, client: int) -> str:
+        """The spec of a client's model."""
+        return self.models[client % len(self.models)]
+
+    def local_weights(self, client: Client) -> dict[str, Tensor]:
+        """The client's own model from its memory; the initial weights in its first round."""
+        return take("model", client.memory) or self.trainer.initial_weights(client.model)
+
+    def proxy_logits(self, model: str, weights: Tensors, number: int) -> Tensor:
+        """A model's logits [P, C] on the proxy samples of a round."""
+        return self.trainer.predict(model, weights, self.proxy.images[self.proxy.subset(number)])
+
+
 class Algorithm(ABC):
     """A method of federated learning."""
 
-    #: Whether the private data of all clients lies in one place (the ceiling, not a federation).
-    pooled: ClassVar[bool] = False
-    #: Whether the proxy's labels are read; they are not even there for a method that does not say so.
-    labeled_proxy: ClassVar[bool] = False
+    #: Whether one client holds the private data of all (an upper bound, not a federation).
+    pools_data: ClassVar[bool] = False
+    #: Whether the method reads the proxy's labels. They are not loaded for a method that does not say so.
+    reads_proxy_labels: ClassVar[bool] = False
 
     @property
-    def one_model(self) -> bool:
-        """Whether all clients and the student must have one architecture."""
+    def needs_one_model(self) -> bool:
+        """Whether all clients and the student must have the same architecture."""
         return False
 
     @property
     def codecs(self) -> tuple[str, str] | None:
-        """The codecs up and down where they are a part of the method; by default those of the run."""
+        """The uplink and the downlink codec if they are part of the method; by default those of the run."""
         return None
 
-    def init(self, kit: Kit) -> Tensors:
+    def initial_state(self, setup: Setup) -> Tensors:
         """The server's state before the first round."""
         return {}
 
-    def ask(self, kit: Kit, state: Tensors, client: int) -> Tensors:
-        """What a chosen client is sent."""
+    def broadcast(self, setup: Setup, state: Tensors, client: int) -> Tensors:
+        """What the server sends to a sampled client."""
         return {}
 
     @abstractmethod
-    def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
-        """A client's turn: what it answers, and its new memory.
+    def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
+        """A client's computation in a round: its update, and its new memory.
 
-        The memory holds the client's own model as ``model/NAME``; evaluation takes it from there.
+        The memory holds the client's own model as ``model/NAME``; evaluation reads it there.
         """
 
-    def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
-        """Names and shapes of the tensors in a client's update. The server refuses any other.
+    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
+        """Names and shapes of the tensors in a client's update. The server refuses anything else.
 
-        A negative extent -n stands for at most n, `Int64` and `UInt8` for integers; all else must be float32.
-        A tensor named ``probs`` must hold distributions.
+        A negative extent -n means at most n; `Int64` and `UInt8` declare integers, all other tensors are float32.
+        A tensor named ``probs`` must hold probability distributions.
         """
         return {}
 
-    def objection(self, kit: Kit, update: Update) -> str:
-        """What is wrong with an update of the declared shapes; empty if nothing is."""
+    def check_update(self, setup: Setup, update: Update) -> str:
+        """What is wrong with an update that has the declared shapes; empty if nothing is."""
         return ""
 
-    def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
-        """The server's turn: its new state. ``updates`` is ordered by client and not empty."""
+    def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
+        """The server's new state. ``updates`` is ordered by client and not empty."""
         return state
 
-    def teacher(self, kit: Kit, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
-        """The ensemble's probs [N, C] from its K members' logits [N, C] and their weights [K, 1 or N].
+    def teacher_probs(self, setup: Setup, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """The ensemble's probs [N, C] from the logits [N, C] of K clients and their weights [K, 1 or N].
 
-        By default by the run's aggregator.
+        By default by the run's aggregator. Evaluation uses it to measure the teacher.
         """
-        return kit.ensemble(logits, weights)
+        return setup.distillation.teacher_probs(logits, weights)
 
-    def deploy(self, kit: Kit, state: Tensors) -> Tensors:
-        """The weights of the global student, or nothing where a method has none."""
+    def global_model(self, setup: Setup, state: Tensors) -> Tensors:
+        """The weights of the global student; empty if the method has none."""
         return {}

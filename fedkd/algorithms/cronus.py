@@ -1,43 +1,51 @@
-"""Cronus (Chang et al., 2019): probabilities up, their robust mean down, joint training on both kinds of images."""
+"""Cronus (Chang et al., 2019): probabilities up, their robust mean down, joint training on both kinds of samples."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
 from fedkd.algorithms import aggregators
-from fedkd.algorithms.ensemble import OwnTeacher
+from fedkd.algorithms.ensemble import Downlink, Ensemble, soft_cross_entropy
+from fedkd.core.soft_labels import SoftLabels
 from fedkd.training.losses.logits import cross_entropy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.algorithms.base import Client
+    from fedkd.algorithms.base import Client, Distillation, Setup
     from fedkd.core.tensors import Tensors
-    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)
-class Cronus(OwnTeacher):
-    """Clients train on the union of their rows and the proxy with the robust labels.
+class Cronus(Ensemble):
+    """Clients train on the union of their samples and the proxy samples with the robust labels.
 
-    ``fraction`` of the clients may be dropped for an image (`aggregators.spectral`). The server's student is
-    optional in the paper; here it is distilled from the same labels, so that there is one to compare.
+    ``fraction`` of the clients may be dropped for a sample (`aggregators.spectral`). The global student is optional
+    in the paper; here it is distilled from the same labels, so that there is one to compare.
     """
 
+    uplink: ClassVar[str] = "probs"
+    downlink: Downlink = "labels"
     fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
 
     def __post_init__(self) -> None:
-        if self.digest_epochs != type(self).digest_epochs:
-            raise ValueError("digest_epochs is for a digest apart; clients train on both kinds of images at once")
+        if self.local_distill_epochs != type(self).local_distill_epochs:
+            raise ValueError("local_distill_epochs does not apply: clients train on both kinds of samples at once")
 
-    def train(self, kit: Kit, client: Client, request: Tensors) -> dict[str, Tensor]:
-        if self.down != "labels" or "probs" not in request:
-            return super().train(kit, client, request)
-        rows = kit.subset(int(request["told"]))
-        return kit.fit_jointly(client, kit.own(client), rows, request["probs"], cross_entropy)
+    def distillation(self, setup: Setup) -> Distillation:
+        return soft_cross_entropy(setup, partial(aggregators.spectral, fraction=self.fraction))
 
-    def aggregate(self, logits: Tensor, weights: Tensor) -> Tensor:
-        return aggregators.spectral(logits, weights, fraction=self.fraction)
+    def train_client(self, setup: Setup, client: Client, message: Tensors) -> dict[str, Tensor]:
+        if self.downlink != "labels" or "probs" not in message:
+            return super().train_client(setup, client, message)
+        images = setup.proxy.images[setup.proxy.subset(int(message["prev"]))]
+        return setup.trainer.train(
+            client,
+            setup.local_weights(client),
+            soft_labels=SoftLabels(images, message["probs"]),
+            soft_objective=cross_entropy,
+        )

@@ -1,4 +1,4 @@
-"""An ensemble in which a client counts where its data is dense (FedAUX's rule: Sattler et al., 2021)."""
+"""An ensemble whose client weights are density ratios of the clients' data (FedAUX's rule: Sattler et al., 2021)."""
 
 from __future__ import annotations
 
@@ -14,44 +14,46 @@ from fedkd.core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.algorithms.base import Client, Update
+    from fedkd.algorithms.base import Client, Setup, Update
     from fedkd.core.tensors import Shapes, Tensors
-    from fedkd.training.trainer import Kit
 
-MOST = 500  # images of either kind that a density is estimated from
+MAX_SAMPLES = 500  # of either kind, from which a density is estimated
 
 
 @dataclass(frozen=True)
 class Density(Ensemble):
-    """Beside its logits a client sends, for each proxy image, how much denser it lies in its data than in the proxy.
+    """With its logits a client uploads, for each proxy sample, the ratio of its own density to the proxy's.
 
-    That ratio (`density_ratio.ratio`, in the principal components of the proxy's pixels) weighs the client's answer in
-    ``--aggregator``; ``--aggregator entropy`` or ``variance`` adds the client's own certainty to it. It tells more
-    about a client's data than soft labels alone.
+    That ratio (`density_ratio.ratio`, on principal components of the proxy's pixels) is the client's weight in
+    ``--aggregator``; ``--aggregator entropy`` or ``variance`` adds the client's own certainty. It reveals more about
+    a client's data than soft labels alone.
     """
 
-    def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
-        update, memory = super().local(kit, client, request)
-        weight = density_of(kit, client, kit.subset(int(request["round"]))).float()
+    def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
+        update, memory = super().local_update(setup, client, message)
+        weight = client_density_ratio(setup, client, setup.proxy.subset(int(message["round"]))).float()
         return replace(update, tensors={**update.tensors, "weight": weight}), memory
 
-    def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
-        return {**super().sends(kit, state, client), "weight": kit.answers()[:1]}
+    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
+        return {**super().upload_spec(setup, state, client), "weight": setup.logits_shape[:1]}
 
-    def objection(self, kit: Kit, update: Update) -> str:
+    def check_update(self, setup: Setup, update: Update) -> str:
         weight = update.tensors["weight"]
-        return "" if ((weight >= 0) & (weight <= MOST**0.9)).all() else "sent weights that no density ratio has"
+        is_possible = ((weight >= 0) & (weight <= MAX_SAMPLES**0.9)).all()
+        return "" if is_possible else "sent weights that no density ratio has"
 
-    def weigh(self, kit: Kit, updates: Mapping[int, Update]) -> Tensor:
-        return super().weigh(kit, updates) * torch.stack([update.tensors["weight"] for update in updates.values()])
+    def client_weights(self, setup: Setup, updates: Mapping[int, Update]) -> Tensor:
+        ratios: Tensor = torch.stack([update.tensors["weight"] for update in updates.values()])
+        return super().client_weights(setup, updates) * ratios
 
 
-def density_of(kit: Kit, client: Client, rows: Tensor) -> Tensor:
-    """The ratio of the client's density to the proxy's [R] at the proxy's ``rows``."""
+def client_density_ratio(setup: Setup, client: Client, indices: Tensor) -> Tensor:
+    """The ratio of the client's density to the proxy's [R] at the proxy samples ``indices``."""
 
-    def some(images: Tensor, purpose: str) -> Tensor:
-        order = torch.randperm(len(images), generator=seeds.generator(kit.config.seed, purpose, client.id))
-        return density_ratio.features(kit.proxy, images[order[:MOST]])
+    def features(images: Tensor, purpose: str) -> Tensor:
+        order = torch.randperm(len(images), generator=seeds.generator(setup.config.seed, purpose, client.id))
+        return density_ratio.features(setup.proxy.images, images[order[:MAX_SAMPLES]])
 
-    private, public = some(client.data.pixels, "density, own"), some(kit.proxy, "density, proxy")
-    return density_ratio.ratio(private, public, density_ratio.features(kit.proxy, kit.proxy[rows]))
+    private, public = features(client.data.pixels, "density, own"), features(setup.proxy.images, "density, proxy")
+    at = density_ratio.features(setup.proxy.images, setup.proxy.images[indices])
+    return density_ratio.ratio(private, public, at)

@@ -1,27 +1,30 @@
-"""DS-FL (Itahara et al., 2020): probabilities up, sharpened probabilities down, everyone distills."""
+"""DS-FL (Itahara et al., 2020): probabilities on the uplink, sharpened probabilities on the downlink."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
 from fedkd.algorithms import aggregators
-from fedkd.algorithms.ensemble import OwnTeacher
+from fedkd.algorithms.ensemble import Downlink, Ensemble, soft_cross_entropy
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from fedkd.algorithms.base import Distillation, Setup
 
 
 @dataclass(frozen=True)
-class DSFL(OwnTeacher):
-    """``aggregation="era"`` is softmax(mean probs / temperature); ``"sa"`` the plain mean."""
+class DSFL(Ensemble):
+    """``aggregation="era"`` is softmax(mean probs / temperature); ``"sa"`` is the plain mean."""
 
+    uplink: ClassVar[str] = "probs"
+    downlink: Downlink = "labels"
     aggregation: Literal["era", "sa"] = "era"
     temperature: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = 0.1
 
-    def aggregate(self, logits: Tensor, weights: Tensor) -> Tensor:
+    def distillation(self, setup: Setup) -> Distillation:
         if self.aggregation == "sa":
-            return super().aggregate(logits, weights)
-        return aggregators.era(logits, weights, temperature=self.temperature)
+            return soft_cross_entropy(setup)
+        return soft_cross_entropy(setup, partial(aggregators.era, temperature=self.temperature))

@@ -1,6 +1,8 @@
-"""Ensemble distillation on a proxy set: soft labels up, a global student below the teacher.
+"""Ensemble distillation on a proxy set: clients upload logits, the server distills the global student from them.
 
-The server step of FedDF (Lin et al., 2020) fed by the uplink of FedMD (Li and Wang, 2019).
+The server step of FedDF (Lin et al., 2020) with the uplink of FedMD (Li and Wang, 2019). Methods that differ in the
+ensemble, in what is sent or in the local update are subclasses: DS-FL, CFD, Cronus, FedEMA, FedGEMS, Selective-FD,
+SCARLET and density weighting.
 """
 
 from __future__ import annotations
@@ -11,120 +13,135 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import PositiveInt
 
-from fedkd.algorithms import aggregators
 from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.core.soft_labels import SoftLabels, mean_probs, probabilities
 from fedkd.core.tensors import integer, put, take
 from fedkd.training.losses.logits import cross_entropy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedkd.algorithms.base import Aggregator, Distillation, Setup
     from fedkd.core.tensors import Shapes, Tensors
-    from fedkd.training.trainer import Kit
+    from fedkd.training.loop import Objective
 
-Down = Literal["nothing", "labels", "student"]
+Downlink = Literal["nothing", "labels", "student"]
 
 
 @dataclass(frozen=True)
 class Ensemble(Algorithm):
-    """Clients answer the proxy images; the server distills the teacher made of their answers.
+    """Clients upload logits on the proxy samples; the server distills the student from their ensemble.
 
-    ``down`` is what they get for it with the next request: nothing; the teacher's soft labels, which
-    a client digests before it trains; or the student's weights, from which it trains.
+    ``downlink`` is what clients receive in the next round: nothing; the teacher's soft labels, from which a client
+    distills for ``local_distill_epochs`` before it trains; or the student's weights, from which it trains.
     """
 
-    down: Down = "nothing"
-    digest_epochs: PositiveInt = 1
-    #: What clients send: logits, or probs.
-    said: ClassVar[str] = "logits"
+    downlink: Downlink = "nothing"
+    local_distill_epochs: PositiveInt = 1
+    #: What clients upload: ``logits`` or ``probs``.
+    uplink: ClassVar[str] = "logits"
 
     def __post_init__(self) -> None:
-        if self.down != "labels" and self.digest_epochs != type(self).digest_epochs:
-            raise ValueError("digest_epochs is for down=labels")
+        if self.downlink != "labels" and self.local_distill_epochs != type(self).local_distill_epochs:
+            raise ValueError("local_distill_epochs applies to downlink=labels")
 
     @property
-    def one_model(self) -> bool:
-        return self.down == "student"
+    def needs_one_model(self) -> bool:
+        return self.downlink == "student"
 
-    def init(self, kit: Kit) -> Tensors:
-        return {"round": integer(1), **put("student", kit.initial(kit.student))}
+    def distillation(self, setup: Setup) -> Distillation:
+        """The aggregator, loss and temperature of the method; by default those of the run."""
+        return setup.distillation
 
-    def ask(self, kit: Kit, state: Tensors, client: int) -> Tensors:
-        if self.down == "student":
+    def initial_state(self, setup: Setup) -> Tensors:
+        return {"round": integer(1), **put("student", setup.trainer.initial_weights(setup.student))}
+
+    def broadcast(self, setup: Setup, state: Tensors, client: int) -> Tensors:
+        if self.downlink == "student":
             return {"round": state["round"], **put("student", take("student", state))}
-        down = ("round", "told", "probs") if self.down == "labels" else ("round",)
-        return {name: state[name] for name in down if name in state}
+        names = ("round", "prev", "probs") if self.downlink == "labels" else ("round",)
+        return {name: state[name] for name in names if name in state}
 
-    def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
-        weights = self.train(kit, client, request)
-        said = _said(self.said, kit.answer(client, weights, int(request["round"])))
-        return Update({self.said: said}, len(client.data)), put("model", weights)
+    def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
+        weights = self.train_client(setup, client, message)
+        logits = setup.proxy_logits(client.model, weights, int(message["round"]))
+        labels = probabilities(logits) if self.uplink == "probs" else logits
+        return Update({self.uplink: labels}, len(client.data)), put("model", weights)
 
-    def train(self, kit: Kit, client: Client, request: Tensors) -> dict[str, Tensor]:
-        """The client's weights after it took in what came down and trained on its rows."""
-        return kit.fit(client, take("student", request) or self.digest(kit, client, kit.own(client), request))
+    def train_client(self, setup: Setup, client: Client, message: Tensors) -> dict[str, Tensor]:
+        """The client's weights after it has used what it received and trained on its own samples."""
+        start = take("student", message) or self.distill_client(setup, client, setup.local_weights(client), message)
+        return setup.trainer.train(client, start)
 
-    def digest(self, kit: Kit, client: Client, weights: Tensors, request: Tensors) -> Tensors:
-        """The weights after distilling the soft labels that came down, if any did."""
-        if "probs" not in request:
+    def distill_client(self, setup: Setup, client: Client, weights: Tensors, message: Tensors) -> Tensors:
+        """The client's weights after distillation from the soft labels in the message, if there are any."""
+        if "probs" not in message:
             return weights
-        return kit.digest(client, weights, kit.subset(int(request["told"])), request["probs"], self.digest_epochs)
+        return self.distill_on(setup, client, weights, setup.proxy.subset(int(message["prev"])), message["probs"])
 
-    def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
-        return {self.said: kit.answers()}
+    def distill_on(self, setup: Setup, client: Client, weights: Tensors, indices: Tensor, probs: Tensor) -> Tensors:
+        """The client's weights after distillation from probs [R, C] on these proxy samples [R]."""
+        return distill_locally(
+            setup, client, weights, indices, probs, self.distillation(setup).objective, self.local_distill_epochs
+        )
 
-    def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
-        probs = self.teacher(kit, heard([update.tensors for update in updates.values()]), self.weigh(kit, updates))
-        return {**self.learn(kit, state, kit.subset(int(state["round"])), probs, seed), "probs": probs}
+    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
+        return {self.uplink: setup.logits_shape}
 
-    def weigh(self, kit: Kit, updates: Mapping[int, Update]) -> Tensor:
-        """What the clients' answers weigh in the teacher [K, 1 or N]."""
-        return kit.votes([update.examples for update in updates.values()])
+    def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
+        logits = uploaded_logits([update.tensors for update in updates.values()])
+        probs = self.teacher_probs(setup, logits, self.client_weights(setup, updates))
+        return {
+            **self.distill_student(setup, state, setup.proxy.subset(int(state["round"])), probs, seed),
+            "probs": probs,
+        }
 
-    def learn(self, kit: Kit, state: Tensors, rows: Tensor, probs: Tensor, seed: int) -> dict[str, Tensor]:
-        """The state after the student was distilled on the proxy's ``rows``."""
+    def teacher_probs(self, setup: Setup, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
+        return self.distillation(setup).teacher_probs(logits, weights)
+
+    def client_weights(self, setup: Setup, updates: Mapping[int, Update]) -> Tensor:
+        """The weights of the clients in the ensemble [K, 1 or N]."""
+        return setup.distillation.client_weights([update.examples for update in updates.values()])
+
+    def distill_student(
+        self, setup: Setup, state: Tensors, indices: Tensor, probs: Tensor, seed: int
+    ) -> dict[str, Tensor]:
+        """The state after the student was distilled from probs [R, C] on these proxy samples [R]."""
         student = take("student", state)
-        if len(rows):
-            student = kit.distill(kit.student, student, rows, probs, epochs=kit.config.distill_epochs, seed=seed)
-        return {**state, "round": state["round"] + 1, "told": state["round"], **put("student", student)}
+        if len(indices):
+            student = setup.trainer.distill(
+                setup.student,
+                student,
+                SoftLabels(setup.proxy.images[indices], probs),
+                self.distillation(setup).objective,
+                epochs=setup.config.distill_epochs,
+                seed=seed,
+            )
+        return {**state, "round": state["round"] + 1, "prev": state["round"], **put("student", student)}
 
-    def deploy(self, kit: Kit, state: Tensors) -> Tensors:
+    def global_model(self, setup: Setup, state: Tensors) -> Tensors:
         return take("student", state)
 
 
-@dataclass(frozen=True)
-class OwnTeacher(Ensemble):
-    """An `Ensemble` of probabilities and the soft cross-entropy, with no temperature and its own teacher.
-
-    Whatever ``--aggregator``, ``--loss`` and ``--temperature`` say: the methods below fix them.
-    """
-
-    down: Down = "labels"
-    said: ClassVar[str] = "probs"
-
-    def train(self, kit: Kit, client: Client, request: Tensors) -> dict[str, Tensor]:
-        return super().train(self.plain(kit), client, request)
-
-    def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
-        return super().tell(self.plain(kit), state, updates, seed)
-
-    def teacher(self, kit: Kit, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
-        return self.plain(kit).ensemble(logits, weights)
-
-    def plain(self, kit: Kit) -> Kit:
-        """The kit with the method's own teacher and loss."""
-        config = replace(kit.config, temperature=1.0)
-        return replace(kit, config=config, loss=cross_entropy, aggregator=self.aggregate)
-
-    def aggregate(self, logits: Tensor, weights: Tensor) -> Tensor:
-        """The teacher's probs [N, C]; the mean of the clients'."""
-        return aggregators.mean_probs(logits, weights)
+def soft_cross_entropy(setup: Setup, aggregator: Aggregator = mean_probs) -> Distillation:
+    """The soft cross-entropy at T = 1 with a method's own aggregator, whatever --loss and --temperature are."""
+    return replace(setup.distillation, aggregator=aggregator, loss=cross_entropy, temperature=1.0)
 
 
-def _said(kind: str, logits: Tensor) -> Tensor:
-    return aggregators.probabilities(logits) if kind == "probs" else logits
+def distill_locally(
+    setup: Setup, client: Client, weights: Tensors, indices: Tensor, targets: Tensor, objective: Objective, epochs: int
+) -> dict[str, Tensor]:
+    """A client's weights after local distillation from targets [R, C] on the proxy samples [R]."""
+    return setup.trainer.distill(
+        client.model,
+        weights,
+        SoftLabels(setup.proxy.images[indices], targets),
+        objective,
+        epochs=epochs,
+        seed=client.derive("digest"),
+    )
 
 
-def heard(updates: Sequence[Tensors]) -> list[Tensor]:
-    """The clients' logits [N, C]. log p is a logit of p, so one set of aggregators serves both."""
-    return [u["logits"] if "logits" in u else u["probs"].clamp_min(1e-30).log() for u in updates]
+def uploaded_logits(uploads: Sequence[Tensors]) -> list[Tensor]:
+    """The clients' logits [N, C]. log p is a logit of p, so that the same aggregators serve both."""
+    return [u["logits"] if "logits" in u else u["probs"].clamp_min(1e-30).log() for u in uploads]

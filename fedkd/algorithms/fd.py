@@ -1,4 +1,4 @@
-"""FD (Jeong et al., 2018): no proxy at all; the mean output for each label up, that of the others down."""
+"""FD (Jeong et al., 2018): no proxy set; the mean output for each label up, that of the other clients down."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from fedkd.core.tensors import put
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedkd.algorithms.base import Setup
     from fedkd.core.tensors import Shapes, Tensors
-    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)
 class FD(Algorithm):
-    """A client minimizes CE(label) + gamma * CE(mean output of the others for this label).
+    """A client minimizes CE(label) + gamma * CE(mean output of the other clients for this label).
 
-    A row of zeros stands for a label that a client (or all others) has never seen; it is left out of means
-    and of the loss. The means are taken after training, in evaluation mode. No global student.
+    A row of zeros stands for a label that a client (or every other client) has no samples of; it is left out of
+    means and of the loss. The means are taken after training, in evaluation mode. No global student.
     """
 
     gamma: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1.0
 
-    def ask(self, kit: Kit, state: Tensors, client: int) -> Tensors:
+    def broadcast(self, setup: Setup, state: Tensors, client: int) -> Tensors:
         if not state:
             return {}
         place = (state["present"] == client).nonzero().flatten()
         return {"means": state["others"][place[0]] if len(place) else state["all"]}
 
-    def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
-        table = request.get("means", torch.zeros(kit.classes, kit.classes)).to(kit.device)
+    def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
+        others = message.get("means", torch.zeros(setup.classes, setup.classes)).to(setup.trainer.device)
 
         def objective(logits: Tensor, labels: Tensor) -> Tensor:
-            wanted = torch.nn.functional.one_hot(labels, kit.classes) + self.gamma * table[labels]
-            return -(wanted * logits.log_softmax(-1)).sum(-1).mean()
+            targets = torch.nn.functional.one_hot(labels, setup.classes) + self.gamma * others[labels]
+            return -(targets * logits.log_softmax(-1)).sum(-1).mean()
 
-        weights = kit.fit(client, kit.own(client), objective=objective)
-        probs = kit.predict(client.model, weights, client.data.pixels).double().softmax(-1)
-        means, _ = class_means(probs, client.data.labels, kit.classes)
+        weights = setup.trainer.train(client, setup.local_weights(client), objective=objective)
+        probs = setup.trainer.predict(client.model, weights, client.data.pixels).double().softmax(-1)
+        means, _ = class_means(probs, client.data.labels, setup.classes)
         return Update({"means": means}, len(client.data)), put("model", weights)
 
-    def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
-        return {"means": (kit.classes, kit.classes)}
+    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
+        return {"means": (setup.classes, setup.classes)}
 
-    def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
+    def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         means = torch.stack([update.tensors["means"] for update in updates.values()])
         logits, has = means.clamp_min(1e-30).log(), (means.sum(-1) > 0).float()
         others = aggregators.leave_one_out(logits, has) * (has.sum(0) > has)[..., None]
@@ -60,7 +60,7 @@ class FD(Algorithm):
 
 
 def class_means(values: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """The mean [C, D] of the values [N, D] of each class, zeros for none, and how many there are [C]."""
+    """The mean [C, D] of the values [N, D] of each class (zeros for none) and the number of samples of each [C]."""
     labels = labels.cpu()
     sums = torch.zeros(classes, values.shape[1], dtype=torch.float64).index_add_(0, labels, values.double())
     counts = torch.bincount(labels, minlength=classes)

@@ -1,4 +1,4 @@
-"""The two ends of the scale: every client alone, and all data in one place."""
+"""Lower and upper bound: every client on its own, and all data in one place."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from fedkd.algorithms.base import Algorithm, Client, Update
 from fedkd.core.tensors import put
 
 if TYPE_CHECKING:
+    from fedkd.algorithms.base import Setup
     from fedkd.core.tensors import Tensors
-    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)
 class Local(Algorithm):
-    """No exchange: each client trains its own model on its own rows."""
+    """No communication: each client trains its own model on its own samples."""
 
-    def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
-        return Update({}, len(client.data)), put("model", kit.fit(client, kit.own(client)))
+    def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
+        return Update({}, len(client.data)), put("model", setup.trainer.train(client, setup.local_weights(client)))
 
 
 @dataclass(frozen=True)
 class Central(Local):
-    """`Local` for one client that holds the rows of all who would take part in a round: the ceiling, no federation."""
+    """`Local` for one client that holds the samples of all clients that would take part in the round."""
 
-    pooled: ClassVar[bool] = True
+    pools_data: ClassVar[bool] = True

@@ -1,7 +1,7 @@
-"""A larger mentor on each client, which never leaves it, and a small student that is averaged.
+"""A larger mentor on each client, which is never sent, and a small student that is averaged.
 
-After FedKD (Wu et al., 2022), one way only: there the mentor learns from the student too, and what is sent is
-compressed by singular vectors.
+After FedKD (Wu et al., 2022), in one direction only: in the paper the mentor learns from the student too, and
+updates are compressed by singular vectors.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from fedkd.core.tensors import put, take
 from fedkd.training.terms import Term, Weight
 
 if TYPE_CHECKING:
+    from fedkd.algorithms.base import Setup
     from fedkd.core.tensors import Tensors
-    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)
 class Mentor(FedAvg):
-    """FedAvg of students that learn from labels and from their client's mentor, by a term of `fedkd.distill`.
+    """FedAvg of students that learn from labels and from the mentor of their client, by a loss term of `fedkd.distill`.
 
-    The mentor trains on the client's rows first, for as many epochs. It is remembered with the term's adapters.
+    The mentor trains on the client's samples first, for as many epochs. The client's memory keeps it, with the
+    adapters of the term.
     """
 
     model: str = "resnet20"
@@ -35,21 +36,22 @@ class Mentor(FedAvg):
 
     def __post_init__(self) -> None:
         specs.bind("model", self.model, models.RESERVED)
-        if not self.pull.taught:
+        if not self.loss_term.needs_teacher:
             raise ValueError(f"term {self.term} needs no mentor")
 
     @property
-    def pull(self) -> Term:
-        """The term."""
+    def loss_term(self) -> Term:
+        """The loss term."""
         given = {"kind": self.kind, "weight": self.weight}
         options = ",".join(f"{key}={value}" for key, value in given.items() if value not in ("", None))
         term: Term = specs.call("distillation", f"{self.term}:{options}" if options else self.term)
         return term
 
-    def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
-        held = take("mentor", client.memory) or kit.initial(self.model)
-        mentor = kit.fit(replace(client, model=self.model), held)
-        adapters = take("adapters", client.memory)
-        weights, adapters = kit.fit_taught(client, request, (self.model, mentor), self.pull, adapters)
+    def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
+        mentor = take("mentor", client.memory) or setup.trainer.initial_weights(self.model)
+        mentor = setup.trainer.train(replace(client, model=self.model), mentor)
+        weights, adapters = setup.trainer.train_with_teacher(
+            client, message, (self.model, mentor), self.loss_term, take("adapters", client.memory)
+        )
         memory = {**put("model", weights), **put("mentor", mentor), **put("adapters", adapters)}
         return Update(weights, len(client.data)), memory

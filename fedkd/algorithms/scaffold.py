@@ -11,61 +11,65 @@ from fedkd.algorithms.base import Algorithm, Client, Update
 from fedkd.core.tensors import put, shapes, take, weighted_mean
 
 if TYPE_CHECKING:
+    from fedkd.algorithms.base import Setup
     from fedkd.core.tensors import Shapes, Tensors
-    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)
 class Scaffold(Algorithm):
     """A client adds c - c_i to every gradient; c_i becomes the mean of its own gradients (option II).
 
-    With momentum, the gradients in that mean have the weights with which they moved the model (`travel`), so
-    that it stays one. Weights and the change of c_i go up, weights and c go down: twice FedAvg's bytes.
-    Means over clients are plain, as in the paper. c is the mean of the c_i as long as every answer is counted, uncoded.
+    With momentum, the gradients in that mean have the weights with which they moved the model (`total_step`), so
+    that it stays a mean. Weights and the change of c_i are uploaded, weights and c are broadcast: twice FedAvg's
+    bytes. Means over clients are unweighted, as in the paper. c is the mean of the c_i only if every update is
+    accepted and no codec rounds it.
     """
 
     @property
-    def one_model(self) -> bool:
+    def needs_one_model(self) -> bool:
         return True
 
-    def init(self, kit: Kit) -> Tensors:
-        return {**put("student", kit.initial(kit.student)), **put("control", kit.trainable(kit.student))}
+    def initial_state(self, setup: Setup) -> Tensors:
+        return {
+            **put("student", setup.trainer.initial_weights(setup.student)),
+            **put("control", setup.trainer.parameter_zeros(setup.student)),
+        }
 
-    def ask(self, kit: Kit, state: Tensors, client: int) -> Tensors:
+    def broadcast(self, setup: Setup, state: Tensors, client: int) -> Tensors:
         return state
 
-    def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
+    def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
         from fedkd.training import loop
 
-        start, common = take("student", request), take("control", request)
-        own = take("control", client.memory) or kit.trainable(client.model)
+        start, common = take("student", message), take("control", message)
+        own = take("control", client.memory) or setup.trainer.parameter_zeros(client.model)
         slope = {name: common[name] - own[name] for name in common}
-        weights = kit.fit(client, start, penalty=loop.linear(slope, kit.device))
-        config = kit.config
+        weights = setup.trainer.train(client, start, penalty=loop.linear(slope, setup.trainer.device))
+        config = setup.config
         steps = config.local_epochs * ceil(len(client.data) / config.batch_size)
-        moved = config.learning_rate * travel(steps, config.momentum)
+        moved = config.learning_rate * total_step(steps, config.momentum)
         new = {n: ((start[n].double() - weights[n].double()) / moved - slope[n].double()).float() for n in own}
         change = {name: new[name] - own[name] for name in own}
         memory = {**put("model", weights), **put("control", new)}
         return Update({**put("student", weights), **put("control", change)}, len(client.data)), memory
 
-    def sends(self, kit: Kit, state: Tensors, client: int) -> Shapes:
+    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
         return shapes(state)
 
-    def tell(self, kit: Kit, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
+    def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         mean = weighted_mean([update.tensors for update in updates.values()], [1.0] * len(updates))
-        share = len(updates) / kit.config.clients
+        share = len(updates) / setup.config.clients
         changes = take("control", mean)
         control = {n: (c.double() + share * changes[n].double()).float() for n, c in take("control", state).items()}
         return {**put("student", take("student", mean)), **put("control", control)}
 
-    def deploy(self, kit: Kit, state: Tensors) -> Tensors:
+    def global_model(self, setup: Setup, state: Tensors) -> Tensors:
         return take("student", state)
 
 
-def travel(steps: int, momentum: float) -> float:
-    """How far ``steps`` steps of SGD with momentum go along a constant gradient of 1, at learning rate 1.
+def total_step(steps: int, momentum: float) -> float:
+    """The distance that ``steps`` steps of SGD with momentum move along a constant gradient of 1 at learning rate 1.
 
-    A gradient of step s moves the model in all later steps too: sum_s (1 - m^(K - s)) / (1 - m), s = 0 .. K - 1.
+    The gradient of step s moves the model in all later steps too: sum_s (1 - m^(K - s)) / (1 - m), s = 0 .. K - 1.
     """
     return sum((1 - momentum ** (steps - s)) / (1 - momentum) for s in range(steps))

@@ -36,12 +36,12 @@ class Script:
 
     def __init__(self, experiment: Experiment) -> None:
         self.run, self.config = experiment, experiment.config
-        self.model = models.build(self.config.model, experiment.kit.classes, self.config.norm)
+        self.model = models.build(self.config.model, experiment.setup.classes, self.config.norm)
         self.model.to(memory_format=torch.channels_last)
 
     def train(self, client: int, number: int, weights: Weights) -> Weights:
         """A client's local epochs."""
-        config, rows = self.config, torch.from_numpy(self.run.parts[client])
+        config, rows = self.config, torch.from_numpy(self.run.training_partition[client])
         pixels, labels = self.run.train.pixels[rows], self.run.train.labels[rows]
         self.model.load_state_dict(weights)
         sgd = torch.optim.SGD(
@@ -57,7 +57,10 @@ class Script:
         self.model.load_state_dict(weights)
         self.model.eval()
         with torch.inference_mode():
-            parts = [self.model(self.run.kit.scaling(part)) for part in torch.split(self.run.kit.proxy, CHUNK)]
+            parts = [
+                self.model(self.run.setup.trainer.scaling(part))
+                for part in torch.split(self.run.setup.proxy.images, CHUNK)
+            ]
             return torch.cat(parts)
 
     def distill(self, weights: Weights, probs: Tensor, seed: int) -> Weights:
@@ -69,7 +72,7 @@ class Script:
             return functional.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean")
 
         epochs, size = self.config.distill_epochs, self.config.distill_batch_size
-        self._descend(adam, self.run.kit.proxy, probs, loss, epochs, size, seed, False)
+        self._descend(adam, self.run.setup.proxy.images, probs, loss, epochs, size, seed, False)
         return self._weights()
 
     def _descend(self, optimizer, pixels, targets, loss, epochs, size, seed, augment) -> None:  # type: ignore[no-untyped-def]
@@ -79,9 +82,9 @@ class Script:
             for rows in torch.split(torch.randperm(len(pixels), generator=generator), size):
                 images = pixels[rows]
                 if augment:
-                    images = crop_and_flip(images, self.run.kit.flip, generator)
+                    images = crop_and_flip(images, self.run.setup.trainer.flip, generator)
                 optimizer.zero_grad()
-                loss(self.model(self.run.kit.scaling(images)), targets[rows]).backward()
+                loss(self.model(self.run.setup.trainer.scaling(images)), targets[rows]).backward()
                 optimizer.step()
 
     def _weights(self) -> Weights:
@@ -97,10 +100,10 @@ def turn(script: Script, client: int, number: int, weights: Weights) -> tuple[We
 def play(experiment: Experiment, workers: int) -> tuple[Weights, list[float]]:
     """The global student after all rounds of FedAvg or of the ensemble, and the seconds of each round."""
     config, script = experiment.config, Script(experiment)
-    student = experiment.kit.initial(experiment.kit.student)
+    student = experiment.setup.trainer.initial_weights(experiment.setup.student)
     own = dict.fromkeys(range(config.clients), student)
     helpers = [_Helper(experiment) for _ in range(workers - 1)]
-    order = sorted(range(config.clients), key=lambda client: -len(experiment.parts[client]))
+    order = sorted(range(config.clients), key=lambda client: -len(experiment.training_partition[client]))
     seconds = []
     for number in range(1, config.rounds + 1):
         start = time.perf_counter()
@@ -116,7 +119,7 @@ def play(experiment: Experiment, workers: int) -> tuple[Weights, list[float]]:
             probs = _mean([answer.double().softmax(-1) for answer in answers if answer is not None], [1] * len(own))
             student = script.distill(student, probs, seeds.derive(config.seed, "tell", number))
         else:
-            sizes = experiment.parts.sizes.tolist()
+            sizes = experiment.training_partition.sizes.tolist()
             student = {name: _mean([own[client][name].double() for client in own], sizes) for name in student}
         seconds.append(time.perf_counter() - start)
     for helper in helpers:

@@ -4,7 +4,7 @@
 
 Small models leave a GPU waiting for Python: a step of a batch of 32 is some ninety kernels of a few
 microseconds. What may help is to record a step once and replay it (CUDA graphs), or to train all
-clients in the same kernels (`torch.func.vmap`). The plain loop, `fedkd.training.loop.descend`, is what
+clients in the same kernels (`torch.func.vmap`). The plain loop, `fedkd.training.loop.train`, is what
 the engine does, and the oracle: a way whose weights are not its weights within rounding is no way.
 """
 
@@ -69,7 +69,7 @@ def plain(job: Job) -> Weights:
         job.module.load_state_dict(start)
         step = optimizers.sgd(list(job.module.parameters()), RATE, MOMENTUM, DECAY)
         loss, none = nn.functional.cross_entropy, loop.Augmentation()
-        loop.descend(
+        loop.train(
             job.module, step, pixels, labels, loss, SCALING, epochs=1, batch_size=BATCH, augmentation=none, seed=client
         )
         done.append({name: value.clone() for name, value in job.module.state_dict().items()})
@@ -182,7 +182,7 @@ def measure(
     device: Annotated[str, Parameter(help="cuda; on a CPU only the ways without a graph are tried.")] = "cuda",
 ) -> None:
     """Time each way of training many clients on a GPU; one JSON object."""
-    from fedkd.simulate.experiment import device as checked
+    from fedkd.core.runtime import device as checked
 
     job = Job.of(model, clients, images, checked(device))
     on_gpu = job.labels.device.type == "cuda"

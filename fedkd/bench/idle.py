@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from fedkd.algorithms.base import Algorithm, Client, Update
 
 if TYPE_CHECKING:
+    from fedkd.algorithms.base import Setup
     from fedkd.core.tensors import Tensors
-    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True)
 class Idle(Algorithm):
     """Clients answer at once, with the time in seconds at which they were asked."""
 
-    def local(self, kit: Kit, client: Client, request: Tensors) -> tuple[Update, Tensors]:
+    def local_update(self, setup: Setup, client: Client, request: Tensors) -> tuple[Update, Tensors]:
         return Update({}, len(client.data), {"time": time.time()}), {}

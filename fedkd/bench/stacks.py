@@ -76,13 +76,13 @@ def fedkd(work: Work, *, weigh: bool = False, **changes: Any) -> Timing:
         start = time.time()
         _, whole, held = _run(["-m", "fedkd.simulate", str(scenario)], weigh)
         rows = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
-    spent = sum(row["seconds"] + row["evaluation_seconds"] for row in rows)
+    spent = sum(row["training_seconds"] + row["evaluation_seconds"] for row in rows)
     first = rows[0]["train_metrics"].get("time")
     return Timing(
-        [row["seconds"] for row in rows],
+        [row["training_seconds"] for row in rows],
         whole - spent,
         *held,
-        round(fmean(row["bytes_up"] + row["bytes_down"] for row in rows)),
+        round(fmean(row["uplink_serialized_bytes"] + row["downlink_serialized_bytes"] for row in rows)),
         rows[0]["participants"],
         None if first is None else first - start,
     )

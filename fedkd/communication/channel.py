@@ -1,7 +1,7 @@
-"""The wire: what is sent goes coded, and both ends remember what a delta is a delta to.
+"""The channel between the server and its clients: tensors are encoded by a codec, as a delta where one is possible.
 
-Neither the methods nor the engines know of it: the round loop packs what a method asks and unpacks
-what clients answer, and the ClientApp does the reverse.
+Neither algorithms nor engines know of it: the round loop encodes what an algorithm broadcasts and decodes what
+clients upload; the ClientApp does the reverse.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
-from fedkd.algorithms.aggregators import probabilities
+from fedkd.communication.ledger import Traffic, is_soft_label
+from fedkd.core.soft_labels import probabilities
 from fedkd.core.tensors import integer, put, take
 
 if TYPE_CHECKING:
@@ -20,202 +21,177 @@ if TYPE_CHECKING:
     from fedkd.communication.codecs import Codec
     from fedkd.core.tensors import Shapes, Tensors
 
-    Made = dict[int, tuple[Tensor, "Piece"]]  # by the identity of a tensor, which is kept alive: itself, its piece
+    Cache = dict[int, tuple[Tensor, "EncodedTensor"]]  # by id() of a tensor, which is kept alive: it, and its encoding
 
-FLOOR = 1e-4  # the least probability that is made a logit again, where a codec left none
-CODED = "~"  # ends the name of a tensor that is coded
-TURN = "wire"  # in a request: the client's last turn that the server counted
-LARGEST = 2**28  # numbers in a request that a client unpacks
-
-
-@dataclass(frozen=True)
-class Load:
-    """What tensors weigh, in bytes: as they are (raw), coded, and at the entropy of their symbols.
-
-    For floats and integers, which are no symbols of a small alphabet, the bound is their coded size.
-    """
-
-    raw: int = 0
-    coded: int = 0
-    bound: float = 0.0
-
-    def __add__(self, other: Load) -> Load:
-        return Load(self.raw + other.raw, self.coded + other.coded, self.bound + other.bound)
+MIN_PROBABILITY = 1e-4  # of a decoded class that is turned into a logit
+ENCODED = "~"  # ends the name of a tensor that is encoded
+LAST_ROUND = "last"  # in a message to a client: the last round in which the server accepted its update
+MAX_NUMBERS = 2**28  # in a message that a client decodes
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A tensor as its codec sees it and as it goes; ``kept`` is what the other end makes of it, for a delta."""
+class EncodedTensor:
+    """A tensor as its codec sees it, and its encoding; ``decoded`` is what the receiver decodes, if deltas need it."""
 
     codec: Codec
     values: Tensor
-    coded: Tensor
-    last: Tensor | None
-    kept: Tensor | None
+    encoding: Tensor
+    reference: Tensor | None
+    decoded: Tensor | None
 
     @cached_property
-    def load(self) -> Load:
-        """What it weighs. The bound quantizes once more, so only the server asks for it."""
-        bits = self.codec.bound(self.values, self.last)
-        bound = self.coded.nbytes if bits is None else bits / 8
-        return Load(self.values.nbytes, self.coded.nbytes, bound)
+    def traffic(self) -> Traffic:
+        """Its bytes. The bound quantizes once more, so only the server computes it."""
+        bits = self.codec.bound(self.values, self.reference)
+        bound = self.encoding.nbytes if bits is None else bits / 8
+        return Traffic(self.values.nbytes, self.encoding.nbytes, bound)
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Tensors by the names under which they are wanted, and the pieces of those that are coded."""
+class Encoded:
+    """Tensors under the names in which the receiver or the sender wants them, and the encoded ones among them."""
 
     tensors: dict[str, Tensor]
-    pieces: dict[str, Piece]
-    plain: int  # bytes of those that are not
-    added: int = 0  # bytes that coding needs beside them
+    encoded: dict[str, EncodedTensor]
+    plain_bytes: int  # of the tensors that are not encoded
+    added_bytes: int = 0  # that encoding needs in addition
 
     @property
-    def kept(self) -> dict[str, Tensor]:
-        """What a later delta may build on."""
-        return {name: piece.kept for name, piece in self.pieces.items() if piece.kept is not None}
+    def decoded(self) -> dict[str, Tensor]:
+        """What a later delta may refer to."""
+        return {name: part.decoded for name, part in self.encoded.items() if part.decoded is not None}
 
     @property
-    def load(self) -> Load:
-        """What all of it weighs."""
-        return sum(
-            (piece.load for piece in self.pieces.values()),
-            Load(self.plain, self.plain + self.added, self.plain + self.added),
-        )
+    def traffic(self) -> Traffic:
+        """The bytes of all tensors."""
+        plain = self.plain_bytes + self.added_bytes
+        return sum((part.traffic for part in self.encoded.values()), Traffic(self.plain_bytes, plain, plain))
 
 
 @dataclass(frozen=True)
-class Wire:
-    """The codecs of a run, up and down.
+class Channel:
+    """The codecs of a run for both directions.
 
-    Both ends keep what went in the client's last turn that the server counted (``turn``, ``up/NAME``,
-    ``down/NAME``). The server says which turn that was; where the client remembers another one, nothing
-    is taken for common.
+    For deltas, both ends keep what was transmitted in the last round in which the server accepted the client's update
+    (``round``, ``uplink/NAME``, ``downlink/NAME``). The server sends the number of that round; if the client remembers
+    another one, nothing is taken as common.
     """
 
-    up: Codec
-    down: Codec
-    temperature: float = 1.0  # at which logits become probabilities, where a codec is for those
+    uplink: Codec
+    downlink: Codec
+    temperature: float = 1.0  # at which logits become probabilities, for a codec of probabilities
 
     @property
-    def remembers(self) -> bool:
-        """Whether anything must be kept."""
-        return self.up.delta or self.down.delta
+    def has_memory(self) -> bool:
+        """Whether anything must be kept between rounds."""
+        return self.uplink.delta or self.downlink.delta
 
-    def ask(self, request: Tensors, held: Tensors, made: Made) -> Packed:
-        """The server packs a request; ``made`` holds what was packed already for another client of the round."""
-        packed = pack(self.down, request, take("down", held), made, self.temperature)
-        if self.remembers:
-            turn = packed.tensors[TURN] = held.get("turn", integer(0))
-            packed = replace(packed, added=turn.nbytes)
-        return packed
+    def encode_message(self, message: Tensors, memory: Tensors, cache: Cache) -> Encoded:
+        """The server encodes a message; ``cache`` holds what is encoded already for other clients of the round."""
+        encoded = encode(self.downlink, message, take("downlink", memory), cache, self.temperature)
+        if self.has_memory:
+            last = encoded.tensors[LAST_ROUND] = memory.get("round", integer(0))
+            encoded = replace(encoded, added_bytes=last.nbytes)
+        return encoded
 
-    def hear(self, arrays: Tensors, memory: Tensors) -> Packed:
-        """The client unpacks a request.
+    def decode_message(self, arrays: Tensors, memory: Tensors) -> Encoded:
+        """The client decodes a message.
 
         Raises:
-            ValueError: it builds on what this client does not remember; the server then sends the whole.
+            ValueError: it refers to something that this client does not remember; the server then sends all of it.
 
         """
-        content = {name: tensor for name, tensor in arrays.items() if name != TURN}
-        return unpack(self.down, content, take("down", _common(arrays, memory)), None, self.temperature)
+        content = {name: tensor for name, tensor in arrays.items() if name != LAST_ROUND}
+        return decode(self.downlink, content, take("downlink", _common(arrays, memory)), None, self.temperature)
 
-    def answer(self, tensors: Tensors, arrays: Tensors, memory: Tensors) -> Packed:
-        """The client packs its update, in answer to the request ``arrays``."""
-        return pack(self.up, tensors, take("up", _common(arrays, memory)), {}, self.temperature)
+    def encode_update(self, tensors: Tensors, arrays: Tensors, memory: Tensors) -> Encoded:
+        """The client encodes its update; ``arrays`` is the message that it received."""
+        return encode(self.uplink, tensors, take("uplink", _common(arrays, memory)), {}, self.temperature)
 
-    def tell(self, arrays: Tensors, shapes: Shapes, held: Tensors) -> Packed:
-        """The server unpacks an update of declared shapes.
+    def decode_update(self, arrays: Tensors, shapes: Shapes, memory: Tensors) -> Encoded:
+        """The server decodes an update of declared shapes.
 
         Raises:
             ValueError: it cannot be decoded.
 
         """
-        return unpack(self.up, arrays, take("up", held), shapes, self.temperature)
+        return decode(self.uplink, arrays, take("uplink", memory), shapes, self.temperature)
 
-    def memory(self, turn: int, down: Packed, up: Packed) -> dict[str, Tensor]:
-        """What either end keeps of a turn; nothing where no codec needs it."""
-        if not self.remembers:
+    def new_memory(self, number: int, downlink: Encoded, uplink: Encoded) -> dict[str, Tensor]:
+        """What both ends keep of a round; empty if no codec needs it."""
+        if not self.has_memory:
             return {}
-        return {"turn": integer(turn), **put("down", down.kept), **put("up", up.kept)}
+        return {"round": integer(number), **put("downlink", downlink.decoded), **put("uplink", uplink.decoded)}
 
 
 def _common(arrays: Tensors, memory: Tensors) -> Tensors:
-    """What the client remembers, if it is what the server counted."""
-    return memory if TURN in arrays and "turn" in memory and bool(arrays[TURN] == memory["turn"]) else {}
+    """The client's memory, if it is of the last round in which the server accepted its update."""
+    is_common = LAST_ROUND in arrays and "round" in memory and bool(arrays[LAST_ROUND] == memory["round"])
+    return memory if is_common else {}
 
 
-def pack(codec: Codec, tensors: Tensors, reference: Tensors, made: Made, temperature: float = 1.0) -> Packed:
-    """Code what the codec is for; the rest stays as it is."""
-    coded: dict[str, Tensor] = {}
-    pieces: dict[str, Piece] = {}
-    plain = 0
+def encode(codec: Codec, tensors: Tensors, references: Tensors, cache: Cache, temperature: float = 1.0) -> Encoded:
+    """Encode the tensors that the codec applies to; the others stay as they are."""
+    sent: dict[str, Tensor] = {}
+    encoded: dict[str, EncodedTensor] = {}
+    plain_bytes = 0
     for name, tensor in tensors.items():
-        if not _is_for(codec, name, tensor):
-            coded[name] = tensor
-            plain += tensor.nbytes
+        if not _applies(codec, name, tensor):
+            sent[name] = tensor
+            plain_bytes += tensor.nbytes
             continue
-        last = reference.get(name)
-        if last is None and id(tensor) in made:
-            _, piece = made[id(tensor)]
+        reference = references.get(name)
+        if reference is None and id(tensor) in cache:
+            _, part = cache[id(tensor)]
         else:
-            values = _values(codec, name, tensor, temperature)
-            packed = codec.encode(values, last)
-            kept = codec.decode(packed, last, values.numel()) if codec.delta else None
-            piece = Piece(codec, values, packed, last, kept)
-            if last is None:
-                made[id(tensor)] = tensor, piece
-        pieces[name] = piece
-        coded[name if piece.coded is piece.values else name + CODED] = piece.coded
-    return Packed(coded, pieces, plain)
+            values = _to_values(codec, name, tensor, temperature)
+            encoding = codec.encode(values, reference)
+            decoded = codec.decode(encoding, reference, values.numel()) if codec.delta else None
+            part = EncodedTensor(codec, values, encoding, reference, decoded)
+            if reference is None:
+                cache[id(tensor)] = tensor, part
+        encoded[name] = part
+        sent[name if part.encoding is part.values else name + ENCODED] = part.encoding
+    return Encoded(sent, encoded, plain_bytes)
 
 
-def unpack(
-    codec: Codec, arrays: Tensors, reference: Tensors, shapes: Shapes | None = None, temperature: float = 1.0
-) -> Packed:
-    """Decode what is coded.
+def decode(
+    codec: Codec, arrays: Tensors, references: Tensors, shapes: Shapes | None = None, temperature: float = 1.0
+) -> Encoded:
+    """Decode the tensors that are encoded.
 
     Raises:
-        ValueError: it cannot be, or holds more numbers than the declared shapes have.
+        ValueError: one cannot be decoded, or holds more numbers than the declared shapes have.
 
     """
     tensors: dict[str, Tensor] = {}
-    pieces: dict[str, Piece] = {}
-    plain = 0
+    encoded: dict[str, EncodedTensor] = {}
+    plain_bytes = 0
     for name, array in arrays.items():
-        if not name.endswith(CODED):
+        if not name.endswith(ENCODED):
             tensors[name] = array
-            plain += array.nbytes
+            plain_bytes += array.nbytes
             continue
-        name = name.removesuffix(CODED)
-        last = reference.get(name)
-        limit = LARGEST if shapes is None else prod(abs(extent) for extent in shapes.get(name, (0,)))
-        values = codec.decode(array, last, limit)
-        tensors[name] = _tensor(codec, name, values, temperature)
-        pieces[name] = Piece(codec, values, array, last, values if codec.delta else None)
-    return Packed(tensors, pieces, plain)
+        name = name.removesuffix(ENCODED)
+        reference = references.get(name)
+        limit = MAX_NUMBERS if shapes is None else prod(abs(extent) for extent in shapes.get(name, (0,)))
+        values = codec.decode(array, reference, limit)
+        tensors[name] = _from_values(codec, name, values, temperature)
+        encoded[name] = EncodedTensor(codec, values, array, reference, values if codec.delta else None)
+    return Encoded(tensors, encoded, plain_bytes)
 
 
-def break_even(weights: int, weight_bits: float, classes: int, label_bits: float) -> float:
-    """The number of public samples at which soft labels cost as much as the weights: |theta| b_w / (C b_l)."""
-    return weights * weight_bits / (classes * label_bits)
-
-
-def is_soft_label(name: str) -> bool:
-    """Whether a tensor holds soft labels: its name ends in ``probs`` or ``logits``."""
-    return name.rpartition("/")[2] in ("probs", "logits")
-
-
-def _is_for(codec: Codec, name: str, tensor: Tensor) -> bool:
+def _applies(codec: Codec, name: str, tensor: Tensor) -> bool:
     return is_soft_label(name) if codec.labels else tensor.is_floating_point()
 
 
-def _values(codec: Codec, name: str, tensor: Tensor, temperature: float) -> Tensor:
-    """What a codec codes: probabilities at the run's temperature, where it is one for soft labels."""
+def _to_values(codec: Codec, name: str, tensor: Tensor, temperature: float) -> Tensor:
+    """What the codec encodes: probabilities at the run's temperature, if it is a codec of soft labels."""
     if codec.labels and name.endswith("logits"):
         return probabilities(tensor, temperature)
     return tensor
 
 
-def _tensor(codec: Codec, name: str, values: Tensor, temperature: float) -> Tensor:
-    return temperature * values.clamp_min(FLOOR).log() if codec.labels and name.endswith("logits") else values
+def _from_values(codec: Codec, name: str, values: Tensor, temperature: float) -> Tensor:
+    is_logits = codec.labels and name.endswith("logits")
+    return temperature * values.clamp_min(MIN_PROBABILITY).log() if is_logits else values

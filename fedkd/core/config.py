@@ -99,8 +99,8 @@ class Config(Options):
         "What pulls a student to its teacher: kl, ce, mse, dkd, dist, standardized, multi-level; or kl and relations "
         "between images: rkd, similarity, correlation, pkt.",
     )
-    votes: Literal["equal", "size"] = option(
-        "equal", "Methods", "What a client's answer weighs in the teacher: equal, or size, its number of images."
+    weighting: Literal["uniform", "size"] = option(
+        "uniform", "Methods", "Weights of the clients in the ensemble: uniform, or size, their numbers of samples."
     )
     temperature: Rate = option(1.0, "Methods", "Divides logits before the softmax, the teacher's and the student's.")
 
@@ -114,13 +114,13 @@ class Config(Options):
         "How rows are dealt: iid, dirichlet:alpha=A, pathological:classes=N, shard:shards=N, ..., ./mine.py:Name.",
     )
 
-    up: str = option(
+    uplink_codec: str = option(
         "float32",
         "Federation",
         "How clients' answers are coded: float32, float16, bfloat16; soft labels also uint8, bits:bits=1, top:k=3; "
         "each with coder=zstd (labels: or range), delta=true.",
     )
-    down: str = option("float32", "Federation", "How what clients are sent is coded, as --up.")
+    downlink_codec: str = option("float32", "Federation", "How what clients are sent is coded, as --uplink-codec.")
 
     # Data
     dataset: str = option(
@@ -190,11 +190,11 @@ class Config(Options):
     out: str = option("", "Run", "Directory of the run; by default runs/NAME-TIME-HASH.")
     json: bool = option(False, "Run", "One JSON object on standard output, everything else on standard error.")
 
-    def member(self, algorithm: str, seed: int, dataset: str) -> Self:
+    def run(self, algorithm: str, seed: int, dataset: str) -> Self:
         """The config of one of the runs that this one compares; ``dataset`` is what auto came to."""
         return dataclasses.replace(self, algorithm=algorithm, seed=seed, dataset=dataset, compare="", seeds=1)
 
-    def members(self, dataset: str) -> list[Self]:
+    def runs(self, dataset: str) -> list[Self]:
         """One config for each algorithm and seed, algorithms side by side within a seed."""
         algorithms = list(dict.fromkeys([self.algorithm, *self.compare.split()]))
-        return [self.member(a, self.seed + r, dataset) for r in range(self.seeds) for a in algorithms]
+        return [self.run(a, self.seed + r, dataset) for r in range(self.seeds) for a in algorithms]

@@ -64,3 +64,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"Unknown {what} {name!r}.{hint} Known: {', '.join(names) or 'none'}."
+
+
+def last_line(failure: str) -> str:
+    """The end of a traceback, which is what a person wants to read; all of it goes to ``errors.log``."""
+    return (failure.strip().splitlines() or ["no reason given"])[-1].rstrip(".")

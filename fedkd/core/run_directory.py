@@ -12,16 +12,12 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import fedkd
 from fedkd.core.config import Options
 from fedkd.core.errors import FedkdError, UsageError
 from fedkd.core.seeds import derive
-
-if TYPE_CHECKING:
-    from fedkd.simulate.experiment import Experiment
-
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
@@ -96,14 +92,14 @@ def toml(config: Options) -> str:
     return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.run_config().items())
 
 
-def note(out: Path, error: FedkdError) -> None:
+def record_failure(out: Path, error: FedkdError) -> None:
     """Say in ``result.json`` what ended a run: engines of Flower's end with 0 whatever happened."""
     path = out / "result.json"
     held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"status": "failed", "out": str(out)}
     write_json(path, {**held, "code": error.code, "message": str(error)})
 
 
-def failure(out: Path) -> FedkdError | None:
+def read_failure(out: Path) -> FedkdError | None:
     """What ended a run, read from its result."""
     path = out / "result.json"
     held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -137,23 +133,3 @@ def student_file(algorithm: str, seed: int) -> str:
     """The name of a student that is not its run's first."""
     words = "".join(c if c.isalnum() else "-" for c in algorithm).strip("-")
     return f"student-{words}-seed{seed}.safetensors"
-
-
-def save_partitions(path: Path, experiments: Mapping[int, Experiment]) -> None:
-    """Rows of every client (split at ``ends``), class counts and proxy rows, for each seed."""
-    import numpy as np
-
-    from fedkd.data import skew
-
-    arrays: dict[str, Any] = {}
-    for seed, experiment in experiments.items():
-        arrays[f"seed{seed}_rows"] = experiment.dealt.rows
-        arrays[f"seed{seed}_ends"] = experiment.dealt.ends
-        arrays[f"seed{seed}_counts"] = skew.counts(
-            experiment.train.labels.numpy(), experiment.dealt, experiment.kit.classes
-        )
-        if experiment.proxy_rows is not None:
-            arrays[f"seed{seed}_proxy"] = experiment.proxy_rows
-    part = path.with_name("partition.part.npz")
-    np.savez_compressed(part, **arrays)
-    part.replace(path)

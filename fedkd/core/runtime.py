@@ -7,6 +7,8 @@ import os
 import sys
 from functools import lru_cache
 
+from fedkd.core.errors import UsageError
+
 
 def cores() -> int:
     """How many cores this process may use."""
@@ -42,3 +44,21 @@ def _keep_freed_memory() -> None:
     mallopt(mmap_threshold, 1 << 30)
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 64 << 20)
+
+
+def device(name: str) -> str:
+    """The device to compute on; ``auto`` is the first GPU if there is one.
+
+    Raises:
+        UsageError: it cannot be used on this machine.
+
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used here; use cpu or auto.") from error
+    return name

@@ -64,14 +64,14 @@ def parse(text: str) -> Spec:
     return Spec(text, head, argument, options)
 
 
-def is_own(text: str) -> bool:
+def is_user_defined(text: str) -> bool:
     """Whether it names somebody's own component, or has an option that does."""
     spec = parse(text)
     return spec.is_plugin or any(parse(value).is_plugin for value in spec.options.values() if ":" in value)
 
 
 @contextmanager
-def blaming(named: Iterable[tuple[str, str]], where: str) -> Iterator[None]:
+def attributing(named: Iterable[tuple[str, str]], where: str) -> Iterator[None]:
     """Whatever is raised within is said of somebody's own components among these, of (option, spec).
 
     Without one of them it is ours, and passes.
@@ -85,7 +85,7 @@ def blaming(named: Iterable[tuple[str, str]], where: str) -> Iterator[None]:
     except (FedkdError, Terminated):
         raise
     except (Exception, SystemExit) as error:
-        own = " or ".join(f"--{option} {text}" for option, text in named if is_own(text))
+        own = " or ".join(f"--{option} {text}" for option, text in named if is_user_defined(text))
         if not own:
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]

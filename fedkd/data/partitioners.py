@@ -177,7 +177,7 @@ def _is_plugin(text: str) -> bool:
     return specs.parse(text).name not in CATALOG["partitioner"]
 
 
-def deal(text: str, labels: Rows, clients: int, seed: int) -> Partition:
+def assign(text: str, labels: Rows, clients: int, seed: int) -> Partition:
     """Positions in ``labels`` for each client, sorted, no position twice.
 
     Raises:

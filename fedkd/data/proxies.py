@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedkd.core import seeds, specs
 from fedkd.core.errors import UsageError
+from fedkd.core.lazy import torch
 from fedkd.data import sources
 
 if TYPE_CHECKING:
@@ -24,6 +26,36 @@ if TYPE_CHECKING:
     from fedkd.data.sources import Source
 
 DEFAULT_SIZE = 5000
+
+
+@dataclass(frozen=True, eq=False)
+class ProxySet:
+    """The public images [P, H, W, 3] uint8, and the samples of them that each round uses.
+
+    ``labels`` [P] are there only for an algorithm that declares that it reads them. ``per_round`` is
+    ``--proxy-samples`` (0 for all of them).
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    per_round: int
+    seed: int
+
+    def subset(self, number: int) -> Tensor:
+        """The indices of the proxy samples used in a round, sorted; all of them by default.
+
+        They follow from the seed, so that sending the number of the round (8 bytes) names them.
+        """
+        if self.samples == len(self.images):
+            return torch.arange(len(self.images))
+        generator = seeds.generator(self.seed, "subset", number)
+        chosen: Tensor = torch.randperm(len(self.images), generator=generator)[: self.per_round].sort().values
+        return chosen
+
+    @property
+    def samples(self) -> int:
+        """The number of proxy samples in one round."""
+        return self.per_round if 0 < self.per_round < len(self.images) else len(self.images)
 
 
 def parse(text: str) -> tuple[Source | None, int | None]:
@@ -72,8 +104,6 @@ def draw(public: Tensor, size: int | None, known: list[Images], seed: int, text:
             f"--proxy {text!r}: only {len(fresh)} of its {len(public)} images are neither private nor test images; "
             f"{'use another proxy set' if not len(fresh) else f'use size={len(fresh)} or less'}."
         )
-    import torch
-
     rows = np.sort(seeds.rng(seed, "proxy").permutation(fresh)[:count])
     return public[torch.from_numpy(rows)]
 

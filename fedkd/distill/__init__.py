@@ -10,7 +10,7 @@ from fedkd.core import run_directory, specs
 from fedkd.core.errors import DataError, FedkdError, PluginError, RunError, UsageError
 from fedkd.data import sources
 from fedkd.distill import teacher_names
-from fedkd.training.terms import Itself, Term
+from fedkd.training.terms import BornAgain, Term
 
 if TYPE_CHECKING:
     from fedkd.distill.config import DistillConfig
@@ -64,8 +64,8 @@ def check(config: DistillConfig) -> list[Term]:
 
 def _fitting(config: DistillConfig, terms: list[Term], named: list[str]) -> None:
     """Refuse teachers and losses that exclude each other."""
-    is_taught = any(term.taught for term in terms)
-    if any(isinstance(term, Itself) for term in terms) and len(terms) > 1:
+    is_taught = any(term.needs_teacher for term in terms)
+    if any(isinstance(term, BornAgain) for term in terms) and len(terms) > 1:
         raise UsageError("--loss self has no other loss beside it; its weights are options: self:weight=0.5,hard=0.5.")
     if named and config.teachers_from:
         raise UsageError("--teacher and --teachers-from exclude each other; put students into one directory.")

@@ -29,7 +29,7 @@ from fedkd.evaluation.report.screen import Screen
 from fedkd.evaluation.report.students import ALONE, TAUGHT
 from fedkd.evaluation.report.table import Grid
 from fedkd.evaluation.report.text import percent, plain, seconds, spread
-from fedkd.training.terms import Itself, Logits, Term
+from fedkd.training.terms import BornAgain, Logits, Term
 
 if TYPE_CHECKING:
     from fedkd.distill.config import DistillConfig
@@ -85,7 +85,7 @@ def conduct(config: DistillConfig, terms: Sequence[Term]) -> None:
 
 def _blaming(config: DistillConfig) -> AbstractContextManager[None]:
     """Whatever somebody's own loss or network raises in training is called by its name."""
-    return specs.blaming(_components(config), "in training")
+    return specs.attributing(_components(config), "in training")
 
 
 def _components(config: DistillConfig) -> list[tuple[str, str]]:
@@ -129,7 +129,7 @@ def _rehearse(task: Task, config: DistillConfig, terms: Sequence[Term]) -> None:
 
     """
     texts = _named(config, terms)
-    own = [text for _, text in _components(config) if specs.is_own(text)]
+    own = [text for _, text in _components(config) if specs.is_user_defined(text)]
     counts = {min(8, len(task.train))} | ({1} if len(task.train) % config.batch_size == 1 else set())
     blamed = " or ".join(own) or f"--loss {config.loss}"
     for count in sorted(counts, reverse=True):
@@ -156,7 +156,7 @@ def _rehearse(task: Task, config: DistillConfig, terms: Sequence[Term]) -> None:
 
 def _named(config: DistillConfig, terms: Sequence[Term]) -> list[str]:
     """The specs of those who teach, or may."""
-    if not any(term.taught for term in terms):
+    if not any(term.needs_teacher for term in terms):
         return []
     if config.teachers_from:
         return teacher_names.candidates(Path(config.teachers_from))
@@ -217,7 +217,7 @@ def _seed(
         task, config, config.student, config.epochs, config.seed, partial(watch, f"{ALONE} {named}")
     )
     modules = [teacher.module for teacher in taught_by]
-    if isinstance(terms[0], Itself):
+    if isinstance(terms[0], BornAgain):
         modules = [alone]
         for generation in range(1, terms[0].generations - 1):
             modules = [teachers.frozen(_taught(task, config, terms, modules, watch, generation))]

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedkd.core import seeds
+from fedkd.core import runtime, seeds
 from fedkd.core.errors import DataError
-from fedkd.data import sources
+from fedkd.data import loading, sources
 from fedkd.data.readers import Images
-from fedkd.simulate import experiment
 
 if TYPE_CHECKING:
     from fedkd.data.scaling import Scaling
@@ -48,10 +47,10 @@ def prepare(config: DistillConfig) -> tuple[Task, str]:
         DataError: data is missing, or the shifted set has other classes.
 
     """
-    dataset, fallback = experiment.choose_dataset(config)
+    dataset, fallback = loading.choose_dataset(config.dataset, config.data_dir)
     source = sources.named(dataset)
-    device = experiment.device(config.device)
-    train, test = experiment.splits(source, config.data_dir)
+    device = runtime.device(config.device)
+    train, test = loading.splits(source, config.data_dir)
     classes = max(train.classes, test.classes)
     held = max(1, min(config.validation, len(train) // 10))
     if len(train) <= held:
@@ -63,7 +62,7 @@ def prepare(config: DistillConfig) -> tuple[Task, str]:
 
     shifted = None
     if config.shifted:
-        other = experiment.read(sources.named(config.shifted), "test", config.data_dir)
+        other = loading.read(sources.named(config.shifted), "test", config.data_dir)
         if other.classes != classes or other.pixels.shape[1:] != test.pixels.shape[1:]:
             raise DataError(
                 f"--shifted {config.shifted} has {other.classes} classes of {other.pixels.shape[1]} pixels, "

@@ -24,8 +24,8 @@ from fedkd.evaluation import quality
 from fedkd.models import checkpoint
 from fedkd.models.checkpoint import Student
 from fedkd.training import loop
-from fedkd.training.layers import Seen
-from fedkd.training.terms.objective import shares
+from fedkd.training.layers import Outputs
+from fedkd.training.terms.objective import teacher_weights
 
 if TYPE_CHECKING:
     from fedkd.data.scaling import Scaling
@@ -188,9 +188,9 @@ class Committee(nn.Module):
         self.members, self.votes = nn.ModuleList(teachers), votes
 
     def forward(self, x: Tensor) -> Tensor:
-        seen = [Seen(member(x), {}) for member in self.members]
+        seen = [Outputs(member(x), {}) for member in self.members]
         nobodys = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        weights = shares(seen, nobodys, "equal" if self.votes == "agreement" else self.votes)
+        weights = teacher_weights(seen, nobodys, "equal" if self.votes == "agreement" else self.votes)
         answers = torch.stack([one.logits for one in seen])
         return (answers.log_softmax(-1) + weights.log()[..., None]).logsumexp(0)
 

@@ -15,7 +15,7 @@ from fedkd import models
 from fedkd.core import seeds
 from fedkd.core.errors import RunError
 from fedkd.training import loop, optimizers
-from fedkd.training.terms.objective import Lesson
+from fedkd.training.terms.objective import DistillationObjective
 
 if TYPE_CHECKING:
     from fedkd.distill.config import DistillConfig
@@ -66,7 +66,7 @@ def train(
     targets = torch.stack([task.train.labels, torch.arange(len(task.train))], 1)
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
-        loop.descend(
+        loop.train(
             lesson,
             step,
             task.train.pixels,
@@ -89,8 +89,8 @@ def train(
 
 def lesson_of(
     task: Task, config: DistillConfig, module: nn.Module, teachers: Sequence[nn.Module], terms: Sequence[Term]
-) -> Lesson:
+) -> DistillationObjective:
     """A student of the task beside its teachers."""
     sample = task.scaling(task.train.pixels[:2])
     labels = task.train.labels.to(task.device)
-    return Lesson(module, teachers, terms, sample, labels, config.votes).to(task.device)
+    return DistillationObjective(module, teachers, terms, sample, labels, config.votes).to(task.device)

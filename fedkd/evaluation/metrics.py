@@ -1,4 +1,4 @@
-"""What is measured after a round, and what is said of a run at its end."""
+"""Metrics of a round, and the summary of a run."""
 
 from __future__ import annotations
 
@@ -8,43 +8,45 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from fedkd.communication.channel import break_even, is_soft_label
-from fedkd.core.errors import RunError
+from fedkd.communication.ledger import SerializedBytes, break_even, is_soft_label
+from fedkd.communication.validation import validate_update
+from fedkd.core.errors import RunError, last_line
 from fedkd.core.tensors import numel
-from fedkd.simulate.rounds import Round, Traffic, last_line, refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fedkd.core.tensors import Tensors
     from fedkd.simulate.experiment import Experiment
-    from fedkd.simulate.rounds import Exchange
+    from fedkd.simulate.rounds import Exchange, Round
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Ensemble:
-    """The participants' own models on the test set: their mean, and the teacher they make.
+class ClientEvaluation:
+    """The participants' own models on the test set: their mean accuracy, and that of their ensemble.
 
-    ``failures`` are those that count for neither, or, diverged, for the mean only; and why.
+    ``failures`` gives the reasons for clients that are left out of both; a client whose model diverged is left out
+    of the ensemble only.
     """
 
     client_accuracy: float | None
     teacher_accuracy: float | None
-    traffic: Traffic
+    serialized: SerializedBytes
     failures: Mapping[int, str] = field(default_factory=dict)
 
 
-def student(experiment: Experiment, round_: Round) -> tuple[float, float] | None:
+def evaluate_student(experiment: Experiment, round_: Round) -> tuple[float, float] | None:
     """Test accuracy and loss of the global student, if the method has one."""
     from fedkd.training import loop
 
-    kit = experiment.kit
-    weights = experiment.algorithm.deploy(kit, round_.state)
+    setup = experiment.setup
+    weights = experiment.algorithm.global_model(setup, round_.state)
     if not weights:
         return None
-    accuracy, loss = loop.score(kit.predict(kit.student, weights, experiment.test.pixels), experiment.test.labels)
+    logits = setup.trainer.predict(setup.student, weights, experiment.test.pixels)
+    accuracy, loss = loop.score(logits, experiment.test.labels)
     if not math.isfinite(loss):
         raise RunError(
             f"Round {round_.number}: the student of {experiment.config.algorithm} has diverged; "
@@ -53,80 +55,83 @@ def student(experiment: Experiment, round_: Round) -> tuple[float, float] | None
     return accuracy, loss
 
 
-def ensemble(experiment: Experiment, exchange: Exchange, round_: Round) -> Ensemble:
-    """Ask the round's participants how their models do on the test set.
+def evaluate_clients(experiment: Experiment, exchange: Exchange, round_: Round) -> ClientEvaluation:
+    """Evaluate the participants' own models and their ensemble on the test set.
 
-    A yardstick of the simulation: its traffic is kept apart from the method's.
+    This measures the simulation and is not part of a method, so its bytes are counted apart.
     """
-    declared = {"logits": (len(experiment.test), experiment.kit.classes)}
-    requests: dict[int, Tensors] = {client: {} for client in round_.updates}
-    replies = sorted(exchange("evaluate", round_.number, requests), key=lambda r: r.client)
-    traffic = sum((reply.traffic for reply in replies), Traffic())
-    answered: dict[int, Tensor] = {}
-    failures = dict.fromkeys(requests, "no reply")
+    declared = {"logits": (len(experiment.test), experiment.setup.classes)}
+    messages: dict[int, Tensors] = {client: {} for client in round_.updates}
+    replies = sorted(exchange("evaluate", round_.number, messages), key=lambda r: r.client)
+    serialized = sum((reply.serialized for reply in replies), SerializedBytes())
+    evaluated: dict[int, Tensor] = {}
+    failures = dict.fromkeys(messages, "no reply")
     for reply in replies:
-        failures[reply.client] = reply.failure or "no answers"
+        failures[reply.client] = reply.failure or "sent no logits"
         if reply.update is not None and {n: (*t.shape,) for n, t in reply.update.tensors.items()} == declared:
-            answered[reply.client] = reply.update.tensors["logits"]
-            failures[reply.client] = refusal(replace(reply.update, metrics={}), declared)
+            evaluated[reply.client] = reply.update.tensors["logits"]
+            failures[reply.client] = validate_update(replace(reply.update, metrics={}), declared)
     failures = {client: reason for client, reason in failures.items() if reason}
-    fine = [client for client in answered if client not in failures]
+    usable = [client for client in evaluated if client not in failures]
 
     def accuracy(scores: Tensor) -> float:
-        right = (scores.argmax(-1) == experiment.test.labels) & scores.isfinite().all(-1)
-        return right.double().mean().item()
+        is_right = (scores.argmax(-1) == experiment.test.labels) & scores.isfinite().all(-1)
+        return is_right.double().mean().item()
 
     teacher = None
-    if fine:
-        weights = experiment.kit.votes([round_.updates[client].examples for client in fine])
-        teacher = accuracy(experiment.algorithm.teacher(experiment.kit, [answered[c] for c in fine], weights))
-    mean = fmean(map(accuracy, answered.values())) if answered else None  # whoever diverged is wrong, and counts
-    return Ensemble(mean, teacher, traffic, failures)
+    if usable:
+        weights = experiment.setup.distillation.client_weights([round_.updates[c].examples for c in usable])
+        logits = [evaluated[client] for client in usable]
+        teacher = accuracy(experiment.algorithm.teacher_probs(experiment.setup, logits, weights))
+    mean = fmean(map(accuracy, evaluated.values())) if evaluated else None  # a diverged model is wrong, and counts
+    return ClientEvaluation(mean, teacher, serialized, failures)
 
 
-def row(experiment: Experiment, round_: Round, scores: tuple[float, float] | None, members: Ensemble | None) -> Row:
-    """A line of ``rounds.jsonl``, but for the times.
+def round_row(
+    experiment: Experiment, round_: Round, student: tuple[float, float] | None, clients: ClientEvaluation | None
+) -> Row:
+    """A line of ``rounds.jsonl``, without the times (keys: docs/output-files.md).
 
-    Where a method has no global student, what it deploys are the clients' own models: their mean
-    accuracy is its test accuracy.
+    If a method has no global student, the mean accuracy of the clients' own models is the test accuracy.
 
     Raises:
-        RunError: all of those have diverged.
+        RunError: all of these have diverged.
 
     """
     config = experiment.config
-    if scores is None and members and members.client_accuracy is not None and members.teacher_accuracy is None:
+    if student is None and clients and clients.client_accuracy is not None and clients.teacher_accuracy is None:
         raise RunError(
             f"Round {round_.number}: the models of {config.algorithm} have all diverged; lower --learning-rate."
         )
-    accuracy, loss = scores or (members.client_accuracy if members else None, None)
+    accuracy, loss = student or (clients.client_accuracy if clients else None, None)
+    evaluation = clients.serialized if clients else SerializedBytes()
     return {
         "algorithm": config.algorithm,
         "seed": config.seed,
         "round": round_.number,
         "test_accuracy": accuracy,
         "test_loss": loss,
-        "teacher_accuracy": members.teacher_accuracy if members else None,
-        "client_accuracy": members.client_accuracy if members else None,
-        "bytes_up": round_.traffic.arrays_up,
-        "bytes_down": round_.traffic.arrays_down,
-        "raw_bytes_up": round_.up.raw,
-        "raw_bytes_down": round_.down.raw,
-        "coded_bytes_up": round_.up.coded,
-        "coded_bytes_down": round_.down.coded,
-        "entropy_bytes_up": round(round_.up.bound, 1),
-        "entropy_bytes_down": round(round_.down.bound, 1),
-        "config_bytes_up": round_.traffic.rest_up,
-        "config_bytes_down": round_.traffic.rest_down,
-        "evaluation_bytes": members.traffic.arrays_up + members.traffic.arrays_down if members else 0,
+        "teacher_accuracy": clients.teacher_accuracy if clients else None,
+        "client_accuracy": clients.client_accuracy if clients else None,
+        "uplink_serialized_bytes": round_.serialized.uplink_arrays,
+        "downlink_serialized_bytes": round_.serialized.downlink_arrays,
+        "uplink_float32_bytes": round_.uplink.float32,
+        "downlink_float32_bytes": round_.downlink.float32,
+        "uplink_encoded_bytes": round_.uplink.encoded,
+        "downlink_encoded_bytes": round_.downlink.encoded,
+        "uplink_entropy_bound_bytes": round(round_.uplink.entropy_bound, 1),
+        "downlink_entropy_bound_bytes": round(round_.downlink.entropy_bound, 1),
+        "uplink_metadata_bytes": round_.serialized.uplink_metadata,
+        "downlink_metadata_bytes": round_.serialized.downlink_metadata,
+        "evaluation_bytes": evaluation.uplink_arrays + evaluation.downlink_arrays,
         "participants": len(round_.updates),
-        "failures": _said(round_.failures),
-        "evaluation_failures": _said(members.failures if members else {}),
+        "failures": _reasons(round_.failures),
+        "evaluation_failures": _reasons(clients.failures if clients else {}),
         "train_metrics": _mean_metrics(round_),
     }
 
 
-def _said(failures: Mapping[int, str]) -> dict[str, str]:
+def _reasons(failures: Mapping[int, str]) -> dict[str, str]:
     return {str(client): last_line(reason) for client, reason in failures.items()}
 
 
@@ -135,74 +140,82 @@ def _mean_metrics(round_: Round) -> dict[str, float]:
     return {n: fmean(u.metrics[n] for u in round_.updates.values() if n in u.metrics) for n in names}
 
 
-def summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: str) -> Row:
-    """One entry of ``runs`` in the result."""
-    last = [r["test_accuracy"] for r in rows[-5:] if r["test_accuracy"] is not None]
-    config = experiment.config
+def run_summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: str) -> Row:
+    """One entry of ``runs`` in ``result.json``, from the rows of its rounds."""
+
+    def total(*keys: str) -> Any:
+        return sum(row[key] for row in rows for key in keys)
+
+    last5 = [row["test_accuracy"] for row in rows[-5:] if row["test_accuracy"] is not None]
+    config, last = experiment.config, rows[-1]
     return {
         "algorithm": config.algorithm,
         "seed": config.seed,
         "rounds": len(rows),
         "clients": config.clients,
-        "deploys": "clients" if rows[-1]["test_loss"] is None else "student",
-        "test_accuracy": rows[-1]["test_accuracy"],
-        "test_accuracy_last5": fmean(last) if len(last) == len(rows[-5:]) else None,
-        "test_loss": rows[-1]["test_loss"],
-        "teacher_accuracy": rows[-1]["teacher_accuracy"],
-        "client_accuracy": rows[-1]["client_accuracy"],
-        "bytes_up": sum(r["bytes_up"] for r in rows),
-        "bytes_down": sum(r["bytes_down"] for r in rows),
-        "raw_bytes": sum(r["raw_bytes_up"] + r["raw_bytes_down"] for r in rows),
-        "coded_bytes": sum(r["coded_bytes_up"] + r["coded_bytes_down"] for r in rows),
-        "entropy_bytes": round(sum(r["entropy_bytes_up"] + r["entropy_bytes_down"] for r in rows), 1),
-        "break_even": _break_even(experiment, rows),
-        "config_bytes": sum(r["config_bytes_up"] + r["config_bytes_down"] for r in rows),
-        "evaluation_bytes": sum(r["evaluation_bytes"] for r in rows),
-        "failures": sum(len(r["failures"]) for r in rows),
-        "evaluation_failures": sum(len(r["evaluation_failures"]) for r in rows),
-        "seconds": sum(r["seconds"] for r in rows),
-        "evaluation_seconds": sum(r["evaluation_seconds"] for r in rows),
+        "evaluated_model": "clients" if last["test_loss"] is None else "student",
+        "test_accuracy": last["test_accuracy"],
+        "test_accuracy_last5": fmean(last5) if len(last5) == len(rows[-5:]) else None,
+        "test_loss": last["test_loss"],
+        "teacher_accuracy": last["teacher_accuracy"],
+        "client_accuracy": last["client_accuracy"],
+        "uplink_serialized_bytes": total("uplink_serialized_bytes"),
+        "downlink_serialized_bytes": total("downlink_serialized_bytes"),
+        "float32_bytes": total("uplink_float32_bytes", "downlink_float32_bytes"),
+        "encoded_bytes": total("uplink_encoded_bytes", "downlink_encoded_bytes"),
+        "entropy_bound_bytes": round(
+            sum(row["uplink_entropy_bound_bytes"] + row["downlink_entropy_bound_bytes"] for row in rows), 1
+        ),
+        "break_even_proxy_size": _break_even(experiment, rows),
+        "metadata_bytes": total("uplink_metadata_bytes", "downlink_metadata_bytes"),
+        "evaluation_bytes": total("evaluation_bytes"),
+        "failures": sum(len(row["failures"]) for row in rows),
+        "evaluation_failures": sum(len(row["evaluation_failures"]) for row in rows),
+        "training_seconds": total("training_seconds"),
+        "evaluation_seconds": total("evaluation_seconds"),
         "partition_sha256": partition_sha256,
     }
 
 
 def _break_even(experiment: Experiment, rows: Sequence[Row]) -> int | None:
-    """The number of proxy images at which what went up is as much as the student's weights in float32.
+    """The number of proxy samples at which the uplink takes as many bytes as the student's weights in float32.
 
-    By the coded bytes that an image cost on average; None where no soft labels went up.
+    By the mean of the encoded bytes per sample; None if no soft labels are uploaded.
     """
-    kit, algorithm = experiment.kit, experiment.algorithm
-    coded = sum(row["coded_bytes_up"] for row in rows)
-    images = kit.answers()[0] * sum(row["participants"] for row in rows)
-    if not coded or not any(is_soft_label(name) for name in algorithm.sends(kit, algorithm.init(kit), 0)):
+    setup, algorithm = experiment.setup, experiment.algorithm
+    encoded = sum(row["uplink_encoded_bytes"] for row in rows)
+    samples = setup.logits_shape[0] * sum(row["participants"] for row in rows)
+    names = algorithm.upload_spec(setup, algorithm.initial_state(setup), 0)
+    if not encoded or not any(is_soft_label(name) for name in names):
         return None
-    label_bits = 8 * coded / images / kit.classes
-    return int(break_even(numel(kit.initial(kit.student)), 32, kit.classes, label_bits))
+    label_bits = 8 * encoded / samples / setup.classes
+    return int(break_even(numel(setup.trainer.initial_weights(setup.student)), 32, setup.classes, label_bits))
 
 
 def common_accuracy(curves: Sequence[Sequence[Row]]) -> float | None:
-    """The best test accuracy that every method that communicates reached in some round.
+    """The highest test accuracy that every communicating method reached in some round.
 
-    Of those that are measured in every round: with ``evaluate_every`` above 1 methods without a student are not.
+    Only methods that are evaluated in every round count: with ``evaluate_every`` above 1 those without a global
+    student are not.
     """
     peaks = []
     for rows in curves:
         reached = [r["test_accuracy"] for r in rows]
-        if any(r["bytes_up"] for r in rows) and None not in reached:
+        if any(r["uplink_serialized_bytes"] for r in rows) and None not in reached:
             peaks.append(max(reached))
     return min(peaks) if peaks else None
 
 
 def bytes_to(accuracy: float, rows: Sequence[Row]) -> int | None:
-    """Bytes up and down until a run's test accuracy first reaches ``accuracy``.
+    """Bytes in both directions until a run's test accuracy first reaches ``accuracy``.
 
-    None if it never does, or if a round before was not measured.
+    None if it never does, or if an earlier round was not evaluated.
     """
     total: int = 0
-    for line in rows:
-        total += int(line["bytes_up"] + line["bytes_down"])
-        if line["test_accuracy"] is None:
+    for row in rows:
+        total += int(row["uplink_serialized_bytes"] + row["downlink_serialized_bytes"])
+        if row["test_accuracy"] is None:
             return None
-        if line["test_accuracy"] >= accuracy:
+        if row["test_accuracy"] >= accuracy:
             return total
     return None

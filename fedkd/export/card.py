@@ -96,7 +96,7 @@ def trained(file: Path) -> list[str]:
 def _simulated(config: dict[str, Any], result: dict[str, Any], name: str) -> list[str]:
     """By a run of ``fedkd.simulate``."""
     played = result["runs"]
-    entry = next(run for run in played if run["deploys"] == "student" and _is_of(run, played, name))
+    entry = next(run for run in played if run["evaluated_model"] == "student" and _is_of(run, played, name))
     return [
         f"- Method: `{entry['algorithm']}`, simulated by fedkd, {entry['rounds']} rounds, seed {entry['seed']}.",
         f"- Clients: {entry['clients']}, {percent(config['participation'], 0)} of them in a round, "
@@ -123,6 +123,6 @@ def _distilled(config: dict[str, Any], result: dict[str, Any], name: str) -> lis
 
 def _is_of(run: dict[str, Any], played: list[dict[str, Any]], name: str) -> bool:
     """Whether a run left the student of this name."""
-    first = next(other for other in played if other["deploys"] == "student")
+    first = next(other for other in played if other["evaluated_model"] == "student")
     wanted = "student.safetensors" if run is first else run_directory.student_file(run["algorithm"], run["seed"])
     return name == wanted

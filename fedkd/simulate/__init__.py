@@ -1,4 +1,4 @@
-"""``python -m fedkd.simulate``: the main job."""
+"""``python -m fedkd.simulate``: run federated distillation and other methods, and compare them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedkd.core import run_directory
+from fedkd.core import run_directory, runtime
 from fedkd.core.errors import FedkdError, RunError, UsageError
 from fedkd.data.partitioners import OWN
 from fedkd.simulate import experiment
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 def simulate(config: Config) -> Path:
     """Simulate federated distillation.
 
-    Clients answer a public proxy set with soft logits; the server distills a global student from the
-    ensemble they make.
+    Clients train local models and upload soft logits on a public proxy set; the server distills a global student
+    from their ensemble.
 
-    Components are named by specs: name:key=value,... for built-in ones (dsfl:temperature=0.1),
-    package.module:Name or ./file.py:Name for your own.
+    Components are given as specs: name:key=value,... for built-in ones (dsfl:temperature=0.1),
+    package.module:Name or ./file.py:Name for user-defined ones.
     """
     experiment.check(config)  # before torch is imported: a mistake is answered within a second
     if config.partitioner == OWN:
-        raise UsageError("--partitioner own is for deployed nodes, which bring their own rows (docs/deployment.md).")
+        raise UsageError("--partitioner own is for deployed nodes, which bring their own data (docs/deployment.md).")
     if config.engine == "ray" and (sys.platform == "win32" or find_spec("ray") is None):
         raise UsageError("--engine ray needs Ray, on Linux or macOS: pip install 'fedkd[ray]'.")
     config = run_directory.begin(config, config.algorithm)
@@ -36,7 +36,7 @@ def simulate(config: Config) -> Path:
     stream = sys.stderr if config.json else sys.stdout
     print(f"run directory: {out}", file=stream, flush=True)
     try:
-        (_play_on_ray if config.engine == "ray" else _play)(config)
+        (_run_on_ray if config.engine == "ray" else _run_locally)(config)
     except (FedkdError, KeyboardInterrupt, SystemExit) as error:
         if getattr(error, "code", None) != RunError.code:
             run_directory.release(out)
@@ -45,14 +45,14 @@ def simulate(config: Config) -> Path:
     return out
 
 
-def _play(config: Config) -> None:
+def _run_locally(config: Config) -> None:
     """Run Flower's two apps on this machine."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    is_fresh = "torch" not in sys.modules  # nothing was computed in this process: it can be forked
+    is_fresh = "torch" not in sys.modules  # nothing has been computed in this process, so it can be forked
     from fedkd.simulate.flower.local_grid import LocalGrid, count_workers
     from fedkd.simulate.rounds import participants
 
-    device = experiment.device(config.device)
+    device = runtime.device(config.device)
     with LocalGrid(
         "fedkd.simulate.flower.client_app:app",
         config.clients,
@@ -62,14 +62,14 @@ def _play(config: Config) -> None:
         fork=is_fresh and device == "cpu" and sys.platform == "linux",
         disk=Path(config.out),
     ) as grid:
-        from fedkd.simulate.flower.server_app import serve
+        from fedkd.simulate.flower.server_app import run_on
 
-        serve(grid, config)
+        run_on(grid, config)
 
 
-def _play_on_ray(config: Config) -> None:
+def _run_on_ray(config: Config) -> None:
     os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     from fedkd.simulate.flower import ray_engine
 
-    ray_engine.play(config)
+    ray_engine.run(config)

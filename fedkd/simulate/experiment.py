@@ -9,74 +9,76 @@ from typing import TYPE_CHECKING
 
 from fedkd import models
 from fedkd.algorithms.base import Algorithm
-from fedkd.core import seeds, specs
+from fedkd.core import runtime, seeds, specs
 from fedkd.core.errors import DataError, FedkdError, PluginError, UsageError
-from fedkd.data import partitioners, proxies, sources
+from fedkd.data import loading, partitioners, proxies, sources
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from fedkd.algorithms.base import Client
-    from fedkd.communication.channel import Wire
+    from fedkd.algorithms.base import Client, Setup
+    from fedkd.communication.channel import Channel
     from fedkd.communication.codecs import Codec
     from fedkd.core.config import Config
     from fedkd.core.tensors import Tensors
     from fedkd.data.partition import Partition
     from fedkd.data.readers import Images
-    from fedkd.data.sources import Source
-    from fedkd.distill.config import DistillConfig
     from fedkd.models.checkpoint import Student
-    from fedkd.training.trainer import Kit
 
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """A method on its data: everything a server and its clients share."""
+    """An algorithm on its data: everything that the server and its clients share.
+
+    ``partition`` assigns samples of the training set to clients, sorted for each; ``training_partition`` is the same,
+    or one client with all samples if the algorithm pools data.
+    """
 
     config: Config
     algorithm: Algorithm
-    kit: Kit
-    wire: Wire
+    setup: Setup
+    channel: Channel
     train: Images
     test: Images
-    proxy_rows: NDArray[np.int64] | None  # of the training set, where the proxy is held out of it
-    dealt: Partition  # rows of the training set, sorted for each client
-    parts: Partition  # the same, or everything for one client where data is pooled
+    proxy_rows: NDArray[np.int64] | None  # of the training set, if the proxy is held out of it
+    partition: Partition
+    training_partition: Partition
 
     def client(self, number: int, round_number: int, memory: Tensors, data: Images | None = None) -> Client:
-        """A client in a round, with ``data`` of its own or its share, which is cut out here, and only here."""
+        """A client in a round, with ``data`` of its own or its share, which is selected here and only here."""
         import torch
 
         from fedkd.algorithms.base import Client
         from fedkd.data.readers import Images
 
         if data is None:
-            rows = torch.from_numpy(self.pooled(round_number) if self.algorithm.pooled else self.parts[number])
+            pools = self.algorithm.pools_data
+            rows = torch.from_numpy(self.pooled(round_number) if pools else self.training_partition[number])
             data = Images(self.train.pixels[rows], self.train.labels[rows], self.train.classes)
         seed = seeds.derive(self.config.seed, "client", round_number, number)
-        return Client(number, seed, self.kit.model_of(number), data, memory)
+        return Client(number, seed, self.setup.model_of(number), data, memory)
 
     def pooled(self, round_number: int) -> NDArray[np.int64]:
-        """The rows of all who would take part in a round, so that pooled data is trained on as often as shared data."""
+        """The samples of all clients sampled in a round, so that pooled data is trained on as often as shared data."""
         import numpy as np
 
         from fedkd.simulate.rounds import sample
 
-        chosen = sample(len(self.dealt), self.config.participation, self.config.seed, round_number)
-        return np.concatenate([self.dealt[client] for client in chosen])
+        sampled = sample(len(self.partition), self.config.participation, self.config.seed, round_number)
+        return np.concatenate([self.partition[client] for client in sampled])
 
     def student(self, weights: Tensors) -> Student:
-        """What a method deploys, with all that is needed to use it."""
+        """The global student with everything that is needed to use it."""
         from fedkd.models.checkpoint import Student
 
-        kit, test = self.kit, self.test
-        names = (kit.student, self.config.norm, kit.classes, test.names, test.pixels.shape[1])
-        return Student(*names, kit.scaling, self.config.dataset, weights)
+        setup, test = self.setup, self.test
+        about = (setup.student, self.config.norm, setup.classes, test.names, test.pixels.shape[1])
+        return Student(*about, setup.trainer.scaling, self.config.dataset, weights)
 
     @property
     def clients(self) -> int:
-        return len(self.parts)
+        return len(self.training_partition)
 
 
 def check(config: Config) -> None:
@@ -86,26 +88,11 @@ def check(config: Config) -> None:
         UsageError, PluginError: the first thing that cannot be used.
 
     """
-    for member in config.members(config.dataset):
-        algorithm = _algorithm(member)
-        if (
-            algorithm.one_model
-            and len({*models.split(member.model), member.student or models.split(member.model)[0]}) > 1
-        ):
-            raise UsageError(
-                f"{member.algorithm} sends weights, so clients and student need one model, "
-                f"not --model {member.model} --student {member.student or models.split(member.model)[0]}."
-            )
-        if algorithm.pooled and member.partitioner == partitioners.OWN:
-            raise UsageError(f"{member.algorithm} needs all data in one place, and nodes keep theirs; leave it out.")
-        if algorithm.labeled_proxy and proxies.parse(member.proxy)[0] is not None:
-            raise UsageError(
-                f"{member.algorithm} reads the proxy's labels, so the proxy must be held out of the data set "
-                f"(--proxy holdout:size=N), not {member.proxy}."
-            )
+    for run in config.runs(config.dataset):
+        _check_algorithm(run)
     specs.bind("aggregator", config.aggregator)
     specs.bind("loss", config.loss)
-    for codec in (config.up, config.down):
+    for codec in (config.uplink_codec, config.downlink_codec):
         specs.call("codec", codec)
     for model in [*models.split(config.model), *([config.student] if config.student else [])]:
         specs.bind("model", model, models.RESERVED)
@@ -115,134 +102,146 @@ def check(config: Config) -> None:
     partitioners.check(config.partitioner)
 
 
+def _check_algorithm(run: Config) -> None:
+    """Refuse an algorithm that the other options exclude."""
+    algorithm = _algorithm(run)
+    student = run.student or models.split(run.model)[0]
+    if algorithm.needs_one_model and len({*models.split(run.model), student}) > 1:
+        raise UsageError(
+            f"{run.algorithm} sends weights, so clients and student need one model, "
+            f"not --model {run.model} --student {student}."
+        )
+    if algorithm.pools_data and run.partitioner == partitioners.OWN:
+        raise UsageError(
+            f"{run.algorithm} needs all data in one place, but deployed nodes keep theirs; use another method."
+        )
+    if algorithm.reads_proxy_labels and proxies.parse(run.proxy)[0] is not None:
+        raise UsageError(
+            f"{run.algorithm} reads the proxy's labels, so the proxy must be held out of the data set "
+            f"(--proxy holdout:size=N), not {run.proxy}."
+        )
+
+
 def prepare(config: Config) -> Experiment:
-    """The experiment of one member of a config (one algorithm, one seed).
+    """The experiment of one run (one algorithm, one seed).
 
     Raises:
         UsageError, DataError, PluginError: what cannot be used, in one sentence.
 
     """
-    import numpy as np
-    import torch
-
-    from fedkd.communication.channel import Wire
+    from fedkd.algorithms.base import Distillation, Setup
+    from fedkd.communication.channel import Channel
     from fedkd.data.partition import Partition
     from fedkd.data.scaling import Scaling
-    from fedkd.training.trainer import Kit
+    from fedkd.training.trainer import Trainer
 
-    source = sources.named(choose_dataset(config)[0])
-    algorithm, computer = _algorithm(config), device(config.device)
-    proxy_source, size = proxies.parse(config.proxy)
-    is_own = config.partitioner == partitioners.OWN
-    # Where nodes bring their own rows, the training set serves only to hold the proxy out of it.
-    if proxy_source is None or not is_own:
-        train, test = splits(source, config.data_dir)
-    else:
-        test = read(source, "test", config.data_dir)
-        train = test.first(0)
+    source = sources.named(loading.choose_dataset(config.dataset, config.data_dir)[0])
+    algorithm, device = _algorithm(config), runtime.device(config.device)
+    train, test = _images(source, config)
     classes = max(train.classes, test.classes)
-    proxy_labels = None
-    if proxy_source is None:
-        proxy_rows, private = proxies.hold_out(size, len(train), config.seed)
-        proxy = train.pixels[torch.from_numpy(proxy_rows)]
-        if algorithm.labeled_proxy:
-            proxy_labels = train.labels[torch.from_numpy(proxy_rows)]
-    else:
-        proxy_rows, private = None, np.arange(len(train), dtype=np.int64)
-        public = read(dataclasses.replace(proxy_source, pixels=source.pixels), "train", config.data_dir)
-        proxy = proxies.draw(public.pixels, size, [train, test], config.seed, config.proxy)
-    if is_own:
-        dealt = Partition.of([np.zeros(0, np.int64)] * config.clients)
-    else:
-        shares = partitioners.deal(config.partitioner, train.labels.numpy()[private], config.clients, config.seed)
-        dealt = Partition(private[shares.rows], shares.ends)
-    parts = Partition(dealt.rows, dealt.ends[-1:]) if algorithm.pooled else dealt
+    proxy, proxy_rows, private = _proxy(config, source, train, test, algorithm.reads_proxy_labels)
+    partition = _partition(config, train, private)
+    pooled = Partition(partition.rows, partition.ends[-1:])
     names = models.split(config.model)
-    kit = Kit(
+    scaling = train.scaling or Scaling.of(proxy.images)
+    setup = Setup(
         config=config,
         classes=classes,
-        proxy=proxy.to(computer),
-        scaling=train.scaling or Scaling.of(proxy),
-        flip=source.flip,
-        device=computer,
         models=tuple(names),
         student=config.student or names[0],
-        aggregator=specs.bind("aggregator", config.aggregator),
-        loss=specs.bind("loss", config.loss),
-        proxy_labels=proxy_labels,
+        proxy=dataclasses.replace(proxy, images=proxy.images.to(device)),
+        distillation=Distillation(
+            aggregator=specs.bind("aggregator", config.aggregator),
+            loss=specs.bind("loss", config.loss),
+            temperature=config.temperature,
+            weighting=config.weighting,
+        ),
+        trainer=Trainer(config=config, classes=classes, scaling=scaling, flip=source.flip, device=device),
     )
-    up, down = (_codec(text, classes) for text in algorithm.codecs or (config.up, config.down))
-    wire = Wire(up, down, config.temperature)
-    for model in {*names, kit.student}:
-        _buildable(kit, model)
-    _startable(algorithm, kit)
+    codecs = algorithm.codecs or (config.uplink_codec, config.downlink_codec)
+    uplink, downlink = (_codec(text, classes) for text in codecs)
+    for model in {*names, setup.student}:
+        _check_model(setup, model)
+    _check_initial_state(algorithm, setup)
     train, test = (
-        dataclasses.replace(images, classes=classes, pixels=images.pixels.to(computer)) for images in (train, test)
+        dataclasses.replace(images, classes=classes, pixels=images.pixels.to(device)) for images in (train, test)
     )
-    return Experiment(config, algorithm, kit, wire, train, test, proxy_rows, dealt, parts)
+    return Experiment(
+        config=config,
+        algorithm=algorithm,
+        setup=setup,
+        channel=Channel(uplink, downlink, config.temperature),
+        train=train,
+        test=test,
+        proxy_rows=proxy_rows,
+        partition=partition,
+        training_partition=pooled if algorithm.pools_data else partition,
+    )
 
 
 prepared = lru_cache(maxsize=2)(prepare)
 
 
-def choose_dataset(config: Config | DistillConfig) -> tuple[str, str]:
-    """The spec of the data set, and why it is not CIFAR-10 if ``auto`` fell back."""
-    if config.dataset != "auto":
-        return config.dataset, ""
-    return sources.by_auto(lambda source: read(source, "train", config.data_dir))
+def _images(source: sources.Source, config: Config) -> tuple[Images, Images]:
+    """Training and test images; no training images if neither clients nor the proxy need them."""
+    proxy_source, _ = proxies.parse(config.proxy)
+    if proxy_source is None or config.partitioner != partitioners.OWN:
+        return loading.splits(source, config.data_dir)
+    test = loading.read(source, "test", config.data_dir)
+    return test.first(0), test
 
 
-@lru_cache(maxsize=8)
-def read(source: Source, split: str, data_dir: str) -> Images:
-    """One split of a data set, read once in a process."""
-    from fedkd.data import readers
+def _proxy(
+    config: Config, source: sources.Source, train: Images, test: Images, with_labels: bool
+) -> tuple[proxies.ProxySet, NDArray[np.int64] | None, NDArray[np.int64]]:
+    """The proxy set, its indices in the training set if it is held out of it, and those of the private samples."""
+    import numpy as np
+    import torch
 
-    return readers.read(source, split, data_dir)
+    proxy_source, size = proxies.parse(config.proxy)
+    if proxy_source is None:
+        rows, private = proxies.hold_out(size, len(train), config.seed)
+        indices = torch.from_numpy(rows)
+        labels = train.labels[indices] if with_labels else None
+        return proxies.ProxySet(train.pixels[indices], labels, config.proxy_samples, config.seed), rows, private
+    proxy_source = dataclasses.replace(proxy_source, pixels=source.pixels)
+    public = loading.read(proxy_source, "train", config.data_dir)
+    images = proxies.draw(public.pixels, size, [train, test], config.seed, config.proxy)
+    private = np.arange(len(train), dtype=np.int64)
+    return proxies.ProxySet(images, None, config.proxy_samples, config.seed), None, private
 
 
-def splits(source: Source, data_dir: str) -> tuple[Images, Images]:
-    """The training and the test images, whose labels number the classes alike: a folder may lack some in its tests."""
-    from fedkd.data.readers import renumbered
+def _partition(config: Config, train: Images, private: NDArray[np.int64]) -> Partition:
+    """The private samples of each client; of none if deployed nodes bring their own."""
+    import numpy as np
 
-    train, test = (read(source, split, data_dir) for split in ("train", "test"))
-    if train.names and test.names and train.names != test.names:
-        test = renumbered(test, train.names, train.classes, f"The test set of {source.name}")
-    return train, test
+    from fedkd.data.partition import Partition
+
+    if config.partitioner == partitioners.OWN:
+        return Partition.of([np.zeros(0, np.int64)] * config.clients)
+    assigned = partitioners.assign(config.partitioner, train.labels.numpy()[private], config.clients, config.seed)
+    return Partition(private[assigned.rows], assigned.ends)
 
 
 @lru_cache(maxsize=2)
-def own(path: str, config: Config) -> Images:
-    """What a node of a deployment holds, with the classes numbered as in the public set.
+def node_data(path: str, config: Config) -> Images:
+    """The data of a node in a deployment, with classes numbered as in the public set.
 
     Raises:
-        DataError: it cannot be read, has classes that nobody knows, or images of the proxy or the test set.
+        DataError: it cannot be read, has unknown classes, or images of the proxy or the test set.
 
     """
     from fedkd.data.readers import renumbered
 
     experiment = prepared(config)
-    pixels = experiment.kit.proxy.shape[1]
-    images = renumbered(
-        read(sources.own(path, pixels), "train", ""), experiment.test.names, experiment.kit.classes, path
-    )
-    if public := proxies.shared(images.pixels, [experiment.kit.proxy.cpu(), experiment.test.pixels.cpu()]):
+    proxy = experiment.setup.proxy.images
+    read = loading.read(sources.own(path, proxy.shape[1]), "train", "")
+    images = renumbered(read, experiment.test.names, experiment.setup.classes, path)
+    if public := proxies.shared(images.pixels, [proxy.cpu(), experiment.test.pixels.cpu()]):
         raise DataError(
             f"{public} of the {len(images)} images in {path} are in the proxy or the test set; remove them."
         )
-    return dataclasses.replace(images, pixels=images.pixels.to(experiment.kit.device))
-
-
-def device(name: str) -> str:
-    """The device to compute on; ``auto`` is the first GPU if there is one."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used here; use cpu or auto.") from error
-    return name
+    return dataclasses.replace(images, pixels=images.pixels.to(experiment.setup.trainer.device))
 
 
 def _algorithm(config: Config) -> Algorithm:
@@ -268,24 +267,25 @@ def _codec(text: str, classes: int) -> Codec:
     return codec
 
 
-def _startable(algorithm: Algorithm, kit: Kit) -> None:
-    """Make the first state, so that a method that cannot be played says so before others are."""
+def _check_initial_state(algorithm: Algorithm, setup: Setup) -> None:
+    """Make the initial state, so that a method that cannot run says so before others run."""
     try:
-        algorithm.init(kit)
+        algorithm.initial_state(setup)
     except FedkdError:
         raise
     except Exception:
-        return  # somebody's own, which is called by its name when its turn comes
+        return  # of a user-defined algorithm: attributed to it when it runs
 
 
-def _buildable(kit: Kit, model: str) -> None:
-    """Try the model on one proxy image, so that a mistake shows before the first round."""
+def _check_model(setup: Setup, model: str) -> None:
+    """Try the model on two proxy images, so that a mistake shows before the first round."""
+    images = setup.proxy.images[:2]
     try:
-        shape = tuple(kit.predict(model, kit.initial(model), kit.proxy[:2]).shape)
+        shape = tuple(setup.trainer.predict(model, setup.trainer.initial_weights(model), images).shape)
     except (UsageError, PluginError):
         raise
     except Exception as error:
         raise UsageError(f"--model {model} cannot be used on these images: {error}.") from error
-    count = min(2, len(kit.proxy))
-    if shape != (count, kit.classes):
-        raise UsageError(f"--model {model} returns {shape} for {count} images, not ({count}, {kit.classes}).")
+    count = len(images)
+    if shape != (count, setup.classes):
+        raise UsageError(f"--model {model} returns {shape} for {count} images, not ({count}, {setup.classes}).")

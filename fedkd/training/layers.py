@@ -16,14 +16,14 @@ EMBEDDING = "embedding"  # what the last linear layer sees, as if it were a laye
 
 
 @dataclass(frozen=True)
-class Seen:
+class Outputs:
     """The logits [B, C] of a network and what its watched layers gave, [B, ...] each."""
 
     logits: Tensor
     layers: Mapping[str, Tensor]
 
 
-class Watched(nn.Module):
+class WatchedModel(nn.Module):
     """A network that returns its logits and the outputs of named layers."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -31,14 +31,14 @@ class Watched(nn.Module):
         self.model = model
         self.names = tuple(names)
 
-    def forward(self, x: Tensor) -> Seen:
+    def forward(self, x: Tensor) -> Outputs:
         """Both; a layer that is called several times is seen as it was last."""
-        with watching(self.model, self.names) as seen:
-            return Seen(self.model(x), seen)
+        with layer_outputs(self.model, self.names) as seen:
+            return Outputs(self.model(x), seen)
 
 
 @contextmanager
-def watching(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def layer_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """What these layers give while the block runs, in the order in which they are done.
 
     Raises:
@@ -73,7 +73,7 @@ def shapes(model: nn.Module, x: Tensor) -> dict[str, tuple[int, ...]]:
     if any(isinstance(module, nn.Linear) for module in model.modules()):
         names.append(EMBEDDING)
     was, device = model.training, next(model.parameters()).device
-    with watching(model.eval(), names) as seen, torch.no_grad():
+    with layer_outputs(model.eval(), names) as seen, torch.no_grad():
         model(x.to(device))
     model.train(was)
     return {name: tuple(output.shape[1:]) for name, output in seen.items() if output.shape[:1] == x.shape[:1]}

@@ -1,4 +1,4 @@
-"""Fitting, distilling, predicting, evaluating: the only module that calls ``backward``.
+"""The training loop and prediction: the only module that calls ``backward``.
 
 Images are uint8 [N, H, W, 3]; seen as [N, 3, H, W] they are in channels_last order without a copy,
 the layout in which CPUs and GPUs convolve fastest.
@@ -16,34 +16,34 @@ from torch import Tensor, nn
 from fedkd.core.seeds import seeded
 from fedkd.data.augment import crop_and_flip
 from fedkd.data.scaling import Scaling
-from fedkd.training.layers import EMBEDDING, watching
+from fedkd.training.layers import EMBEDDING, layer_outputs
 from fedkd.training.optimizers import Step
 
 CPU_CHUNK, GPU_CHUNK = 64, 2048  # images a forward pass: what fits the cache of a CPU core, what fills a GPU
 
-Objective = Callable[[Any, Tensor], Tensor]  # what the model returns, targets of these rows -> scalar
+Objective = Callable[[Any, Tensor], Tensor]  # what the model returns, their targets -> scalar
 Penalty = Callable[[nn.Module], Tensor]  # of the parameters -> a scalar that is added to the loss
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Whether images are cropped at random, and whether they are flipped; ``only`` the first of them, if not all."""
+    """Whether images are cropped at random and flipped; if ``first`` is given, only the first so many samples."""
 
     crop: bool = False
     flip: bool = False
-    only: int | None = None
+    first: int | None = None
 
-    def __call__(self, images: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """The images [B, H, W, 3] of these rows, as they are seen this time."""
+    def __call__(self, images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """The images [B, H, W, 3] with these indices, augmented anew."""
         if not self.crop:
             return images
-        seen = crop_and_flip(images, self.flip, generator)
-        if self.only is None:
-            return seen
-        return torch.where((rows < self.only).to(images.device)[:, None, None, None], seen, images)
+        augmented = crop_and_flip(images, self.flip, generator)
+        if self.first is None:
+            return augmented
+        return torch.where((indices < self.first).to(images.device)[:, None, None, None], augmented, images)
 
 
-def descend(
+def train(
     model: nn.Module,
     step: Step,
     pixels: Tensor,
@@ -60,8 +60,8 @@ def descend(
 ) -> None:
     """Minimize ``objective`` over (pixels, targets), in place. Order and augmentation follow ``seed``.
 
-    With ``average`` what is left is the mean of the weights after each epoch (stochastic weight
-    averaging: Izmailov et al., 2018).
+    With ``average`` the result is the mean of the weights after each epoch (stochastic weight averaging: Izmailov et
+    al., 2018).
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
@@ -69,9 +69,12 @@ def descend(
     with seeded(seed):  # for dropout, which draws from torch's own stream
         sums = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in _floats(model)} if average else {}
         for _ in range(epochs):
-            for rows in batches(len(pixels), batch_size, generator):
-                images, wanted = augmentation(pixels[rows].to(device), rows, generator), targets[rows].to(device)
-                loss = objective(model(scaling(images)), wanted)
+            for indices in batches(len(pixels), batch_size, generator):
+                images, batch_targets = (
+                    augmentation(pixels[indices].to(device), indices, generator),
+                    targets[indices].to(device),
+                )
+                loss = objective(model(scaling(images)), batch_targets)
                 if penalty is not None:
                     loss = loss + penalty(model)
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -84,7 +87,7 @@ def descend(
 
 
 def batches(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Rows of each batch of an epoch, shuffled; the last batch may be smaller."""
+    """Rows of the samples in each batch of an epoch, shuffled; the last batch may be smaller."""
     return torch.split(torch.randperm(count, generator=generator), size)
 
 
@@ -115,7 +118,7 @@ def linear(slope: Mapping[str, Tensor], device: str = "cpu") -> Penalty:
 
 
 class Embedded(nn.Module):
-    """A model that returns its logits [B, C] and its embedding [B, D], which is what its last linear layer sees."""
+    """A model that returns its logits [B, C] and its embedding [B, D], the input of its last linear layer."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -128,7 +131,7 @@ class Embedded(nn.Module):
             ValueError: the model has no linear layer.
 
         """
-        with watching(self.model, [EMBEDDING]) as seen:
+        with layer_outputs(self.model, [EMBEDDING]) as seen:
             return self.model(x), seen[EMBEDDING]
 
 
@@ -140,7 +143,7 @@ class Embedding(Embedded):
 
 
 def predict(model: nn.Module, pixels: Tensor, scaling: Scaling) -> Tensor:
-    """What it returns, logits [N, C] as a rule, float32 on the CPU, in evaluation mode."""
+    """The model's output, usually logits [N, C], float32 on the CPU, in evaluation mode."""
     device = next(model.parameters()).device
     chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
     model.eval()

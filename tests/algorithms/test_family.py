@@ -28,16 +28,16 @@ def call(name):
     return specs.call("algorithm", name)
 
 
-def weights_of(kit, count, scale=0.05):
+def weights_of(setup, count, scale=0.05):
     """Client models: the initial one, each with noise of its own."""
     generator = torch.Generator().manual_seed(3)
-    start = kit.initial(kit.student)
+    start = setup.trainer.initial_weights(setup.student)
     return [{n: w + scale * torch.randn(w.shape, generator=generator) for n, w in start.items()} for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
-def kit():
-    return prepare(tiny()).kit
+def setup():
+    return prepare(tiny()).setup
 
 
 # -- weights up ---------------------------------------------------------------------------------
@@ -45,14 +45,14 @@ def kit():
 
 def test_one_step_of_feddf_is_the_step_written_out():
     """Adam on KL(softmax(mean of logits) || softmax(student)), from the weighted mean (Lin et al., 2020)."""
-    kit = prepare(tiny(distill_batch_size=40, model="cnn:width=8")).kit
-    clients, sizes = weights_of(kit, 3), [10, 20, 70]
+    setup = prepare(tiny(distill_batch_size=40, model="cnn:width=8")).setup
+    clients, sizes = weights_of(setup, 3), [10, 20, 70]
     updates = {k: Update(w, n) for k, (w, n) in enumerate(zip(clients, sizes, strict=True))}
     algorithm = call("feddf")
-    ours = algorithm.deploy(kit, algorithm.tell(kit, algorithm.init(kit), updates, seed=1))
+    ours = algorithm.global_model(setup, algorithm.aggregate(setup, algorithm.initial_state(setup), updates, seed=1))
 
-    images = kit.scaling(kit.proxy)
-    module = models.build(kit.student, kit.classes, kit.config.norm)
+    images = setup.trainer.scaling(setup.proxy.images)
+    module = models.build(setup.student, setup.classes, setup.config.norm)
     with torch.no_grad():
         answers = []
         for weights in clients:
@@ -62,7 +62,7 @@ def test_one_step_of_feddf_is_the_step_written_out():
         module.load_state_dict(
             {n: sum(w[n] * s for w, s in zip(clients, sizes, strict=True)) / 100 for n in clients[0]}
         )
-    adam = torch.optim.Adam(module.parameters(), kit.config.distill_learning_rate)
+    adam = torch.optim.Adam(module.parameters(), setup.config.distill_learning_rate)
     functional.kl_div(module(images).log_softmax(-1), teacher, reduction="batchmean").backward()
     adam.step()
     for name, tensor in module.state_dict().items():
@@ -70,51 +70,51 @@ def test_one_step_of_feddf_is_the_step_written_out():
 
 
 def test_feddf_without_distillation_is_fedavg():
-    kit = prepare(tiny(distill_epochs=0)).kit
-    updates = {k: Update(w, 5 + k) for k, w in enumerate(weights_of(kit, 3))}
+    setup = prepare(tiny(distill_epochs=0)).setup
+    updates = {k: Update(w, 5 + k) for k, w in enumerate(weights_of(setup, 3))}
     df, average = call("feddf"), call("fedavg")
-    ours = df.deploy(kit, df.tell(kit, df.init(kit), updates, seed=1))
-    assert tensors.equal(ours, average.tell(kit, average.init(kit), updates, seed=1))
+    ours = df.global_model(setup, df.aggregate(setup, df.initial_state(setup), updates, seed=1))
+    assert tensors.equal(ours, average.aggregate(setup, average.initial_state(setup), updates, seed=1))
 
 
 def test_feddf_averages_within_an_architecture_and_distills_across():
-    kit = prepare(tiny(model="cnn:width=8,cnn:width=16", student="resnet8:width=8", distill_epochs=0)).kit
+    setup = prepare(tiny(model="cnn:width=8,cnn:width=16", student="resnet8:width=8", distill_epochs=0)).setup
     algorithm = call("feddf")
-    state = algorithm.init(kit)
-    updates = {k: Update({n: w + k for n, w in kit.initial(kit.model_of(k)).items()}, 1) for k in range(3)}
-    new = algorithm.tell(kit, state, updates, seed=1)
-    first = kit.initial("cnn:width=8")
+    state = algorithm.initial_state(setup)
+    updates = {k: Update({n: w + k for n, w in setup.trainer.initial_weights(setup.model_of(k)).items()}, 1) for k in range(3)}
+    new = algorithm.aggregate(setup, state, updates, seed=1)
+    first = setup.trainer.initial_weights("cnn:width=8")
     assert all(torch.allclose(tensors.take("group0", new)[n], first[n] + 1, atol=1e-6) for n in first)
-    assert tensors.equal(algorithm.deploy(kit, new), kit.initial("resnet8:width=8"))
-    alone = algorithm.tell(kit, new, {1: updates[1]}, seed=2)  # nobody of the first architecture came
+    assert tensors.equal(algorithm.global_model(setup, new), setup.trainer.initial_weights("resnet8:width=8"))
+    alone = algorithm.aggregate(setup, new, {1: updates[1]}, seed=2)  # nobody of the first architecture came
     assert tensors.equal(tensors.take("group0", alone), tensors.take("group0", new))
 
 
-def test_a_mentor_that_weighs_nothing_leaves_fedavg(kit):
+def test_a_mentor_that_weighs_nothing_leaves_fedavg(setup):
     """To the bit: the same rows in the same order, plus zero."""
     experiment = prepare(tiny())
     held = experiment.client(0, 1, {})
-    start = experiment.kit.initial(experiment.kit.student)
-    plain, _ = call("fedavg").local(experiment.kit, held, start)
-    silent, _ = call("mentor:model=cnn:width=4,term=logits,weight=0").local(experiment.kit, held, start)
+    start = experiment.setup.trainer.initial_weights(experiment.setup.student)
+    plain, _ = call("fedavg").local_update(experiment.setup, held, start)
+    silent, _ = call("mentor:model=cnn:width=4,term=logits,weight=0").local_update(experiment.setup, held, start)
     assert equal(plain.tensors, silent.tensors)
 
 
 @pytest.mark.parametrize("term", ["logits", "features", "relations", "graph", "contrastive"])
 def test_a_mentor_stays_with_its_client_and_pulls(term):
     experiment = prepare(tiny())
-    kit, mentor = experiment.kit, call(f"mentor:model=resnet8,term={term}")
-    start = kit.initial(kit.student)
-    first, memory = mentor.local(kit, experiment.client(0, 1, {}), start)
-    plain, _ = call("fedavg").local(kit, experiment.client(0, 1, {}), start)
-    assert shapes(first.tensors) == mentor.sends(kit, start, 0)
+    setup, mentor = experiment.setup, call(f"mentor:model=resnet8,term={term}")
+    start = setup.trainer.initial_weights(setup.student)
+    first, memory = mentor.local_update(setup, experiment.client(0, 1, {}), start)
+    plain, _ = call("fedavg").local_update(setup, experiment.client(0, 1, {}), start)
+    assert shapes(first.tensors) == mentor.upload_spec(setup, start, 0)
     assert not equal(first.tensors, plain.tensors)
     assert equal(take("model", memory), first.tensors)
-    _, again = mentor.local(kit, experiment.client(0, 2, memory), first.tensors)
+    _, again = mentor.local_update(setup, experiment.client(0, 2, memory), first.tensors)
     assert not equal(take("mentor", memory), take("mentor", again))
     if term in ("features", "graph", "contrastive"):  # what was learned goes on from where it was
         forgetful = {name: tensor for name, tensor in memory.items() if not name.startswith("adapters/")}
-        _, fresh = mentor.local(kit, experiment.client(0, 2, forgetful), first.tensors)
+        _, fresh = mentor.local_update(setup, experiment.client(0, 2, forgetful), first.tensors)
         assert not equal(take("adapters", again), take("adapters", fresh))
 
 
@@ -122,43 +122,43 @@ def test_a_mentor_stays_with_its_client_and_pulls(term):
 def test_a_student_beside_a_mentor_starts_from_what_came_down(width):
     """Whatever the mentor's architecture, its own included: hardly trained, what is sent is what came."""
     experiment = prepare(tiny(learning_rate=1e-9))
-    kit = experiment.kit
-    came = {name: tensor + 1 for name, tensor in kit.initial(kit.student).items()}
-    update, _ = call(f"mentor:model=cnn:width={width}").local(kit, experiment.client(0, 1, {}), came)
+    setup = experiment.setup
+    came = {name: tensor + 1 for name, tensor in setup.trainer.initial_weights(setup.student).items()}
+    update, _ = call(f"mentor:model=cnn:width={width}").local_update(setup, experiment.client(0, 1, {}), came)
     assert all(torch.allclose(update.tensors[name], came[name], atol=1e-6) for name in came)
 
 
 def test_a_mentor_can_contrast_nothing_on_one_class():
     experiment = prepare(tiny(partitioner="pathological:classes=1"))
-    kit, start = experiment.kit, experiment.kit.initial(experiment.kit.student)
+    setup, start = experiment.setup, experiment.setup.trainer.initial_weights(experiment.setup.student)
     client = experiment.client(0, 1, {})
     assert len(client.data.labels.unique()) == 1
-    plain, _ = call("fedavg").local(kit, client, start)
-    taught, _ = call("mentor:model=cnn:width=4,term=contrastive").local(kit, client, start)
+    plain, _ = call("fedavg").local_update(setup, client, start)
+    taught, _ = call("mentor:model=cnn:width=4,term=contrastive").local_update(setup, client, start)
     assert equal(taught.tensors, plain.tensors)
 
 
 def test_a_mentor_of_the_students_own_architecture_is_another_network():
     experiment = prepare(tiny())
     update, memory = call("mentor:model=cnn:width=8").local(
-        experiment.kit, experiment.client(0, 1, {}), experiment.kit.initial(experiment.kit.student)
+        experiment.setup, experiment.client(0, 1, {}), experiment.setup.trainer.initial_weights(experiment.setup.student)
     )
     assert not equal(update.tensors, take("mentor", memory))
 
 
-def test_fedavgm_without_momentum_is_fedavg_and_with_it_carries_on(kit):
-    clients = weights_of(kit, 2)
+def test_fedavgm_without_momentum_is_fedavg_and_with_it_carries_on(setup):
+    clients = weights_of(setup, 2)
     updates = {k: Update(w, 5) for k, w in enumerate(clients)}
     average, plain, moving = call("fedavg"), call("fedavgm:beta=0.0"), call("fedavgm:beta=0.9")
-    mean = average.tell(kit, average.init(kit), updates, 1)
-    once = plain.tell(kit, plain.init(kit), updates, 1)
-    assert all(torch.allclose(plain.deploy(kit, once)[n], mean[n], atol=1e-6) for n in mean)
-    state = moving.tell(kit, moving.init(kit), updates, 1)
-    state = moving.tell(kit, state, updates, 2)
-    start = kit.initial(kit.student)
+    mean = average.aggregate(setup, average.initial_state(setup), updates, 1)
+    once = plain.aggregate(setup, plain.initial_state(setup), updates, 1)
+    assert all(torch.allclose(plain.global_model(setup, once)[n], mean[n], atol=1e-6) for n in mean)
+    state = moving.aggregate(setup, moving.initial_state(setup), updates, 1)
+    state = moving.aggregate(setup, state, updates, 2)
+    start = setup.trainer.initial_weights(setup.student)
     for name, weight in start.items():  # by hand: v1 = x0 - m, x1 = m; v2 = 0.9 v1 + x1 - m = 0.9 v1; x2 = m - 0.9 v1
         expected = mean[name] - 0.9 * (weight - mean[name])
-        assert torch.allclose(moving.deploy(kit, state)[name], expected, atol=1e-5)
+        assert torch.allclose(moving.global_model(setup, state)[name], expected, atol=1e-5)
 
 
 def test_a_control_variate_is_the_clients_gradient():
@@ -166,12 +166,12 @@ def test_a_control_variate_is_the_clients_gradient():
     experiment = prepare(
         tiny(algorithm="scaffold", batch_size=4096, momentum=0.0, weight_decay=0.0, augment=False, model="cnn:width=8")
     )
-    kit, client = experiment.kit, experiment.client(0, 1, {})
+    setup, client = experiment.setup, experiment.client(0, 1, {})
     algorithm = experiment.algorithm
-    update, memory = algorithm.local(kit, client, algorithm.init(kit))
-    module = models.build(kit.student, kit.classes, kit.config.norm)
-    module.load_state_dict(kit.initial(kit.student))
-    functional.cross_entropy(module(kit.scaling(client.data.pixels)), client.data.labels).backward()
+    update, memory = algorithm.local_update(setup, client, algorithm.initial_state(setup))
+    module = models.build(setup.student, setup.classes, setup.config.norm)
+    module.load_state_dict(setup.trainer.initial_weights(setup.student))
+    functional.cross_entropy(module(setup.trainer.scaling(client.data.pixels)), client.data.labels).backward()
     for name, parameter in module.named_parameters():
         assert torch.allclose(tensors.take("control", memory)[name], parameter.grad, atol=2e-4), name
     assert tensors.equal(tensors.take("control", update.tensors), tensors.take("control", memory))
@@ -181,14 +181,14 @@ def test_a_clients_correction_cancels_its_own_gradient_and_adds_everybodys():
     experiment = prepare(
         tiny(algorithm="scaffold", batch_size=4096, momentum=0.0, weight_decay=0.0, augment=False, model="cnn:width=8")
     )
-    kit, algorithm = experiment.kit, experiment.algorithm
-    start = algorithm.init(kit)
-    _, memory = algorithm.local(kit, experiment.client(0, 1, {}), start)
+    setup, algorithm = experiment.setup, experiment.algorithm
+    start = algorithm.initial_state(setup)
+    _, memory = algorithm.local_update(setup, experiment.client(0, 1, {}), start)
     common = {name: torch.full_like(c, 0.01) for name, c in tensors.take("control", start).items()}
     request = {**start, **tensors.put("control", common)}
-    update, _ = algorithm.local(kit, experiment.client(0, 2, memory), request)
+    update, _ = algorithm.local_update(setup, experiment.client(0, 2, memory), request)
     for name, weight in tensors.take("student", update.tensors).items():  # g - c_i + c = c here, since g = c_i
-        expected = kit.initial(kit.student)[name] - kit.config.learning_rate * 0.01
+        expected = setup.trainer.initial_weights(setup.student)[name] - setup.config.learning_rate * 0.01
         assert torch.allclose(weight, expected, atol=1e-5)
 
 
@@ -201,11 +201,11 @@ def test_how_far_momentum_travels(steps, momentum):
     assert scaffold.travel(steps, momentum) == pytest.approx(place, rel=1e-12)
 
 
-def test_the_servers_control_variate_moves_by_the_share_of_those_who_came(kit):
+def test_the_servers_control_variate_moves_by_the_share_of_those_who_came(setup):
     algorithm = call("scaffold")
-    state = algorithm.init(kit)
+    state = algorithm.initial_state(setup)
     ones = {name: torch.ones_like(tensor) for name, tensor in state.items()}
-    new = algorithm.tell(kit, state, {1: Update(ones, 9), 2: Update(ones, 1)}, seed=1)  # two of three
+    new = algorithm.aggregate(setup, state, {1: Update(ones, 9), 2: Update(ones, 1)}, seed=1)  # two of three
     assert all((tensor - 2 / 3).abs().max() < 1e-6 for tensor in tensors.take("control", new).values())
 
 
@@ -222,22 +222,22 @@ def test_models_drawn_around_the_clients_have_their_mean_and_variance():
 
 
 def test_fed_ets_targets_are_the_consensus_and_those_who_disagree():
-    kit = prepare(tiny(model="cnn:width=8", student="cnn:width=16")).kit
+    setup = prepare(tiny(model="cnn:width=8", student="cnn:width=16")).setup
     updates = {
         k: Update(w, 1)
         for k, w in enumerate(
             [
                 {
                     n: w + 0.3 * torch.randn(w.shape, generator=torch.Generator().manual_seed(k))
-                    for n, w in kit.initial("cnn:width=8").items()
+                    for n, w in setup.trainer.initial_weights("cnn:width=8").items()
                 }
                 for k in range(3)
             ]
         )
     }
     rows = torch.arange(9)
-    answers = torch.stack([kit.predict("cnn:width=8", u.tensors, kit.proxy[rows]) for u in updates.values()])
-    targets = call("fed-et:diversity=0.5").targets(kit, updates, answers, rows, seed=0)
+    answers = torch.stack([setup.trainer.predict("cnn:width=8", u.tensors, setup.proxy.images[rows]) for u in updates.values()])
+    targets = call("fed-et:diversity=0.5").targets(setup, updates, answers, rows, seed=0)
     logits = list(answers.double().numpy())
     for sample in range(9):
         spread = [row[sample].var() for row in logits]
@@ -252,41 +252,41 @@ def test_fed_ets_targets_are_the_consensus_and_those_who_disagree():
 # -- soft labels up -----------------------------------------------------------------------------
 
 
-def answers(kit, count=3, seed=0):
+def answers(setup, count=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(count, *kit.answers(), generator=generator)
+    logits = 3 * torch.randn(count, *setup.logits_shape, generator=generator)
     return {k: Update({"probs": value.softmax(-1)}, 10 + k) for k, value in enumerate(logits)}
 
 
 def test_a_cfd_client_starts_anew_so_that_an_absent_one_misses_nothing(experiment):
-    algorithm, kit = call("cfd"), experiment.kit
-    request = {"round": torch.tensor(3), "told": torch.tensor(2), "probs": answers(kit)[0].tensors["probs"]}
-    old = tensors.put("model", {n: w + 1 for n, w in kit.initial(kit.student).items()})
-    results = [algorithm.local(kit, experiment.client(0, 3, memory), request)[0].tensors for memory in ({}, old)]
+    algorithm, setup = call("cfd"), experiment.setup
+    request = {"round": torch.tensor(3), "told": torch.tensor(2), "probs": answers(setup)[0].tensors["probs"]}
+    old = tensors.put("model", {n: w + 1 for n, w in setup.trainer.initial_weights(setup.student).items()})
+    results = [algorithm.local_update(setup, experiment.client(0, 3, memory), request)[0].tensors for memory in ({}, old)]
     assert tensors.equal(*results)
 
 
-def test_what_cfd_sends_down_are_the_students_answers(kit):
+def test_what_cfd_sends_down_are_the_students_answers(setup):
     algorithm = call("cfd")
-    state = algorithm.tell(kit, algorithm.init(kit), answers(kit), seed=1)
-    student = kit.predict(kit.student, algorithm.deploy(kit, state), kit.proxy)
-    assert torch.allclose(algorithm.ask(kit, state, 0)["probs"], student.softmax(-1), atol=1e-6)
+    state = algorithm.aggregate(setup, algorithm.initial_state(setup), answers(setup), seed=1)
+    student = setup.trainer.predict(setup.student, algorithm.global_model(setup, state), setup.proxy.images)
+    assert torch.allclose(algorithm.broadcast(setup, state, 0)["probs"], student.softmax(-1), atol=1e-6)
 
 
 def test_cfd_brings_its_own_codecs():
-    wire = prepare(tiny(algorithm="cfd:up_bits=1,down_bits=32", up="float16")).wire
-    assert (wire.up.bits, wire.up.coder, wire.up.delta) == (1, "range", True)
-    assert type(wire.down).__name__ == "Float32"
-    for wrong, says in (("cfd:up_bits=9", "up_bits and down_bits are 1 to 8, or 32"), ("cfd:down=student", "labels")):
+    wire = prepare(tiny(algorithm="cfd:uplink_bits=1,downlink_bits=32", up="float16")).wire
+    assert (channel.up.bits, channel.up.coder, channel.up.delta) == (1, "range", True)
+    assert type(channel.down).__name__ == "Float32"
+    for wrong, says in (("cfd:uplink_bits=9", "uplink_bits and downlink_bits are 1 to 8, or 32"), ("cfd:downlink=student", "labels")):
         with pytest.raises(UsageError, match=says):
             call(wrong)
 
 
-def test_an_ema_of_the_student(kit):
+def test_an_ema_of_the_student(setup):
     slow, fast = call("fedema:decay=0.75"), call("fedema:decay=0.0")
-    updates = {k: Update({"logits": u.tensors["probs"].log()}, 1) for k, u in answers(kit).items()}
-    start = kit.initial(kit.student)
-    ours, whole = (a.deploy(kit, a.tell(kit, a.init(kit), updates, seed=1)) for a in (slow, fast))
+    updates = {k: Update({"logits": u.tensors["probs"].log()}, 1) for k, u in answers(setup).items()}
+    start = setup.trainer.initial_weights(setup.student)
+    ours, whole = (a.global_model(setup, a.aggregate(setup, a.initial_state(setup), updates, seed=1)) for a in (slow, fast))
     assert all(torch.allclose(ours[n], 0.75 * start[n] + 0.25 * whole[n], atol=1e-6) for n in start)
     assert not torch.allclose(whole["0.0.weight"], start["0.0.weight"])
 
@@ -313,43 +313,43 @@ def test_fedgems_teacher_against_a_loop():
 
 
 def test_fedgems_reads_the_proxys_labels_and_nobody_else_does():
-    assert prepare(tiny()).kit.proxy_labels is None
+    assert prepare(tiny()).setup.proxy.labels is None
     experiment = prepare(tiny(algorithm="fedgems"))
     rows = torch.from_numpy(experiment.proxy_rows)
-    assert torch.equal(experiment.kit.proxy_labels, experiment.train.labels[rows])
+    assert torch.equal(experiment.setup.proxy.labels, experiment.train.labels[rows])
 
 
-def test_kt_pfl_serves_who_was_absent_and_keeps_what_is_not_spoken_of(kit):
+def test_kt_pfl_serves_who_was_absent_and_keeps_what_is_not_spoken_of(setup):
     algorithm = call("kt-pfl:penalty=0.1")
-    updates = answers(kit)
-    state = algorithm.tell(kit, algorithm.init(kit), {0: updates[0], 2: updates[2]}, seed=1)
+    updates = answers(setup)
+    state = algorithm.aggregate(setup, algorithm.initial_state(setup), {0: updates[0], 2: updates[2]}, seed=1)
     coefficients = state["coefficients"]
     assert torch.allclose(coefficients.sum(1), torch.ones(3, dtype=torch.float64))
     assert torch.allclose(coefficients[1], torch.full((3,), 1 / 3, dtype=torch.float64))
     assert torch.allclose(coefficients[[0, 2], 1], torch.full((2,), 1 / 3, dtype=torch.float64))
     assert coefficients[0, 0] > coefficients[0, 2]  # it finds its own labels most like its own
-    absent = algorithm.ask(kit, state, 1)["probs"]
+    absent = algorithm.broadcast(setup, state, 1)["probs"]
     assert torch.allclose(absent, (updates[0].tensors["probs"] + updates[2].tensors["probs"]) / 2, atol=1e-6)
 
 
 def test_a_comet_client_is_pulled_to_the_nearest_centroid(experiment):
-    kit, seen = experiment.kit, []
+    setup, seen = experiment.setup, []
     client = experiment.client(0, 2, {})
-    own = kit.predict(client.model, kit.own(client), kit.proxy).softmax(-1)
-    near, far = (0.5 * own + 0.5 * other.tensors["probs"] for other in answers(kit, 2).values())
-    far = 0.5 * far + 0.5 * answers(kit, 1, seed=4)[0].tensors["probs"]
+    own = setup.trainer.predict(client.model, setup.local_weights(client), setup.proxy.images).softmax(-1)
+    near, far = (0.5 * own + 0.5 * other.tensors["probs"] for other in answers(setup, 2).values())
+    far = 0.5 * far + 0.5 * answers(setup, 1, seed=4)[0].tensors["probs"]
     request = {"round": torch.tensor(2), "told": torch.tensor(1), "0000/probs": far, "0001/probs": near}
 
     @dataclasses.dataclass(frozen=True)
-    class Watching(type(kit)):
+    class Watching(type(setup)):
         def fit_jointly(self, client, weights, rows, targets, pull):
             seen.append((rows, targets, pull(torch.zeros(1, 10), torch.eye(10)[:1])))
             return dict(weights)
 
-    watching = Watching(**{f.name: getattr(kit, f.name) for f in dataclasses.fields(kit)})
-    call("comet:pull=2.0").local(watching, client, request)
+    layer_outputs = Watching(**{f.name: getattr(setup, f.name) for f in dataclasses.fields(setup)})
+    call("comet:pull=2.0").local(layer_outputs, client, request)
     rows, targets, distance = seen[0]
-    assert torch.equal(rows, kit.subset(1))
+    assert torch.equal(rows, setup.proxy.subset(1))
     assert torch.equal(targets, near)
     assert distance.item() == pytest.approx(2 * math.sqrt(0.9**2 + 9 * 0.1**2), abs=1e-6)
 
@@ -357,21 +357,21 @@ def test_a_comet_client_is_pulled_to_the_nearest_centroid(experiment):
 def test_joint_training_is_the_mean_over_both_kinds_of_rows():
     """One batch that holds everything: a step of plain SGD along the gradient of the union's mean loss."""
     experiment = prepare(tiny(batch_size=4096, momentum=0.0, weight_decay=0.0, augment=False, model="cnn:width=8"))
-    kit, client = experiment.kit, experiment.client(0, 1, {})
-    rows, targets = torch.arange(0, 40, 2), answers(kit)[0].tensors["probs"][::2]
-    start = kit.initial(kit.student)
+    setup, client = experiment.setup, experiment.client(0, 1, {})
+    rows, targets = torch.arange(0, 40, 2), answers(setup)[0].tensors["probs"][::2]
+    start = setup.trainer.initial_weights(setup.student)
 
     def pull(logits, probs):
         return 3 * (logits.softmax(-1) - probs).square().sum(-1).mean()
 
-    ours = kit.fit_jointly(client, start, rows, targets, pull)
-    module = models.build(kit.student, kit.classes, kit.config.norm)
+    ours = setup.fit_jointly(client, start, rows, targets, pull)
+    module = models.build(setup.student, setup.classes, setup.config.norm)
     module.load_state_dict(start)
-    private = functional.cross_entropy(module(kit.scaling(client.data.pixels)), client.data.labels, reduction="sum")
-    public = len(rows) * pull(module(kit.scaling(kit.proxy[rows])), targets)
+    private = functional.cross_entropy(module(setup.trainer.scaling(client.data.pixels)), client.data.labels, reduction="sum")
+    public = len(rows) * pull(module(setup.trainer.scaling(setup.proxy.images[rows])), targets)
     ((private + public) / (len(client.data) + len(rows))).backward()
     for name, parameter in module.named_parameters():
-        assert torch.allclose(ours[name], parameter - kit.config.learning_rate * parameter.grad, atol=1e-5), name
+        assert torch.allclose(ours[name], parameter - setup.config.learning_rate * parameter.grad, atol=1e-5), name
 
 
 def test_only_private_rows_are_augmented_in_joint_training(generator):
@@ -422,7 +422,7 @@ def test_bits_come_back(generator):
         assert torch.equal(selective_fd.flags(selective_fd.bits(chosen), count), chosen)
 
 
-def test_selective_fd_counts_only_who_answered_and_keeps_what_is_clear(kit):
+def test_selective_fd_counts_only_who_answered_and_keeps_what_is_clear(setup):
     algorithm = call("selective-fd:server_threshold=1.0")
     sure, torn = torch.eye(10)[3] * 0.9 + 0.01, torch.full((10,), 0.1)
     first = {"answered": torch.zeros(40, dtype=torch.bool), "probs": torch.stack([sure, torn])}
@@ -430,35 +430,35 @@ def test_selective_fd_counts_only_who_answered_and_keeps_what_is_clear(kit):
     second = {"answered": torch.zeros(40, dtype=torch.bool), "probs": torch.eye(10)[[5]]}
     second["answered"][9] = True
     updates = {k: Update({**u, "answered": selective_fd.bits(u["answered"])}, 5) for k, u in enumerate((first, second))}
-    assert all(algorithm.objection(kit, update) == "" for update in updates.values())
-    state = algorithm.tell(kit, algorithm.init(kit), updates, seed=1)
+    assert all(algorithm.check_update(setup, update) == "" for update in updates.values())
+    state = algorithm.aggregate(setup, algorithm.initial_state(setup), updates, seed=1)
     assert selective_fd.flags(state["kept"], 40).nonzero().flatten().tolist() == [4, 9]
     assert torch.allclose(state["probs"], torch.stack([sure, torch.eye(10)[5]]), atol=1e-6)
 
 
 def test_selective_fd_with_nothing_selected_leaves_the_student_and_the_clients_alone(experiment):
-    algorithm, kit = call("selective-fd"), experiment.kit
+    algorithm, setup = call("selective-fd"), experiment.setup
     none = {"answered": selective_fd.bits(torch.zeros(40, dtype=torch.bool)), "probs": torch.zeros(0, 10)}
-    state = algorithm.tell(kit, algorithm.init(kit), {0: Update(none, 5)}, seed=1)
-    assert tensors.equal(algorithm.deploy(kit, state), kit.initial(kit.student))
-    algorithm.local(kit, experiment.client(0, 2, {}), algorithm.ask(kit, state, 0))
+    state = algorithm.aggregate(setup, algorithm.initial_state(setup), {0: Update(none, 5)}, seed=1)
+    assert tensors.equal(algorithm.global_model(setup, state), setup.trainer.initial_weights(setup.student))
+    algorithm.local_update(setup, experiment.client(0, 2, {}), algorithm.broadcast(setup, state, 0))
 
 
-def test_a_client_that_says_other_than_it_answers_is_refused(kit):
+def test_a_client_that_says_other_than_it_answers_is_refused(setup):
     answered = selective_fd.bits(torch.arange(40) < 3)
     update = Update({"answered": answered, "probs": torch.full((2, 10), 0.1)}, 5)
-    assert "other answers" in call("selective-fd").objection(kit, update)
+    assert "other answers" in call("selective-fd").check_update(setup, update)
     padded = torch.full((5,), 255, dtype=torch.uint8)
-    kit = dataclasses.replace(kit, config=tiny(proxy_samples=34))
-    assert "other answers" in call("selective-fd").objection(kit, Update({"answered": padded, "probs": PROBS}, 5))
-    assert "other answers" not in call("selective-fd").objection(
-        kit, Update({"answered": padded, "probs": PROBS[:34]}, 5)
+    setup = dataclasses.replace(setup, config=tiny(proxy_samples=34))
+    assert "other answers" in call("selective-fd").check_update(setup, Update({"answered": padded, "probs": PROBS}, 5))
+    assert "other answers" not in call("selective-fd").check_update(
+        setup, Update({"answered": padded, "probs": PROBS[:34]}, 5)
     )
 
 
 @pytest.mark.parametrize("weight", [-1.0, 300.0, 3e38])
-def test_weights_that_no_density_ratio_has_are_refused(kit, weight):
-    assert "no density ratio" in call("density").objection(kit, Update({"weight": torch.full((40,), weight)}, 5))
+def test_weights_that_no_density_ratio_has_are_refused(setup, weight):
+    assert "no density ratio" in call("density").check_update(setup, Update({"weight": torch.full((40,), weight)}, 5))
 
 
 def test_a_density_ratio_has_a_largest_value(generator):
@@ -467,9 +467,9 @@ def test_a_density_ratio_has_a_largest_value(generator):
 
 
 @pytest.mark.parametrize("counts", [[3, 3, -1] + [0] * 7, [2**62] + [0] * 9, [1] * 10])
-def test_counts_of_classes_that_do_not_add_up_are_refused(kit, counts):
+def test_counts_of_classes_that_do_not_add_up_are_refused(setup, counts):
     update = Update({"prototypes": torch.zeros(10, 4), "counts": torch.tensor(counts)}, 5)
-    assert "add up" in call("fedproto").objection(kit, update)
+    assert "add up" in call("fedproto").check_update(setup, update)
 
 
 @pytest.mark.parametrize("name", ["fedavgm", "fedbe", "scaffold", "fedema", "feddf"])
@@ -479,37 +479,37 @@ def test_running_statistics_stay_such(name, tmp_path):
     assert all(math.isfinite(row["test_loss"]) for row in rows)
 
 
-def test_feddf_leaves_out_a_model_whose_answers_are_infinite(kit):
+def test_feddf_leaves_out_a_model_whose_answers_are_infinite(setup):
     algorithm = call("feddf")
-    good, bad = weights_of(kit, 2)
+    good, bad = weights_of(setup, 2)
     bad = {name: weight * 1e30 for name, weight in bad.items()}
-    state = algorithm.init(kit)
-    both = algorithm.tell(kit, state, {0: Update(good, 5), 1: Update(bad, 5)}, seed=1)
-    assert tensors.equal(both, algorithm.tell(kit, state, {0: Update(good, 5)}, seed=1))
+    state = algorithm.initial_state(setup)
+    both = algorithm.aggregate(setup, state, {0: Update(good, 5), 1: Update(bad, 5)}, seed=1)
+    assert tensors.equal(both, algorithm.aggregate(setup, state, {0: Update(good, 5)}, seed=1))
     with pytest.raises(RunError, match="finite"):
-        algorithm.tell(kit, state, {1: Update(bad, 5)}, seed=1)
+        algorithm.aggregate(setup, state, {1: Update(bad, 5)}, seed=1)
 
 
-def test_an_untrained_server_of_fedgems_teaches_nobody(kit):
-    kit = prepare(tiny(algorithm="fedgems", distill_epochs=0)).kit
+def test_an_untrained_server_of_fedgems_teaches_nobody(setup):
+    setup = prepare(tiny(algorithm="fedgems", distill_epochs=0)).setup
     algorithm, seen = call("fedgems"), []
     original = fedgems.selected
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fedgems, "selected", lambda own, *more: seen.append(own) or original(own, *more))
-        updates = {k: Update({"logits": u.tensors["probs"].log()}, 5) for k, u in answers(kit).items()}
-        algorithm.tell(kit, algorithm.tell(kit, algorithm.init(kit), updates, 1), updates, 2)
-    labels = kit.proxy_labels[kit.subset(1)]
+        updates = {k: Update({"logits": u.tensors["probs"].log()}, 5) for k, u in answers(setup).items()}
+        algorithm.aggregate(setup, algorithm.aggregate(setup, algorithm.initial_state(setup), updates, 1), updates, 2)
+    labels = setup.proxy.labels[setup.proxy.subset(1)]
     assert not (seen[0].argmax(-1) == labels).any()
-    assert torch.equal(seen[1], kit.predict(kit.student, kit.initial(kit.student), kit.proxy))
+    assert torch.equal(seen[1], setup.trainer.predict(setup.student, setup.trainer.initial_weights(setup.student), setup.proxy.images))
 
 
-def test_a_client_counts_where_its_data_is_dense(kit):
+def test_a_client_counts_where_its_data_is_dense(setup):
     algorithm = call("density")
-    probs = answers(kit, count=2)
+    probs = answers(setup, count=2)
     weight = torch.zeros(2, 40)
     weight[0, :20] = weight[1, 20:] = 0.7
     updates = {k: Update({"logits": u.tensors["probs"].log(), "weight": weight[k]}, 5) for k, u in probs.items()}
-    state = algorithm.tell(kit, algorithm.init(kit), updates, seed=1)
+    state = algorithm.aggregate(setup, algorithm.initial_state(setup), updates, seed=1)
     expected = torch.cat([probs[0].tensors["probs"][:20], probs[1].tensors["probs"][20:]])
     assert torch.allclose(state["probs"], expected, atol=1e-6)
 
@@ -528,65 +528,65 @@ def test_scarlets_server_and_clients_never_disagree_about_a_label(samples, parti
         model="cnn:width=8",
     )
     experiment = prepare(config)
-    algorithm, kit = experiment.algorithm, experiment.kit
-    state, memories, asked = algorithm.init(kit), {}, []
+    algorithm, setup = experiment.algorithm, experiment.setup
+    state, memories, asked = algorithm.initial_state(setup), {}, []
     oracle = torch.zeros(40, dtype=torch.int64)  # the round each label was made in, kept by hand
     rng = np.random.default_rng(0)
     for number in range(1, 10):
         before = oracle.clone()
-        rows = kit.subset(number)
+        rows = setup.proxy.subset(number)
         old = [int(i) for i in rows if oracle[i] == 0 or number - oracle[i] > 2]
         updates = {}
         for client in sorted(rng.choice(4, size=round(4 * participation), replace=False)):
             held = experiment.client(int(client), number, memories.get(client, {}))
-            update, memories[client] = algorithm.local(kit, held, algorithm.ask(kit, state, int(client)))
+            update, memories[client] = algorithm.local_update(setup, held, algorithm.broadcast(setup, state, int(client)))
             assert torch.equal(memories[client]["held"], before)
             assert torch.equal(memories[client]["cache"], state["cache"])
             assert update.tensors["probs"].shape == (len(old), 10)
             updates[int(client)] = update
-        state = algorithm.tell(kit, state, updates, seed=number)
+        state = algorithm.aggregate(setup, state, updates, seed=number)
         oracle[old] = number
         asked.append(len(old))
-    assert torch.equal(scarlet.stamps(kit, 2, 9), oracle)
-    assert sum(asked) < 9 * len(kit.subset(1))
+    assert torch.equal(scarlet.stamps(setup, 2, 9), oracle)
+    assert sum(asked) < 9 * len(setup.proxy.subset(1))
     if samples == 0:
         assert asked == [40, 0, 0, 40, 0, 0, 40, 0, 0]  # a label of round r serves in r + 1 and r + 2
 
 
 def test_a_scarlet_client_that_lost_its_memory_is_survived():
     experiment = prepare(tiny(algorithm="scarlet", proxy_samples=15))
-    algorithm, kit = experiment.algorithm, experiment.kit
-    state = algorithm.init(kit)
+    algorithm, setup = experiment.algorithm, experiment.setup
+    state = algorithm.initial_state(setup)
     for number in (1, 2):
-        updates = {0: algorithm.local(kit, experiment.client(0, number, {}), algorithm.ask(kit, state, 0))[0]}
-        state = algorithm.tell(kit, state, updates, seed=number)
-    update, memory = algorithm.local(kit, experiment.client(0, 3, {}), algorithm.ask(kit, state, 0))
+        updates = {0: algorithm.local_update(setup, experiment.client(0, number, {}), algorithm.broadcast(setup, state, 0))[0]}
+        state = algorithm.aggregate(setup, state, updates, seed=number)
+    update, memory = algorithm.local_update(setup, experiment.client(0, 3, {}), algorithm.broadcast(setup, state, 0))
     assert update.tensors["probs"].isfinite().all()
-    assert (memory["held"] > 0).sum() < (scarlet.stamps(kit, 2, 2) > 0).sum()
+    assert (memory["held"] > 0).sum() < (scarlet.stamps(setup, 2, 2) > 0).sum()
 
 
 # -- without a proxy ----------------------------------------------------------------------------
 
 
 def test_bytes_of_fd_are_those_of_the_paper():
-    kit = prepare(tiny()).kit
-    (shape,) = call("fd").sends(kit, {}, 0).values()
+    setup = prepare(tiny()).setup
+    (shape,) = call("fd").upload_spec(setup, {}, 0).values()
     assert 16 * 2 * math.prod(shape) * 32 == 102_400  # bits: 16 iterations, up and down
     network = {"": torch.zeros(1_199_648)}  # the paper's, of so many parameters
     assert 16 * 2 * 8 * tensors.numel(network) * network[""].element_size() == 1_228_439_552  # what FedAvg takes
 
 
 def test_fds_means_leave_the_receiver_out_and_labels_nobody_has(experiment):
-    algorithm, kit = call("fd"), experiment.kit
+    algorithm, setup = call("fd"), experiment.setup
     generator = torch.Generator().manual_seed(2)
     tables = torch.rand(3, 10, 10, generator=generator)
     tables /= tables.sum(-1, keepdim=True)
     tables[0, 4] = tables[1, 4] = 0  # only client 2 has seen label 4, nobody label 5
     tables[:, 5] = 0
     updates = {k: Update({"means": table}, 5) for k, table in enumerate(tables)}
-    state = algorithm.tell(kit, {}, updates, seed=0)
+    state = algorithm.aggregate(setup, {}, updates, seed=0)
     for client in range(4):
-        sent = algorithm.ask(kit, state, client)["means"]
+        sent = algorithm.broadcast(setup, state, client)["means"]
         for label in range(10):
             rows = [tables[k, label] for k in range(3) if k != client and tables[k, label].sum() > 0]
             expected = sum(rows) / len(rows) if rows else torch.zeros(10)
@@ -594,9 +594,9 @@ def test_fds_means_leave_the_receiver_out_and_labels_nobody_has(experiment):
 
 
 def test_fds_means_are_those_of_the_clients_answers(experiment):
-    kit, client = experiment.kit, experiment.client(1, 1, {})
-    update, memory = call("fd").local(kit, client, {})
-    probs = kit.predict(client.model, tensors.take("model", memory), client.data.pixels).softmax(-1)
+    setup, client = experiment.setup, experiment.client(1, 1, {})
+    update, memory = call("fd").local_update(setup, client, {})
+    probs = setup.trainer.predict(client.model, tensors.take("model", memory), client.data.pixels).softmax(-1)
     for label in range(10):
         rows = [p for p, y in zip(probs, client.data.labels, strict=True) if y == label]
         expected = sum(rows) / len(rows) if rows else torch.zeros(10)
@@ -604,36 +604,36 @@ def test_fds_means_are_those_of_the_clients_answers(experiment):
 
 
 def test_prototypes_are_class_means_weighted_by_counts(experiment):
-    algorithm, kit = call("fedproto"), experiment.kit
-    state = algorithm.init(kit)
-    updates = {k: algorithm.local(kit, experiment.client(k, 1, {}), state)[0] for k in range(3)}
-    new = algorithm.tell(kit, state, updates, seed=0)
+    algorithm, setup = call("fedproto"), experiment.setup
+    state = algorithm.initial_state(setup)
+    updates = {k: algorithm.local_update(setup, experiment.client(k, 1, {}), state)[0] for k in range(3)}
+    new = algorithm.aggregate(setup, state, updates, seed=0)
     for label in range(10):
         counts = [int(u.tensors["counts"][label]) for u in updates.values()]
         vectors = [u.tensors["prototypes"][label] for u in updates.values()]
         expected = sum(n * v for n, v in zip(counts, vectors, strict=True)) / sum(counts)
         assert torch.allclose(new["prototypes"][label], expected, atol=1e-4)
     missing = {**updates[0].tensors, "counts": torch.zeros(10, dtype=torch.int64)}
-    assert tensors.equal(algorithm.tell(kit, new, {0: Update(missing, 5)}, seed=0), new)
+    assert tensors.equal(algorithm.aggregate(setup, new, {0: Update(missing, 5)}, seed=0), new)
 
 
 def test_fedproto_pulls_embeddings_together(experiment):
-    kit, client = experiment.kit, experiment.client(0, 2, {})
-    width = call("fedproto").init(kit)["prototypes"].shape[1]
+    setup, client = experiment.setup, experiment.client(0, 2, {})
+    width = call("fedproto").initial_state(setup)["prototypes"].shape[1]
     request = {"prototypes": torch.zeros(10, width), "counts": torch.ones(10, dtype=torch.int64)}
     norms = []
     for pull in (0.0, 30.0):
-        _, memory = call(f"fedproto:pull={pull}").local(kit, client, request)
-        norms.append(kit.embed(client.model, tensors.take("model", memory), client.data.pixels).norm())
+        _, memory = call(f"fedproto:pull={pull}").local_update(setup, client, request)
+        norms.append(setup.trainer.embed(client.model, tensors.take("model", memory), client.data.pixels).norm())
     assert norms[1] < 0.7 * norms[0]
 
 
-def test_the_embedding_is_what_the_last_layer_sees(kit):
-    weights = kit.initial(kit.student)
-    embedding = kit.embed(kit.student, weights, kit.proxy[:5])
+def test_the_embedding_is_what_the_last_layer_sees(setup):
+    weights = setup.trainer.initial_weights(setup.student)
+    embedding = setup.trainer.embed(setup.student, weights, setup.proxy.images[:5])
     head = [name for name in weights if name.endswith(".weight")][-1].removesuffix(".weight")
     logits = embedding @ weights[f"{head}.weight"].T + weights[f"{head}.bias"]
-    assert torch.allclose(logits, kit.predict(kit.student, weights, kit.proxy[:5]), atol=1e-5)
+    assert torch.allclose(logits, setup.trainer.predict(setup.student, weights, setup.proxy.images[:5]), atol=1e-5)
 
 
 # -- NFDP ---------------------------------------------------------------------------------------
@@ -654,17 +654,17 @@ def test_delta_without_replacement_is_the_chance_of_being_drawn():
 
 
 def test_nfdp_trains_on_the_same_few_rows_in_every_round(experiment):
-    algorithm, kit, seen = call("nfdp:samples=17"), experiment.kit, []
+    algorithm, setup, seen = call("nfdp:samples=17"), experiment.setup, []
 
     @dataclasses.dataclass(frozen=True)
-    class Watching(type(kit)):
+    class Watching(type(setup)):
         def fit(self, client, weights, **more):
             seen.append(client.data)
             return dict(weights)
 
-    watching = Watching(**{f.name: getattr(kit, f.name) for f in dataclasses.fields(kit)})
+    layer_outputs = Watching(**{f.name: getattr(setup, f.name) for f in dataclasses.fields(setup)})
     for number in (1, 2):
-        update, _ = algorithm.local(watching, experiment.client(0, number, {}), {"round": torch.tensor(number)})
+        update, _ = algorithm.local_update(layer_outputs, experiment.client(0, number, {}), {"round": torch.tensor(number)})
     assert len(seen[0]) == 17
     assert torch.equal(seen[0].pixels, seen[1].pixels)
     assert update.metrics["delta"] == pytest.approx(17 / len(experiment.client(0, 1, {}).data))

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from fedkd.algorithms import aggregators
 from fedkd.algorithms.base import Update
-from fedkd.communication.channel import Load, is_soft_label
+from fedkd.communication.channel import Traffic, is_soft_label
 from fedkd.core import specs, tensors
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import UsageError
 from fedkd.evaluation import metrics
 from fedkd.simulate import rounds
 from fedkd.simulate.experiment import prepare
-from fedkd.simulate.rounds import Reply, Round, Traffic, refusal
+from fedkd.simulate.rounds import Reply, Round, SerializedBytes, validate_update
 from fedkd.training.losses.logits import cross_entropy
 from tests.conftest import tiny
 
@@ -26,12 +26,12 @@ NAMES = sorted(CATALOG["algorithm"])
 MORE = [
     *NAMES,
     "dsfl:aggregation=sa",
-    "ensemble:down=labels",
-    "ensemble:down=student",
+    "ensemble:downlink=labels",
+    "ensemble:downlink=student",
     "fedprox:mu=0.1",
     "fedbe:posterior=dirichlet",
-    "cfd:up_bits=32,down_bits=2",
-    "cronus:down=nothing",
+    "cfd:uplink_bits=32,downlink_bits=2",
+    "cronus:downlink=nothing",
 ]
 SAME = {"fedavg", "fedprox", "fedavgm", "mentor", "scaffold", "fedbe", "fedema", "central"}  # one model for all
 PERSONAL = {"fedmd", "nfdp", "comet", "kt-pfl", "fd", "fedproto", "local", "central"}  # without a global student
@@ -39,20 +39,20 @@ PERSONAL = {"fedmd", "nfdp", "comet", "kt-pfl", "fd", "fedproto", "local", "cent
 
 def turns(experiment, algorithm, number, state, memories, clients=None):
     """One round, played by hand."""
-    kit = experiment.kit
+    setup = experiment.setup
     updates, new = {}, dict(memories)
     for client in range(experiment.clients) if clients is None else clients:
         held = experiment.client(client, number, memories.get(client, {}))
-        updates[client], new[client] = algorithm.local(kit, held, algorithm.ask(kit, state, client))
-    return updates, new, algorithm.tell(kit, state, updates, seed=number)
+        updates[client], new[client] = algorithm.local_update(setup, held, algorithm.broadcast(setup, state, client))
+    return updates, new, algorithm.aggregate(setup, state, updates, seed=number)
 
 
 @pytest.fixture(scope="module", params=MORE)
 def played(request):
     """Two rounds of a method."""
     experiment = prepare(tiny(algorithm=request.param, model="cnn:width=8", clients=3))
-    algorithm, kit = experiment.algorithm, experiment.kit
-    first = turns(experiment, algorithm, 1, algorithm.init(kit), {})
+    algorithm, setup = experiment.algorithm, experiment.setup
+    first = turns(experiment, algorithm, 1, algorithm.initial_state(setup), {})
     second = turns(experiment, algorithm, 2, first[2], first[1])
     return experiment, first, second
 
@@ -68,13 +68,13 @@ def test_the_same_turn_twice_gives_the_same_bits(played):
 
 def test_arguments_are_not_changed(played):
     experiment, first, second = played
-    kit, algorithm = experiment.kit, experiment.algorithm
+    setup, algorithm = experiment.setup, experiment.algorithm
     state, memories, updates = copy.deepcopy((first[2], first[1], second[0]))
-    request = algorithm.ask(kit, state, 0)
+    request = algorithm.broadcast(setup, state, 0)
     asked = copy.deepcopy(request)
-    algorithm.local(kit, experiment.client(0, 2, memories[0]), request)
-    algorithm.tell(kit, state, updates, 2)
-    algorithm.deploy(kit, state)
+    algorithm.local_update(setup, experiment.client(0, 2, memories[0]), request)
+    algorithm.aggregate(setup, state, updates, 2)
+    algorithm.global_model(setup, state)
     assert tensors.equal(asked, request)
     assert tensors.equal(state, first[2])
     assert tensors.equal(memories[0], first[1][0])
@@ -87,7 +87,7 @@ def test_everything_that_lasts_is_cpu_tensors_without_grad(played):
         state,
         *memories.values(),
         *(u.tensors for u in updates.values()),
-        experiment.algorithm.ask(experiment.kit, state, 0),
+        experiment.algorithm.broadcast(experiment.setup, state, 0),
     ]
     for mapping in lasting:
         for tensor in mapping.values():
@@ -98,35 +98,35 @@ def test_everything_that_lasts_is_cpu_tensors_without_grad(played):
 
 def test_an_update_holds_what_is_declared_and_nothing_else(played):
     experiment, first, second = played
-    algorithm, kit = experiment.algorithm, experiment.kit
-    for state, updates in ((algorithm.init(kit), first[0]), (first[2], second[0])):
+    algorithm, setup = experiment.algorithm, experiment.setup
+    for state, updates in ((algorithm.initial_state(setup), first[0]), (first[2], second[0])):
         for client, update in updates.items():
-            assert refusal(update, algorithm.sends(kit, state, client)) == ""
-            assert algorithm.objection(kit, update) == ""
+            assert validate_update(update, algorithm.upload_spec(setup, state, client)) == ""
+            assert algorithm.check_update(setup, update) == ""
 
 
 def test_nobody_is_told_soft_labels_before_anybody_has_answered(played):
     """The first teacher is never noise that is then distilled."""
     experiment, _, _ = played
-    algorithm, kit = experiment.algorithm, experiment.kit
-    first = algorithm.ask(kit, algorithm.init(kit), 0)
+    algorithm, setup = experiment.algorithm, experiment.setup
+    first = algorithm.broadcast(setup, algorithm.initial_state(setup), 0)
     assert not [name for name, tensor in first.items() if is_soft_label(name) and len(tensor)]
 
 
 def test_what_comes_down_changes_what_a_client_does(played):
     """An exchange that is cut off must show."""
     experiment, first, second = played
-    algorithm, kit = experiment.algorithm, experiment.kit
-    asked = algorithm.ask(kit, first[2], 0)
+    algorithm, setup = experiment.algorithm, experiment.setup
+    asked = algorithm.broadcast(setup, first[2], 0)
     if set(asked) <= {"round"}:
-        assert experiment.config.algorithm in ("local", "central", "ensemble", "density", "cronus:down=nothing")
+        assert experiment.config.algorithm in ("local", "central", "ensemble", "density", "cronus:downlink=nothing")
         return
-    cut = dict(algorithm.ask(kit, algorithm.init(kit), 0))
+    cut = dict(algorithm.broadcast(setup, algorithm.initial_state(setup), 0))
     if "round" in cut:
         cut["round"] = torch.tensor(2)
     if "since" in cut:  # whose labels must be as many as are due
         cut = {**asked, "probs": torch.full_like(asked["probs"], 0.1)}
-    _, memory = algorithm.local(kit, experiment.client(0, 2, first[1][0]), cut)
+    _, memory = algorithm.local_update(setup, experiment.client(0, 2, first[1][0]), cut)
     assert not tensors.equal(*(tensors.take("model", held) for held in (memory, second[1][0])))
 
 
@@ -146,42 +146,42 @@ def test_a_client_that_comes_late_is_survived(played):
 def test_the_memory_holds_the_clients_model(played):
     experiment, _, (_, memories, _) = played
     weights = tensors.take("model", memories[0])
-    assert experiment.kit.predict(experiment.kit.model_of(0), weights, experiment.test.pixels[:3]).shape == (3, 10)
+    assert experiment.setup.trainer.predict(experiment.setup.model_of(0), weights, experiment.test.pixels[:3]).shape == (3, 10)
 
 
 def test_what_is_deployed_is_a_student_or_nothing(played):
     experiment, _, (_, _, state) = played
-    weights = experiment.algorithm.deploy(experiment.kit, state)
+    weights = experiment.algorithm.global_model(experiment.setup, state)
     if weights:
-        assert experiment.kit.predict(experiment.kit.student, weights, experiment.test.pixels[:3]).shape == (3, 10)
+        assert experiment.setup.trainer.predict(experiment.setup.student, weights, experiment.test.pixels[:3]).shape == (3, 10)
     else:
         assert experiment.config.algorithm in PERSONAL
 
 
 @pytest.fixture(scope="module")
-def kit():
-    return prepare(tiny()).kit
+def setup():
+    return prepare(tiny()).setup
 
 
-def answers(count=3, seed=0, kit=None):
+def answers(count=3, seed=0, setup=None):
     generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(count, *kit.answers(), generator=generator)
+    logits = 3 * torch.randn(count, *setup.logits_shape, generator=generator)
     return {k: Update({"logits": value}, 10 + k) for k, value in enumerate(logits)}
 
 
-def test_an_ensemble_of_one_is_plain_distillation(kit):
+def test_an_ensemble_of_one_is_plain_distillation(setup):
     algorithm = specs.call("algorithm", "ensemble")
-    (update,) = answers(1, kit=kit).values()
-    state = algorithm.tell(kit, algorithm.init(kit), {0: update}, seed=5)
-    student = kit.distill(
-        kit.student,
-        kit.initial(kit.student),
-        kit.subset(1),
+    (update,) = answers(1, setup=setup).values()
+    state = algorithm.aggregate(setup, algorithm.initial_state(setup), {0: update}, seed=5)
+    student = setup.trainer.distill(
+        setup.student,
+        setup.trainer.initial_weights(setup.student),
+        setup.proxy.subset(1),
         update.tensors["logits"].softmax(-1),
-        epochs=kit.config.distill_epochs,
+        epochs=setup.config.distill_epochs,
         seed=5,
     )
-    ours = algorithm.deploy(kit, state)
+    ours = algorithm.global_model(setup, state)
     assert all(torch.allclose(ours[name], student[name], atol=1e-5) for name in student)
 
 
@@ -189,75 +189,75 @@ def test_an_ensemble_of_one_is_plain_distillation(kit):
     ("down", "first", "later"),
     [("nothing", {"round"}, {"round"}), ("labels", {"round"}, {"round", "told", "probs"}), ("student", "all", "all")],
 )
-def test_what_goes_down_has_a_name(kit, down, first, later):
+def test_what_goes_down_has_a_name(setup, down, first, later):
     algorithm = specs.call("algorithm", f"ensemble:down={down}")
-    student = {"round", *tensors.put("student", kit.initial(kit.student))}
-    state = algorithm.tell(kit, algorithm.init(kit), answers(kit=kit), seed=1)
-    for held, wanted in ((algorithm.init(kit), first), (state, later)):
-        assert set(algorithm.ask(kit, held, 0)) == (student if wanted == "all" else wanted)
-    assert algorithm.one_model is (down == "student")
+    student = {"round", *tensors.put("student", setup.trainer.initial_weights(setup.student))}
+    state = algorithm.aggregate(setup, algorithm.initial_state(setup), answers(setup=setup), seed=1)
+    for held, wanted in ((algorithm.initial_state(setup), first), (state, later)):
+        assert set(algorithm.broadcast(setup, held, 0)) == (student if wanted == "all" else wanted)
+    assert algorithm.needs_one_model is (down == "student")
 
 
 def test_a_client_that_is_sent_the_student_trains_from_it(experiment):
-    algorithm, kit = specs.call("algorithm", "ensemble:down=student"), experiment.kit
-    other = {name: weight * 0.5 for name, weight in kit.initial(kit.student).items()}
-    client = experiment.client(0, 2, tensors.put("model", kit.initial(kit.student)))
+    algorithm, setup = specs.call("algorithm", "ensemble:downlink=student"), experiment.setup
+    other = {name: weight * 0.5 for name, weight in setup.trainer.initial_weights(setup.student).items()}
+    client = experiment.client(0, 2, tensors.put("model", setup.trainer.initial_weights(setup.student)))
     request = {"round": torch.tensor(2), **tensors.put("student", other)}
-    _, memory = algorithm.local(kit, client, request)
-    assert tensors.equal(tensors.take("model", memory), kit.fit(client, other))
+    _, memory = algorithm.local_update(setup, client, request)
+    assert tensors.equal(tensors.take("model", memory), setup.trainer.train(client, other))
 
 
-def test_dsfl_sends_probabilities_and_sharpens_their_mean(kit):
+def test_dsfl_sends_probabilities_and_sharpens_their_mean(setup):
     algorithm = specs.call("algorithm", "dsfl:temperature=0.1")
     probs = {
         k: dataclasses.replace(u, tensors={"probs": u.tensors["logits"].softmax(-1)})
-        for k, u in answers(kit=kit).items()
+        for k, u in answers(setup=setup).items()
     }
-    state = algorithm.tell(kit, algorithm.init(kit), probs, seed=1)
+    state = algorithm.aggregate(setup, algorithm.initial_state(setup), probs, seed=1)
     mean = torch.stack([u.tensors["probs"].double() for u in probs.values()]).mean(0)
     assert torch.allclose(state["probs"].double(), (mean / 0.1).softmax(-1), atol=1e-5)
-    plain = specs.call("algorithm", "dsfl:aggregation=sa").tell(kit, algorithm.init(kit), probs, seed=1)
+    plain = specs.call("algorithm", "dsfl:aggregation=sa").aggregate(setup, algorithm.initial_state(setup), probs, seed=1)
     assert torch.allclose(plain["probs"].double(), mean, atol=1e-6)
 
 
-def test_dsfl_does_not_listen_to_the_runs_loss_aggregator_and_temperature(kit):
+def test_dsfl_does_not_listen_to_the_runs_loss_aggregator_and_temperature(setup):
     other = dataclasses.replace(
-        kit,
+        setup,
         aggregator=aggregators.mean_logits,
         loss=lambda s, p: s.sum() * 0,
-        config=dataclasses.replace(kit.config, temperature=4.0),
+        config=dataclasses.replace(setup.config, temperature=4.0),
     )
     algorithm = specs.call("algorithm", "dsfl")
     probs = {
         k: dataclasses.replace(u, tensors={"probs": u.tensors["logits"].softmax(-1)})
-        for k, u in answers(kit=kit).items()
+        for k, u in answers(setup=setup).items()
     }
-    assert tensors.equal(*(algorithm.tell(k, algorithm.init(k), probs, seed=1) for k in (kit, other)))
-    assert kit.loss is not cross_entropy
+    assert tensors.equal(*(algorithm.aggregate(k, algorithm.initial_state(k), probs, seed=1) for k in (setup, other)))
+    assert setup.distillation.loss is not cross_entropy
 
 
-def test_fedmd_averages_scores_not_probabilities(kit):
+def test_fedmd_averages_scores_not_probabilities(setup):
     algorithm = specs.call("algorithm", "fedmd")
-    updates = answers(kit=kit)
-    state = algorithm.tell(kit, algorithm.init(kit), updates, seed=1)
+    updates = answers(setup=setup)
+    state = algorithm.aggregate(setup, algorithm.initial_state(setup), updates, seed=1)
     mean = torch.stack([u.tensors["logits"].double() for u in updates.values()]).mean(0)
     assert torch.allclose(state["logits"].double(), mean, atol=1e-6)
-    assert int(algorithm.ask(kit, state, 0)["told"]) == 1
-    assert int(algorithm.ask(kit, state, 0)["round"]) == 2
+    assert int(algorithm.broadcast(setup, state, 0)["told"]) == 1
+    assert int(algorithm.broadcast(setup, state, 0)["round"]) == 2
 
 
-def test_fedavg_weighs_by_examples(kit):
+def test_fedavg_weighs_by_examples(setup):
     algorithm = specs.call("algorithm", "fedavg")
     updates = {0: Update({"w": torch.tensor([0.0])}, 1), 1: Update({"w": torch.tensor([4.0])}, 3)}
-    assert algorithm.tell(kit, {}, updates, 0)["w"].item() == 3.0
+    assert algorithm.aggregate(setup, {}, updates, 0)["w"].item() == 3.0
 
 
 def test_fedprox_without_its_term_is_fedavg(experiment):
-    kit, client = experiment.kit, experiment.client(0, 1, {})
-    start = kit.initial(kit.student)
-    plain = specs.call("algorithm", "fedavg").local(kit, client, start)[0].tensors
+    setup, client = experiment.setup, experiment.client(0, 1, {})
+    start = setup.trainer.initial_weights(setup.student)
+    plain = specs.call("algorithm", "fedavg").local_update(setup, client, start)[0].tensors
     for mu, same in ((0.0, True), (1.0, False)):
-        held = specs.call("algorithm", f"fedprox:mu={mu}").local(kit, client, start)[0].tensors
+        held = specs.call("algorithm", f"fedprox:mu={mu}").local_update(setup, client, start)[0].tensors
         assert tensors.equal(plain, held) is same
 
 
@@ -266,8 +266,8 @@ def test_central_has_everybodys_rows_and_local_sends_nothing():
     assert central.clients == 1
     assert sorted(central.parts[0]) == sorted(row for part in local.parts for row in part)
     assert sorted(central.client(0, 1, {}).data.labels) == sorted(central.train.labels[central.parts[0]])
-    assert not local.algorithm.sends(local.kit, {}, 0)
-    assert not local.algorithm.ask(local.kit, {}, 0)
+    assert not local.algorithm.upload_spec(local.setup, {}, 0)
+    assert not local.algorithm.broadcast(local.setup, {}, 0)
 
 
 def test_central_sees_in_a_round_what_its_participants_would():
@@ -275,7 +275,7 @@ def test_central_sees_in_a_round_what_its_participants_would():
     seen = []
     for number in (1, 2, 3):
         chosen = rounds.sample(5, 0.4, experiment.config.seed, number)
-        wanted = torch.cat([experiment.train.pixels[torch.from_numpy(experiment.dealt[c])] for c in chosen])
+        wanted = torch.cat([experiment.train.pixels[torch.from_numpy(experiment.partition[c])] for c in chosen])
         assert torch.equal(experiment.client(0, number, {}).data.pixels, wanted)
         seen.append(chosen)
     assert len(set(map(tuple, seen))) > 1
@@ -283,47 +283,47 @@ def test_central_sees_in_a_round_what_its_participants_would():
 
 def test_a_client_that_diverged_is_wrong_and_counted_and_no_teacher():
     experiment = prepare(tiny(algorithm="local"))
-    labels, classes = experiment.test.labels, experiment.kit.classes
+    labels, classes = experiment.test.labels, experiment.setup.classes
     right = F.one_hot(labels, classes).float() * 9
     answers = {0: right, 1: right.roll(1, 1), 2: right.roll(1, 1) * 1e6}
 
     def exchange(kind, number, requests):
-        return [Reply(c, Update({"logits": t}, len(labels)), "", Traffic()) for c, t in answers.items()]
+        return [Reply(c, Update({"logits": t}, len(labels)), "", SerializedBytes()) for c, t in answers.items()]
 
     updates = {client: Update({}, 5) for client in answers}
-    round_ = Round(1, {}, updates, {}, Traffic(), Load(), Load(), {})
-    found = metrics.ensemble(experiment, exchange, round_)
+    round_ = Round(1, {}, updates, {}, SerializedBytes(), Traffic(), Traffic(), {})
+    found = metrics.evaluate_clients(experiment, exchange, round_)
     assert found.client_accuracy == pytest.approx(1 / 3)
     assert list(found.failures) == [2]
     assert "beyond" in found.failures[2]
-    assert metrics.row(experiment, round_, None, found)["evaluation_failures"] == {"2": "sent logits beyond 1,000,000"}
+    assert metrics.round_row(experiment, round_, None, found)["evaluation_failures"] == {"2": "sent logits beyond 1,000,000"}
     answers.clear()
-    none = metrics.ensemble(experiment, exchange, round_)
+    none = metrics.evaluate_clients(experiment, exchange, round_)
     assert (none.client_accuracy, none.teacher_accuracy) == (None, None)
     assert set(none.failures.values()) == {"no reply"}
 
 
 def test_fedbe_weighs_all_members_alike():
-    kit = prepare(tiny(votes="size")).kit
+    setup = prepare(tiny(votes="size")).setup
     two = [torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 4.0]])]
-    probs = specs.call("algorithm", "fedbe").teacher(kit, two, kit.votes([100, 1]))
+    probs = specs.call("algorithm", "fedbe").teacher_probs(setup, two, setup.distillation.client_weights([100, 1]))
     assert torch.allclose(probs, torch.full((1, 2), 0.5))
 
 
-@pytest.mark.parametrize("name", ["ensemble", "fedema", "cronus", "dsfl:down=student"])
+@pytest.mark.parametrize("name", ["ensemble", "fedema", "cronus", "dsfl:downlink=student"])
 def test_a_digest_that_never_happens_has_no_length(name):
-    with pytest.raises(UsageError, match="digest_epochs is for"):
-        specs.call("algorithm", f"{name}{',' if ':' in name else ':'}digest_epochs=3")
+    with pytest.raises(UsageError, match="local_distill_epochs is for"):
+        specs.call("algorithm", f"{name}{',' if ':' in name else ':'}local_distill_epochs=3")
 
 
 def test_a_subset_of_the_proxy_is_named_by_its_round():
-    kit = prepare(tiny(proxy_samples=15)).kit
-    first, second = kit.subset(1), kit.subset(2)
-    assert kit.answers() == (15, 10)
+    setup = prepare(tiny(proxy_samples=15)).setup
+    first, second = setup.proxy.subset(1), setup.proxy.subset(2)
+    assert setup.logits_shape == (15, 10)
     assert len(first.unique()) == 15
-    assert torch.equal(first, kit.subset(1))
+    assert torch.equal(first, setup.proxy.subset(1))
     assert not torch.equal(first, second)
-    assert kit.subset(10**6).max() < 40
+    assert setup.proxy.subset(10**6).max() < 40
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - SAME))
@@ -335,8 +335,8 @@ def test_clients_of_different_architectures_take_part_in_one_run(name):
             student="cnn:width=16",
         )
     )
-    algorithm, kit = experiment.algorithm, experiment.kit
-    _, memories, state = turns(experiment, algorithm, 1, algorithm.init(kit), {})
+    algorithm, setup = experiment.algorithm, experiment.setup
+    _, memories, state = turns(experiment, algorithm, 1, algorithm.initial_state(setup), {})
     turns(experiment, algorithm, 2, state, memories)
     shapes = [{k: v.shape for k, v in memories[c].items()} for c in range(3)]
     assert shapes[0] == shapes[2] != shapes[1]

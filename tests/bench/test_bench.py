@@ -35,9 +35,9 @@ def test_a_run_is_its_arithmetic_to_the_bit(tmp_path, algorithm, workers):
 
 def test_a_step_on_a_cached_teacher_beats_one_that_asks_twenty_teachers(experiment):
     """What FedDF's public code does in every step, against what is done here: at least four times the time."""
-    kit = experiment.kit
+    setup = experiment.setup
     student, *teachers = (models.build("cnn", 10, "group").to(memory_format=torch.channels_last) for _ in range(21))
-    images = kit.scaling(experiment.train.pixels[:64])
+    images = setup.trainer.scaling(experiment.train.pixels[:64])
     cached = torch.stack([teacher(images).detach() for teacher in teachers]).softmax(-1).mean(0)
     step = optimizers.adam(list(student.parameters()), 1e-3)
 

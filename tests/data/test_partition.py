@@ -45,13 +45,13 @@ def test_counts_are_those_of_a_loop(parts):
 def test_iid_is_dealt_as_flowers_partitioner_deals_it(clients):
     """Without its seconds: by hand here, by the library there."""
     labels = np.random.default_rng(0).integers(0, 10, 103)
-    ours = partitioners.deal("iid", labels, clients, seed=3)
+    ours = partitioners.assign("iid", labels, clients, seed=3)
     theirs = partitioners._by_flower(partitioners.iid(), "iid", labels, clients, 3)
     assert [part.tolist() for part in ours] == [sorted(part) for part in theirs]
 
 
 def test_a_million_clients_are_two_arrays():
-    dealt = partitioners.deal("iid", np.zeros(1_000_000, dtype=np.int64), 1_000_000, seed=0)
+    dealt = partitioners.assign("iid", np.zeros(1_000_000, dtype=np.int64), 1_000_000, seed=0)
     assert len(dealt) == 1_000_000
     assert dealt.rows.nbytes + dealt.ends.nbytes == 16_000_000
     assert sorted(dealt.rows[:1000].tolist()) != dealt.rows[:1000].tolist()

@@ -26,7 +26,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def deal(text: str, clients: int = 5, seed: int = 0):
-    return partitioners.deal(text, LABELS, clients, seed)
+    return partitioners.assign(text, LABELS, clients, seed)
 
 
 @pytest.mark.parametrize("name", CATALOG["partitioner"])
@@ -59,7 +59,7 @@ def test_the_seed_alone_decides(text, monkeypatch, tmp_path):
 
 
 def test_log_normal_amounts_follow_the_seed():
-    sizes = [partitioners.deal("distribution", LABELS, 10, seed).sizes.tolist() for seed in (1, 1, 2)]
+    sizes = [partitioners.assign("distribution", LABELS, 10, seed).sizes.tolist() for seed in (1, 1, 2)]
     assert sizes[0] == sizes[1] != sizes[2]
 
 

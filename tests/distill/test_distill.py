@@ -21,8 +21,8 @@ from fedkd.distill.config import DistillConfig
 from fedkd.distill.task import prepare
 from fedkd.models import checkpoint
 from fedkd.training import layers
-from fedkd.training.layers import Seen, Watched
-from fedkd.training.terms.objective import Lesson, shares
+from fedkd.training.layers import Outputs, WatchedModel
+from fedkd.training.terms.objective import DistillationObjective, shares
 
 TINY = {
     "dataset": "digits",
@@ -77,7 +77,7 @@ def test_the_maps_of_a_network(name, wanted):
 
 def test_watched_layers_are_what_they_give():
     model = built("resnet8").eval()
-    seen = Watched(model, ["layer1", "layer3", layers.EMBEDDING])(IMAGES)
+    seen = WatchedModel(model, ["layer1", "layer3", layers.EMBEDDING])(IMAGES)
     first = model.layer1(model.stem(IMAGES).relu())
     assert torch.equal(seen.layers["layer1"], first)
     assert torch.equal(seen.layers[layers.EMBEDDING], model.layer3(model.layer2(first)).mean((2, 3)))
@@ -87,7 +87,7 @@ def test_watched_layers_are_what_they_give():
 
 def test_what_a_layer_gave_is_kept_though_the_next_one_works_in_place():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(inplace=True))
-    seen = Watched(model, ["0"])(IMAGES)
+    seen = WatchedModel(model, ["0"])(IMAGES)
     assert seen.layers["0"].min() < 0
     seen.layers["0"].sum().backward()
 
@@ -133,13 +133,13 @@ TERMS = [
 ]
 
 
-def lesson(student: str, taught_by: list[str], *texts: str, votes: str = "equal") -> Lesson:
+def lesson(student: str, taught_by: list[str], *texts: str, votes: str = "equal") -> DistillationObjective:
     known = [teachers.frozen(built(name)) for name in taught_by]
     terms = [specs.call("distillation", text) for text in texts]
-    return Lesson(built(student), known, terms, IMAGES, LABELS, votes)
+    return DistillationObjective(built(student), known, terms, IMAGES, LABELS, votes)
 
 
-def loss_of(one: Lesson) -> torch.Tensor:
+def loss_of(one: DistillationObjective) -> torch.Tensor:
     return one.loss(one(IMAGES), torch.stack([LABELS, torch.arange(6)], 1))
 
 
@@ -210,7 +210,7 @@ def test_two_names_of_one_weight():
 
 def test_what_several_teachers_weigh():
     """Against the formulas, image by image."""
-    seen = [Seen(torch.randn(6, 3, generator=torch.Generator().manual_seed(k)), {}) for k in range(3)]
+    seen = [Outputs(torch.randn(6, 3, generator=torch.Generator().manual_seed(k)), {}) for k in range(3)]
     assert torch.equal(shares(seen, LABELS, "equal"), torch.full((3, 6), 1 / 3))
     by_entropy, by_labels = shares(seen, LABELS, "entropy"), shares(seen, LABELS, "agreement")
     for row in range(6):
@@ -394,7 +394,7 @@ def test_a_committee_is_the_mean_that_teaches():
     """Against what the lesson compares the student with, for equal votes and for certainty."""
     members = [built("cnn:width=4"), models.build("cnn:width=8", 10, "batch")]
     members = [teachers.frozen(member) for member in members]
-    seen = [Seen(member(IMAGES), {}) for member in members]
+    seen = [Outputs(member(IMAGES), {}) for member in members]
     for votes in ("equal", "entropy"):
         wanted = aggregators.mean_probs(torch.stack([one.logits for one in seen]), shares(seen, LABELS, votes))
         assert torch.allclose(teachers.Committee(members, votes)(IMAGES).softmax(-1), wanted, atol=1e-6)
@@ -522,8 +522,8 @@ def test_a_loss_of_ones_own(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n"
         "from fedkd.training.terms import Term\n"
-        "from fedkd.training.terms.modules import Pull\n"
-        "class Near(Pull):\n"
+        "from fedkd.training.terms.modules import TermModule\n"
+        "class Near(TermModule):\n"
         "    def forward(self, batch):\n"
         "        return (batch.student.logits - batch.teachers[0].logits).abs().mean()\n"
         "@dataclass(frozen=True)\n"
@@ -534,7 +534,7 @@ def test_a_loss_of_ones_own(tmp_path):
         "class Broken(Term):\n"
         "    def build(self, pair):\n"
         "        raise RuntimeError('no')\n"
-        "class Tiring(Pull):\n"
+        "class Tiring(TermModule):\n"
         "    calls = 0\n"
         "    def forward(self, batch):\n"
         "        self.calls += 1\n"

@@ -316,7 +316,7 @@ def play(run, count, **options):
 
     async def ask():
         batches = Batches(counted, **options)
-        asked = (batches.ask(np.full((1, 1, 3), i, np.uint8)) for i in range(count))
+        asked = (batches.broadcast(np.full((1, 1, 3), i, np.uint8)) for i in range(count))
         try:
             return await asyncio.gather(*asked, return_exceptions=True)
         finally:

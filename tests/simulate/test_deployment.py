@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 DEALT = "dataset='digits' clients=3 rounds=2 proxy='holdout:size=40' model='cnn:width=8' partitioner='iid'"
-OPTIONS = "local-epochs=1 distill-epochs=1 device='cpu' algorithm='ensemble:down=labels'"
+OPTIONS = "local-epochs=1 distill-epochs=1 device='cpu' algorithm='ensemble:downlink=labels'"
 
 
 def test_the_how_to_word_for_word(tmp_path):
@@ -52,9 +52,9 @@ def test_the_how_to_word_for_word(tmp_path):
     assert own["runs"][0]["failures"] == 0
     assert tensors.numel(tensors.load(work / "result" / "student.safetensors")) == 66_730
 
-    rows = play(tmp_path / "local", clients=3, algorithm="ensemble:down=labels")
+    rows = play(tmp_path / "local", clients=3, algorithm="ensemble:downlink=labels")
     deployed = [json.loads(line) for line in (work / "dealt" / "rounds.jsonl").read_text().splitlines()]
-    assert [{k: v for k, v in row.items() if "seconds" not in k} for row in deployed] == rows, said
+    assert [{k: v for k, v in row.items() if "training_seconds" not in k} for row in deployed] == rows, said
     students = [tensors.load(path / "student.safetensors") for path in (work / "dealt", tmp_path / "local")]
     assert tensors.equal(*students)
 

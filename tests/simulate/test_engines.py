@@ -20,7 +20,7 @@ ray = pytest.mark.skipif(
     reason="Ray is not installed",
 )
 pytestmark = pytest.mark.xdist_group("engines")  # one at a time: Ray wants the machine for itself
-SHARED = ["--algorithm", "ensemble:down=labels", "--compare", "fedavg", "--up", CODED, "--down", CODED]
+SHARED = ["--algorithm", "ensemble:downlink=labels", "--compare", "fedavg", "--uplink-codec", CODED, "--downlink-codec", CODED]
 
 OWN = """
 import os, time
@@ -34,7 +34,7 @@ class Failing(Algorithm):
     how: str = ""
     mark: str = ""
 
-    def local(self, kit, client, request):
+    def local_update(self, setup, client, request):
         if client.id == 1 and self.how == "raise":
             raise ZeroDivisionError("a client of mine")
         if client.id == 1 and self.how == "die" and not Path(self.mark).exists():
@@ -42,7 +42,7 @@ class Failing(Algorithm):
             os._exit(9)
         if client.id == 1 and self.how == "hang":
             time.sleep(1000)
-        return Update({}, len(client.data)), put("model", kit.own(client))
+        return Update({}, len(client.data)), put("model", setup.local_weights(client))
 """
 
 
@@ -52,9 +52,9 @@ def test_ray_gives_the_same_bits(tmp_path):
     process = run(*FLAGS, *SHARED, "--engine", "ray", "--json", "--out", tmp_path / "ray")
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout)["status"] == "ok"
-    rows = play(tmp_path / "local", algorithm="ensemble:down=labels", compare="fedavg", up=CODED, down=CODED)
+    rows = play(tmp_path / "local", algorithm="ensemble:downlink=labels", compare="fedavg", up=CODED, down=CODED)
     lines = (tmp_path / "ray" / "rounds.jsonl").read_text().splitlines()
-    assert [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in lines] == rows
+    assert [{k: v for k, v in json.loads(line).items() if "training_seconds" not in k} for line in lines] == rows
     for name in ("student.safetensors", "student-fedavg-seed0.safetensors"):
         assert tensors.equal(tensors.load(tmp_path / "ray" / name), tensors.load(tmp_path / "local" / name))
     assert not left(tmp_path)

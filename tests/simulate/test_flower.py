@@ -17,7 +17,7 @@ from fedkd.simulate.experiment import prepared
 from fedkd.simulate.flower import client_app, server_app
 from fedkd.simulate.flower.local_grid import LocalGrid
 from fedkd.simulate.flower.records import from_record, to_record, weigh
-from fedkd.simulate.rounds import Traffic, play
+from fedkd.simulate.rounds import SerializedBytes, play
 from tests.conftest import tiny
 
 NPY_HEADER = 128  # bytes that NumPy's format puts before the numbers
@@ -66,7 +66,7 @@ def test_bytes_of_a_round_of_twenty_clients_and_a_thousand_images():
     """20 x 1,000 x 10 x 4 bytes of numbers, and 20 x 134 bytes of framing: NumPy's header and the name."""
     config = tiny(clients=20, proxy="holdout:size=1000", rounds=1)
     experiment = prepared(config)
-    (round_,) = play(experiment.algorithm, experiment.kit, exchange_of(config), 20, experiment.wire)
+    (round_,) = play(experiment.algorithm, experiment.setup, exchange_of(config), 20, experiment.channel)
     framing = 20 * (NPY_HEADER + len("logits"))
     assert framing == 2680
     assert round_.traffic.arrays_up == 20 * 1000 * 10 * 4 + framing
@@ -92,7 +92,7 @@ def test_our_fedavg_equals_flowers_own_strategy(monkeypatch, tmp_path):
     (tmp_path / "models.py").write_text(LINEAR)
     config = tiny(algorithm="fedavg", partitioner="linear", clients=4, model=f"{tmp_path}/models.py:linear")
     experiment = prepared(config)
-    rounds = list(play(experiment.algorithm, experiment.kit, exchange_of(config), 4, experiment.wire))
+    rounds = list(play(experiment.algorithm, experiment.setup, exchange_of(config), 4, experiment.channel))
 
     for name in ("run_id", "task_id", "node_id"):  # what an engine of Flower's sets in its processes
         monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
@@ -108,7 +108,7 @@ def test_our_fedavg_equals_flowers_own_strategy(monkeypatch, tmp_path):
 
     grid = LocalGrid(client_app.app, 4, config.run_config())
     result = Theirs(fraction_evaluate=0.0).start(
-        grid, to_record(experiment.kit.initial(experiment.kit.student)), num_rounds=2, train_config=ConfigRecord()
+        grid, to_record(experiment.setup.trainer.initial_weights(experiment.setup.student)), num_rounds=2, train_config=ConfigRecord()
     )
     theirs = from_record(result.arrays)
     ours = rounds[-1].state
@@ -116,7 +116,7 @@ def test_our_fedavg_equals_flowers_own_strategy(monkeypatch, tmp_path):
     for name in ours:
         assert torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6), name
     moved = max(
-        (ours[name] - value).abs().max() for name, value in experiment.kit.initial(experiment.kit.student).items()
+        (ours[name] - value).abs().max() for name, value in experiment.setup.trainer.initial_weights(experiment.setup.student).items()
     )
     assert moved > 0.01
 
@@ -213,5 +213,5 @@ def test_replies_that_are_no_replies_are_failures_with_a_reason(grid):
         assert "cannot be read" in reply.failure, data
     endless = RecordDict({"arrays": to_record({}), "metrics": MetricRecord({"num-examples": math.inf})})
     assert "cannot be read" in answers(endless).failure
-    assert isinstance(reply.traffic, Traffic)
+    assert isinstance(reply.traffic, SerializedBytes)
     assert math.isfinite(reply.traffic.arrays_up)

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from fedkd.algorithms.base import Algorithm, Update
-from fedkd.communication.channel import Wire
+from fedkd.communication.channel import Channel
 from fedkd.communication.codecs import Float32
 from fedkd.core.errors import RunError
 from fedkd.core.tensors import Int64
-from fedkd.simulate.rounds import Reply, Traffic, last_line, play, refusal, sample
+from fedkd.simulate.rounds import Reply, SerializedBytes, last_line, play, sample, validate_update
 from tests.conftest import tiny
 
-PLAIN = Wire(Float32(), Float32())
+PLAIN = Channel(Float32(), Float32())
 
 
 def test_participants_are_drawn_without_repetition_and_follow_seed_and_round():
@@ -53,7 +53,7 @@ PROBS = torch.full((4, 5), 0.2)
     ],
 )
 def test_the_server_checks_every_reply(update, says):
-    found = refusal(update, {"logits" if "logits" in update.tensors else "probs": (4, 5)})
+    found = validate_update(update, {"logits" if "logits" in update.tensors else "probs": (4, 5)})
     assert says in found
     assert bool(found) == bool(says)
 
@@ -66,25 +66,25 @@ def test_a_failure_without_words_has_a_line():
 def test_integers_are_declared_and_extents_may_be_bounded():
     declared = {"counts": Int64((3,)), "probs": (-4, 5)}
     counts = torch.tensor([1, 2, 3])
-    assert refusal(Update({"counts": counts, "probs": PROBS[:2]}, 3), declared) == ""
-    assert refusal(Update({"counts": counts, "probs": PROBS[:0]}, 3), declared) == ""
-    assert "torch.int64" in refusal(Update({"counts": counts.float(), "probs": PROBS}, 3), declared)
-    assert "shape" in refusal(Update({"counts": counts, "probs": PROBS.repeat(2, 1)}, 3), declared)
+    assert validate_update(Update({"counts": counts, "probs": PROBS[:2]}, 3), declared) == ""
+    assert validate_update(Update({"counts": counts, "probs": PROBS[:0]}, 3), declared) == ""
+    assert "torch.int64" in validate_update(Update({"counts": counts.float(), "probs": PROBS}, 3), declared)
+    assert "shape" in validate_update(Update({"counts": counts, "probs": PROBS.repeat(2, 1)}, 3), declared)
 
 
 class Counting(Algorithm):
     """Adds up what comes, in the order in which it is told."""
 
-    def init(self, kit):
+    def initial_state(self, setup):
         return {"sum": torch.zeros(1)}
 
-    def sends(self, kit, state, client):
+    def upload_spec(self, setup, state, client):
         return {"x": (1,)}
 
-    def local(self, kit, client, request):
+    def local_update(self, setup, client, request):
         raise NotImplementedError
 
-    def tell(self, kit, state, updates, seed):
+    def aggregate(self, setup, state, updates, seed):
         assert list(updates) == sorted(updates)
         return {"sum": state["sum"] + sum(update.tensors["x"] for update in updates.values())}
 
@@ -96,38 +96,38 @@ def replies(values):
         for client in reversed(requests):
             value = values.get(client)
             if isinstance(value, str):
-                yield Reply(client, None, value, Traffic(1, 0, 1, 0))
+                yield Reply(client, None, value, SerializedBytes(1, 0, 1, 0))
             elif value is not None:
-                yield Reply(client, Update({"x": torch.tensor([value])}, 1), "", Traffic(1, 2, 3, 4))
+                yield Reply(client, Update({"x": torch.tensor([value])}, 1), "", SerializedBytes(1, 2, 3, 4))
 
     return exchange
 
 
 @pytest.fixture
-def kit(experiment):
-    return experiment.kit
+def setup(experiment):
+    return experiment.setup
 
 
-def test_failed_bad_and_silent_clients_are_survived_and_named(kit):
+def test_failed_bad_and_silent_clients_are_survived_and_named(setup):
     exchange = replies({0: 1.0, 1: "it fell over", 2: float("nan")})
-    rounds = list(play(Counting(), kit, exchange, 4, PLAIN))
+    rounds = list(play(Counting(), setup, exchange, 4, PLAIN))
     assert [round_.number for round_ in rounds] == [1, 2]
     assert rounds[-1].state["sum"].item() == 2.0
     assert set(rounds[0].failures) == {1, 2, 3}
     assert rounds[0].failures[1] == "it fell over"
     assert "finite" in rounds[0].failures[2]
     assert rounds[0].failures[3] == "no reply"
-    assert rounds[0].traffic == Traffic(3, 4, 7, 8)
+    assert rounds[0].traffic == SerializedBytes(3, 4, 7, 8)
 
 
-def test_a_round_without_any_answer_ends_the_run(kit):
+def test_a_round_without_any_answer_ends_the_run(setup):
     with pytest.raises(RunError, match="Round 1: none of 2 clients gave a usable answer; client 0: gone"):
-        list(play(Counting(), kit, replies({0: "gone"}), 2, PLAIN))
+        list(play(Counting(), setup, replies({0: "gone"}), 2, PLAIN))
 
 
-def test_stopping_early_is_a_break_and_resuming_is_a_state(kit):
+def test_stopping_early_is_a_break_and_resuming_is_a_state(setup):
     exchange = replies({0: 1.0, 1: 2.0})
-    first = next(play(Counting(), kit, exchange, 2, PLAIN))
-    (last,) = play(Counting(), kit, exchange, 2, PLAIN, state=first.state, start=2)
+    first = next(play(Counting(), setup, exchange, 2, PLAIN))
+    (last,) = play(Counting(), setup, exchange, 2, PLAIN, state=first.state, start=2)
     assert last.state["sum"].item() == 6.0
     assert tiny().rounds == 2

@@ -13,7 +13,7 @@ from fedkd.core.errors import DataError, RunError
 from fedkd.simulate import experiment
 from fedkd.simulate.flower import client_app, server_app
 from fedkd.simulate.flower.local_grid import LocalGrid
-from fedkd.simulate.flower.local_update import Place
+from fedkd.simulate.flower.local_update import ClientRunner
 from tests.conftest import tiny
 
 IDS = [71, -5, 40]  # of clients 0, 1 and 2, as an engine of Flower's might name them
@@ -67,7 +67,7 @@ def test_nodes_are_found_by_the_number_they_give():
 
 
 def test_a_run_over_foreign_nodes_gives_the_bits_of_ours(tmp_path):
-    config = tiny(partitioner="linear", algorithm="ensemble:down=labels")
+    config = tiny(partitioner="linear", algorithm="ensemble:downlink=labels")
     students = []
     for name, grid in (("foreign", foreign(config)), ("ours", LocalGrid(client_app.app, 3, config.run_config()))):
         server_app.serve(
@@ -118,7 +118,7 @@ def test_a_round_goes_on_without_those_who_never_answer():
 def test_a_turn_that_fails_leaves_the_old_memory(tmp_path, monkeypatch):
     """On engines of Flower's too, where the context is kept whatever became of the turn."""
     config = tiny(algorithm="local", compare="fedmd")
-    place = Place(client_app.app, 3, config.run_config(), tmp_path)
+    place = ClientRunner(client_app.app, 3, config.run_config(), tmp_path)
     grid = LocalGrid(client_app.app, 3, config.run_config())
 
     def ask(algorithm: str) -> Message:
@@ -164,7 +164,7 @@ def test_a_node_plays_with_its_own_images(tmp_path):
     assert reply.failure == ""
     assert reply.update.examples == 30
     assert "This node has no data" in play().failure
-    Image.fromarray(public.kit.proxy[0].numpy()).save(tmp_path / "mine" / "0" / "public.png")
+    Image.fromarray(public.setup.proxy.images[0].numpy()).save(tmp_path / "mine" / "0" / "public.png")
     experiment.own.cache_clear()
     experiment.read.cache_clear()
     with pytest.raises(DataError, match=r"1 of the 31 images in .* are in the proxy or the test set"):

@@ -32,17 +32,17 @@ class Name(Algorithm):
     scale: float = 1.0
     fail: str = ""
 
-    def sends(self, kit, state, client):
-        return {"mean": (kit.classes,)}
+    def upload_spec(self, setup, state, client):
+        return {"mean": (setup.classes,)}
 
-    def local(self, kit, client, request):
+    def local_update(self, setup, client, request):
         if self.fail == "local" or (self.fail == "one" and client.id == 1):
             raise ZeroDivisionError("a client of mine")
-        weights = kit.fit(client, kit.own(client))
-        mean = kit.predict(client.model, weights, kit.proxy).mean(0) * self.scale
+        weights = setup.trainer.train(client, setup.local_weights(client))
+        mean = setup.trainer.predict(client.model, weights, setup.proxy.images).mean(0) * self.scale
         return Update({"mean": mean}, len(client.data), {"scale": self.scale}), put("model", weights)
 
-    def tell(self, kit, state, updates, seed):
+    def aggregate(self, setup, state, updates, seed):
         if self.fail == "tell":
             raise ZeroDivisionError("a server of mine")
         if self.fail == "exit":
@@ -78,9 +78,9 @@ def test_json_is_one_object_on_standard_output(finished):
             "teacher_accuracy",
             "client_accuracy",
         } <= set(entry)
-        assert {"bytes_up", "bytes_down", "seconds", "partition_sha256"} <= set(entry)
+        assert {"uplink_serialized_bytes", "downlink_serialized_bytes", "training_seconds", "partition_sha256"} <= set(entry)
         assert entry["rounds"] == 2
-        assert entry["deploys"] == ("clients" if entry["algorithm"] == "fedmd" else "student")
+        assert entry["evaluated_model"] == ("clients" if entry["algorithm"] == "fedmd" else "student")
     hashes = [r["partition_sha256"] for r in result["runs"]]
     assert len(set(hashes[:3])) == 1, "methods of a comparison share the partition"
     assert hashes[0] != hashes[3], "and seeds do not"
@@ -131,7 +131,7 @@ def test_the_saved_student_is_the_one_that_was_measured(finished):
 
     out, process = finished
     experiment = prepare(tiny())
-    logits = experiment.kit.predict("cnn:width=8", tensors.load(out / "student.safetensors"), experiment.test.pixels)
+    logits = experiment.setup.trainer.predict("cnn:width=8", tensors.load(out / "student.safetensors"), experiment.test.pixels)
     accuracy, loss = loop.score(logits, experiment.test.labels)
     entry = json.loads(process.stdout)["runs"][0]
     assert accuracy == pytest.approx(entry["test_accuracy"], abs=1e-9)
@@ -143,10 +143,10 @@ def test_bytes_of_the_result_are_those_of_its_rounds(finished):
     rows = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
     for entry in json.loads(process.stdout)["runs"]:
         mine = [r for r in rows if (r["algorithm"], r["seed"]) == (entry["algorithm"], entry["seed"])]
-        assert entry["bytes_up"] == sum(r["bytes_up"] for r in mine)
+        assert entry["uplink_serialized_bytes"] == sum(r["uplink_serialized_bytes"] for r in mine)
         assert entry["test_accuracy"] == mine[-1]["test_accuracy"]
     logits_up = 2 * 3 * (40 * 10 * 4 + 128 + len("logits"))
-    assert json.loads(process.stdout)["runs"][0]["bytes_up"] == logits_up
+    assert json.loads(process.stdout)["runs"][0]["uplink_serialized_bytes"] == logits_up
 
 
 def test_two_runs_with_one_seed_give_the_same_rounds(tmp_path):
@@ -201,7 +201,7 @@ def own(tmp_path) -> str:
 
 def test_an_algorithm_of_ones_own(own, tmp_path):
     rows = play(tmp_path / "run", algorithm=f"{own}:Name:scale=2")
-    assert rows[-1]["bytes_up"] == 3 * (10 * 4 + 128 + len("mean"))
+    assert rows[-1]["uplink_serialized_bytes"] == 3 * (10 * 4 + 128 + len("mean"))
     assert rows[-1]["train_metrics"] == {"scale": 2.0}
     assert rows[-1]["test_accuracy"] == rows[-1]["client_accuracy"]
 
@@ -249,7 +249,7 @@ def test_with_json_what_somebodys_code_prints_goes_to_standard_error(tmp_path, c
 
 def test_a_participation_below_one(tmp_path):
     rows = play(
-        tmp_path / "run", clients=6, participation=0.5, algorithm="ensemble:down=labels", compare="dsfl fedmd fedavg"
+        tmp_path / "run", clients=6, participation=0.5, algorithm="ensemble:downlink=labels", compare="dsfl fedmd fedavg"
     )
     assert {row["participants"] for row in rows} == {3}
 
@@ -340,7 +340,7 @@ def test_what_cannot_work_is_one_sentence(tmp_path, changes, error, says):
         "class House: pass\n"
         "class Deploying(FedAvg):\n"
         "    def __init__(self, house: House = None): pass\n"
-        "    def deploy(self, kit, state): raise KeyError('oops')\n"
+        "    def global_model(self, setup, state): raise KeyError('oops')\n"
     )
     named = {k: v.replace("{own}", f"{tmp_path}/own.py") if isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises(error, match=says):

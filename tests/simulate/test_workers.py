@@ -30,7 +30,7 @@ def test_the_number_of_workers_changes_no_bit(tmp_path, model):
     model = model.replace("{own}", f"{tmp_path}/models.py")
     played = {}
     for workers in ("1", "2", "3") if "cnn" in model else ("1", "2"):
-        changes = {"algorithm": "ensemble:down=labels", "clients": 5, "up": CODED, "down": CODED}
+        changes = {"algorithm": "ensemble:downlink=labels", "clients": 5, "up": CODED, "down": CODED}
         rows = play(tmp_path / workers, workers=workers, model=model, **changes)
         played[workers] = rows, tensors.digest(tensors.load(tmp_path / workers / "student.safetensors"))
     assert len({str(result) for result in played.values()}) == 1

@@ -34,7 +34,7 @@ def small() -> nn.Module:
 def train(model: nn.Module, pixels, labels, **changes) -> nn.Module:
     options = {"epochs": 2, "batch_size": 16, "augmentation": Augmentation(), "seed": 7} | changes
     step = optimizers.sgd(list(model.parameters()), 0.1, 0.9, 0.0)
-    loop.descend(model, step, pixels, labels, F.cross_entropy, Scaling.of(pixels), **options)
+    loop.train(model, step, pixels, labels, F.cross_entropy, Scaling.of(pixels), **options)
     return model
 
 
@@ -193,7 +193,7 @@ def test_training_does_not_import_the_compiler():
     code = (
         "import sys; from fedkd.core.runtime import settle; settle(1);"
         "from tests.conftest import tiny; from fedkd.simulate.experiment import prepare;"
-        "e = prepare(tiny()); e.kit.fit(e.client(0, 1, {}), e.kit.initial('cnn:width=8'));"
+        "e = prepare(tiny()); e.setup.trainer.train(e.client(0, 1, {}), e.setup.trainer.initial_weights('cnn:width=8'));"
         "sys.exit('torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

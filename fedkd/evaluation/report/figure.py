@@ -38,7 +38,7 @@ def draw(curves: Curves, title: str, out: Path) -> None:
         over_rounds.set(xlabel="round", ylabel="test accuracy (%)")
         over_rounds.xaxis.get_major_locator().set_params(integer=True)
         # Methods differ by orders of magnitude here.
-        over_bytes.set(xlabel="bytes up and down, all clients (MB)", xscale="log")
+        over_bytes.set(xlabel="bytes in both directions, all clients (MB)", xscale="log")
         over_bytes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         over_bytes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         over_bytes.xaxis.set_minor_formatter(NullFormatter())
@@ -88,7 +88,7 @@ def _curve(axes: Axes, curves: Curves, name: str, color: str, style: str, with_o
 def _against_bytes(axes: Axes, curves: Curves, name: str, color: str, style: str) -> None:
     runs = [rows for (algorithm, _), rows in curves.items() if algorithm == name]
     for rows in runs:
-        spent = list(accumulate(row["bytes_up"] + row["bytes_down"] for row in rows))
+        spent = list(accumulate(row["uplink_serialized_bytes"] + row["downlink_serialized_bytes"] for row in rows))
         points = [
             (b / 1e6, 100 * r["test_accuracy"])
             for b, r in zip(spent, rows, strict=True)

@@ -1,70 +1,76 @@
-"""What is said before a run starts: data, partition, models, and what will travel."""
+"""What is printed before a run starts: data, partition, models and communication."""
 
 from __future__ import annotations
 
 from math import prod
 from typing import TYPE_CHECKING
 
-from fedkd.communication.channel import break_even
+from fedkd.communication.ledger import break_even
 from fedkd.core import tensors
+from fedkd.core.tensors import UInt8
 from fedkd.data import skew
 from fedkd.evaluation.report.text import percent, plain, size
 
 if TYPE_CHECKING:
     from fedkd.simulate.experiment import Experiment
 
-FLOAT = 4  # bytes of a float32, as weights and logits travel
+FLOAT = 4  # bytes of a float32, in which weights and logits are sent without a codec
 
 
 def lines(experiment: Experiment, fallback: str) -> list[tuple[str, str]]:
-    """Titles and texts that hold for every method of a comparison; ``fallback`` is why it is not CIFAR-10."""
-    kit, config = experiment.kit, experiment.config
-    private = len(experiment.dealt.rows)
-    height, width = kit.proxy.shape[1:3]
-    said = []
-    if fallback:
-        said.append(("notice", f"CIFAR-10 is not at hand, so this run falls back to digits. {fallback}"))
-    said.append(
-        (
-            "data",
-            f"{config.dataset}: {plain(private, 'private image')}, {len(kit.proxy):,} proxy ({config.proxy}), "
-            f"{len(experiment.test):,} test, {height}x{width}, {kit.classes} classes",
-        )
+    """Titles and texts that apply to all methods of a comparison; ``fallback`` is why it is not on CIFAR-10."""
+    setup, config = experiment.setup, experiment.config
+    height, width = setup.proxy.images.shape[1:3]
+    found = [("notice", f"CIFAR-10 is not available, so this run uses digits. {fallback}")] if fallback else []
+    data = (
+        f"{config.dataset}: {plain(len(experiment.partition.rows), 'private sample')}, "
+        f"{len(setup.proxy.images):,} proxy ({config.proxy}), {len(experiment.test):,} test, "
+        f"{height}x{width} pixels, {setup.classes} classes"
     )
-    said.append(("partition", f"{config.partitioner}, {plain(config.clients, 'client')} {_shares(experiment)}"))
-    counted = {name: tensors.numel(kit.initial(name)) for name in dict.fromkeys([*kit.models, kit.student])}
-    said.append(("models", ", ".join(f"{name} ({count:,} numbers)" for name, count in counted.items())))
-    answer, weights = prod(kit.answers()) * FLOAT, counted[kit.student] * FLOAT
-    equal = int(break_even(counted[kit.student], 8 * FLOAT, kit.classes, 8 * FLOAT))
-    said.append(
-        (
-            "travels",
-            f"logits {list(kit.answers())}: {size(answer)} per client, round and direction; weights: {size(weights)}; "
-            f"equal at {equal:,} proxy images; {_coded(experiment)}",
-        )
+    names = dict.fromkeys([*setup.models, setup.student])
+    parameters = {name: tensors.numel(setup.trainer.initial_weights(name)) for name in names}
+    labels, weights = prod(setup.logits_shape) * FLOAT, parameters[setup.student] * FLOAT
+    equal = int(break_even(parameters[setup.student], 8 * FLOAT, setup.classes, 8 * FLOAT))
+    communication = (
+        f"soft labels {list(setup.logits_shape)} take {size(labels)} as float32, weights of {setup.student} "
+        f"{size(weights)}; break-even proxy size: {equal:,} samples"
     )
-    return said
+    return [
+        *found,
+        ("data", data),
+        ("partition", f"{config.partitioner}, {plain(config.clients, 'client')} {_skew(experiment)}"),
+        ("models", ", ".join(f"{name} ({count:,} numbers)" for name, count in parameters.items())),
+        ("communication", communication),
+    ]
 
 
-def _coded(experiment: Experiment) -> str:
-    config, wire = experiment.config, experiment.wire
-    if experiment.algorithm.codecs:
-        return f"{config.algorithm} brings its own codecs"
-    up, down = (
-        f"{'soft labels as ' if codec.labels else 'coded as '}{text}"
-        for codec, text in ((wire.up, config.up), (wire.down, config.down))
-    )
-    return f"{up} up, {down} down"
+def uplink(experiment: Experiment) -> str:
+    """What a client of this method uploads in the first round, and the codecs of both directions."""
+    setup, config, algorithm = experiment.setup, experiment.config, experiment.algorithm
+    spec = algorithm.upload_spec(setup, algorithm.initial_state(setup), 0)
+    codecs = algorithm.codecs or (config.uplink_codec, config.downlink_codec)
+    total = sum(abs(prod(shape)) * _itemsize(shape) for shape in spec.values())
+    what = ", ".join(f"{name} {list(map(abs, shape))}" for name, shape in spec.items())
+    if len(spec) > 3:
+        what = f"{plain(len(spec), 'tensor')} of weights"
+    if not spec:
+        return "no communication"
+    return f"uplink per client and round: {what}, {size(total)} before {codecs[0]}; downlink codec: {codecs[1]}"
 
 
-def _shares(experiment: Experiment) -> str:
-    """How large the clients' shares are, and how unlike."""
-    if not len(experiment.dealt.rows):
-        return "that bring their own images"
-    rows = len(experiment.train) - (0 if experiment.proxy_rows is None else len(experiment.proxy_rows))
-    found = skew.measure(experiment.train.labels.numpy(), experiment.dealt, experiment.kit.classes, rows)
+def _itemsize(shape: tuple[int, ...]) -> int:
+    return {tensors.Int64: 8, UInt8: 1}.get(type(shape), FLOAT)
+
+
+def _skew(experiment: Experiment) -> str:
+    """The sizes of the clients' shares, and how much they differ."""
+    if not len(experiment.partition.rows):
+        return "that bring their own data"
+    held_out = 0 if experiment.proxy_rows is None else len(experiment.proxy_rows)
+    private = len(experiment.train) - held_out
+    found = skew.measure(experiment.train.labels.numpy(), experiment.partition, experiment.setup.classes, private)
     return (
-        f"of {found.smallest:,} to {found.largest:,} images (median {found.median:,}), "
-        f"{found.classes:.1f} classes each in effect, {percent(found.distance, 0)} away from everybody's mix, "
-        f"{percent(found.coverage, 0)} of the rows dealt"
+        f"with {found.smallest:,} to {found.largest:,} samples (median {found.median:,}); effective number of classes "
+        f"per client {found.classes:.1f}; mean total-variation distance to the global label distribution "
+        f"{found.distance:.2f}; {percent(found.coverage, 0)} of the samples are assigned"
     )

@@ -1,4 +1,4 @@
-"""The methods side by side."""
+"""Tables of several methods side by side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BASELINE = "fedavg"
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as text: its titles, a row for each method, and what is to be said of it."""
+    """A table as text: its titles, a row for each method, and a caption."""
 
     titles: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -51,8 +51,9 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
     names = list(dict.fromkeys(run["algorithm"] for run in runs))
     is_even = len({sum(run["algorithm"] == name for run in runs) for name in names}) == 1
     is_paired = BASELINE in names and len(names) > 1
-    titles = ["method", "test acc", *([f"- {BASELINE}"] if is_paired else []), "last 5", "teacher", "clients"]
-    titles += ["up", "down", "time", "to common" if common is None else f"to {percent(common)}"]
+    titles = ["method", "test acc", *([f"Δ {BASELINE}"] if is_paired else []), "last 5", "teacher", "clients"]
+    titles += ["uplink", "downlink", "training", "evaluation"]
+    titles += ["bytes to common" if common is None else f"bytes to {percent(common)}"]
     rows = []
     for name in names:
         mine = [run for run in runs if run["algorithm"] == name]
@@ -63,39 +64,45 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
         accuracy, *others = cells.values()
         rows.append(
             [
-                name + "*" * (mine[0]["deploys"] == "clients") + f" ({_seeds(len(mine))})" * (not is_even),
+                name + "*" * (mine[0]["evaluated_model"] == "clients") + f" ({_seeds(len(mine))})" * (not is_even),
                 accuracy,
                 *([_paired(mine, runs)] if is_paired else []),
                 *others,
-                *(size(fmean(run[key] for run in mine)) for key in ("bytes_up", "bytes_down")),
-                seconds(fmean(run["seconds"] for run in mine)),
+                *(
+                    size(fmean(run[key] for run in mine))
+                    for key in ("uplink_serialized_bytes", "downlink_serialized_bytes")
+                ),
+                *(seconds(fmean(run[key] for run in mine)) for key in ("training_seconds", "evaluation_seconds")),
                 size(fmean(reached)) if len(reached) == len(mine) else "–",
             ]
         )
-    said = ["up, down: bytes of arrays, all clients and rounds; to …: both, until that accuracy."]
+    caption = [
+        "uplink, downlink: serialized bytes of all clients and rounds; bytes to …: of both, until that accuracy;",
+        "training: of clients and server; evaluation: of clients and student on the test set.",
+    ]
     if is_paired:
-        said.append(f"- {BASELINE}: the difference in points, paired by seed.")
-    if any(run["deploys"] == "clients" for run in runs):
-        said.append("*: no global student; the test accuracy is that of the clients' own models.")
+        caption.append(f"Δ {BASELINE}: difference in percentage points, paired by seed.")
+    if any(run["evaluated_model"] == "clients" for run in runs):
+        caption.append("*: no global student; the test accuracy is the mean of the clients' own models.")
     if any(None in [row["test_accuracy"] for row in rows] for rows in curves.values()):
-        said.append("–: it was not measured in every round (--evaluate-every).")
-    return Grid(titles, rows, "\n".join(said))
+        caption.append("–: not evaluated in every round (--evaluate-every).")
+    return Grid(titles, rows, "\n".join(caption))
 
 
 def ledger(runs: Sequence[Row]) -> Grid:
-    """What each method sent in all, from the numbers themselves to what was framed."""
+    """The bytes of each method in all: as float32, at the entropy bound, encoded and serialized."""
     rows = []
     for name in dict.fromkeys(run["algorithm"] for run in runs):
         mine = [run for run in runs if run["algorithm"] == name]
-        sizes = [fmean(run[key] for run in mine) for key in ("raw_bytes", "entropy_bytes", "coded_bytes")]
-        framed = fmean(run["bytes_up"] + run["bytes_down"] for run in mine)
-        equal = [run["break_even"] for run in mine if run["break_even"] is not None]
-        rows.append([name, *map(size, sizes), size(framed), f"{int(fmean(equal)):,}" if equal else "–"])
+        sizes = [fmean(run[key] for run in mine) for key in ("float32_bytes", "entropy_bound_bytes", "encoded_bytes")]
+        serialized = fmean(run["uplink_serialized_bytes"] + run["downlink_serialized_bytes"] for run in mine)
+        equal = [run["break_even_proxy_size"] for run in mine if run["break_even_proxy_size"] is not None]
+        rows.append([name, *map(size, sizes), size(serialized), f"{int(fmean(equal)):,}" if equal else "–"])
     caption = (
-        "raw: as float32; entropy: of the symbols one by one, floats as coded; framed: as serialized;\n"
-        "equal at: proxy images a round at which answers cost as much as the student's weights."
+        "entropy bound: of the symbols one by one, floats as encoded; serialized: with names and headers;\n"
+        "break-even: proxy samples per round at which the uplink takes as many bytes as the student's weights."
     )
-    return Grid(["method", "raw", "entropy", "coded", "framed", "equal at"], rows, caption)
+    return Grid(["method", "float32", "entropy bound", "encoded", "serialized", "break-even"], rows, caption)
 
 
 def _spread(values: Sequence[float | None]) -> str:

@@ -1,4 +1,4 @@
-"""The ClientApp: a client's turn, and what evaluation asks of it."""
+"""The ClientApp: a client's local update, and the evaluation of its own model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedkd.core.errors import DataError, UsageError
 from fedkd.core.runtime import settle
 from fedkd.core.tensors import put, take
 from fedkd.data.partitioners import OWN
-from fedkd.simulate.experiment import Experiment, own, prepared
+from fedkd.simulate.experiment import Experiment, node_data, prepared
 from fedkd.simulate.flower.records import ARRAYS, CONFIG, MEMORY, METRICS, OWNER, from_record, to_record
 from fedkd.training import loop
 
@@ -23,29 +23,33 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Run the algorithm's local turn; keep the new memory in the context, answer with the update."""
+    """Run the algorithm's local update; keep the new memory in the context and reply with the update."""
     experiment, client = _client(message, context)
-    wire, arrays, remembered = experiment.wire, from_record(_arrays(message.content)), take("wire", client.memory)
-    heard = wire.hear(arrays, remembered)
-    update, memory = experiment.algorithm.local(experiment.kit, client, heard.tensors)
-    said = wire.answer(update.tensors, arrays, remembered)
+    channel, arrays, channel_memory = (
+        experiment.channel,
+        from_record(_arrays(message.content)),
+        take("channel", client.memory),
+    )
+    received = channel.decode_message(arrays, channel_memory)
+    update, memory = experiment.algorithm.local_update(experiment.setup, client, received.tensors)
+    sent = channel.encode_update(update.tensors, arrays, channel_memory)
     number = _int(cast(ConfigRecord, message.content[CONFIG])["round"])
-    context.state[MEMORY] = to_record({**memory, **put("wire", wire.memory(number, heard, said))})
+    context.state[MEMORY] = to_record({**memory, **put("channel", channel.new_memory(number, received, sent))})
     context.state[OWNER] = ConfigRecord({"run": _owner(message, context)})
     metrics = MetricRecord({"num-examples": update.examples, **update.metrics})
-    content = RecordDict({ARRAYS: to_record(said.tensors), METRICS: metrics})
+    content = RecordDict({ARRAYS: to_record(sent.tensors), METRICS: metrics})
     return Message(content, reply_to=message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Measure the client's own model on the test set: a yardstick of the simulation, no part of a method.
+    """Evaluate the client's own model on the test set. This measures the simulation and is not part of a method.
 
-    The logits go up too, so that the server can measure the teacher they make.
+    The logits are uploaded too, so that the server can evaluate their ensemble.
     """
     experiment, client = _client(message, context)
     weights = take("model", client.memory)
-    logits = experiment.kit.predict(client.model, weights, experiment.test.pixels)
+    logits = experiment.setup.trainer.predict(client.model, weights, experiment.test.pixels)
     accuracy, loss = loop.score(logits, experiment.test.labels)
     metrics = MetricRecord({"num-examples": len(experiment.test), "accuracy": accuracy, "loss": loss})
     content = RecordDict({ARRAYS: to_record({"logits": logits}), METRICS: metrics})
@@ -53,45 +57,45 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 @app.query()
-def enroll(message: Message, context: Context) -> Message:
-    """Say which client this node is: engines of Flower's number their nodes at random."""
-    held = context.node_config.get("partition-id")
-    if held is None:
+def identify(message: Message, context: Context) -> Message:
+    """Reply with the number of this client: Flower's engines give their nodes random ids."""
+    partition_id = context.node_config.get("partition-id")
+    if partition_id is None:
         raise UsageError('This node has no number; start it with --node-config "partition-id=0 ...", 1, and so on.')
-    return Message(RecordDict({METRICS: MetricRecord({"client": _int(held)})}), reply_to=message)
+    return Message(RecordDict({METRICS: MetricRecord({"client": _int(partition_id)})}), reply_to=message)
 
 
 def _client(message: Message, context: Context) -> tuple[Experiment, Client]:
-    """Which run this is, and this client in it. A new run starts with an empty memory."""
+    """The run that a message is for, and this client in it. A new run starts with an empty memory."""
     config = message.content[CONFIG]
     assert isinstance(config, ConfigRecord)
     algorithm, seed, number = str(config["algorithm"]), _int(config["seed"]), _int(config["round"])
-    member = _member(tuple(sorted(context.run_config.items())), algorithm, seed, str(config["dataset"]))
-    settle(member.threads)
-    experiment = prepared(member)
-    # A memory of another run is none. What it belongs to is kept with it: a turn that fails changes neither.
-    held, owner = context.state.get(MEMORY), context.state.get(OWNER)
-    is_ours = isinstance(owner, ConfigRecord) and owner["run"] == _owner(message, context)
-    memory = from_record(held) if is_ours and isinstance(held, ArrayRecord) else {}
+    run = _run(tuple(sorted(context.run_config.items())), algorithm, seed, str(config["dataset"]))
+    settle(run.threads)
+    experiment = prepared(run)
+    # A memory of another run does not count. Its owner is kept with it: a local update that fails changes neither.
+    kept, owner = context.state.get(MEMORY), context.state.get(OWNER)
+    is_of_this_run = isinstance(owner, ConfigRecord) and owner["run"] == _owner(message, context)
+    memory = from_record(kept) if is_of_this_run and isinstance(kept, ArrayRecord) else {}
     data = None
-    if member.partitioner == OWN:
+    if run.partitioner == OWN:
         if "data" not in context.node_config:
             raise DataError("This node has no data; start it with --node-config \"... data='/path/to/its/folder'\".")
-        data = own(str(context.node_config["data"]), member)
+        data = node_data(str(context.node_config["data"]), run)
     return experiment, experiment.client(_int(context.node_config["partition-id"]), number, memory, data)
 
 
 def _owner(message: Message, context: Context) -> str:
-    """Which run a memory belongs to."""
+    """The run that a memory belongs to."""
     config = message.content[CONFIG]
     assert isinstance(config, ConfigRecord)
     return f"{context.run_id} {config['algorithm']!s} {config['seed']!s}"
 
 
 @lru_cache(maxsize=2)
-def _member(run_config: tuple[tuple[str, Any], ...], algorithm: str, seed: int, dataset: str) -> Config:
-    """Kept, since parsing takes longer than all else around a turn."""
-    return Config.parse(dict(run_config)).member(algorithm, seed, dataset)
+def _run(run_config: tuple[tuple[str, Any], ...], algorithm: str, seed: int, dataset: str) -> Config:
+    """Cached, since parsing takes longer than everything else around a local update."""
+    return Config.parse(dict(run_config)).run(algorithm, seed, dataset)
 
 
 def _arrays(content: RecordDict) -> ArrayRecord:

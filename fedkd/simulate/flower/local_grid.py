@@ -17,19 +17,19 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedkd.core.runtime import cores
-from fedkd.simulate.flower.local_update import RUN_ID, SERVER, Place
+from fedkd.simulate.flower.local_update import RUN_ID, SERVER, ClientRunner
 from fedkd.simulate.flower.workers import Workers
 
-SMALL = 0.002  # seconds; a turn that takes less is not worth handing to another process
+SMALL = 0.002  # seconds; a local update that takes less is not worth sending to another process
 
 
-def count_workers(asked: str, participants: int, threads: int, device: str) -> int:
-    """How many processes play the clients of a round: as asked, or what the cores have room for; one on a GPU.
+def count_workers(requested: str, participants: int, threads: int, device: str) -> int:
+    """The number of processes for the clients of a round: as requested, or as many as fit the cores; one on a GPU.
 
-    Never more than there are clients to play.
+    Never more than there are participants.
     """
-    if asked != "auto":
-        return min(int(asked), participants)
+    if requested != "auto":
+        return min(int(requested), participants)
     if device.startswith("cuda") or not hasattr(os, "fork"):
         return 1
     return max(1, min(cores() // threads, participants))
@@ -38,10 +38,9 @@ def count_workers(asked: str, participants: int, threads: int, device: str) -> i
 class LocalGrid(Grid):
     """Runs a ClientApp; client i is node i + 1.
 
-    With one worker and no time limit a turn is played in this process when its reply is pulled; else
-    turns are played by processes, begun in the order they were pushed, and replies come as they are
-    done; where such turns were `SMALL`, they too are played here. A client that raises is answered for
-    by an error message.
+    With one worker and no time limit a client runs in this process when its reply is pulled. Otherwise clients run in
+    worker processes, in the order in which messages were pushed, and replies arrive as clients finish; if the last
+    ones of a kind were `SMALL`, the next run in this process too. A client that raises gives an error message.
     """
 
     def __init__(
@@ -56,9 +55,9 @@ class LocalGrid(Grid):
         disk: Path | None = None,
     ) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="memories-", dir=disk)
-        self._place = Place(app, clients, run_config, Path(self._directory.name))
+        self._runner = ClientRunner(app, clients, run_config, Path(self._directory.name))
         in_processes = workers > 1 or timeout > 0
-        self._workers = Workers(self._place, workers, timeout, fork=fork) if in_processes else None
+        self._workers = Workers(self._runner, workers, timeout, fork=fork) if in_processes else None
         self._pending: dict[str, Message] = {}
         self._is_bounded, self._small = timeout > 0, set[str]()
 
@@ -69,13 +68,13 @@ class LocalGrid(Grid):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the workers at once, whatever they are doing, and forget what clients remember."""
+        """End the workers at once, whatever they are doing, and delete the client memories."""
         if self._workers is not None:
             self._workers.__exit__()
         self._directory.cleanup()
 
     def set_run(self, run: Run) -> None:
-        """There is one run, known from the start."""
+        """Does nothing: there is one run, known from the start."""
 
     @property
     def run(self) -> Run:
@@ -104,7 +103,7 @@ class LocalGrid(Grid):
         return Message(content=content, metadata=metadata)  # type: ignore[call-overload,no-any-return]
 
     def get_node_ids(self) -> Iterable[int]:
-        return range(1, self._place.clients + 1)
+        return range(1, self._runner.clients + 1)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
@@ -114,14 +113,14 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        """The replies, each as soon as it is there."""
+        """The replies, each as soon as it has arrived."""
         messages = [self._pending.pop(i) for i in message_ids if i in self._pending]
         kinds = {message.metadata.message_type for message in messages}
         start = time.perf_counter()
         if self._workers is None or (not self._is_bounded and kinds <= self._small):
-            yield from (self._place.accept(self._place.play(message)) for message in messages)
+            yield from (self._runner.accept(self._runner.run(message)) for message in messages)
         else:
-            yield from self._workers.play(messages)
+            yield from self._workers.run(messages)
         is_small = time.perf_counter() - start < SMALL * len(messages)
         self._small = self._small | kinds if is_small else self._small - kinds
 

@@ -1,4 +1,4 @@
-"""A client's turn on this machine: its memory is read, the app is called, the new memory is put beside the old."""
+"""A local update on this machine: read the client's memory, call the app, write the new memory beside the old one."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ RUN_ID, SERVER = 1, 0
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a turn needs beside its message; client i is node i + 1.
+class ClientRunner:
+    """Runs the app for a client; client i is node i + 1.
 
-    Memories lie on disk, one file a client, so that clients cost nothing before their first turn and
-    no memory of this process after it. A turn leaves its new memory aside; only `accept` makes it
-    the client's. So a turn that was cut short can be played again and gives the same bits.
+    Client memories are files, one per client, so that a client costs nothing before its first round and no RAM
+    after it. A local update writes its new memory to a separate file; only `accept` makes it the client's. So a local
+    update that was interrupted can be repeated and gives the same bits.
     """
 
     app: str | ClientApp
@@ -36,57 +36,57 @@ class Place:
     run_config: UserConfig
     memories: Path
 
-    def play(self, message: Message) -> Message:
+    def run(self, message: Message) -> Message:
         """The reply; an error message if the app raises, as on Flower's own engines."""
         node = message.metadata.dst_node_id
-        old = self._remembered(node)
+        old = self._read_memory(node)
         state = recorddict_from_proto(Proto.FromString(old))
-        placed: UserConfig = {"partition-id": node - 1, "num-partitions": self.clients}
-        context = Context(RUN_ID, node, placed, state, self.run_config)
+        node_config: UserConfig = {"partition-id": node - 1, "num-partitions": self.clients}
+        context = Context(RUN_ID, node, node_config, state, self.run_config)
         try:
             reply = self.load()(message, context)
         except Terminated:
             raise
-        except (Exception, SystemExit):  # a client's failure is the round's business, as anywhere in Flower
+        except (Exception, SystemExit):  # a failed client does not end the round, as everywhere in Flower
             return failure(message, traceback.format_exc())
         new: bytes = recorddict_to_proto(context.state).SerializeToString(deterministic=True)
         if new != old:
-            with open(self._aside(node), "wb") as file:
+            with open(self._new_file(node), "wb") as file:
                 file.write(new)
         return reply
 
     def accept(self, reply: Message) -> Message:
-        """The same reply; what the client remembered in this turn is its memory from now on."""
+        """The same reply; the new memory of this local update becomes the client's."""
         if not reply.has_error():
             node = reply.metadata.src_node_id
             with suppress(FileNotFoundError):
-                os.replace(self._aside(node), self._kept(node))
+                os.replace(self._new_file(node), self._file(node))
         return reply
 
     def load(self) -> ClientApp:
-        """The app, imported if it is named as module:name."""
+        """The app, imported if it is given as module:name."""
         return _imported(self.app) if isinstance(self.app, str) else self.app
 
-    def _remembered(self, node: int) -> bytes:
-        """The client's memory; what an unfinished turn left aside is dropped."""
+    def _read_memory(self, node: int) -> bytes:
+        """The client's memory; the new memory of an unfinished local update is deleted."""
         with suppress(FileNotFoundError):
-            os.unlink(self._aside(node))
+            os.unlink(self._new_file(node))
         try:
-            with open(self._kept(node), "rb") as file:
+            with open(self._file(node), "rb") as file:
                 return file.read()
         except FileNotFoundError:
             return b""
 
-    # Strings: a path object costs more than the system's call.
-    def _kept(self, node: int) -> str:
+    # Strings: making a path object takes longer than the system call.
+    def _file(self, node: int) -> str:
         return f"{self.memories}/{node}"
 
-    def _aside(self, node: int) -> str:
+    def _new_file(self, node: int) -> str:
         return f"{self.memories}/{node}.new"
 
 
 def failure(message: Message, reason: str) -> Message:
-    """The error message that answers for a client."""
+    """The error message that is the reply of a client that failed."""
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 

@@ -1,9 +1,8 @@
-"""Flower's simulation runtime: turns are played by Ray's actors, on this machine or on a cluster.
+"""Flower's simulation runtime: clients run in Ray's actors, on this machine or on a cluster.
 
-The run is played in a child process that leads a session of its own. So whatever happens (Flower's
-threads hang after Ctrl-C, Ray's helpers outlive a killed driver by a minute), the whole group ends
-with the command that was started. In the child the server plays in the main thread, where signals
-arrive, and Flower's runtime in another.
+The run takes place in a child process that leads its own session. So whatever happens (Flower's threads hang after
+Ctrl-C, Ray's helpers outlive a killed driver by a minute), the whole group ends with the command that was started.
+In the child the server runs in the main thread, where signals arrive, and Flower's runtime in another thread.
 """
 
 from __future__ import annotations
@@ -34,20 +33,20 @@ from fedkd.core.config import Config
 from fedkd.core.errors import FedkdError, RunError, StorageError, UsageError
 from fedkd.simulate.flower import client_app
 from fedkd.simulate.flower.local_update import failure
-from fedkd.simulate.flower.server_app import serve
+from fedkd.simulate.flower.server_app import run_on
 
 GRACE = 5.0  # seconds the child gets to write what it has after Ctrl-C
 
 
-class Lent(ClientApp):
-    """The client app with the run's config, which Flower's runtime gives to the server alone."""
+class ConfiguredClientApp(ClientApp):
+    """The client app with the run's config, which Flower's runtime gives only to the server."""
 
     def __init__(self, run_config: UserConfig) -> None:
         super().__init__()
         self._run_config = run_config
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """The app's reply. What it raises becomes a reply too, as everywhere in fedkd, and not a page of Ray's log."""
+        """The app's reply. An exception becomes a reply too, as everywhere in fedkd, and not a page of Ray's log."""
         theirs, context.run_config = context.run_config, dict(self._run_config)
         try:
             return client_app.app(message, context)
@@ -57,8 +56,8 @@ class Lent(ClientApp):
             context.run_config = theirs
 
 
-def play(config: Config) -> None:
-    """Run the child, pass on what it says, and leave no process behind.
+def run(config: Config) -> None:
+    """Run the child, pass on its output, and leave no process behind.
 
     Raises:
         FedkdError: what ended the run, with its exit code.
@@ -67,7 +66,7 @@ def play(config: Config) -> None:
     out = Path(config.out)
     child = subprocess.Popen([sys.executable, "-m", __name__, str(out)], start_new_session=True)
     try:
-        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, but its number is still its own
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, but its process id is not reused yet
     except BaseException:  # Ctrl-C, or asked to terminate
         child.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
@@ -79,8 +78,10 @@ def play(config: Config) -> None:
         code = child.wait()
     if code:
         if code == StorageError.code:
-            raise run_directory.failure(out) or StorageError(f"A file could not be written; see {out / 'ray.log'}.")
-        raise run_directory.failure(out) or RunError(
+            raise run_directory.read_failure(out) or StorageError(
+                f"A file could not be written; see {out / 'ray.log'}."
+            )
+        raise run_directory.read_failure(out) or RunError(
             f"Flower's simulation ended with {code}; its log is {out / 'ray.log'}."
         )
 
@@ -93,13 +94,13 @@ def main() -> NoReturn:
     _keep_screen_clean(out / "ray.log", screen=2 if config.json else 1)
     code = 0
     try:
-        _play(dataclasses.replace(config, json=True))  # everything that is shown goes to standard error
+        _run(dataclasses.replace(config, json=True))  # everything shown on the screen goes to standard error
     except FedkdError as error:
-        run_directory.note(out, error)
+        run_directory.record_failure(out, error)
         code = error.code
     except OSError as error:
         with suppress(OSError):
-            run_directory.note(out, StorageError.of(error))
+            run_directory.record_failure(out, StorageError.of(error))
         code = StorageError.code
     except KeyboardInterrupt:
         code = 130
@@ -111,7 +112,7 @@ def main() -> NoReturn:
     os._exit(code)  # Flower's threads are not waited for
 
 
-def _play(config: Config) -> None:
+def _run(config: Config) -> None:
     _connect(config)
     handed: Queue[Grid] = Queue()
     over = threading.Event()
@@ -128,9 +129,9 @@ def _play(config: Config) -> None:
     try:
         while True:
             with suppress(Empty):
-                grid = handed.get(timeout=1)  # not for ever: a signal has to be seen
+                grid = handed.get(timeout=1)  # not forever: a signal has to be noticed
                 break
-        serve(grid, config)
+        run_on(grid, config)
     except KeyboardInterrupt:
         if broken:
             raise RunError(f"Flower's simulation runtime ended: {broken[0]}.") from broken[0]
@@ -170,10 +171,10 @@ def _connect(config: Config) -> None:
 
 
 def _simulate(server: ServerApp, config: Config, over: threading.Event, broken: list[BaseException]) -> None:
-    """Flower's runtime; if it ends before its time, the main thread is told."""
+    """Flower's runtime; if it ends too early, the main thread is interrupted."""
     from flwr.simulation import run_simulation
 
-    # Ray's own answer to a process that dies: another one, and the turn once more. Flower has none.
+    # Ray replaces a process that dies and repeats its task once; Flower does neither.
     resources: dict[str, Any] = {
         "num_cpus": config.client_cpus,
         "num_gpus": config.client_gpus,
@@ -182,7 +183,10 @@ def _simulate(server: ServerApp, config: Config, over: threading.Event, broken: 
     }
     try:
         run_simulation(
-            server, Lent(config.run_config()), config.clients, backend_config={"client_resources": resources}
+            server,
+            ConfiguredClientApp(config.run_config()),
+            config.clients,
+            backend_config={"client_resources": resources},
         )
     except BaseException as error:
         broken.append(error)
@@ -191,7 +195,7 @@ def _simulate(server: ServerApp, config: Config, over: threading.Event, broken: 
 
 
 def _keep_screen_clean(log: Path, screen: int) -> None:
-    """What Flower and Ray say goes to a log; standard error is the screen, the descriptor ``screen``."""
+    """Output of Flower and Ray goes to a log; standard error becomes the screen, the descriptor ``screen``."""
     shown, file = os.fdopen(os.dup(screen), "w", buffering=1), log.open("w", buffering=1)
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)

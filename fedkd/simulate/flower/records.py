@@ -1,4 +1,4 @@
-"""Tensors as Flower's array records and back, and what they weigh."""
+"""Tensors as array records of Flower and back, and their bytes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 ARRAYS, CONFIG, METRICS, MEMORY, OWNER = "arrays", "config", "metrics", "memory", "owner"
 
 
-def to_record(tensors: Tensors, made: dict[int, Array] | None = None) -> ArrayRecord:
+def to_record(tensors: Tensors, cache: dict[int, Array] | None = None) -> ArrayRecord:
     """Each tensor as one array, in NumPy's own format, under its own name.
 
-    ``made`` holds arrays of tensors that went to somebody else, and takes up the new ones: what all
-    clients are sent is serialized once.
+    ``cache`` holds arrays of tensors that are serialized already, by id(), and takes up new ones: what all
+    clients receive is serialized once.
     """
-    made = {} if made is None else made
+    cache = {} if cache is None else cache
     for tensor in tensors.values():
-        if id(tensor) not in made:
-            made[id(tensor)] = Array(tensor.contiguous().numpy())
-    return ArrayRecord({name: made[id(tensor)] for name, tensor in tensors.items()})
+        if id(tensor) not in cache:
+            cache[id(tensor)] = Array(tensor.contiguous().numpy())
+    return ArrayRecord({name: cache[id(tensor)] for name, tensor in tensors.items()})
 
 
 def from_record(record: ArrayRecord) -> dict[str, Tensor]:
@@ -33,8 +33,8 @@ def from_record(record: ArrayRecord) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
 
 
-def weigh(content: RecordDict) -> tuple[int, int]:
-    """Bytes of the array records as serialized, framing and names included; and of all the rest."""
+def count_bytes(content: RecordDict) -> tuple[int, int]:
+    """Bytes of the array records as serialized, with names and headers; and of all other records."""
     arrays = rest = 0
     for record in content.values():
         if isinstance(record, ArrayRecord):

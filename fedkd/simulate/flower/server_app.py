@@ -1,4 +1,4 @@
-"""The ServerApp: plays every run of a config over whatever grid it is given."""
+"""The ServerApp: runs everything that a config asks for over the grid that it is given."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.serverapp import Grid, ServerApp
 
 from fedkd.algorithms.base import Update
+from fedkd.communication.ledger import SerializedBytes
 from fedkd.core import run_directory
 from fedkd.core.config import Config
-from fedkd.core.errors import RunError
+from fedkd.core.errors import RunError, last_line
 from fedkd.core.runtime import settle
 from fedkd.simulate import experiment
 from fedkd.simulate.experiment import prepared
-from fedkd.simulate.flower.records import ARRAYS, CONFIG, METRICS, from_record, to_record, weigh
-from fedkd.simulate.rounds import Reply, Traffic, last_line
-from fedkd.simulate.runner import conduct
+from fedkd.simulate.flower.records import ARRAYS, CONFIG, METRICS, count_bytes, from_record, to_record
+from fedkd.simulate.rounds import Reply
+from fedkd.simulate.runner import run_all
 
 if TYPE_CHECKING:
     from fedkd.core.tensors import Tensors
@@ -27,48 +28,48 @@ if TYPE_CHECKING:
 app = ServerApp()
 POLL = 0.05  # seconds between looks at a grid that has nothing yet
 START = 300.0  # seconds for all nodes of an engine to be there
-SILENCE = 3600.0  # seconds without any reply that end a round, where --client-timeout sets no limit
+SILENCE = 3600.0  # seconds without any reply that end a round if --client-timeout sets no limit
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Flower's own door: the run config names everything."""
+    """The entry point for Flower: the run config holds all options."""
     config = Config.parse(context.run_config)
     experiment.check(config)
-    serve(grid, run_directory.begin(config, config.algorithm))
+    run_on(grid, run_directory.begin(config, config.algorithm))
 
 
-def serve(grid: Grid, config: Config) -> None:
-    """Play the config's algorithms and seeds over a grid, and write the run directory."""
+def run_on(grid: Grid, config: Config) -> None:
+    """Run the config's algorithms and seeds over a grid, and write the run directory."""
     settle(config.threads)
-    conduct(config, lambda: partial(exchange, grid, enroll(grid, config)))
+    run_all(config, lambda: partial(exchange, grid, client_nodes(grid, config)))
 
 
-def enroll(grid: Grid, config: Config) -> Sequence[int]:
-    """The node that plays each client.
+def client_nodes(grid: Grid, config: Config) -> Sequence[int]:
+    """The node of each client.
 
     Raises:
-        RunError: not exactly the nodes that are wanted are there in time.
+        RunError: there are not exactly the expected nodes in time.
 
     """
     nodes = grid.get_node_ids()
-    if isinstance(nodes, range):  # the local grid's: the i-th node is client i, and a million cost nothing
+    if isinstance(nodes, range):  # of the local grid: the i-th node is client i, and a million cost nothing
         return nodes
     deadline = time.monotonic() + START
     while len(found := sorted(set(grid.get_node_ids()))) < config.clients and time.monotonic() < deadline:
         time.sleep(POLL)
     if len(found) != config.clients:
-        raise RunError(f"{config.clients} nodes are wanted and {len(found)} are there; start one for each client.")
+        raise RunError(f"{config.clients} nodes are needed and {len(found)} are connected; start one for each client.")
     node_of: dict[int, int] = {}
-    asked = {node: (node, RecordDict()) for node in found}
-    for node, reply in _ask(grid, "query", 0, asked, START):
+    queries = {node: (node, RecordDict()) for node in found}
+    for node, reply in _send(grid, "query", 0, queries, START):
         if reply.has_error():
             reason = reply.error.reason or f"error {reply.error.code}"
-            raise RunError(f"A node did not say which client it is: {last_line(reason)}.", reason)
+            raise RunError(f"A node did not tell its client number: {last_line(reason)}.", reason)
         node_of[int(reply.content.metric_records[METRICS]["client"])] = node  # type: ignore[arg-type]
     if sorted(node_of) != list(range(config.clients)):
         raise RunError(
-            f"The nodes call themselves clients {sorted(node_of)}; give each its own partition-id, "
+            f"The nodes have the client numbers {sorted(node_of)}; give each its own partition-id, "
             f"0 to {config.clients - 1}, by --node-config."
         )
     return [node_of[client] for client in range(config.clients)]
@@ -77,70 +78,68 @@ def enroll(grid: Grid, config: Config) -> Sequence[int]:
 def exchange(
     grid: Grid,
     nodes: Sequence[int],
-    member: Config,
+    run: Config,
     kind: str,
     number: int,
-    requests: Mapping[int, Tensors],
+    messages: Mapping[int, Tensors],
 ) -> Iterator[Reply]:
-    """Send each client its request and yield their replies as they come.
+    """Send each client its message and yield the replies as they arrive.
 
-    Those with most rows come first: what is begun last should not be what takes longest.
+    Clients with most samples are first, so that the longest local update does not start last.
     """
-    parts = prepared(member).parts
-    config = ConfigRecord(
-        {"round": number, "algorithm": member.algorithm, "seed": member.seed, "dataset": member.dataset}
-    )
-    order = sorted(requests, key=lambda client: -len(parts[client]))
+    partition = prepared(run).training_partition
+    config = ConfigRecord({"round": number, "algorithm": run.algorithm, "seed": run.seed, "dataset": run.dataset})
+    order = sorted(messages, key=lambda client: -len(partition[client]))
     arrays: dict[int, Array] = {}
-    packed: dict[tuple[tuple[str, int], ...], tuple[RecordDict, tuple[int, int]]] = {}
+    serialized: dict[tuple[tuple[str, int], ...], tuple[RecordDict, tuple[int, int]]] = {}
     contents = {}
-    for client in order:  # what all clients are sent is serialized and weighed once
-        key = tuple((name, id(tensor)) for name, tensor in requests[client].items())
-        if key not in packed:
-            content = RecordDict({ARRAYS: to_record(requests[client], arrays), CONFIG: config})
-            packed[key] = content, weigh(content)
-        contents[client] = packed[key]
-    asked = {client: (nodes[client], content) for client, (content, _) in contents.items()}
-    for client, reply in _ask(grid, kind, number, asked, 2 * member.client_timeout or SILENCE):
+    for client in order:  # what all clients receive is serialized and counted once
+        key = tuple((name, id(tensor)) for name, tensor in messages[client].items())
+        if key not in serialized:
+            content = RecordDict({ARRAYS: to_record(messages[client], arrays), CONFIG: config})
+            serialized[key] = content, count_bytes(content)
+        contents[client] = serialized[key]
+    addressed = {client: (nodes[client], content) for client, (content, _) in contents.items()}
+    for client, reply in _send(grid, kind, number, addressed, 2 * run.client_timeout or SILENCE):
         yield _reply(client, reply, *contents.pop(client)[1])
-    for client, (_, (arrays_down, rest_down)) in contents.items():  # what they were sent has been sent
-        yield Reply(client, None, "no reply", Traffic(arrays_down, 0, rest_down, 0))
+    for client, (_, (arrays_bytes, metadata_bytes)) in contents.items():  # a message without a reply was sent, too
+        yield Reply(client, None, "no reply", SerializedBytes(arrays_bytes, 0, metadata_bytes, 0))
 
 
-def _ask(
-    grid: Grid, kind: str, number: int, asked: Mapping[int, tuple[int, RecordDict]], patience: float
+def _send(
+    grid: Grid, kind: str, number: int, addressed: Mapping[int, tuple[int, RecordDict]], patience: float
 ) -> Iterator[tuple[int, Message]]:
-    """Who was asked (a node, with what), and the reply, as replies come.
+    """The key of a message (a node and its content) and the reply to it, as replies arrive.
 
-    It ends after ``patience`` seconds without any: a node that is gone may never be answered for.
+    It ends after ``patience`` seconds without any reply: there may never be one from a node that is gone.
     """
-    messages = [grid.create_message(content, kind, node, str(number)) for node, content in asked.values()]
-    # An engine that cannot take a message gives None for it, or no list at all.
-    pending = {sent: who for who, sent in zip(asked, grid.push_messages(messages), strict=False) if sent}
-    heard = time.monotonic()
-    while pending and time.monotonic() - heard < patience:
-        came = False
+    messages = [grid.create_message(content, kind, node, str(number)) for node, content in addressed.values()]
+    # An engine that cannot take a message returns None for it, or no list at all.
+    pending = {sent: key for key, sent in zip(addressed, grid.push_messages(messages), strict=False) if sent}
+    last = time.monotonic()
+    while pending and time.monotonic() - last < patience:
+        has_reply = False
         for reply in grid.pull_messages(list(pending)):
-            came, who = True, pending.pop(reply.metadata.reply_to_message_id, None)
-            if who is not None:
-                yield who, reply
-            heard = time.monotonic()
-        if not came:
+            has_reply, key = True, pending.pop(reply.metadata.reply_to_message_id, None)
+            if key is not None:
+                yield key, reply
+            last = time.monotonic()
+        if not has_reply:
             time.sleep(POLL)
 
 
-def _reply(client: int, message: Message, arrays_down: int, rest_down: int) -> Reply:
+def _reply(client: int, message: Message, downlink_arrays: int, downlink_metadata: int) -> Reply:
     if message.has_error():
         failure = message.error.reason or f"error {message.error.code}"
-        return Reply(client, None, failure, Traffic(arrays_down, 0, rest_down, 0))
-    arrays_up, rest_up = weigh(message.content)
-    traffic = Traffic(arrays_down, arrays_up, rest_down, rest_up)
+        return Reply(client, None, failure, SerializedBytes(downlink_arrays, 0, downlink_metadata, 0))
+    uplink_arrays, uplink_metadata = count_bytes(message.content)
+    serialized = SerializedBytes(downlink_arrays, uplink_arrays, downlink_metadata, uplink_metadata)
     arrays, metrics = message.content.get(ARRAYS), message.content.get(METRICS)
     if not isinstance(arrays, ArrayRecord) or not isinstance(metrics, MetricRecord):
-        return Reply(client, None, "a reply without arrays and metrics", traffic)
+        return Reply(client, None, "a reply without arrays and metrics", serialized)
     numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
     try:
         tensors, examples = from_record(arrays), int(numbers.pop("num-examples", 0))
-    except Exception as error:  # whatever NumPy makes of bytes that a client chose
-        return Reply(client, None, f"arrays or numbers that cannot be read: {error}", traffic)
-    return Reply(client, Update(tensors, examples, numbers), "", traffic)
+    except Exception as error:  # whatever NumPy raises for bytes that a client chose
+        return Reply(client, None, f"arrays or numbers that cannot be read: {error}", serialized)
+    return Reply(client, Update(tensors, examples, numbers), "", serialized)

@@ -1,8 +1,8 @@
-"""Processes that play turns: bounded in time, replaced when they die, all gone at the end.
+"""Worker processes that run clients: bounded in time, replaced when they die, all gone at the end.
 
-A nursery is forked (or spawned) once, imports the app, and never computes; it forks the workers, so
-that a new one is there within milliseconds and all share PyTorch's memory. The nursery ends when
-the process that owns it does, however that ends, and takes the workers along.
+A fork server is forked (or spawned) once, imports the app, and never computes; it forks the workers, so that a new
+one starts within milliseconds and all share PyTorch's memory. The fork server ends when the process that owns it
+does, however that ends, and takes the workers along.
 """
 
 from __future__ import annotations
@@ -22,48 +22,48 @@ from typing import Self
 from flwr.app import Message
 
 from fedkd.core.errors import RunError
-from fedkd.simulate.flower.local_update import Place, failure
+from fedkd.simulate.flower.local_update import ClientRunner, failure
 
-TRIES = 2  # of a turn whose process died or hung
-LONGEST = 86400.0  # seconds that are waited at once: more than 24 days are too many for the system
-PID = 8  # bytes of a process number on the nursery's line
+TRIES = 2  # of a local update whose process died or hung
+MAX_WAIT = 86400.0  # seconds of one wait: the system refuses more than 24 days
+PID = 8  # bytes of a process id on the socket of the fork server
 
 
 class Workers:
-    """``count`` processes; a turn that takes longer than ``timeout`` seconds is ended (0: no limit)."""
+    """``count`` processes; a local update that takes longer than ``timeout`` seconds is ended (0: no limit)."""
 
-    def __init__(self, place: Place, count: int, timeout: float, *, fork: bool) -> None:
-        self._place, self._count, self._timeout = place, count, timeout or float("inf")
+    def __init__(self, runner: ClientRunner, count: int, timeout: float, *, fork: bool) -> None:
+        self._runner, self._count, self._timeout = runner, count, timeout or float("inf")
         self._method = "fork" if fork else "spawn"
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> Self:
         if self._method == "fork":
-            self._place.load()  # before the fork, so that its pages are shared
+            self._runner.load()  # before the fork, so that its pages are shared
             gc.freeze()  # the collector would write to them
-        self._line, theirs = socket.socketpair()
+        self._socket, theirs = socket.socketpair()
         process = multiprocessing.get_context(self._method).Process  # type: ignore[attr-defined]
-        self._nursery = process(target=_nursery, args=(theirs, self._line, self._place), daemon=True)
-        self._nursery.start()
+        self._fork_server = process(target=_fork_server, args=(theirs, self._socket, self._runner), daemon=True)
+        self._fork_server.start()
         theirs.close()
-        self._workers = [_Worker(self._line) for _ in range(self._count)]
+        self._workers = [_Worker(self._socket) for _ in range(self._count)]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._line.close()
-        self._nursery.join()
+        self._socket.close()
+        self._fork_server.join()
         for worker in self._workers:
             worker.connection.close()
 
-    def play(self, messages: Iterable[Message]) -> Iterator[Message]:
-        """Replies as they come; messages are begun in the order given."""
+    def run(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Replies as they arrive; clients are started in the order of the messages."""
         todo, tries = deque(messages), Counter[str]()
         try:
             while todo or any(worker.message for worker in self._workers):
                 for worker in self._workers:
                     if todo and worker.message is None:
                         tries[todo[0].metadata.message_id] += 1
-                        worker.begin(todo.popleft(), self._timeout)
+                        worker.start(todo.popleft(), self._timeout)
                 for worker in self._ready():
                     message, worker.message = worker.message, None
                     assert message is not None
@@ -73,19 +73,19 @@ class Workers:
                         if tries[message.metadata.message_id] < TRIES:
                             todo.appendleft(message)
                             continue
-                        reply = failure(message, f"the process that played this client {fate}, twice")
-                    yield self._place.accept(reply)
+                        reply = failure(message, f"the process of this client {fate}, twice")
+                    yield self._runner.accept(reply)
         finally:
             for worker in self._workers:
-                if worker.message is not None:  # whoever asked does not want to know any more
-                    with suppress(RunError):  # nor why the nursery is gone, on the way out
+                if worker.message is not None:  # the caller does not want the reply any more
+                    with suppress(RunError):  # the fork server may be gone already
                         worker.replace()
 
     def _ready(self) -> list[_Worker]:
-        """The workers that have answered, died, or are over their time, once there is one or `LONGEST` is over."""
+        """The workers that have a reply, died, or are over their time, once there is one or `MAX_WAIT` is over."""
         busy = {worker.connection: worker for worker in self._workers if worker.message is not None}
         first = min(worker.deadline for worker in busy.values()) - time.monotonic()
-        wait(busy, None if first == float("inf") else min(max(0.0, first), LONGEST))
+        wait(busy, None if first == float("inf") else min(max(0.0, first), MAX_WAIT))
         now = time.monotonic()
         return [worker for worker in busy.values() if worker.connection.poll() or now >= worker.deadline]
 
@@ -93,26 +93,26 @@ class Workers:
 class _Worker:
     """One process, seen from the one that owns it."""
 
-    def __init__(self, line: socket.socket) -> None:
-        self._line = line
-        self._start()
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._fork()
 
-    def _start(self) -> None:
+    def _fork(self) -> None:
         self.message: Message | None = None
         self.deadline = float("inf")
         self.connection, theirs = multiprocessing.Pipe()
         try:
-            socket.send_fds(self._line, [bytes(PID)], [theirs.fileno()])
-            self._pid = self._line.recv(PID)
+            socket.send_fds(self._socket, [bytes(PID)], [theirs.fileno()])
+            self._pid = self._socket.recv(PID)
         except OSError:
             self._pid = b""
         theirs.close()
         if not self._pid:
-            raise RunError("The process that starts the players of clients is gone; try --workers 1.")
+            raise RunError("The process that starts the workers is gone; try --workers 1.")
 
-    def begin(self, message: Message, timeout: float) -> None:
+    def start(self, message: Message, timeout: float) -> None:
         self.message, self.deadline = message, time.monotonic() + timeout
-        with suppress(OSError):  # it died while idle: seen when its reply is waited for
+        with suppress(OSError):  # it died while idle: noticed when its reply is waited for
             self.connection.send(message)
 
     def finish(self) -> tuple[Message | None, str]:
@@ -127,23 +127,23 @@ class _Worker:
     def replace(self) -> None:
         self.connection.close()
         with suppress(OSError):
-            self._line.send(self._pid)
-        self._start()
+            self._socket.send(self._pid)
+        self._fork()
 
 
-# What runs in the nursery and in the workers.
+# What runs in the fork server and in the workers.
 
 
-def _nursery(line: socket.socket, other_end: socket.socket, place: Place) -> None:
-    """Fork a worker for each zero that comes with a connection; end the one whose number comes."""
+def _fork_server(sock: socket.socket, other_end: socket.socket, runner: ClientRunner) -> None:
+    """Fork a worker for each zero that arrives with a connection; end the worker whose process id arrives."""
     other_end.close()  # else this process would never see it closed
-    for asked in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, they are the owner's to answer
-        signal.signal(asked, signal.SIG_IGN)
-    place.load()
+    for sent in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, but handled by the owner
+        signal.signal(sent, signal.SIG_IGN)
+    runner.load()
     children: set[int] = set()
     try:
         while True:
-            number, ends, _, _ = socket.recv_fds(line, PID, 1)
+            number, ends, _, _ = socket.recv_fds(sock, PID, 1)
             if not number:
                 return
             if pid := int.from_bytes(number, "big"):
@@ -151,11 +151,11 @@ def _nursery(line: socket.socket, other_end: socket.socket, place: Place) -> Non
                 children.discard(pid)
                 continue
             if not (pid := os.fork()):
-                line.close()
-                _work(Connection(ends[0]), place)
+                sock.close()
+                _work(Connection(ends[0]), runner)
             os.close(ends[0])
             children.add(pid)
-            line.send(pid.to_bytes(PID, "big"))
+            sock.send(pid.to_bytes(PID, "big"))
     except OSError:  # the owner is gone
         return
     finally:
@@ -164,16 +164,16 @@ def _nursery(line: socket.socket, other_end: socket.socket, place: Place) -> Non
 
 
 def _end(pid: int) -> None:
-    """Kill a child and take note of its end; it keeps its number until then."""
+    """Kill a child and wait for it; its process id is not reused until then."""
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
 
-def _work(connection: Connection, place: Place) -> None:
-    """Play turns until the other end is closed. Does not return."""
+def _work(connection: Connection, runner: ClientRunner) -> None:
+    """Run clients until the other end is closed. Does not return."""
     try:
         while True:
-            connection.send(place.play(connection.recv()))
+            connection.send(runner.run(connection.recv()))
     except (EOFError, OSError):
         os._exit(0)
     finally:

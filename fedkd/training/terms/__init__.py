@@ -1,7 +1,7 @@
 """The terms of a distillation loss by name: which layers of both sides are compared, by which loss, at what weight.
 
 A term is a frozen dataclass of options, read before PyTorch is imported. ``build`` resolves its layers and
-returns a `fedkd.training.terms.modules.Pull`. The default weights are those of the papers' public code on CIFAR-100
+returns a `fedkd.training.terms.modules.TermModule`. The default weights are those of the papers' public code on CIFAR-100
 (Tian et al., 2020), where there is one; but for hint's: its 100 drove small students out of all bounds here.
 """
 
@@ -19,14 +19,14 @@ from fedkd.core.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.training.terms.modules import Pull
+    from fedkd.training.terms.modules import TermModule
 
 Weight = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
-class Pair:
+class LayerShapes:
     """What a term may know before training: the layers of both sides and their shapes, the labels [N].
 
     A shape is that of what a layer gives, without the batch, in the order of computation.
@@ -41,9 +41,9 @@ class Pair:
 class Term:
     """What all terms have."""
 
-    taught: ClassVar[bool] = True  # whether it needs a teacher
+    needs_teacher: ClassVar[bool] = True  # whether it needs a teacher
 
-    def build(self, pair: Pair) -> Pull:
+    def build(self, pair: LayerShapes) -> TermModule:
         """The term in force between these two.
 
         Raises:
@@ -73,14 +73,14 @@ class Logits(Term):
         if self.soft is not None and self.weight is not None:
             raise ValueError("soft and weight are two names of one number")
 
-    def pull(self) -> float:
-        """What the teacher weighs."""
+    def teacher_weight(self) -> float:
+        """The weight of the comparison with the teacher."""
         return next(value for value in (self.soft, self.weight, self.usual) if value is not None)
 
-    def build(self, pair: Pair) -> Pull:
+    def build(self, pair: LayerShapes) -> TermModule:
         from fedkd.training.terms import modules
 
-        return modules.Answers(self)
+        return modules.LogitsTerm(self)
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ class Features(Term):
 
     usual: ClassVar[Mapping[str, float]] = {"hint": 1.0, "attention": 1000.0, "nst": 50.0, "vid": 1.0}
 
-    def build(self, pair: Pair) -> Pull:
+    def build(self, pair: LayerShapes) -> TermModule:
         from fedkd.training.terms import modules
 
-        return modules.Maps(self, pair, *pairs(pair, self.layers, self.teacher, 1))
+        return modules.FeaturesTerm(self, pair, *pairs(pair, self.layers, self.teacher, 1))
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ class Relations(Term):
 
     usual: ClassVar[Mapping[str, float]] = {"rkd": 1.0, "similarity": 3000.0, "correlation": 100.0, "pkt": 30000.0}
 
-    def build(self, pair: Pair) -> Pull:
+    def build(self, pair: LayerShapes) -> TermModule:
         from fedkd.training.terms import modules
 
-        return modules.Rows(self, *pairs(pair, self.layers, self.teacher, 1))
+        return modules.RelationsTerm(self, *pairs(pair, self.layers, self.teacher, 1))
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ class Graph(Term):
     teacher: str = ""
     weight: Weight = 1.0
 
-    def build(self, pair: Pair) -> Pull:
+    def build(self, pair: LayerShapes) -> TermModule:
         from fedkd.training.terms import modules
 
-        return modules.Graphs(self, pair, *pairs(pair, self.layers, self.teacher, 3))
+        return modules.GraphTerm(self, pair, *pairs(pair, self.layers, self.teacher, 3))
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,10 @@ class Contrastive(Term):
     temperature: Rate = 0.07
     weight: Weight = 0.8
 
-    def build(self, pair: Pair) -> Pull:
+    def build(self, pair: LayerShapes) -> TermModule:
         from fedkd.training.terms import modules
 
-        return modules.Contrasts(self, pair, *pairs(pair, self.layers, self.teacher, 1))
+        return modules.ContrastiveTerm(self, pair, *pairs(pair, self.layers, self.teacher, 1))
 
 
 @dataclass(frozen=True)
@@ -167,14 +167,14 @@ class Exits(Term):
     the last.
     """
 
-    taught: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
     layers: str = ""
     alpha: Share = 0.3
     feature: Weight = 0.03
     temperature: Rate = 3.0
     weight: Weight = 1.0
 
-    def build(self, pair: Pair) -> Pull:
+    def build(self, pair: LayerShapes) -> TermModule:
         from fedkd.training import layers
         from fedkd.training.terms import modules
 
@@ -185,30 +185,30 @@ class Exits(Term):
             raise UsageError("This student has one map only, so there is nothing to exit from; name layers of it.")
         if layers.EMBEDDING not in pair.student:
             raise UsageError("This student has no linear layer at its end, so its exits have no embedding to follow.")
-        return modules.Branches(self, pair, names)
+        return modules.ExitsTerm(self, pair, names)
 
 
 @dataclass(frozen=True)
-class Itself(Logits):
+class BornAgain(Logits):
     """Born-again networks (Furlanello et al., 2018): each of some generations is taught by the one before it.
 
     The first one learns from labels alone, the last one is the student.
     """
 
-    taught: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
     usual: ClassVar[float] = 0.5
     temperature: Rate = 1.0
     generations: Annotated[int, Field(ge=2, le=100)] = 3
 
 
-def hard(terms: Sequence[Term]) -> float:
+def label_weight(terms: Sequence[Term]) -> float:
     """What the cross-entropy with the labels weighs: as those on logits say, else what they leave of one."""
     answers = [term for term in terms if isinstance(term, Logits)]
     said = [term.hard for term in answers if term.hard is not None]
-    return sum(said) if said else max(0.0, 1 - sum(term.pull() for term in answers))
+    return sum(said) if said else max(0.0, 1 - sum(term.teacher_weight() for term in answers))
 
 
-def pairs(pair: Pair, ours: str, theirs: str, count: int) -> tuple[list[str], list[list[str]]]:
+def pairs(pair: LayerShapes, ours: str, theirs: str, count: int) -> tuple[list[str], list[list[str]]]:
     """The layers to compare: names of the student's, and as many of each teacher's.
 
     Without names, the last ``count`` maps of each side, or as many as all have.

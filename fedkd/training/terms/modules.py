@@ -1,6 +1,6 @@
-"""Terms in force: modules, since they may hold adapters that are learned along with the student.
+"""Loss terms as modules, since they may hold adapters that are trained with the student.
 
-What a term sees of a batch is a `Batch`; what it gives is a scalar. Teachers come without gradients.
+A term computes a scalar from a `Batch`. Teachers' outputs have no gradients.
 """
 
 from __future__ import annotations
@@ -13,32 +13,31 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fedkd.algorithms import aggregators
-from fedkd.core import specs
+from fedkd.core import soft_labels, specs
 from fedkd.training import layers
-from fedkd.training.layers import EMBEDDING, Seen
+from fedkd.training.layers import EMBEDDING, Outputs
 from fedkd.training.losses import contrastive, features, graph, logits, relations
 from fedkd.training.losses.contrastive import Memory
 from fedkd.training.losses.vectors import unit
 
 if TYPE_CHECKING:
     from fedkd.training import terms
-    from fedkd.training.terms import Pair
+    from fedkd.training.terms import LayerShapes
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What both sides gave for a batch, its labels [B] and rows [B], and what each teacher weighs, shares [K, B]."""
+    """The outputs of student and teachers for a batch, the weights [K, B] of the teachers, labels [B] and indices [B]."""
 
-    student: Seen
-    teachers: Sequence[Seen]
-    shares: Tensor
+    student: Outputs
+    teachers: Sequence[Outputs]
+    weights: Tensor
     labels: Tensor
-    rows: Tensor
+    indices: Tensor
 
 
-class Pull(nn.Module):
-    """A term in force, which sees the layers that it names of the student and of each teacher."""
+class TermModule(nn.Module):
+    """A loss term; it is given the outputs of the layers that it names of the student and of each teacher."""
 
     student_layers: Sequence[str] = ()
     teacher_layers: Sequence[Sequence[str]] = ()
@@ -48,10 +47,10 @@ class Pull(nn.Module):
         raise NotImplementedError
 
     def compared(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Each layer of the student, the teacher's beside it, and what that teacher weighs in this batch."""
+        """Each layer of the student, the teacher's layer for it, and the mean weight of that teacher in the batch."""
         return [
-            (batch.student.layers[ours], seen.layers[theirs], share)
-            for seen, names, share in zip(batch.teachers, self.teacher_layers, batch.shares.mean(1), strict=True)
+            (batch.student.layers[ours], seen.layers[theirs], weight)
+            for seen, names, weight in zip(batch.teachers, self.teacher_layers, batch.weights.mean(1), strict=True)
             for ours, theirs in zip(self.student_layers, names, strict=True)
         ]
 
@@ -60,8 +59,8 @@ def _sum(values: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(values)).sum()
 
 
-class Answers(Pull):
-    """Of the teachers' mean probabilities at T, or of the mean of their logits."""
+class LogitsTerm(TermModule):
+    """Compares logits with the teachers' mean probabilities at T, or with their mean logits."""
 
     def __init__(self, term: terms.Logits) -> None:
         super().__init__()
@@ -70,22 +69,22 @@ class Answers(Pull):
         self.on_probs = None if self.on_logits else specs.bind("loss", term.kind)
 
     def forward(self, batch: Batch) -> Tensor:
-        temperature, weight = self.term.temperature, self.term.pull()
+        temperature, weight = self.term.temperature, self.term.teacher_weight()
         teachers = torch.stack([seen.logits for seen in batch.teachers])
         if self.on_logits is not None:
-            return weight * self.on_logits(batch.student.logits, (teachers * batch.shares[..., None]).sum(0))
+            return weight * self.on_logits(batch.student.logits, (teachers * batch.weights[..., None]).sum(0))
         assert self.on_probs is not None
-        probs = aggregators.mean_probs(teachers / temperature, batch.shares)
+        probs = soft_labels.mean_probs(teachers / temperature, batch.weights)
         labels = (batch.labels,) if self.on_probs.func is logits.dkd else ()
         loss: Tensor = self.on_probs(batch.student.logits / temperature, probs, *labels)
         return weight * temperature**2 * loss
 
 
-class Maps(Pull):
-    """Of feature maps, each at the coarser resolution of the two."""
+class FeaturesTerm(TermModule):
+    """Compares feature maps, each pair at the coarser resolution of the two."""
 
     def __init__(
-        self, term: terms.Features, pair: Pair, student: Sequence[str], teachers: Sequence[Sequence[str]]
+        self, term: terms.Features, pair: LayerShapes, student: Sequence[str], teachers: Sequence[Sequence[str]]
     ) -> None:
         super().__init__()
         self.student_layers, self.teacher_layers = student, teachers
@@ -98,14 +97,14 @@ class Maps(Pull):
 
     def forward(self, batch: Batch) -> Tensor:
         losses = [
-            share * adapter(*_fitted(layers.as_map(ours), layers.as_map(theirs)))
-            for (ours, theirs, share), adapter in zip(self.compared(batch), self.adapters, strict=True)
+            weight * adapter(*_fitted(layers.as_map(ours), layers.as_map(theirs)))
+            for (ours, theirs, weight), adapter in zip(self.compared(batch), self.adapters, strict=True)
         ]
         return self.weight * _sum(losses) / len(self.student_layers)
 
 
 class Adapter(nn.Module):
-    """The loss of a kind with what it learns: a 1x1 convolution to the teacher's channels, VID's variances."""
+    """The loss of a kind with its parameters: a 1x1 convolution to the teacher's channels, VID's variances."""
 
     def __init__(self, kind: str, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -123,8 +122,8 @@ class Adapter(nn.Module):
         return {"attention": features.attention, "nst": features.nst}[self.kind](student, teacher)
 
 
-class Rows(Pull):
-    """Of how the rows of a batch relate."""
+class RelationsTerm(TermModule):
+    """Compares relations between the samples of a batch."""
 
     def __init__(self, term: terms.Relations, student: Sequence[str], teachers: Sequence[Sequence[str]]) -> None:
         super().__init__()
@@ -133,15 +132,17 @@ class Rows(Pull):
         self.loss = getattr(relations, term.kind)
 
     def forward(self, batch: Batch) -> Tensor:
-        losses = [share * self.loss(ours.flatten(1), theirs.flatten(1)) for ours, theirs, share in self.compared(batch)]
+        losses = [
+            weight * self.loss(ours.flatten(1), theirs.flatten(1)) for ours, theirs, weight in self.compared(batch)
+        ]
         return self.weight * _sum(losses) / len(self.student_layers)
 
 
-class Graphs(Pull):
-    """Of instance relationship graphs; the last vertices are compared after a learned map to the teacher's width."""
+class GraphTerm(TermModule):
+    """Compares instance relationship graphs; the last vertices after a learned map to the teacher's width."""
 
     def __init__(
-        self, term: terms.Graph, pair: Pair, student: Sequence[str], teachers: Sequence[Sequence[str]]
+        self, term: terms.Graph, pair: LayerShapes, student: Sequence[str], teachers: Sequence[Sequence[str]]
     ) -> None:
         super().__init__()
         self.student_layers, self.teacher_layers, self.weight = student, teachers, term.weight
@@ -152,24 +153,24 @@ class Graphs(Pull):
     def forward(self, batch: Batch) -> Tensor:
         ours = _vertices(batch.student, self.student_layers)
         losses = []
-        for seen, names, share, adapter in zip(
-            batch.teachers, self.teacher_layers, batch.shares.mean(1), self.adapters, strict=True
+        for seen, names, weight, adapter in zip(
+            batch.teachers, self.teacher_layers, batch.weights.mean(1), self.adapters, strict=True
         ):
             sides = [*ours[:-1], adapter(ours[-1])], _vertices(seen, names)
-            # How far a vertex moves can be told between layers of one width only.
+            # The distance that a vertex moves is defined between layers of one width only.
             is_even = all(len({vertices.shape[1] for vertices in side}) == 1 for side in sides)
-            losses.append(share * graph.graph(*sides, vertex_move=float(is_even), edge_move=1.0))
+            losses.append(weight * graph.graph(*sides, vertex_move=float(is_even), edge_move=1.0))
         return self.weight * _sum(losses)
 
 
-def _vertices(seen: Seen, names: Sequence[str]) -> list[Tensor]:
+def _vertices(seen: Outputs, names: Sequence[str]) -> list[Tensor]:
     return [layers.as_map(seen.layers[name]).mean((2, 3)) for name in names]
 
 
-class Branches(Pull):
-    """A classifier on each of some earlier layers, taught by the last one."""
+class ExitsTerm(TermModule):
+    """A classifier on each of some earlier layers, which learns from the last layer."""
 
-    def __init__(self, term: terms.Exits, pair: Pair, names: Sequence[str]) -> None:
+    def __init__(self, term: terms.Exits, pair: LayerShapes, names: Sequence[str]) -> None:
         super().__init__()
         self.term, self.names = term, tuple(names)
         self.student_layers = [*names, EMBEDDING]
@@ -185,27 +186,27 @@ class Branches(Pull):
         losses = []
         for vertices, neck, head in zip(_vertices(seen, self.names), self.necks, self.heads, strict=True):
             feature = neck(vertices).relu()
-            answer = head(feature)
-            hard = nn.functional.cross_entropy(answer, batch.labels)
-            soft = term.temperature**2 * logits.kl(answer / term.temperature, probs)
+            exit_logits = head(feature)
+            hard = nn.functional.cross_entropy(exit_logits, batch.labels)
+            soft = term.temperature**2 * logits.kl(exit_logits / term.temperature, probs)
             near = (feature - deep).square().sum(-1).mean()
             losses.append((1 - term.alpha) * hard + term.alpha * soft + term.feature * near)
         return term.weight * _sum(losses)
 
 
-class Contrasts(Pull):
-    """Of embeddings in a common space, against a memory of images of other classes.
+class ContrastiveTerm(TermModule):
+    """Compares embeddings in a common space with a memory of samples of other classes.
 
-    Both sides' maps into it are learned; the memory begins with random directions. Where all images are of one class
-    (a client's may be) there is nothing to tell apart, and no pull.
+    The maps of both sides into it are learned; the memory starts with random directions. If all samples have the same
+    class (as a client's may), the term is zero.
     """
 
     def __init__(
-        self, term: terms.Contrastive, pair: Pair, student: Sequence[str], teachers: Sequence[Sequence[str]]
+        self, term: terms.Contrastive, pair: LayerShapes, student: Sequence[str], teachers: Sequence[Sequence[str]]
     ) -> None:
         super().__init__()
         self.term, self.student_layers, self.teacher_layers = term, student, teachers
-        self.is_idle = bool(pair.labels.min() == pair.labels.max())
+        self.has_one_class = bool(pair.labels.min() == pair.labels.max())
         count, device = len(teachers) * len(student), pair.labels.device
         inputs = [math.prod(pair.student[name]) for name in student]
         self.ours = nn.ModuleList(nn.Linear(width, term.width) for _ in teachers for width in inputs)
@@ -219,19 +220,19 @@ class Contrasts(Pull):
         self.constants: list[tuple[float, float] | None] = [None] * count
 
     def forward(self, batch: Batch) -> Tensor:
-        if self.is_idle:
+        if self.has_one_class:
             return 0 * batch.student.logits.sum()
         losses = []
-        for place, (ours, theirs, share) in enumerate(self.compared(batch)):
+        for place, (ours, theirs, weight) in enumerate(self.compared(batch)):
             memory = self.memories[place]
             sides = (unit(self.ours[place](ours.flatten(1))), unit(self.theirs[place](theirs.flatten(1))))
-            known = (*sides, *memory.candidates(batch.rows, self.term.negatives, self.generator), len(memory.labels))
+            known = (*sides, *memory.candidates(batch.indices, self.term.negatives, self.generator), len(memory.labels))
             if self.constants[place] is None:
                 self.constants[place] = contrastive.normalizers(*known, temperature=self.term.temperature)
             constants = self.constants[place]
             assert constants is not None
-            losses.append(share * contrastive.crd(*known, constants=constants, temperature=self.term.temperature))
-            memory.update(batch.rows, *sides)
+            losses.append(weight * contrastive.crd(*known, constants=constants, temperature=self.term.temperature))
+            memory.update(batch.indices, *sides)
         return self.term.weight * _sum(losses) / len(self.student_layers)
 
 

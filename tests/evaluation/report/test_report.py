@@ -8,7 +8,7 @@ from rich.console import Console
 from fedkd.evaluation import metrics
 from fedkd.evaluation.report import figure, table, text
 from fedkd.evaluation.report.screen import Screen
-from fedkd.simulate.rounds import Reply, Traffic
+from fedkd.simulate.rounds import Reply, SerializedBytes
 
 
 def curve(accuracies, up=100, down=50, deploys="student", name="a", seed=0):
@@ -16,7 +16,7 @@ def curve(accuracies, up=100, down=50, deploys="student", name="a", seed=0):
         {
             "algorithm": name, "seed": seed, "round": number, "test_accuracy": accuracy,
             "test_loss": None if deploys == "clients" else 1.0, "teacher_accuracy": accuracy, "client_accuracy": 0.1,
-            "bytes_up": up, "bytes_down": down, "seconds": 1.0, "evaluation_seconds": 0.5, "failures": {},
+            "uplink_serialized_bytes": up, "downlink_serialized_bytes": down, "training_seconds": 1.0, "evaluation_seconds": 0.5, "failures": {},
         }
         for number, accuracy in enumerate(accuracies, 1)
     ]  # fmt: skip
@@ -27,10 +27,10 @@ def summary(rows):
     return {
         **{key: last[key] for key in ("algorithm", "seed", "test_accuracy", "teacher_accuracy", "client_accuracy")},
         "test_accuracy_last5": 0.5,
-        "deploys": "clients" if last["test_loss"] is None else "student",
-        "bytes_up": sum(r["bytes_up"] for r in rows),
-        "bytes_down": sum(r["bytes_down"] for r in rows),
-        "seconds": 3.0,
+        "evaluated_model": "clients" if last["test_loss"] is None else "student",
+        "uplink_serialized_bytes": sum(r["uplink_serialized_bytes"] for r in rows),
+        "downlink_serialized_bytes": sum(r["downlink_serialized_bytes"] for r in rows),
+        "training_seconds": 3.0,
     }
 
 
@@ -90,7 +90,7 @@ def test_a_seed_that_is_missing_is_seen():
 
 
 def test_no_number_is_cut_on_a_narrow_terminal():
-    name = "dsfl:aggregation=sa,down=nothing"
+    name = "dsfl:aggregation=sa,downlink=nothing"
     rows = curve([0.5], up=10**9, name=name)
     out = io.StringIO()
     Screen(Console(file=out, width=40)).show(table.side_by_side([summary(rows)], {(name, 0): rows}).rich())
@@ -144,7 +144,7 @@ def test_every_reply_moves_the_bar(terminal):
         for client in requests:
             if terminal:
                 seen.append(screen.bar.tasks[0].completed)
-            yield Reply(client, None, "x", Traffic())
+            yield Reply(client, None, "x", SerializedBytes())
 
     with screen.live("ensemble", 3):
         replies = list(screen.watch(exchange, 3)("train", 1, {client: {} for client in range(3)}))

@@ -1,0 +1,37 @@
+"""Data sets as tensors, read once per process."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from fedkd.data import sources
+
+if TYPE_CHECKING:
+    from fedkd.data.readers import Images
+    from fedkd.data.sources import Source
+
+
+def choose_dataset(dataset: str, data_dir: str) -> tuple[str, str]:
+    """The spec of the data set, and why it is not CIFAR-10 if ``auto`` fell back to another one."""
+    if dataset != "auto":
+        return dataset, ""
+    return sources.by_auto(lambda source: read(source, "train", data_dir))
+
+
+@lru_cache(maxsize=8)
+def read(source: Source, split: str, data_dir: str) -> Images:
+    """One split of a data set, read once per process."""
+    from fedkd.data import readers
+
+    return readers.read(source, split, data_dir)
+
+
+def splits(source: Source, data_dir: str) -> tuple[Images, Images]:
+    """Training and test images with the same numbering of classes: a folder may lack some classes in its test set."""
+    from fedkd.data.readers import renumbered
+
+    train, test = (read(source, split, data_dir) for split in ("train", "test"))
+    if train.names and test.names and train.names != test.names:
+        test = renumbered(test, train.names, train.classes, f"The test set of {source.name}")
+    return train, test
