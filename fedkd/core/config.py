@@ -1,7 +1,6 @@
-"""Config: everything a run depends on, flat, frozen and validated.
+"""Config: everything that a run depends on, flat, frozen and validated.
 
-Scalars only, since that is all Flower's run config can carry; several values stand in one string,
-separated by spaces.
+Scalars only, since Flower's run config holds nothing else; several values are one string, separated by spaces.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from fedkd.core.errors import UsageError, unknown
 
 
 def _joined(value: object) -> object:
-    """A list, as a scenario file or repeated flags give it, as one string."""
+    """A list from a scenario file or from several flags, as one string."""
     return " ".join(str(item) for item in value) if isinstance(value, list | tuple) else value
 
 
@@ -37,12 +36,12 @@ Decay = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 
 
 def option(default: Any, group: str, text: str, several: bool = False) -> Any:
-    """A field with its place and its text in ``--help``; ``several`` values may follow the flag."""
+    """A field with its group and text in ``--help``; ``several`` values may follow the flag."""
     return Field(default, description=text, json_schema_extra={"group": group, "several": several})
 
 
 class Options:
-    """What the configs of all commands have and can do."""
+    """What the configs of all commands have in common."""
 
     out: str
     json: bool
@@ -68,7 +67,7 @@ class Options:
             raise UsageError(f"--{key} {first['input']!r} is not usable: {first['msg'].lower()}.") from error
 
     def run_config(self) -> dict[str, str | int | float | bool]:
-        """The same as Flower carries it: keys with dashes, scalars."""
+        """The options as Flower's run config holds them: keys with dashes, scalars."""
         return {key.replace("_", "-"): value for key, value in dataclasses.asdict(self).items()}  # type: ignore[call-overload]
 
 
@@ -76,51 +75,53 @@ class Options:
 class Config(Options):
     """The options of ``fedkd.simulate``, the keys of a scenario file and of Flower's run config."""
 
-    # What is compared
+    # Methods
     algorithm: str = option(
         "ensemble",
         "Methods",
-        "What clients and server do. Soft labels on the proxy: ensemble, fedmd, nfdp, dsfl, cronus, cfd, selective-fd, "
-        "density, scarlet, comet, kt-pfl, fedgems, fedema; without a proxy: fd, fedproto; weights: fedavg, fedprox, "
-        "fedavgm, mentor, scaffold, feddf, fedbe, fed-et; the ends of the scale: local, central.",
+        "The algorithm. Soft labels on a proxy set: ensemble, fedmd, nfdp, dsfl, cronus, cfd, selective-fd, density, "
+        "scarlet, comet, kt-pfl, fedgems, fedema; no proxy set: fd, fedproto; weights: fedavg, fedprox, fedavgm, "
+        "mentor, scaffold, feddf, fedbe, fed-et; lower and upper bound: local, central. `python -m fedkd.list "
+        "algorithm` lists their options.",
     )
     compare: Several = option(
-        "", "Methods", "Further algorithms to play on the same data, students and seeds (several).", several=True
+        "", "Methods", "Further algorithms to run on the same data, students and seeds (several).", several=True
     )
     aggregator: str = option(
         "mean-probs",
         "Methods",
-        "How the clients' logits become a teacher: mean-logits, mean-probs, era, beta-era, entropy, variance, median, "
+        "How client logits become the ensemble teacher: mean-logits, mean-probs, era, beta-era, entropy, variance, median, "
         "trimmed-mean, geometric-median, spectral, vote.",
     )
     loss: str = option(
         "kl",
         "Methods",
-        "What pulls a student to its teacher: kl, ce, mse, dkd, dist, standardized, multi-level; or kl and relations "
-        "between images: rkd, similarity, correlation, pkt.",
+        "The distillation loss: kl, ce, mse, dkd, dist, standardized, multi-level; or kl plus relations between "
+        "samples: rkd, similarity, correlation, pkt.",
     )
     weighting: Literal["uniform", "size"] = option(
         "uniform", "Methods", "Weights of the clients in the ensemble: uniform, or size, their numbers of samples."
     )
-    temperature: Rate = option(1.0, "Methods", "Divides logits before the softmax, the teacher's and the student's.")
+    temperature: Rate = option(1.0, "Methods", "The temperature of distillation, for teacher and student.")
 
     # The federation
     clients: PositiveInt = option(20, "Federation", "Number of clients.")
     rounds: PositiveInt = option(5, "Federation", "Number of rounds.")
-    participation: Fraction = option(1.0, "Federation", "Fraction of the clients that take part in a round.")
+    participation: Fraction = option(1.0, "Federation", "Fraction of the clients that are sampled in a round.")
     partitioner: str = option(
         "dirichlet:alpha=0.5",
         "Federation",
-        "How rows are dealt: iid, dirichlet:alpha=A, pathological:classes=N, shard:shards=N, ..., ./mine.py:Name.",
+        "How samples are assigned to clients: iid, dirichlet:alpha=A, pathological:classes=N, shard:shards=N, ..., "
+        "./mine.py:Name.",
     )
 
     uplink_codec: str = option(
         "float32",
         "Federation",
-        "How clients' answers are coded: float32, float16, bfloat16; soft labels also uint8, bits:bits=1, top:k=3; "
-        "each with coder=zstd (labels: or range), delta=true.",
+        "How updates are encoded: float32, float16, bfloat16; soft labels also uint8, bits:bits=1, top:k=3; each "
+        "with coder=zstd (soft labels also range) and delta=true.",
     )
-    downlink_codec: str = option("float32", "Federation", "How what clients are sent is coded, as --uplink-codec.")
+    downlink_codec: str = option("float32", "Federation", "How messages to clients are encoded, as --uplink-codec.")
 
     # Data
     dataset: str = option(
@@ -129,72 +130,74 @@ class Config(Options):
         "auto (CIFAR-10, else digits), cifar10, cifar100, svhn, stl10, fashion-mnist, digits, noise, hf:NAME, "
         "folder:PATH.",
     )
-    data_dir: str = option("", "Data", "Where data is looked for: torchvision's files or parquet; also FEDKD_DATA.")
+    data_dir: str = option("", "Data", "Directory of the data: torchvision's files or parquet; also FEDKD_DATA.")
     proxy: str = option(
-        "holdout", "Data", "The public unlabeled images: holdout:size=N, cifar100:size=N, any dataset, noise:size=N."
+        "holdout",
+        "Data",
+        "The public unlabeled proxy set: holdout:size=N, cifar100:size=N, any data set, noise:size=N.",
     )
     proxy_samples: Annotated[int, Field(ge=0)] = option(
-        0, "Data", "Proxy images used per round, drawn anew each round; 0 for all."
+        0, "Data", "Proxy samples per round, drawn anew in each round; 0 for all."
     )
 
     # Models
     model: str = option(
-        "cnn", "Models", "The clients' model: cnn, resnet8, resnet20, torchvision:NAME; a comma list is dealt in turn."
+        "cnn",
+        "Models",
+        "The clients' model: cnn, resnet8, resnet20, torchvision:NAME; models of a comma list are assigned in turn.",
     )
     student: str = option("", "Models", "The server's global student; by default the clients' (first) model.")
     norm: Literal["group", "batch"] = option("group", "Models", "Normalization layers of the built-in models.")
 
     # Training
-    local_epochs: PositiveInt = option(2, "Training", "Epochs over its own rows that a client trains in a round.")
+    local_epochs: PositiveInt = option(2, "Training", "Epochs of local training in a round.")
     batch_size: PositiveInt = option(32, "Training", "Batch size of local training.")
     learning_rate: Rate = option(0.01, "Training", "Learning rate of local training (SGD).")
     momentum: Annotated[float, Field(ge=0, lt=1)] = option(0.9, "Training", "Momentum of local training.")
     weight_decay: Decay = option(0.0005, "Training", "Weight decay of local training.")
     augment: bool = option(True, "Training", "Random crops, and flips where the data allows them, in local training.")
     distill_epochs: Annotated[int, Field(ge=0)] = option(
-        5, "Training", "Epochs over the proxy images in which the server distills its student in a round."
+        5, "Training", "Epochs of distillation on the server in a round."
     )
-    distill_batch_size: PositiveInt = option(
-        64, "Training", "Batch size of distillation, on the server and on clients."
-    )
+    distill_batch_size: PositiveInt = option(64, "Training", "Batch size of distillation, on server and clients.")
     distill_learning_rate: Rate = option(0.001, "Training", "Learning rate of distillation (Adam).")
 
     # The run
     seed: Annotated[int, Field(ge=0)] = option(
-        0, "Run", "Seed of the first repetition; everything random follows from it."
+        0, "Run", "Seed of the first repetition; all random numbers are derived from it."
     )
     seeds: PositiveInt = option(1, "Run", "Repetitions, with seed, seed + 1, ...")
     device: str = option("auto", "Run", "auto, cpu, cuda, cuda:N.")
     engine: Literal["local", "ray"] = option(
-        "local", "Run", "Who plays the clients: processes of fedkd's own, or Flower's simulation runtime on Ray."
+        "local", "Run", "What runs the clients: local processes, or Flower's simulation runtime on Ray."
     )
-    threads: PositiveInt = option(1, "Run", "Threads of arithmetic; results depend on it, to the bit.")
+    threads: PositiveInt = option(1, "Run", "Threads of PyTorch in each process; results depend on it bitwise.")
     workers: Annotated[str, BeforeValidator(str), Field(pattern=r"^(auto|[1-9]\d*)$")] = option(
-        "auto", "Run", "Processes that play clients side by side; auto: as many as the cores have room for."
+        "auto", "Run", "Processes that run clients in parallel; auto: as many as fit the cores."
     )
     client_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = option(
-        0.0, "Run", "Seconds after which a client's turn is ended and tried once more; 0: no limit."
+        0.0, "Run", "Seconds after which a local update is ended and repeated once; 0: no limit."
     )
     ray_address: str = option(
         "", "Run", "With --engine ray: a running cluster (auto, HOST:PORT); by default one is started."
     )
     client_cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = option(
-        1.0, "Run", "With --engine ray: processors for each client's turn."
+        1.0, "Run", "With --engine ray: CPUs for each client."
     )
     client_gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = option(
-        0.0, "Run", "With --engine ray: GPUs, or a part of one, for each client's turn."
+        0.0, "Run", "With --engine ray: GPUs, or a fraction of one, for each client."
     )
     evaluate_every: PositiveInt = option(
-        1, "Run", "Rounds between evaluations of clients and teacher on the test set; the last is always one."
+        1, "Run", "Evaluate clients and teacher on the test set every N rounds, and in the last one."
     )
-    out: str = option("", "Run", "Directory of the run; by default runs/NAME-TIME-HASH.")
-    json: bool = option(False, "Run", "One JSON object on standard output, everything else on standard error.")
+    out: str = option("", "Run", "Run directory; by default runs/NAME-TIME-HASH.")
+    json: bool = option(False, "Run", "Print result.json on standard output, and everything else on standard error.")
 
     def run(self, algorithm: str, seed: int, dataset: str) -> Self:
-        """The config of one of the runs that this one compares; ``dataset`` is what auto came to."""
+        """The config of one run (one algorithm, one seed); ``dataset`` replaces auto."""
         return dataclasses.replace(self, algorithm=algorithm, seed=seed, dataset=dataset, compare="", seeds=1)
 
     def runs(self, dataset: str) -> list[Self]:
-        """One config for each algorithm and seed, algorithms side by side within a seed."""
+        """The config of each run: all algorithms for the first seed, then for the next."""
         algorithms = list(dict.fromkeys([self.algorithm, *self.compare.split()]))
         return [self.run(a, self.seed + r, dataset) for r in range(self.seeds) for a in algorithms]
