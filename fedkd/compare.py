@@ -22,7 +22,7 @@ from fedkd.evaluation.report.screen import Screen
 if TYPE_CHECKING:
     from fedkd.evaluation.metrics import Row
 
-app = cli.new("python -m fedkd.compare")
+app = cli.new("compare")
 
 
 @app.default

@@ -34,7 +34,7 @@ class Stack:
     against: str = ""
 
 
-app = cli.new("python -m fedkd.bench")
+app = cli.new("bench")
 
 
 @app.default

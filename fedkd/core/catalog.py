@@ -1,8 +1,8 @@
-"""The components that can be named on the command line, and where each one lives.
+"""The built-in components: their names on the command line, and where each one is defined.
 
-Nothing is imported to look a name up. An installed package adds names by the entry-point groups
-``fedkd.algorithms.base``, ``fedkd.aggregator``, ``fedkd.codec``, ``fedkd.loss``, ``fedkd.model``, ``fedkd.dataset``,
-``fedkd.distill`` and ``fedkd.partitioner``.
+Looking up a name imports nothing. An installed package adds names by the entry-point groups ``fedkd.algorithm``,
+``fedkd.aggregator``, ``fedkd.codec``, ``fedkd.loss``, ``fedkd.model``, ``fedkd.dataset``, ``fedkd.distillation`` (loss
+terms of fedkd.distill) and ``fedkd.partitioner``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Options of a command: flags win over FEDKD_* variables, those over the scenario file."""
+"""Commands and their options: flags override FEDKD_* variables, which override the scenario file."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
+from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
@@ -19,28 +22,83 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from fedkd.core.config import Options
 from fedkd.core.errors import FedkdError, StorageError, Terminated, UsageError
 
+#: The commands, also subcommands of ``fedkd``: where each app is (imported when it is used), and one line.
+COMMANDS = {
+    "simulate": ("fedkd.simulate.__main__:app", "Run federated distillation and other methods, and compare them."),
+    "compare": ("fedkd.compare:app", "Put separate runs into one table."),
+    "distill": ("fedkd.distill.__main__:app", "Distill a student from one or several teachers, or from itself."),
+    "export": ("fedkd.export:app", "Write a student for ONNX Runtime, PyTorch or a phone."),
+    "serve": ("fedkd.serve:app", "Serve an exported model over HTTP."),
+    "list": ("fedkd.list:app", "List all components with their options."),
+    "bench": ("fedkd.bench.__main__:app", "Measure the speed of fedkd and of other simulators."),
+}
+OPTIONS = ("fedkd.core.config:Config", "fedkd.distill.config:DistillConfig")  # of commands that read FEDKD_* variables
 ALIASES = {"FEDKD_DATA": "data_dir"}
+OTHER_VARIABLES = {"FEDKD_CACHE"}
+#: Names that other tools use for an option.
+SYNONYMS = {
+    "lr": "learning-rate",
+    "local-lr": "learning-rate",
+    "server-lr": "distill-learning-rate",
+    "wd": "weight-decay",
+    "bs": "batch-size",
+    "epochs": "local-epochs",
+    "server-epochs": "distill-epochs",
+    "n-clients": "clients",
+    "num-clients": "clients",
+    "n-rounds": "rounds",
+    "num-rounds": "rounds",
+    "fraction": "participation",
+    "fraction-train": "participation",
+    "fraction-fit": "participation",
+    "client-fraction": "participation",
+    "sample-rate": "participation",
+    "method": "algorithm",
+    "strategy": "algorithm",
+    "algo": "algorithm",
+    "arch": "model",
+    "network": "model",
+    "alpha": "partitioner dirichlet:alpha",
+    "partition": "partitioner",
+    "public": "proxy",
+    "data": "data-dir",
+    "output": "out",
+    "output-dir": "out",
+    "votes": "weighting",
+    "up": "uplink-codec",
+    "down": "downlink-codec",
+    "gpu": "device cuda",
+    "cuda": "device cuda",
+    "num-workers": "workers",
+    "jobs": "workers",
+}
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
-def main(
-    command: Callable[[AnyOptions], Path], options: type[AnyOptions], argv: Sequence[str] | None = None
-) -> NoReturn:
-    """Run a command whose options are the fields of a config, and which returns the directory of its result."""
-    run(_app(command, options), argv)
+def fedkd() -> NoReturn:
+    """The console script ``fedkd``: all commands as subcommands, and ``--install-completion`` for the shell."""
+    app = new("fedkd")
+    app.help = "Simulate federated distillation; compare methods; distill, export and serve models."
+    for name, (path, text) in COMMANDS.items():
+        # The command that is run has its own, longer help.
+        app.command(path, name=name, **({} if name in sys.argv[1:2] else {"help": text}))
+    app.register_install_completion_command(help="Install completion for the shell that is in use.")
+    run(app)
 
 
 def new(name: str) -> App:
     """A command without options yet."""
+    usage = f"python -m fedkd.{name}" if name in COMMANDS else name
     return App(
         name=name,
+        usage=f"Usage: {usage} {'[OPTIONS] [ARGUMENTS]' if name in COMMANDS else 'COMMAND [OPTIONS]'}",
         help_flags=["--help", "-h"],
         version_flags=[],
         result_action="return_value",
         help_format="plaintext",
-        suppress_keyboard_interrupt=False,  # `run` answers it
+        suppress_keyboard_interrupt=False,  # `run` handles it
     )
 
 
@@ -52,27 +110,27 @@ def run(app: App, argv: Sequence[str] | None = None) -> NoReturn:
     try:
         app(tokens, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        _fail(UsageError(" ".join(str(error).split())), as_json)
+        _fail(UsageError(_with_synonym(" ".join(str(error).split()))), as_json)
     except FedkdError as error:
         _fail(error, as_json)
     except OSError as error:
         _fail(StorageError.of(error), as_json)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only spoil the end
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt this message
         print("fedkd: interrupted; the rounds so far, if any, are in the run directory.", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
 
 def _wants_json(tokens: Sequence[str]) -> bool:
-    """Whether a mistake is to be answered in JSON too, as far as can be told before anything is parsed."""
+    """Whether a mistake is reported as JSON too, as far as is known before anything is parsed."""
     if "--json" in tokens:
         return True
-    said = os.environ.get("FEDKD_JSON", "")
-    if not said and tokens and tokens[0].endswith(".toml"):
+    value = os.environ.get("FEDKD_JSON", "")
+    if not value and tokens and tokens[0].endswith(".toml"):
         with suppress(UsageError):
-            said = str(from_file(Path(tokens[0])).get("json", ""))
-    return said.lower() in ("1", "true", "yes", "on", "t", "y")
+            value = str(from_file(Path(tokens[0])).get("json", ""))
+    return value.lower() in ("1", "true", "yes", "on", "t", "y")
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
@@ -87,15 +145,25 @@ def _fail(error: FedkdError, as_json: bool) -> NoReturn:
     sys.exit(error.code)
 
 
-def _app(command: Callable[[AnyOptions], Path], options: type[AnyOptions]) -> App:
-    """A cyclopts app with a flag for each field of the config, none of them required."""
+def _with_synonym(message: str) -> str:
+    """The message about an unknown option; if other tools use its name for one of ours, with that one."""
+    option = re.search(r"Unknown option: --([\w-]+)", message)
+    if option is None or option[1] not in SYNONYMS:
+        return message
+    return f"Unknown option: --{option[1]}. Did you mean --{SYNONYMS[option[1]]}?"
+
+
+def command(function: Callable[[AnyOptions], Path], options: type[AnyOptions]) -> App:
+    """A command with a flag for each field of a config; ``function`` returns the directory of the result."""
 
     def run(scenario: Path | None = None, **flags: Any) -> None:
         given = {key: value for key, value in flags.items() if value is not None}
+        for note in misspelt(os.environ):
+            print(f"fedkd: {note}", file=sys.stderr)
         config = options.parse(from_file(scenario) | from_environment(os.environ, options) | given)
-        # Standard output is for one JSON object then: what anybody's code prints goes to standard error.
+        # With --json, standard output holds one JSON object; what other code prints goes to standard error.
         with redirect_stdout(sys.stderr) if config.json else nullcontext():
-            out = command(config)
+            out = function(config)
         if config.json:
             print((out / "result.json").read_text(encoding="utf-8"), end="")
 
@@ -110,8 +178,8 @@ def _app(command: Callable[[AnyOptions], Path], options: type[AnyOptions]) -> Ap
     ]
     run.__signature__ = inspect.Signature([*parameters, *_flags(options)])  # type: ignore[attr-defined]
     run.__annotations__ = {}
-    run.__doc__ = inspect.getdoc(command)
-    app = new(f"python -m fedkd.{command.__name__}")
+    run.__doc__ = inspect.getdoc(function)
+    app = new(function.__name__)
     app.default(run)
     return app
 
@@ -166,6 +234,24 @@ def from_file(path: Path | None) -> dict[str, Any]:
 
 
 def from_environment(environment: Mapping[str, str], options: type[Options]) -> dict[str, str]:
-    """Options set by FEDKD_NAME variables. Others of that prefix are left to whoever set them."""
+    """The options that are set by FEDKD_NAME variables."""
     names = {f"FEDKD_{f.name.upper()}": f.name for f in dataclasses.fields(options)} | ALIASES  # type: ignore[arg-type]
     return {names[key]: value for key, value in environment.items() if key in names and value}
+
+
+def misspelt(environment: Mapping[str, str]) -> list[str]:
+    """A sentence for each FEDKD_* variable that is no option of any command."""
+    unknown_names = {key for key in environment if key.startswith("FEDKD_")} - OTHER_VARIABLES - ALIASES.keys()
+    if not unknown_names:
+        return []
+    known = OTHER_VARIABLES | ALIASES.keys()
+    for path in OPTIONS:
+        module, _, name = path.partition(":")
+        fields = dataclasses.fields(getattr(import_module(module), name))
+        known |= {f"FEDKD_{field.name.upper()}" for field in fields}
+    notes = []
+    for key in sorted(unknown_names - known):
+        near = get_close_matches(key, known, n=1, cutoff=0.8)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        notes.append(f"the environment variable {key} is ignored: there is no such option{hint}")
+    return notes

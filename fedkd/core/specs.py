@@ -134,6 +134,23 @@ def call(kind: str, text: str, reserved: tuple[str, ...] = ()) -> Any:
         raise UsageError(f"{kind} {text!r} cannot be used: {error}.") from error
 
 
+def options_of(kind: str, name: str) -> tuple[Callable[..., Any], dict[str, tuple[Any, Any]]]:
+    """A component without its options bound, and its options: the annotation and the default value of each.
+
+    A positional argument is listed under its name in capital letters, as in ``hf:NAME``.
+    """
+    component = _find(kind, parse(name))
+    parameters = inspect.signature(component).parameters
+    positional = {n.upper(): p for n, p in parameters.items() if p.kind is p.POSITIONAL_ONLY}
+    chosen = positional | _options(component, parameters, ())
+    return component, {n: (_annotation(component, p), p.default) for n, p in chosen.items()}
+
+
+def names(kind: str) -> list[str]:
+    """The names of all components of a kind, built-in ones first."""
+    return [*CATALOG[kind], *sorted(point.name for point in entry_points(group=f"fedkd.{kind}"))]
+
+
 def _find(kind: str, spec: Spec) -> Callable[..., Any]:
     """The class or function itself."""
     if spec.is_plugin:

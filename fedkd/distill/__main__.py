@@ -1,7 +1,10 @@
 """``python -m fedkd.distill``."""
 
-from fedkd.core.cli import main
+from fedkd.core import cli
 from fedkd.distill import distill
 from fedkd.distill.config import DistillConfig
 
-main(distill, DistillConfig)
+app = cli.command(distill, DistillConfig)
+
+if __name__ == "__main__":
+    cli.run(app)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fedkd.export.formats import Format
     from fedkd.models.checkpoint import Student
 
-app = cli.new("python -m fedkd.export")
+app = cli.new("export")
 CALIBRATION = 512  # training images that show the ranges of activations
 LARGEST = 1024  # pixels: no data set has larger images
 

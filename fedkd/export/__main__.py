@@ -3,4 +3,5 @@
 from fedkd.core import cli
 from fedkd.export import app
 
-cli.run(app)
+if __name__ == "__main__":
+    cli.run(app)

@@ -13,7 +13,7 @@ from cyclopts.validators import Number
 from fedkd.core import cli
 from fedkd.core.errors import UsageError
 
-app = cli.new("python -m fedkd.serve")
+app = cli.new("serve")
 NEEDED = ("onnx", "onnxruntime", "PIL", "python_multipart", "starlette", "uvicorn")
 
 

@@ -1,7 +1,10 @@
 """``python -m fedkd.simulate``."""
 
-from fedkd.core.cli import main
+from fedkd.core import cli
 from fedkd.core.config import Config
 from fedkd.simulate import simulate
 
-main(simulate, Config)
+app = cli.command(simulate, Config)
+
+if __name__ == "__main__":
+    cli.run(app)

@@ -1,0 +1,113 @@
+"""``python -m fedkd.list``: all components by kind, with their options, defaults and sources."""
+
+from __future__ import annotations
+
+import json as json_
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from inspect import Parameter as Signature
+from inspect import getdoc
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from fedkd.core import cli, specs
+from fedkd.core.catalog import CATALOG
+from fedkd.core.errors import UsageError, unknown
+
+SOURCE = re.compile(r"\(([^()]*\b(?:19|20)\d\d[^()]*)\)")
+FILLED_IN = {"classes", "norm"}  # parameters that fedkd sets itself
+
+app = cli.new("list")
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a component: its type in words, and its default; None if it must be given."""
+
+    name: str
+    type: str
+    default: str | None
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component of the catalog, or of an installed package."""
+
+    kind: str
+    name: str
+    summary: str
+    source: str
+    options: tuple[Option, ...]
+
+
+@app.default
+def list_(
+    kind: Annotated[str, Parameter(help=f"One kind only: {', '.join(CATALOG)}.")] = "",
+    /,
+    *,
+    json: Annotated[bool, Parameter(help="Print JSON on standard output.", negative=())] = False,
+) -> None:
+    """List the components that can be named on the command line: a spec is name:option=value,option=value.
+
+    A user-defined component is named as package.module:Name or ./file.py:Name.
+    """
+    if kind and kind not in CATALOG:
+        raise UsageError(unknown("kind of component", kind, CATALOG))
+    found = [component(each, name) for each in ([kind] if kind else CATALOG) for name in specs.names(each)]
+    if json:
+        print(json_.dumps([asdict(one) for one in found], indent=2))
+        return
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    for each in dict.fromkeys(one.kind for one in found):
+        console.print(f"\n[bold]{each}[/bold]")
+        for one in (one for one in found if one.kind == each):
+            options = ", ".join(f"{o.name}={o.type if o.default is None else o.default}" for o in one.options)
+            console.print(f"  {one.name}" + (f":{options.replace(' ', '')}" if options else ""), markup=False)
+            console.print(Padding(Text(one.summary), (0, 0, 0, 6)))
+
+
+def component(kind: str, name: str) -> Component:
+    """What a component's signature and documentation say about it."""
+    function, options = specs.options_of(kind, name)
+    summary = (getdoc(function) or "").partition("\n\n")[0].replace("\n", " ")
+    source = SOURCE.search(summary) or SOURCE.search(
+        (sys.modules[function.__module__].__doc__ or "").partition("\n")[0]
+    )
+    described = tuple(
+        Option(key.replace("_", "-"), type_name(annotation), default_text(default))
+        for key, (annotation, default) in options.items()
+        if key not in FILLED_IN
+    )
+    return Component(kind, name, summary, source[1] if source else "", described)
+
+
+def type_name(annotation: Any) -> str:
+    """An annotation in words: the choices of a Literal, else the name of the type."""
+    if annotation is Signature.empty:
+        return "value"
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    if get_origin(annotation) is Annotated:
+        return type_name(get_args(annotation)[0])
+    choices: Sequence[Any] = [each for each in get_args(annotation) if each is not type(None)]
+    if choices and get_origin(annotation) is not tuple:
+        return "|".join(map(type_name, choices))
+    name: str | Callable[..., Any] = getattr(annotation, "__name__", str(annotation))
+    return str(name)
+
+
+def default_text(default: Any) -> str | None:
+    """A default as it is written in a spec."""
+    if default is Signature.empty:
+        return None
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+if __name__ == "__main__":
+    cli.run(app)

@@ -1,0 +1,102 @@
+"""Commands: subcommands of the console script, near misses, misspelt environment variables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from fedkd.core import cli
+from fedkd.core.catalog import CATALOG
+from fedkd.list import component
+from tests.conftest import ROOT
+
+
+def fedkd(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The console script, without installing it."""
+    code = "import sys; sys.argv[0] = 'fedkd'; from fedkd.core.cli import fedkd; fedkd()"
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment or None, check=False)
+
+
+def test_the_console_script_is_declared_and_has_all_commands():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"fedkd": "fedkd.core.cli:fedkd"}
+    shown = fedkd("--help").stdout
+    assert all(name in shown for name in cli.COMMANDS)
+    assert "--install-completion" in shown
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_a_subcommand_is_the_module_of_that_name(name):
+    module = subprocess.run(
+        [sys.executable, "-m", f"fedkd.{name}", "--help"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    subcommand = fedkd(name, "--help")
+    assert module.returncode == subcommand.returncode == 0
+    assert subcommand.stdout.startswith(module.stdout.rstrip())
+    assert module.stdout.startswith(f"Usage: python -m fedkd.{name} ")
+
+
+@pytest.mark.parametrize(
+    ("option", "suggested"),
+    [
+        ("--lr", "--learning-rate"),
+        ("--clinets", "--clients"),
+        ("--votes", "--weighting"),
+        ("--num-clients", "--clients"),
+    ],
+)
+def test_a_near_miss_is_suggested(option, suggested):
+    done = fedkd("simulate", option, "3")
+    assert done.returncode == 2
+    assert f"Did you mean {suggested}?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_misspelt_variable_is_reported_once_and_others_are_not():
+    known = {"FEDKD_ROUNDS": "1", "FEDKD_CACHE": "x", "FEDKD_DATA": "x", "FEDKD_TEACHER_EPOCHS": "1", "HOME": "/"}
+    assert cli.misspelt(known) == []
+    (note,) = cli.misspelt({**known, "FEDKD_ROUND": "1"})
+    assert "FEDKD_ROUND is ignored" in note
+    assert "did you mean FEDKD_ROUNDS?" in note
+    (note,) = cli.misspelt({"FEDKD_QWERTYUIOP": "1"})
+    assert "did you mean" not in note
+
+
+def test_every_component_is_listed_with_a_line_and_its_options():
+    listed = json.loads(fedkd("list", "--json").stdout)
+    assert {(one["kind"], one["name"]) for one in listed} == {
+        (kind, name) for kind in CATALOG for name in CATALOG[kind]
+    }
+    assert all(one["summary"] for one in listed)
+    sourced = [one for one in listed if one["kind"] in ("aggregator", "loss", "algorithm")]
+    assert [one["name"] for one in sourced if not one["source"]] == OURS
+    dsfl = next(one for one in listed if one["name"] == "dsfl")
+    assert {option["name"]: option["default"] for option in dsfl["options"]} == {
+        "downlink": "labels",
+        "local-distill-epochs": "1",
+        "aggregation": "era",
+        "temperature": "0.1",
+    }
+
+
+#: Components without a paper.
+OURS = ["local", "central", "mse"]
+
+
+def test_options_have_types_in_words():
+    options = {option.name: option for option in component("algorithm", "dsfl").options}
+    assert options["aggregation"].type == "era|sa"
+    assert options["temperature"].type == "float"
+    (name,) = [option for option in component("dataset", "folder").options if option.default is None]
+    assert name.name.isupper()
+
+
+def test_an_unknown_kind_is_one_sentence():
+    done = fedkd("list", "algorithms")
+    assert done.returncode == 2
+    assert "Did you mean 'algorithm'?" in done.stderr
