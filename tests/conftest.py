@@ -47,7 +47,7 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=240, check=False)
 
 
-def play(out: Path, **changes: object) -> list[dict]:
+def simulated(out: Path, **changes: object) -> list[dict]:
     """Run in this process; the rows without the times."""
     simulate(tiny(out=str(out), **changes))
     return [

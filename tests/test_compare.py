@@ -14,16 +14,16 @@ from fedkd.compare import compare, distilled, opened, played
 from fedkd.core.errors import UsageError
 from fedkd.distill import distill
 from fedkd.distill.config import DistillConfig
-from tests.conftest import ROOT, play
+from tests.conftest import ROOT, simulated
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
-    play(root / "both", algorithm="ensemble", compare="fedavg", seeds=2)
-    play(root / "first", algorithm="ensemble", seeds=2)
-    play(root / "second", algorithm="fedavg", seeds=2)
-    play(root / "elsewhere", algorithm="local", partitioner="linear")
+    simulated(root / "both", algorithm="ensemble", compare="fedavg", seeds=2)
+    simulated(root / "first", algorithm="ensemble", seeds=2)
+    simulated(root / "second", algorithm="fedavg", seeds=2)
+    simulated(root / "elsewhere", algorithm="local", partitioner="linear")
     shutil.copytree(root / "second", root / "other")
     result = json.loads((root / "other" / "result.json").read_text())
     for one in result["runs"]:

@@ -18,7 +18,7 @@ from fedkd.core.errors import RunError, UsageError
 from fedkd.core.tensors import equal, shapes, take
 from fedkd.simulate.experiment import prepare
 from fedkd.training import loop
-from tests.conftest import play, tiny
+from tests.conftest import simulated, tiny
 
 PROBS = torch.full((40, 10), 0.1)
 EXACT = "donot_use_mm_for_euclid_dist"
@@ -81,7 +81,9 @@ def test_feddf_averages_within_an_architecture_and_distills_across():
     setup = prepare(tiny(model="cnn:width=8,cnn:width=16", student="resnet8:width=8", distill_epochs=0)).setup
     algorithm = call("feddf")
     state = algorithm.initial_state(setup)
-    updates = {k: Update({n: w + k for n, w in setup.trainer.initial_weights(setup.model_of(k)).items()}, 1) for k in range(3)}
+    updates = {
+        k: Update({n: w + k for n, w in setup.trainer.initial_weights(setup.model_of(k)).items()}, 1) for k in range(3)
+    }
     new = algorithm.aggregate(setup, state, updates, seed=1)
     first = setup.trainer.initial_weights("cnn:width=8")
     assert all(torch.allclose(tensors.take("group0", new)[n], first[n] + 1, atol=1e-6) for n in first)
@@ -141,7 +143,9 @@ def test_a_mentor_can_contrast_nothing_on_one_class():
 def test_a_mentor_of_the_students_own_architecture_is_another_network():
     experiment = prepare(tiny())
     update, memory = call("mentor:model=cnn:width=8").local(
-        experiment.setup, experiment.client(0, 1, {}), experiment.setup.trainer.initial_weights(experiment.setup.student)
+        experiment.setup,
+        experiment.client(0, 1, {}),
+        experiment.setup.trainer.initial_weights(experiment.setup.student),
     )
     assert not equal(update.tensors, take("mentor", memory))
 
@@ -236,7 +240,9 @@ def test_fed_ets_targets_are_the_consensus_and_those_who_disagree():
         )
     }
     rows = torch.arange(9)
-    answers = torch.stack([setup.trainer.predict("cnn:width=8", u.tensors, setup.proxy.images[rows]) for u in updates.values()])
+    answers = torch.stack(
+        [setup.trainer.predict("cnn:width=8", u.tensors, setup.proxy.images[rows]) for u in updates.values()]
+    )
     targets = call("fed-et:diversity=0.5").targets(setup, updates, answers, rows, seed=0)
     logits = list(answers.double().numpy())
     for sample in range(9):
@@ -262,7 +268,9 @@ def test_a_cfd_client_starts_anew_so_that_an_absent_one_misses_nothing(experimen
     algorithm, setup = call("cfd"), experiment.setup
     request = {"round": torch.tensor(3), "told": torch.tensor(2), "probs": answers(setup)[0].tensors["probs"]}
     old = tensors.put("model", {n: w + 1 for n, w in setup.trainer.initial_weights(setup.student).items()})
-    results = [algorithm.local_update(setup, experiment.client(0, 3, memory), request)[0].tensors for memory in ({}, old)]
+    results = [
+        algorithm.local_update(setup, experiment.client(0, 3, memory), request)[0].tensors for memory in ({}, old)
+    ]
     assert tensors.equal(*results)
 
 
@@ -277,7 +285,10 @@ def test_cfd_brings_its_own_codecs():
     wire = prepare(tiny(algorithm="cfd:uplink_bits=1,downlink_bits=32", up="float16")).wire
     assert (channel.up.bits, channel.up.coder, channel.up.delta) == (1, "range", True)
     assert type(channel.down).__name__ == "Float32"
-    for wrong, says in (("cfd:uplink_bits=9", "uplink_bits and downlink_bits are 1 to 8, or 32"), ("cfd:downlink=student", "labels")):
+    for wrong, says in (
+        ("cfd:uplink_bits=9", "uplink_bits and downlink_bits are 1 to 8, or 32"),
+        ("cfd:downlink=student", "labels"),
+    ):
         with pytest.raises(UsageError, match=says):
             call(wrong)
 
@@ -286,7 +297,9 @@ def test_an_ema_of_the_student(setup):
     slow, fast = call("fedema:decay=0.75"), call("fedema:decay=0.0")
     updates = {k: Update({"logits": u.tensors["probs"].log()}, 1) for k, u in answers(setup).items()}
     start = setup.trainer.initial_weights(setup.student)
-    ours, whole = (a.global_model(setup, a.aggregate(setup, a.initial_state(setup), updates, seed=1)) for a in (slow, fast))
+    ours, whole = (
+        a.global_model(setup, a.aggregate(setup, a.initial_state(setup), updates, seed=1)) for a in (slow, fast)
+    )
     assert all(torch.allclose(ours[n], 0.75 * start[n] + 0.25 * whole[n], atol=1e-6) for n in start)
     assert not torch.allclose(whole["0.0.weight"], start["0.0.weight"])
 
@@ -367,7 +380,9 @@ def test_joint_training_is_the_mean_over_both_kinds_of_rows():
     ours = setup.fit_jointly(client, start, rows, targets, pull)
     module = models.build(setup.student, setup.classes, setup.config.norm)
     module.load_state_dict(start)
-    private = functional.cross_entropy(module(setup.trainer.scaling(client.data.pixels)), client.data.labels, reduction="sum")
+    private = functional.cross_entropy(
+        module(setup.trainer.scaling(client.data.pixels)), client.data.labels, reduction="sum"
+    )
     public = len(rows) * pull(module(setup.trainer.scaling(setup.proxy.images[rows])), targets)
     ((private + public) / (len(client.data) + len(rows))).backward()
     for name, parameter in module.named_parameters():
@@ -475,7 +490,7 @@ def test_counts_of_classes_that_do_not_add_up_are_refused(setup, counts):
 @pytest.mark.parametrize("name", ["fedavgm", "fedbe", "scaffold", "fedema", "feddf"])
 def test_running_statistics_stay_such(name, tmp_path):
     """A variance with momentum, or drawn at random, would be negative and the student NaN."""
-    rows = play(tmp_path, algorithm=name, norm="batch", partitioner="dirichlet:alpha=0.3", clients=5, rounds=4)
+    rows = simulated(tmp_path, algorithm=name, norm="batch", partitioner="dirichlet:alpha=0.3", clients=5, rounds=4)
     assert all(math.isfinite(row["test_loss"]) for row in rows)
 
 
@@ -500,7 +515,9 @@ def test_an_untrained_server_of_fedgems_teaches_nobody(setup):
         algorithm.aggregate(setup, algorithm.aggregate(setup, algorithm.initial_state(setup), updates, 1), updates, 2)
     labels = setup.proxy.labels[setup.proxy.subset(1)]
     assert not (seen[0].argmax(-1) == labels).any()
-    assert torch.equal(seen[1], setup.trainer.predict(setup.student, setup.trainer.initial_weights(setup.student), setup.proxy.images))
+    assert torch.equal(
+        seen[1], setup.trainer.predict(setup.student, setup.trainer.initial_weights(setup.student), setup.proxy.images)
+    )
 
 
 def test_a_client_counts_where_its_data_is_dense(setup):
@@ -539,7 +556,9 @@ def test_scarlets_server_and_clients_never_disagree_about_a_label(samples, parti
         updates = {}
         for client in sorted(rng.choice(4, size=round(4 * participation), replace=False)):
             held = experiment.client(int(client), number, memories.get(client, {}))
-            update, memories[client] = algorithm.local_update(setup, held, algorithm.broadcast(setup, state, int(client)))
+            update, memories[client] = algorithm.local_update(
+                setup, held, algorithm.broadcast(setup, state, int(client))
+            )
             assert torch.equal(memories[client]["held"], before)
             assert torch.equal(memories[client]["cache"], state["cache"])
             assert update.tensors["probs"].shape == (len(old), 10)
@@ -558,7 +577,9 @@ def test_a_scarlet_client_that_lost_its_memory_is_survived():
     algorithm, setup = experiment.algorithm, experiment.setup
     state = algorithm.initial_state(setup)
     for number in (1, 2):
-        updates = {0: algorithm.local_update(setup, experiment.client(0, number, {}), algorithm.broadcast(setup, state, 0))[0]}
+        updates = {
+            0: algorithm.local_update(setup, experiment.client(0, number, {}), algorithm.broadcast(setup, state, 0))[0]
+        }
         state = algorithm.aggregate(setup, state, updates, seed=number)
     update, memory = algorithm.local_update(setup, experiment.client(0, 3, {}), algorithm.broadcast(setup, state, 0))
     assert update.tensors["probs"].isfinite().all()
@@ -664,7 +685,9 @@ def test_nfdp_trains_on_the_same_few_rows_in_every_round(experiment):
 
     layer_outputs = Watching(**{f.name: getattr(setup, f.name) for f in dataclasses.fields(setup)})
     for number in (1, 2):
-        update, _ = algorithm.local_update(layer_outputs, experiment.client(0, number, {}), {"round": torch.tensor(number)})
+        update, _ = algorithm.local_update(
+            layer_outputs, experiment.client(0, number, {}), {"round": torch.tensor(number)}
+        )
     assert len(seen[0]) == 17
     assert torch.equal(seen[0].pixels, seen[1].pixels)
     assert update.metrics["delta"] == pytest.approx(17 / len(experiment.client(0, 1, {}).data))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedkd.core.catalog import CATALOG
-from tests.conftest import play
+from tests.conftest import simulated
 
 #: Enough local training for methods whose clients start anew in every round; a test of a minute, not a benchmark.
 BUDGET = {
@@ -25,13 +25,13 @@ STUDENT = 0.5  # where there is a global one; chance is 0.1
 
 
 def accuracy(out, **changes):
-    return play(out, **{**BUDGET, **changes})[-1]["test_accuracy"]
+    return simulated(out, **{**BUDGET, **changes})[-1]["test_accuracy"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(CATALOG["algorithm"]))
 def test_every_method_learns_with_twenty_clients(name, tmp_path):
-    last = play(tmp_path, **BUDGET, algorithm=name, student=LARGER.get(name, ""))[-1]
+    last = simulated(tmp_path, **BUDGET, algorithm=name, student=LARGER.get(name, ""))[-1]
     assert last["test_accuracy"] > (PERSONAL if last["test_loss"] is None else STUDENT)
 
 

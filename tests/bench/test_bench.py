@@ -19,7 +19,7 @@ from fedkd.core import tensors
 from fedkd.simulate.experiment import prepare
 from fedkd.training import optimizers
 from fedkd.training.losses.logits import kl
-from tests.conftest import play, tiny
+from tests.conftest import simulated, tiny
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -27,7 +27,7 @@ from tests.conftest import play, tiny
 def test_a_run_is_its_arithmetic_to_the_bit(tmp_path, algorithm, workers):
     """Against a loop that knows neither messages nor algorithms, and steps by torch.optim."""
     changes = {"algorithm": algorithm, "partitioner": "linear", "local_epochs": 2, "augment": True}
-    play(tmp_path / "run", **changes)
+    simulated(tmp_path / "run", **changes)
     student, seconds = bare.play(prepare(tiny(**changes)), workers)
     assert tensors.equal(student, tensors.load(tmp_path / "run" / "student.safetensors"))
     assert len(seconds) == 2

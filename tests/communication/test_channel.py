@@ -13,7 +13,7 @@ from fedkd.communication.channel import Channel
 from fedkd.core import specs
 from fedkd.simulate import rounds
 from fedkd.simulate.rounds import Reply, SerializedBytes
-from tests.conftest import play, tiny
+from tests.conftest import simulated, tiny
 
 LOSSLESS = "float32:delta=true,coder=zstd"
 
@@ -125,10 +125,22 @@ def prepare_kit(experiment, **changes):
 
 
 def test_lossless_codecs_change_no_bit_of_a_run(tmp_path):
-    changes = {"algorithm": "ensemble:downlink=labels", "compare": "fedavg scaffold", "participation": 0.5, "clients": 4}
-    plain = play(tmp_path / "plain", **changes)
-    coded = play(tmp_path / "coded", **changes, up=LOSSLESS, down=LOSSLESS)
-    sizes = {"uplink_serialized_bytes", "downlink_serialized_bytes", "uplink_encoded_bytes", "downlink_encoded_bytes", "uplink_entropy_bound_bytes", "downlink_entropy_bound_bytes"}
+    changes = {
+        "algorithm": "ensemble:downlink=labels",
+        "compare": "fedavg scaffold",
+        "participation": 0.5,
+        "clients": 4,
+    }
+    plain = simulated(tmp_path / "plain", **changes)
+    coded = simulated(tmp_path / "coded", **changes, up=LOSSLESS, down=LOSSLESS)
+    sizes = {
+        "uplink_serialized_bytes",
+        "downlink_serialized_bytes",
+        "uplink_encoded_bytes",
+        "downlink_encoded_bytes",
+        "uplink_entropy_bound_bytes",
+        "downlink_entropy_bound_bytes",
+    }
     for one, other in zip(plain, coded, strict=True):
         assert {k: v for k, v in one.items() if k not in sizes} == {k: v for k, v in other.items() if k not in sizes}
         assert one["uplink_float32_bytes"] == one["uplink_encoded_bytes"]
@@ -138,13 +150,15 @@ def test_lossless_codecs_change_no_bit_of_a_run(tmp_path):
 
 
 def test_a_run_with_one_bit_labels_weighs_what_it_says(tmp_path):
-    row = play(tmp_path, algorithm="dsfl", up="bits:bits=1,coder=range", down="uint8", compare="fedavg", rounds=1)
+    row = simulated(tmp_path, algorithm="dsfl", up="bits:bits=1,coder=range", down="uint8", compare="fedavg", rounds=1)
     dsfl, fedavg = row
     assert dsfl["uplink_float32_bytes"] == 3 * 40 * 10 * 4
     assert dsfl["uplink_entropy_bound_bytes"] <= 3 * 40 * 3.33 / 8
     assert dsfl["uplink_encoded_bytes"] < 0.1 * dsfl["uplink_float32_bytes"]
     assert dsfl["uplink_serialized_bytes"] == dsfl["uplink_encoded_bytes"] + 3 * (128 + len("probs~"))
-    assert fedavg["uplink_encoded_bytes"] == fedavg["uplink_float32_bytes"], "weights are no soft labels, and go as they are"
+    assert fedavg["uplink_encoded_bytes"] == fedavg["uplink_float32_bytes"], (
+        "weights are no soft labels, and go as they are"
+    )
 
 
 def test_what_cannot_be_decoded_is_a_failure_with_a_reason(experiment):
@@ -152,9 +166,13 @@ def test_what_cannot_be_decoded_is_a_failure_with_a_reason(experiment):
     plain = line("float16")
     for wrong in (torch.zeros(3, dtype=torch.uint8), torch.zeros(2, 2), torch.full((500,), 255, dtype=torch.uint8)):
         reply = Reply(0, Update({"probs~": wrong}, 1), "", SerializedBytes())
-        assert "cannot be decoded" in rounds.accept_reply(reply, algorithm, setup, algorithm.initial_state(setup), plain, {})
+        assert "cannot be decoded" in rounds.accept_reply(
+            reply, algorithm, setup, algorithm.initial_state(setup), plain, {}
+        )
     huge = plain.answer({"probs": torch.full((40, 10), 0.1)}, {}, {}).tensors
-    outcome = rounds.accept_reply(Reply(0, Update(huge, 1), "", SerializedBytes()), algorithm, setup, algorithm.initial_state(setup), plain, {})
+    outcome = rounds.accept_reply(
+        Reply(0, Update(huge, 1), "", SerializedBytes()), algorithm, setup, algorithm.initial_state(setup), plain, {}
+    )
     assert isinstance(outcome, str)
 
 
@@ -179,7 +197,7 @@ def test_logits_become_probabilities_at_the_runs_temperature(generator, temperat
 @pytest.mark.parametrize("up", ["float16", "bfloat16", "uint8", "bits:bits=3,coder=range", "top:k=3,coder=zstd"])
 @pytest.mark.parametrize("algorithm", ["dsfl", "kt-pfl", "selective-fd", "density", "fedproto", "scarlet"])
 def test_every_codec_carries_every_kind_of_answer(tmp_path, up, algorithm):
-    rows = play(tmp_path, algorithm=algorithm, up=f"{up}{',' if ':' in up else ':'}delta=true", down=up, rounds=3)
+    rows = simulated(tmp_path, algorithm=algorithm, up=f"{up}{',' if ':' in up else ':'}delta=true", down=up, rounds=3)
     assert all(not row["failures"] for row in rows)
 
 

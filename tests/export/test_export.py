@@ -18,7 +18,7 @@ from fedkd.data.scaling import Scaling
 from fedkd.export import check, formats
 from fedkd.models import checkpoint
 from fedkd.models.checkpoint import Student
-from tests.conftest import play
+from tests.conftest import simulated
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
@@ -115,7 +115,7 @@ def test_int8_holds_weights_of_eight_bits_one_scale_a_channel(tmp_path):
 
 
 def test_a_run_is_exported(tmp_path, hasty, capsys):
-    play(tmp_path / "run", rounds=1)
+    simulated(tmp_path / "run", rounds=1)
     before = listed(tmp_path / "run")
     capsys.readouterr()
     command.export(tmp_path / "run", to=("onnx", "pt2", "onnx"), images=50, json=True)

@@ -17,7 +17,7 @@ from fedkd.core.errors import DataError
 from fedkd.data.scaling import Scaling
 from fedkd.models import checkpoint
 from fedkd.models.checkpoint import Student
-from tests.conftest import play
+from tests.conftest import simulated
 
 
 def student(model: str = "cnn:width=8") -> Student:
@@ -37,7 +37,7 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 
 def test_every_run_leaves_one(tmp_path):
-    play(tmp_path / "run")
+    simulated(tmp_path / "run")
     held = checkpoint.load(tmp_path / "run")
     assert (held.model, held.classes, held.pixels, held.dataset) == ("cnn:width=8", 10, 32, "digits")
     assert held.module()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedkd.core import tensors
-from tests.conftest import ROOT, play
+from tests.conftest import ROOT, simulated
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "deployment.md").read_text(), re.DOTALL)
 NEEDED = ("openssl", "ssh-keygen", "curl", "ps")
@@ -52,7 +52,7 @@ def test_the_how_to_word_for_word(tmp_path):
     assert own["runs"][0]["failures"] == 0
     assert tensors.numel(tensors.load(work / "result" / "student.safetensors")) == 66_730
 
-    rows = play(tmp_path / "local", clients=3, algorithm="ensemble:downlink=labels")
+    rows = simulated(tmp_path / "local", clients=3, algorithm="ensemble:downlink=labels")
     deployed = [json.loads(line) for line in (work / "dealt" / "rounds.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in row.items() if "training_seconds" not in k} for row in deployed] == rows, said
     students = [tensors.load(path / "student.safetensors") for path in (work / "dealt", tmp_path / "local")]

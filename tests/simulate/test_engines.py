@@ -13,14 +13,23 @@ from pathlib import Path
 import pytest
 
 from fedkd.core import tensors
-from tests.conftest import CODED, FLAGS, ROOT, TINY, play, run
+from tests.conftest import CODED, FLAGS, ROOT, TINY, run, simulated
 
 ray = pytest.mark.skipif(
     subprocess.run([sys.executable, "-c", "import ray"], capture_output=True, check=False).returncode != 0,
     reason="Ray is not installed",
 )
 pytestmark = pytest.mark.xdist_group("engines")  # one at a time: Ray wants the machine for itself
-SHARED = ["--algorithm", "ensemble:downlink=labels", "--compare", "fedavg", "--uplink-codec", CODED, "--downlink-codec", CODED]
+SHARED = [
+    "--algorithm",
+    "ensemble:downlink=labels",
+    "--compare",
+    "fedavg",
+    "--uplink-codec",
+    CODED,
+    "--downlink-codec",
+    CODED,
+]
 
 OWN = """
 import os, time
@@ -52,7 +61,7 @@ def test_ray_gives_the_same_bits(tmp_path):
     process = run(*FLAGS, *SHARED, "--engine", "ray", "--json", "--out", tmp_path / "ray")
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout)["status"] == "ok"
-    rows = play(tmp_path / "local", algorithm="ensemble:downlink=labels", compare="fedavg", up=CODED, down=CODED)
+    rows = simulated(tmp_path / "local", algorithm="ensemble:downlink=labels", compare="fedavg", up=CODED, down=CODED)
     lines = (tmp_path / "ray" / "rounds.jsonl").read_text().splitlines()
     assert [{k: v for k, v in json.loads(line).items() if "training_seconds" not in k} for line in lines] == rows
     for name in ("student.safetensors", "student-fedavg-seed0.safetensors"):

@@ -19,7 +19,7 @@ from fedkd.core.errors import PluginError, RunError, UsageError
 from fedkd.data import readers
 from fedkd.data.partition import Partition
 from fedkd.simulate import simulate
-from tests.conftest import FLAGS, ROOT, TINY, play, run, tiny
+from tests.conftest import FLAGS, ROOT, TINY, run, simulated, tiny
 
 OWN = '''
 from dataclasses import dataclass
@@ -78,7 +78,9 @@ def test_json_is_one_object_on_standard_output(finished):
             "teacher_accuracy",
             "client_accuracy",
         } <= set(entry)
-        assert {"uplink_serialized_bytes", "downlink_serialized_bytes", "training_seconds", "partition_sha256"} <= set(entry)
+        assert {"uplink_serialized_bytes", "downlink_serialized_bytes", "training_seconds", "partition_sha256"} <= set(
+            entry
+        )
         assert entry["rounds"] == 2
         assert entry["evaluated_model"] == ("clients" if entry["algorithm"] == "fedmd" else "student")
     hashes = [r["partition_sha256"] for r in result["runs"]]
@@ -131,7 +133,9 @@ def test_the_saved_student_is_the_one_that_was_measured(finished):
 
     out, process = finished
     experiment = prepare(tiny())
-    logits = experiment.setup.trainer.predict("cnn:width=8", tensors.load(out / "student.safetensors"), experiment.test.pixels)
+    logits = experiment.setup.trainer.predict(
+        "cnn:width=8", tensors.load(out / "student.safetensors"), experiment.test.pixels
+    )
     accuracy, loss = loop.score(logits, experiment.test.labels)
     entry = json.loads(process.stdout)["runs"][0]
     assert accuracy == pytest.approx(entry["test_accuracy"], abs=1e-9)
@@ -150,7 +154,7 @@ def test_bytes_of_the_result_are_those_of_its_rounds(finished):
 
 
 def test_two_runs_with_one_seed_give_the_same_rounds(tmp_path):
-    first, again, other = (play(tmp_path / name, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
+    first, again, other = (simulated(tmp_path / name, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
     assert first == again
     assert first != other
     students = [tensors.load(tmp_path / name / "student.safetensors") for name in ("a", "b")]
@@ -159,8 +163,8 @@ def test_two_runs_with_one_seed_give_the_same_rounds(tmp_path):
 
 
 def test_a_comparison_does_not_change_the_run_it_is_compared_with(tmp_path):
-    alone = play(tmp_path / "alone")
-    assert play(tmp_path / "beside", compare="local fedavg")[: len(alone)] == alone
+    alone = simulated(tmp_path / "alone")
+    assert simulated(tmp_path / "beside", compare="local fedavg")[: len(alone)] == alone
 
 
 def test_the_proxys_labels_are_never_read(tmp_path, monkeypatch):
@@ -174,7 +178,7 @@ def test_the_proxys_labels_are_never_read(tmp_path, monkeypatch):
     for proxy in ("holdout:size=40", "noise:size=50"):
         caches_cleared()
         name = proxy.partition(":")[0]
-        plain = play(tmp_path / f"{name}-plain", proxy=proxy)
+        plain = simulated(tmp_path / f"{name}-plain", proxy=proxy)
         rows = np.load(tmp_path / f"{name}-plain" / "partition.npz").get("seed0_proxy")
         real = readers.read
 
@@ -188,7 +192,7 @@ def test_the_proxys_labels_are_never_read(tmp_path, monkeypatch):
 
         monkeypatch.setattr(readers, "read", shuffled)
         caches_cleared()
-        assert play(tmp_path / f"{name}-shuffled", proxy=proxy) == plain
+        assert simulated(tmp_path / f"{name}-shuffled", proxy=proxy) == plain
         monkeypatch.undo()
     caches_cleared()
 
@@ -200,14 +204,14 @@ def own(tmp_path) -> str:
 
 
 def test_an_algorithm_of_ones_own(own, tmp_path):
-    rows = play(tmp_path / "run", algorithm=f"{own}:Name:scale=2")
+    rows = simulated(tmp_path / "run", algorithm=f"{own}:Name:scale=2")
     assert rows[-1]["uplink_serialized_bytes"] == 3 * (10 * 4 + 128 + len("mean"))
     assert rows[-1]["train_metrics"] == {"scale": 2.0}
     assert rows[-1]["test_accuracy"] == rows[-1]["client_accuracy"]
 
 
 def test_a_client_that_fails_is_shown_and_survived(own, tmp_path, capsys):
-    rows = play(tmp_path / "run", algorithm=f"{own}:Name:fail=one")
+    rows = simulated(tmp_path / "run", algorithm=f"{own}:Name:fail=one")
     assert rows[0]["failures"] == {"1": "ZeroDivisionError: a client of mine"}
     assert rows[0]["participants"] == 2
     assert "client 1 was not counted: ZeroDivisionError" in capsys.readouterr().out
@@ -248,8 +252,12 @@ def test_with_json_what_somebodys_code_prints_goes_to_standard_error(tmp_path, c
 
 
 def test_a_participation_below_one(tmp_path):
-    rows = play(
-        tmp_path / "run", clients=6, participation=0.5, algorithm="ensemble:downlink=labels", compare="dsfl fedmd fedavg"
+    rows = simulated(
+        tmp_path / "run",
+        clients=6,
+        participation=0.5,
+        algorithm="ensemble:downlink=labels",
+        compare="dsfl fedmd fedavg",
     )
     assert {row["participants"] for row in rows} == {3}
 
@@ -344,12 +352,12 @@ def test_what_cannot_work_is_one_sentence(tmp_path, changes, error, says):
     )
     named = {k: v.replace("{own}", f"{tmp_path}/own.py") if isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises(error, match=says):
-        play(tmp_path / "run", **named)
+        simulated(tmp_path / "run", **named)
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
 
 
 def test_a_proxy_of_one_image_is_enough(tmp_path):
-    assert play(tmp_path, proxy="holdout:size=1", rounds=1)[0]["failures"] == {}
+    assert simulated(tmp_path, proxy="holdout:size=1", rounds=1)[0]["failures"] == {}
 
 
 def test_a_mistake_is_answered_before_torch_is_imported(tmp_path):

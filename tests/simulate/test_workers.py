@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 
 from fedkd.core import tensors
 from fedkd.simulate.flower.local_grid import LocalGrid, count_workers
-from tests.conftest import CODED, play
+from tests.conftest import CODED, simulated
 
 DROPPING = """
 from torch import nn
@@ -31,7 +31,7 @@ def test_the_number_of_workers_changes_no_bit(tmp_path, model):
     played = {}
     for workers in ("1", "2", "3") if "cnn" in model else ("1", "2"):
         changes = {"algorithm": "ensemble:downlink=labels", "clients": 5, "up": CODED, "down": CODED}
-        rows = play(tmp_path / workers, workers=workers, model=model, **changes)
+        rows = simulated(tmp_path / workers, workers=workers, model=model, **changes)
         played[workers] = rows, tensors.digest(tensors.load(tmp_path / workers / "student.safetensors"))
     assert len({str(result) for result in played.values()}) == 1
 
