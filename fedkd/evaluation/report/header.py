@@ -55,7 +55,12 @@ def uplink(experiment: Experiment) -> str:
         what = f"{plain(len(spec), 'tensor')} of weights"
     if not spec:
         return "no communication"
-    return f"uplink per client and round: {what}, {size(total)} before {codecs[0]}; downlink codec: {codecs[1]}"
+    encoded = [
+        f"{way} encoded by {codec}"
+        for way, codec in zip(("uplink", "downlink"), codecs, strict=True)
+        if codec != "float32"
+    ]
+    return "; ".join([f"uplink per client and round: {what}, {size(total)} as float32", *encoded])
 
 
 def _itemsize(shape: tuple[int, ...]) -> int:
