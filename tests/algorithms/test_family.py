@@ -11,13 +11,15 @@ import torch
 from torch.nn import functional
 
 from fedkd import models
-from fedkd.algorithms import density_ratio, feddf, fedgems, privacy, scaffold, scarlet, selective_fd
+from fedkd.algorithms import density_ratio, fedbe, fedgems, fedmd, scaffold, scarlet, selective_fd
 from fedkd.algorithms.base import Update
 from fedkd.core import specs, tensors
 from fedkd.core.errors import RunError, UsageError
+from fedkd.core.soft_labels import SoftLabels
 from fedkd.core.tensors import equal, shapes, take
 from fedkd.simulate.experiment import prepare
 from fedkd.training import loop
+from fedkd.training.trainer import Trainer
 from tests.conftest import simulated, tiny
 
 PROBS = torch.full((40, 10), 0.1)
@@ -33,6 +35,20 @@ def weights_of(setup, count, scale=0.05):
     generator = torch.Generator().manual_seed(3)
     start = setup.trainer.initial_weights(setup.student)
     return [{n: w + scale * torch.randn(w.shape, generator=generator) for n, w in start.items()} for _ in range(count)]
+
+
+def recording(setup):
+    """The same setup with a trainer that does not train, and the list of its calls: (client, keyword arguments)."""
+    calls = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Recording(Trainer):
+        def train(self, client, weights, **options):
+            calls.append((client, options))
+            return dict(weights)
+
+    fields = {field.name: getattr(setup.trainer, field.name) for field in dataclasses.fields(setup.trainer)}
+    return dataclasses.replace(setup, trainer=Recording(**fields)), calls
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +158,7 @@ def test_a_mentor_can_contrast_nothing_on_one_class():
 
 def test_a_mentor_of_the_students_own_architecture_is_another_network():
     experiment = prepare(tiny())
-    update, memory = call("mentor:model=cnn:width=8").local(
+    update, memory = call("mentor:model=cnn:width=8").local_update(
         experiment.setup,
         experiment.client(0, 1, {}),
         experiment.setup.trainer.initial_weights(experiment.setup.student),
@@ -202,7 +218,7 @@ def test_how_far_momentum_travels(steps, momentum):
     for _ in range(steps):
         velocity = momentum * velocity + 1.0
         place += velocity
-    assert scaffold.travel(steps, momentum) == pytest.approx(place, rel=1e-12)
+    assert scaffold.total_step(steps, momentum) == pytest.approx(place, rel=1e-12)
 
 
 def test_the_servers_control_variate_moves_by_the_share_of_those_who_came(setup):
@@ -215,10 +231,10 @@ def test_the_servers_control_variate_moves_by_the_share_of_those_who_came(setup)
 
 def test_models_drawn_around_the_clients_have_their_mean_and_variance():
     held = [{"w": torch.tensor([0.0, 5.0])}, {"w": torch.tensor([4.0, 5.0])}]
-    drawn = torch.stack([m["w"] for m in feddf.sampled(held, [1, 3], ["w"], 4000, "gaussian", seed=1)])
+    drawn = torch.stack([m["w"] for m in fedbe.drawn_models(held, [1, 3], ["w"], 4000, "gaussian", seed=1)])
     assert torch.allclose(drawn.mean(0), torch.tensor([3.0, 5.0]), atol=0.1)  # 1/4 * 0 + 3/4 * 4
     assert torch.allclose(drawn.std(0), torch.tensor([math.sqrt(3.0), 0.0]), atol=0.1)
-    mixed = torch.stack([m["w"] for m in feddf.sampled(held, [1, 3], ["w"], 4000, "dirichlet", seed=1)])
+    mixed = torch.stack([m["w"] for m in fedbe.drawn_models(held, [1, 3], ["w"], 4000, "dirichlet", seed=1)])
     assert mixed[:, 0].min() >= 0
     assert mixed[:, 0].max() <= 4
     assert mixed[:, 0].mean().item() == pytest.approx(2.0, abs=0.1)
@@ -266,7 +282,7 @@ def answers(setup, count=3, seed=0):
 
 def test_a_cfd_client_starts_anew_so_that_an_absent_one_misses_nothing(experiment):
     algorithm, setup = call("cfd"), experiment.setup
-    request = {"round": torch.tensor(3), "told": torch.tensor(2), "probs": answers(setup)[0].tensors["probs"]}
+    request = {"round": torch.tensor(3), "prev": torch.tensor(2), "probs": answers(setup)[0].tensors["probs"]}
     old = tensors.put("model", {n: w + 1 for n, w in setup.trainer.initial_weights(setup.student).items()})
     results = [
         algorithm.local_update(setup, experiment.client(0, 3, memory), request)[0].tensors for memory in ({}, old)
@@ -282,9 +298,9 @@ def test_what_cfd_sends_down_are_the_students_answers(setup):
 
 
 def test_cfd_brings_its_own_codecs():
-    wire = prepare(tiny(algorithm="cfd:uplink_bits=1,downlink_bits=32", up="float16")).wire
-    assert (channel.up.bits, channel.up.coder, channel.up.delta) == (1, "range", True)
-    assert type(channel.down).__name__ == "Float32"
+    channel = prepare(tiny(algorithm="cfd:uplink_bits=1,downlink_bits=32", uplink_codec="float16")).channel
+    assert (channel.uplink.bits, channel.uplink.coder, channel.uplink.delta) == (1, "range", True)
+    assert type(channel.downlink).__name__ == "Float32"
     for wrong, says in (
         ("cfd:uplink_bits=9", "uplink_bits and downlink_bits are 1 to 8, or 32"),
         ("cfd:downlink=student", "labels"),
@@ -308,7 +324,7 @@ def test_fedgems_teacher_against_a_loop():
     generator = torch.Generator().manual_seed(1)
     own, logits = torch.randn(60, 4, generator=generator), 2 * torch.randn(3, 60, 4, generator=generator)
     labels = torch.randint(4, (60,), generator=generator)
-    teacher = fedgems.selected(own, logits, functional.one_hot(labels, 4).float())
+    teacher = fedgems.selective_teacher(own, logits, functional.one_hot(labels, 4).float())
     kinds = set()
     for n in range(60):
         if own[n].argmax() == labels[n]:
@@ -346,25 +362,19 @@ def test_kt_pfl_serves_who_was_absent_and_keeps_what_is_not_spoken_of(setup):
 
 
 def test_a_comet_client_is_pulled_to_the_nearest_centroid(experiment):
-    setup, seen = experiment.setup, []
-    client = experiment.client(0, 2, {})
+    setup, client = experiment.setup, experiment.client(0, 2, {})
     own = setup.trainer.predict(client.model, setup.local_weights(client), setup.proxy.images).softmax(-1)
     near, far = (0.5 * own + 0.5 * other.tensors["probs"] for other in answers(setup, 2).values())
     far = 0.5 * far + 0.5 * answers(setup, 1, seed=4)[0].tensors["probs"]
-    request = {"round": torch.tensor(2), "told": torch.tensor(1), "0000/probs": far, "0001/probs": near}
+    request = {"round": torch.tensor(2), "prev": torch.tensor(1), "0000/probs": far, "0001/probs": near}
 
-    @dataclasses.dataclass(frozen=True)
-    class Watching(type(setup)):
-        def fit_jointly(self, client, weights, rows, targets, pull):
-            seen.append((rows, targets, pull(torch.zeros(1, 10), torch.eye(10)[:1])))
-            return dict(weights)
-
-    layer_outputs = Watching(**{f.name: getattr(setup, f.name) for f in dataclasses.fields(setup)})
-    call("comet:pull=2.0").local(layer_outputs, client, request)
-    rows, targets, distance = seen[0]
-    assert torch.equal(rows, setup.proxy.subset(1))
-    assert torch.equal(targets, near)
-    assert distance.item() == pytest.approx(2 * math.sqrt(0.9**2 + 9 * 0.1**2), abs=1e-6)
+    recorded, calls = recording(setup)
+    call("comet:weight=2.0").local_update(recorded, client, request)
+    (_, options), distance = calls[0], calls[0][1]["soft_objective"](torch.zeros(1, 10), torch.eye(10)[:1])
+    soft_labels = options["soft_labels"]
+    assert torch.equal(soft_labels.images, setup.proxy.images)
+    assert torch.equal(soft_labels.targets, near)
+    assert distance.item() == pytest.approx(2 * (0.9**2 + 9 * 0.1**2) ** 0.5)
 
 
 def test_joint_training_is_the_mean_over_both_kinds_of_rows():
@@ -374,16 +384,17 @@ def test_joint_training_is_the_mean_over_both_kinds_of_rows():
     rows, targets = torch.arange(0, 40, 2), answers(setup)[0].tensors["probs"][::2]
     start = setup.trainer.initial_weights(setup.student)
 
-    def pull(logits, probs):
+    def soft_objective(logits, probs):
         return 3 * (logits.softmax(-1) - probs).square().sum(-1).mean()
 
-    ours = setup.fit_jointly(client, start, rows, targets, pull)
+    soft_labels = SoftLabels(setup.proxy.images[rows], targets)
+    ours = setup.trainer.train(client, start, soft_labels=soft_labels, soft_objective=soft_objective)
     module = models.build(setup.student, setup.classes, setup.config.norm)
     module.load_state_dict(start)
     private = functional.cross_entropy(
         module(setup.trainer.scaling(client.data.pixels)), client.data.labels, reduction="sum"
     )
-    public = len(rows) * pull(module(setup.trainer.scaling(setup.proxy.images[rows])), targets)
+    public = len(rows) * soft_objective(module(setup.trainer.scaling(setup.proxy.images[rows])), targets)
     ((private + public) / (len(client.data) + len(rows))).backward()
     for name, parameter in module.named_parameters():
         assert torch.allclose(ours[name], parameter - setup.config.learning_rate * parameter.grad, atol=1e-5), name
@@ -392,7 +403,7 @@ def test_joint_training_is_the_mean_over_both_kinds_of_rows():
 def test_only_private_rows_are_augmented_in_joint_training(generator):
     images = torch.randint(256, (6, 16, 16, 3), dtype=torch.uint8, generator=generator)
     rows = torch.tensor([9, 1, 8, 2, 7, 0])
-    seen = loop.Augmentation(crop=True, flip=True, only=5)(images, rows, generator)
+    seen = loop.Augmentation(crop=True, flip=True, first=5)(images, rows, generator)
     assert [torch.equal(a, b) for a, b in zip(images, seen, strict=True)] == [True, False, True, False, True, False]
 
 
@@ -434,40 +445,44 @@ def test_the_density_ratio_of_two_normals(generator):
 def test_bits_come_back(generator):
     for count in (1, 8, 13):
         chosen = torch.rand(count, generator=generator) < 0.5
-        assert torch.equal(selective_fd.flags(selective_fd.bits(chosen), count), chosen)
+        assert torch.equal(selective_fd.unpacked_bits(selective_fd.packed_bits(chosen), count), chosen)
 
 
 def test_selective_fd_counts_only_who_answered_and_keeps_what_is_clear(setup):
     algorithm = call("selective-fd:server_threshold=1.0")
     sure, torn = torch.eye(10)[3] * 0.9 + 0.01, torch.full((10,), 0.1)
-    first = {"answered": torch.zeros(40, dtype=torch.bool), "probs": torch.stack([sure, torn])}
-    first["answered"][[4, 7]] = True  # 4: one is sure; 7: torn
-    second = {"answered": torch.zeros(40, dtype=torch.bool), "probs": torch.eye(10)[[5]]}
-    second["answered"][9] = True
-    updates = {k: Update({**u, "answered": selective_fd.bits(u["answered"])}, 5) for k, u in enumerate((first, second))}
+    first = {"selected": torch.zeros(40, dtype=torch.bool), "probs": torch.stack([sure, torn])}
+    first["selected"][[4, 7]] = True  # 4: one is sure; 7: torn
+    second = {"selected": torch.zeros(40, dtype=torch.bool), "probs": torch.eye(10)[[5]]}
+    second["selected"][9] = True
+    updates = {
+        k: Update({**u, "selected": selective_fd.packed_bits(u["selected"])}, 5) for k, u in enumerate((first, second))
+    }
     assert all(algorithm.check_update(setup, update) == "" for update in updates.values())
     state = algorithm.aggregate(setup, algorithm.initial_state(setup), updates, seed=1)
-    assert selective_fd.flags(state["kept"], 40).nonzero().flatten().tolist() == [4, 9]
+    assert selective_fd.unpacked_bits(state["kept"], 40).nonzero().flatten().tolist() == [4, 9]
     assert torch.allclose(state["probs"], torch.stack([sure, torch.eye(10)[5]]), atol=1e-6)
 
 
 def test_selective_fd_with_nothing_selected_leaves_the_student_and_the_clients_alone(experiment):
     algorithm, setup = call("selective-fd"), experiment.setup
-    none = {"answered": selective_fd.bits(torch.zeros(40, dtype=torch.bool)), "probs": torch.zeros(0, 10)}
+    none = {"selected": selective_fd.packed_bits(torch.zeros(40, dtype=torch.bool)), "probs": torch.zeros(0, 10)}
     state = algorithm.aggregate(setup, algorithm.initial_state(setup), {0: Update(none, 5)}, seed=1)
     assert tensors.equal(algorithm.global_model(setup, state), setup.trainer.initial_weights(setup.student))
     algorithm.local_update(setup, experiment.client(0, 2, {}), algorithm.broadcast(setup, state, 0))
 
 
-def test_a_client_that_says_other_than_it_answers_is_refused(setup):
-    answered = selective_fd.bits(torch.arange(40) < 3)
-    update = Update({"answered": answered, "probs": torch.full((2, 10), 0.1)}, 5)
-    assert "other answers" in call("selective-fd").check_update(setup, update)
+def test_a_client_that_uploads_probs_of_other_samples_is_refused(setup):
+    answered = selective_fd.packed_bits(torch.arange(40) < 3)
+    update = Update({"selected": answered, "probs": torch.full((2, 10), 0.1)}, 5)
+    assert "probs of other samples" in call("selective-fd").check_update(setup, update)
     padded = torch.full((5,), 255, dtype=torch.uint8)
-    setup = dataclasses.replace(setup, config=tiny(proxy_samples=34))
-    assert "other answers" in call("selective-fd").check_update(setup, Update({"answered": padded, "probs": PROBS}, 5))
-    assert "other answers" not in call("selective-fd").check_update(
-        setup, Update({"answered": padded, "probs": PROBS[:34]}, 5)
+    setup = dataclasses.replace(setup, proxy=dataclasses.replace(setup.proxy, per_round=34))
+    assert "probs of other samples" in call("selective-fd").check_update(
+        setup, Update({"selected": padded, "probs": PROBS}, 5)
+    )
+    assert "probs of other samples" not in call("selective-fd").check_update(
+        setup, Update({"selected": padded, "probs": PROBS[:34]}, 5)
     )
 
 
@@ -508,9 +523,9 @@ def test_feddf_leaves_out_a_model_whose_answers_are_infinite(setup):
 def test_an_untrained_server_of_fedgems_teaches_nobody(setup):
     setup = prepare(tiny(algorithm="fedgems", distill_epochs=0)).setup
     algorithm, seen = call("fedgems"), []
-    original = fedgems.selected
+    original = fedgems.selective_teacher
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fedgems, "selected", lambda own, *more: seen.append(own) or original(own, *more))
+        patch.setattr(fedgems, "selective_teacher", lambda own, *more: seen.append(own) or original(own, *more))
         updates = {k: Update({"logits": u.tensors["probs"].log()}, 5) for k, u in answers(setup).items()}
         algorithm.aggregate(setup, algorithm.aggregate(setup, algorithm.initial_state(setup), updates, 1), updates, 2)
     labels = setup.proxy.labels[setup.proxy.subset(1)]
@@ -559,14 +574,14 @@ def test_scarlets_server_and_clients_never_disagree_about_a_label(samples, parti
             update, memories[client] = algorithm.local_update(
                 setup, held, algorithm.broadcast(setup, state, int(client))
             )
-            assert torch.equal(memories[client]["held"], before)
+            assert torch.equal(memories[client]["cached"], before)
             assert torch.equal(memories[client]["cache"], state["cache"])
             assert update.tensors["probs"].shape == (len(old), 10)
             updates[int(client)] = update
         state = algorithm.aggregate(setup, state, updates, seed=number)
         oracle[old] = number
         asked.append(len(old))
-    assert torch.equal(scarlet.stamps(setup, 2, 9), oracle)
+    assert torch.equal(scarlet.label_rounds(setup, 2, 9), oracle)
     assert sum(asked) < 9 * len(setup.proxy.subset(1))
     if samples == 0:
         assert asked == [40, 0, 0, 40, 0, 0, 40, 0, 0]  # a label of round r serves in r + 1 and r + 2
@@ -583,7 +598,7 @@ def test_a_scarlet_client_that_lost_its_memory_is_survived():
         state = algorithm.aggregate(setup, state, updates, seed=number)
     update, memory = algorithm.local_update(setup, experiment.client(0, 3, {}), algorithm.broadcast(setup, state, 0))
     assert update.tensors["probs"].isfinite().all()
-    assert (memory["held"] > 0).sum() < (scarlet.stamps(setup, 2, 2) > 0).sum()
+    assert (memory["cached"] > 0).sum() < (scarlet.label_rounds(setup, 2, 2) > 0).sum()
 
 
 # -- without a proxy ----------------------------------------------------------------------------
@@ -644,7 +659,7 @@ def test_fedproto_pulls_embeddings_together(experiment):
     request = {"prototypes": torch.zeros(10, width), "counts": torch.ones(10, dtype=torch.int64)}
     norms = []
     for pull in (0.0, 30.0):
-        _, memory = call(f"fedproto:pull={pull}").local_update(setup, client, request)
+        _, memory = call(f"fedproto:weight={pull}").local_update(setup, client, request)
         norms.append(setup.trainer.embed(client.model, tensors.take("model", memory), client.data.pixels).norm())
     assert norms[1] < 0.7 * norms[0]
 
@@ -665,29 +680,21 @@ def test_the_embedding_is_what_the_last_layer_sees(setup):
     [(100, True, 0.03999, 0.0392), (100, False, 0.0408, 0.04), (500, True, 0.200, 0.181), (500, False, 0.223, 0.2)],
 )
 def test_published_epsilon_and_delta(samples, replacement, epsilon, delta):
-    found = privacy.noise_free(2500, samples, replacement)
+    found = fedmd.sampling_privacy(2500, samples, replacement)
     assert found == pytest.approx((epsilon, delta), abs=6e-4 if samples == 500 else 6e-5)
 
 
 def test_delta_without_replacement_is_the_chance_of_being_drawn():
-    assert privacy.noise_free(7, 7, False)[1] == 1.0
-    assert privacy.noise_free(2500, 100, False) == pytest.approx((math.log(2501 / 2401), 0.04), abs=1e-12)
+    assert fedmd.sampling_privacy(7, 7, False)[1] == 1.0
+    assert fedmd.sampling_privacy(2500, 100, False) == pytest.approx((math.log(2501 / 2401), 0.04), abs=1e-12)
 
 
 def test_nfdp_trains_on_the_same_few_rows_in_every_round(experiment):
-    algorithm, setup, seen = call("nfdp:samples=17"), experiment.setup, []
-
-    @dataclasses.dataclass(frozen=True)
-    class Watching(type(setup)):
-        def fit(self, client, weights, **more):
-            seen.append(client.data)
-            return dict(weights)
-
-    layer_outputs = Watching(**{f.name: getattr(setup, f.name) for f in dataclasses.fields(setup)})
+    algorithm, (setup, calls) = call("nfdp:samples=17"), recording(experiment.setup)
     for number in (1, 2):
-        update, _ = algorithm.local_update(
-            layer_outputs, experiment.client(0, number, {}), {"round": torch.tensor(number)}
-        )
+        client = experiment.client(0, number, {})
+        update, _ = algorithm.local_update(setup, client, {"round": torch.tensor(number)})
+    seen = [client.data for client, _ in calls]
     assert len(seen[0]) == 17
     assert torch.equal(seen[0].pixels, seen[1].pixels)
     assert update.metrics["delta"] == pytest.approx(17 / len(experiment.client(0, 1, {}).data))

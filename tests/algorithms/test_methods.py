@@ -10,15 +10,17 @@ import torch
 from torch.nn import functional as F
 
 from fedkd.algorithms import aggregators
-from fedkd.algorithms.base import Update
-from fedkd.communication.channel import Traffic, is_soft_label
+from fedkd.algorithms.base import Distillation, Update
+from fedkd.communication.ledger import SerializedBytes, Traffic, is_soft_label
+from fedkd.communication.validation import validate_update
 from fedkd.core import specs, tensors
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import UsageError
+from fedkd.core.soft_labels import SoftLabels
 from fedkd.evaluation import metrics
 from fedkd.simulate import rounds
 from fedkd.simulate.experiment import prepare
-from fedkd.simulate.rounds import Reply, Round, SerializedBytes, validate_update
+from fedkd.simulate.rounds import Reply, Round
 from fedkd.training.losses.logits import cross_entropy
 from tests.conftest import tiny
 
@@ -146,14 +148,18 @@ def test_a_client_that_comes_late_is_survived(played):
 def test_the_memory_holds_the_clients_model(played):
     experiment, _, (_, memories, _) = played
     weights = tensors.take("model", memories[0])
-    assert experiment.setup.trainer.predict(experiment.setup.model_of(0), weights, experiment.test.pixels[:3]).shape == (3, 10)
+    assert experiment.setup.trainer.predict(
+        experiment.setup.model_of(0), weights, experiment.test.pixels[:3]
+    ).shape == (3, 10)
 
 
 def test_what_is_deployed_is_a_student_or_nothing(played):
     experiment, _, (_, _, state) = played
     weights = experiment.algorithm.global_model(experiment.setup, state)
     if weights:
-        assert experiment.setup.trainer.predict(experiment.setup.student, weights, experiment.test.pixels[:3]).shape == (3, 10)
+        assert experiment.setup.trainer.predict(
+            experiment.setup.student, weights, experiment.test.pixels[:3]
+        ).shape == (3, 10)
     else:
         assert experiment.config.algorithm in PERSONAL
 
@@ -176,8 +182,8 @@ def test_an_ensemble_of_one_is_plain_distillation(setup):
     student = setup.trainer.distill(
         setup.student,
         setup.trainer.initial_weights(setup.student),
-        setup.proxy.subset(1),
-        update.tensors["logits"].softmax(-1),
+        SoftLabels(setup.proxy.images[setup.proxy.subset(1)], update.tensors["logits"].softmax(-1)),
+        setup.distillation.objective,
         epochs=setup.config.distill_epochs,
         seed=5,
     )
@@ -186,16 +192,16 @@ def test_an_ensemble_of_one_is_plain_distillation(setup):
 
 
 @pytest.mark.parametrize(
-    ("down", "first", "later"),
-    [("nothing", {"round"}, {"round"}), ("labels", {"round"}, {"round", "told", "probs"}), ("student", "all", "all")],
+    ("downlink", "first", "later"),
+    [("nothing", {"round"}, {"round"}), ("labels", {"round"}, {"round", "prev", "probs"}), ("student", "all", "all")],
 )
-def test_what_goes_down_has_a_name(setup, down, first, later):
-    algorithm = specs.call("algorithm", f"ensemble:down={down}")
+def test_the_downlink_is_what_its_name_says(setup, downlink, first, later):
+    algorithm = specs.call("algorithm", f"ensemble:downlink={downlink}")
     student = {"round", *tensors.put("student", setup.trainer.initial_weights(setup.student))}
     state = algorithm.aggregate(setup, algorithm.initial_state(setup), answers(setup=setup), seed=1)
     for held, wanted in ((algorithm.initial_state(setup), first), (state, later)):
         assert set(algorithm.broadcast(setup, held, 0)) == (student if wanted == "all" else wanted)
-    assert algorithm.needs_one_model is (down == "student")
+    assert algorithm.needs_one_model is (downlink == "student")
 
 
 def test_a_client_that_is_sent_the_student_trains_from_it(experiment):
@@ -216,17 +222,15 @@ def test_dsfl_sends_probabilities_and_sharpens_their_mean(setup):
     state = algorithm.aggregate(setup, algorithm.initial_state(setup), probs, seed=1)
     mean = torch.stack([u.tensors["probs"].double() for u in probs.values()]).mean(0)
     assert torch.allclose(state["probs"].double(), (mean / 0.1).softmax(-1), atol=1e-5)
-    plain = specs.call("algorithm", "dsfl:aggregation=sa").aggregate(setup, algorithm.initial_state(setup), probs, seed=1)
+    plain = specs.call("algorithm", "dsfl:aggregation=sa").aggregate(
+        setup, algorithm.initial_state(setup), probs, seed=1
+    )
     assert torch.allclose(plain["probs"].double(), mean, atol=1e-6)
 
 
-def test_dsfl_does_not_listen_to_the_runs_loss_aggregator_and_temperature(setup):
-    other = dataclasses.replace(
-        setup,
-        aggregator=aggregators.mean_logits,
-        loss=lambda s, p: s.sum() * 0,
-        config=dataclasses.replace(setup.config, temperature=4.0),
-    )
+def test_dsfl_ignores_the_runs_loss_aggregator_and_temperature(setup):
+    ignored = Distillation(aggregators.mean_logits, lambda s, p: s.sum() * 0, 4.0, "uniform")
+    other = dataclasses.replace(setup, distillation=ignored)
     algorithm = specs.call("algorithm", "dsfl")
     probs = {
         k: dataclasses.replace(u, tensors={"probs": u.tensors["logits"].softmax(-1)})
@@ -242,7 +246,7 @@ def test_fedmd_averages_scores_not_probabilities(setup):
     state = algorithm.aggregate(setup, algorithm.initial_state(setup), updates, seed=1)
     mean = torch.stack([u.tensors["logits"].double() for u in updates.values()]).mean(0)
     assert torch.allclose(state["logits"].double(), mean, atol=1e-6)
-    assert int(algorithm.broadcast(setup, state, 0)["told"]) == 1
+    assert int(algorithm.broadcast(setup, state, 0)["prev"]) == 1
     assert int(algorithm.broadcast(setup, state, 0)["round"]) == 2
 
 
@@ -264,8 +268,8 @@ def test_fedprox_without_its_term_is_fedavg(experiment):
 def test_central_has_everybodys_rows_and_local_sends_nothing():
     central, local = (prepare(tiny(algorithm=name)) for name in ("central", "local"))
     assert central.clients == 1
-    assert sorted(central.parts[0]) == sorted(row for part in local.parts for row in part)
-    assert sorted(central.client(0, 1, {}).data.labels) == sorted(central.train.labels[central.parts[0]])
+    assert sorted(central.training_partition[0]) == sorted(row for part in local.training_partition for row in part)
+    assert sorted(central.client(0, 1, {}).data.labels) == sorted(central.train.labels[central.training_partition[0]])
     assert not local.algorithm.upload_spec(local.setup, {}, 0)
     assert not local.algorithm.broadcast(local.setup, {}, 0)
 
@@ -295,8 +299,10 @@ def test_a_client_that_diverged_is_wrong_and_counted_and_no_teacher():
     found = metrics.evaluate_clients(experiment, exchange, round_)
     assert found.client_accuracy == pytest.approx(1 / 3)
     assert list(found.failures) == [2]
-    assert "beyond" in found.failures[2]
-    assert metrics.round_row(experiment, round_, None, found)["evaluation_failures"] == {"2": "sent logits beyond 1,000,000"}
+    assert "larger than" in found.failures[2]
+    assert metrics.round_row(experiment, round_, None, found)["evaluation_failures"] == {
+        "2": "sent logits larger than 1,000,000"
+    }
     answers.clear()
     none = metrics.evaluate_clients(experiment, exchange, round_)
     assert (none.client_accuracy, none.teacher_accuracy) == (None, None)
@@ -304,15 +310,15 @@ def test_a_client_that_diverged_is_wrong_and_counted_and_no_teacher():
 
 
 def test_fedbe_weighs_all_members_alike():
-    setup = prepare(tiny(votes="size")).setup
+    setup = prepare(tiny(weighting="size")).setup
     two = [torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 4.0]])]
     probs = specs.call("algorithm", "fedbe").teacher_probs(setup, two, setup.distillation.client_weights([100, 1]))
     assert torch.allclose(probs, torch.full((1, 2), 0.5))
 
 
 @pytest.mark.parametrize("name", ["ensemble", "fedema", "cronus", "dsfl:downlink=student"])
-def test_a_digest_that_never_happens_has_no_length(name):
-    with pytest.raises(UsageError, match="local_distill_epochs is for"):
+def test_epochs_of_a_local_distillation_that_never_happens_are_refused(name):
+    with pytest.raises(UsageError, match=r"local_distill_epochs (applies to downlink=labels|does not apply)"):
         specs.call("algorithm", f"{name}{',' if ':' in name else ':'}local_distill_epochs=3")
 
 

@@ -56,7 +56,7 @@ def test_one_bit_labels_are_within_two_points_of_float32(tmp_path):
     """The mean over three seeds, each paired, once the curves are flat; earlier one bit is slower by some points."""
     longer = {"algorithm": "dsfl", "rounds": 6, "proxy": "holdout:size=287"}
     differences = [
-        accuracy(tmp_path / f"bits{seed}", **longer, seed=seed, up="bits:bits=1,coder=range")
+        accuracy(tmp_path / f"bits{seed}", **longer, seed=seed, uplink_codec="bits:bits=1,coder=range")
         - accuracy(tmp_path / f"float{seed}", **longer, seed=seed)
         for seed in range(3)
     ]

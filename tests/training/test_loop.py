@@ -193,7 +193,7 @@ def test_training_does_not_import_the_compiler():
     code = (
         "import sys; from fedkd.core.runtime import settle; settle(1);"
         "from tests.conftest import tiny; from fedkd.simulate.experiment import prepare;"
-        "e = prepare(tiny()); e.setup.trainer.train(e.client(0, 1, {}), e.setup.trainer.initial_weights('cnn:width=8'));"
+        "e = prepare(tiny()); t = e.setup.trainer; t.train(e.client(0, 1, {}), t.initial_weights('cnn:width=8'));"
         "sys.exit('torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -69,8 +69,8 @@ def test_the_squared_temperature_keeps_the_gradient_of_logit_matching(experiment
     generator = torch.Generator().manual_seed(1)
     student, teacher = torch.randn(2, 6, 10, generator=generator).double()
     hot = 1000.0
-    setup = dataclasses.replace(experiment.setup, config=dataclasses.replace(experiment.config, temperature=hot))
+    distillation = dataclasses.replace(experiment.setup.distillation, temperature=hot)
     variable = student.clone().requires_grad_()
-    gradient = torch.autograd.grad(setup.distillation.objective(variable, (teacher / hot).softmax(-1)), variable)[0]
+    gradient = torch.autograd.grad(distillation.objective(variable, (teacher / hot).softmax(-1)), variable)[0]
     centered = [v - v.mean(-1, keepdim=True) for v in (student, teacher)]
     assert torch.allclose(gradient, (centered[0] - centered[1]) / 10 / 6, rtol=1e-2, atol=1e-5)
