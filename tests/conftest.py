@@ -51,7 +51,7 @@ def simulated(out: Path, **changes: object) -> list[dict]:
     """Run in this process; the rows without the times."""
     simulate(tiny(out=str(out), **changes))
     return [
-        {k: v for k, v in json.loads(line).items() if "training_seconds" not in k}
+        {k: v for k, v in json.loads(line).items() if "seconds" not in k}
         for line in (out / "rounds.jsonl").read_text().splitlines()
     ]
 

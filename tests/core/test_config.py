@@ -25,7 +25,7 @@ def test_run_config_and_back():
 
 def test_members_pair_methods_within_a_seed():
     config = Config.parse({"algorithm": "fedmd", "compare": "fedavg fedmd", "seed": 4, "seeds": 2})
-    assert [(m.algorithm, m.seed) for m in config.members("digits")] == [
+    assert [(m.algorithm, m.seed) for m in config.runs("digits")] == [
         ("fedmd", 4),
         ("fedavg", 4),
         ("fedmd", 5),

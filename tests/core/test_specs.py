@@ -56,7 +56,7 @@ def test_options_are_converted_by_their_annotations(own):
     assert specs.bind("partitioner", f"{own}:function:step=3,name=[1]")(0, 0, 0) == (0, 3, [1])
     bound = specs.bind("partitioner", f"{own}:Kind:step=3", ("num_partitions",))
     assert bound(num_partitions=2).step == 3.0
-    assert specs.call("algorithm", "ensemble:downlink=nothing").down == "nothing"
+    assert specs.call("algorithm", "ensemble:downlink=nothing").downlink == "nothing"
 
 
 def test_a_file_is_imported_once(own):
