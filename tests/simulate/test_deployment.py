@@ -54,7 +54,7 @@ def test_the_how_to_word_for_word(tmp_path):
 
     rows = simulated(tmp_path / "local", clients=3, algorithm="ensemble:downlink=labels")
     deployed = [json.loads(line) for line in (work / "dealt" / "rounds.jsonl").read_text().splitlines()]
-    assert [{k: v for k, v in row.items() if "training_seconds" not in k} for row in deployed] == rows, said
+    assert [{k: v for k, v in row.items() if "seconds" not in k} for row in deployed] == rows, said
     students = [tensors.load(path / "student.safetensors") for path in (work / "dealt", tmp_path / "local")]
     assert tensors.equal(*students)
 

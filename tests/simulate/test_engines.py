@@ -61,9 +61,15 @@ def test_ray_gives_the_same_bits(tmp_path):
     process = run(*FLAGS, *SHARED, "--engine", "ray", "--json", "--out", tmp_path / "ray")
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout)["status"] == "ok"
-    rows = simulated(tmp_path / "local", algorithm="ensemble:downlink=labels", compare="fedavg", up=CODED, down=CODED)
+    rows = simulated(
+        tmp_path / "local",
+        algorithm="ensemble:downlink=labels",
+        compare="fedavg",
+        uplink_codec=CODED,
+        downlink_codec=CODED,
+    )
     lines = (tmp_path / "ray" / "rounds.jsonl").read_text().splitlines()
-    assert [{k: v for k, v in json.loads(line).items() if "training_seconds" not in k} for line in lines] == rows
+    assert [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in lines] == rows
     for name in ("student.safetensors", "student-fedavg-seed0.safetensors"):
         assert tensors.equal(tensors.load(tmp_path / "ray" / name), tensors.load(tmp_path / "local" / name))
     assert not left(tmp_path)

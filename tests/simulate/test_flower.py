@@ -12,12 +12,13 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedkd.communication.ledger import SerializedBytes
 from fedkd.core import tensors
 from fedkd.simulate.experiment import prepared
 from fedkd.simulate.flower import client_app, server_app
 from fedkd.simulate.flower.local_grid import LocalGrid
-from fedkd.simulate.flower.records import from_record, to_record, weigh
-from fedkd.simulate.rounds import SerializedBytes, play
+from fedkd.simulate.flower.records import count_bytes, from_record, to_record
+from fedkd.simulate.rounds import run_rounds
 from tests.conftest import tiny
 
 NPY_HEADER = 128  # bytes that NumPy's format puts before the numbers
@@ -59,20 +60,20 @@ def test_bytes_are_those_of_numpys_own_files(tmp_path, generator):
     content = RecordDict(
         {"arrays": to_record(held), "config": ConfigRecord({"round": 1}), "m": MetricRecord({"a": 1.0})}
     )
-    assert weigh(content) == (on_disk, (5 + 8) + (1 + 8))
+    assert count_bytes(content) == (on_disk, (5 + 8) + (1 + 8))
 
 
 def test_bytes_of_a_round_of_twenty_clients_and_a_thousand_images():
     """20 x 1,000 x 10 x 4 bytes of numbers, and 20 x 134 bytes of framing: NumPy's header and the name."""
     config = tiny(clients=20, proxy="holdout:size=1000", rounds=1)
     experiment = prepared(config)
-    (round_,) = play(experiment.algorithm, experiment.setup, exchange_of(config), 20, experiment.channel)
+    (round_,) = run_rounds(experiment.algorithm, experiment.setup, exchange_of(config), 20, experiment.channel)
     framing = 20 * (NPY_HEADER + len("logits"))
     assert framing == 2680
-    assert round_.traffic.arrays_up == 20 * 1000 * 10 * 4 + framing
-    assert round_.traffic.arrays_down == 20 * (NPY_HEADER + 8 + len("round"))
-    assert round_.traffic.rest_up > 0
-    assert round_.traffic.rest_down > 0
+    assert round_.serialized.uplink_arrays == 20 * 1000 * 10 * 4 + framing
+    assert round_.serialized.downlink_arrays == 20 * (NPY_HEADER + 8 + len("round"))
+    assert round_.serialized.uplink_metadata > 0
+    assert round_.serialized.downlink_metadata > 0
 
 
 LINEAR = """
@@ -92,7 +93,7 @@ def test_our_fedavg_equals_flowers_own_strategy(monkeypatch, tmp_path):
     (tmp_path / "models.py").write_text(LINEAR)
     config = tiny(algorithm="fedavg", partitioner="linear", clients=4, model=f"{tmp_path}/models.py:linear")
     experiment = prepared(config)
-    rounds = list(play(experiment.algorithm, experiment.setup, exchange_of(config), 4, experiment.channel))
+    rounds = list(run_rounds(experiment.algorithm, experiment.setup, exchange_of(config), 4, experiment.channel))
 
     for name in ("run_id", "task_id", "node_id"):  # what an engine of Flower's sets in its processes
         monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
@@ -108,7 +109,10 @@ def test_our_fedavg_equals_flowers_own_strategy(monkeypatch, tmp_path):
 
     grid = LocalGrid(client_app.app, 4, config.run_config())
     result = Theirs(fraction_evaluate=0.0).start(
-        grid, to_record(experiment.setup.trainer.initial_weights(experiment.setup.student)), num_rounds=2, train_config=ConfigRecord()
+        grid,
+        to_record(experiment.setup.trainer.initial_weights(experiment.setup.student)),
+        num_rounds=2,
+        train_config=ConfigRecord(),
     )
     theirs = from_record(result.arrays)
     ours = rounds[-1].state
@@ -116,7 +120,8 @@ def test_our_fedavg_equals_flowers_own_strategy(monkeypatch, tmp_path):
     for name in ours:
         assert torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6), name
     moved = max(
-        (ours[name] - value).abs().max() for name, value in experiment.setup.trainer.initial_weights(experiment.setup.student).items()
+        (ours[name] - value).abs().max()
+        for name, value in experiment.setup.trainer.initial_weights(experiment.setup.student).items()
     )
     assert moved > 0.01
 
@@ -161,12 +166,12 @@ def test_every_client_has_one_context_that_lasts(grid):
 
 def test_only_clients_that_are_asked_cost_anything(grid):
     list(grid.send_and_receive([grid.create_message(RecordDict(), "query", 1, "1")]))
-    assert [path.name for path in grid._place.memories.iterdir()] == ["1"]
+    assert [path.name for path in grid._runner.memories.iterdir()] == ["1"]
 
 
 def test_a_new_run_starts_with_an_empty_memory():
     config = tiny(algorithm="local", compare="fedmd")
-    one, other = (prepared(member) for member in config.members("digits"))
+    one, other = (prepared(member) for member in config.runs("digits"))
     grid = LocalGrid(client_app.app, config.clients, config.run_config())
 
     def ask(member, number):
@@ -185,12 +190,12 @@ def test_a_new_run_starts_with_an_empty_memory():
 
 
 def test_what_a_silent_client_was_sent_is_counted(grid, monkeypatch):
-    """Its request went over the wire, whether or not an answer ever comes."""
-    monkeypatch.setattr(server_app, "_ask", lambda *_: iter(()))
+    """The message to the client was sent, whether or not a reply ever arrives."""
+    monkeypatch.setattr(server_app, "_send", lambda *_: iter(()))
     (reply,) = server_app.exchange(grid, range(1, 2), tiny(), "train", 1, {0: {"x": torch.zeros(1000)}})
     assert (reply.client, reply.update, reply.failure) == (0, None, "no reply")
-    assert reply.traffic.arrays_down > 4000
-    assert reply.traffic.arrays_up == 0
+    assert reply.serialized.downlink_arrays > 4000
+    assert reply.serialized.uplink_arrays == 0
 
 
 def test_replies_that_are_no_replies_are_failures_with_a_reason(grid):
@@ -213,5 +218,5 @@ def test_replies_that_are_no_replies_are_failures_with_a_reason(grid):
         assert "cannot be read" in reply.failure, data
     endless = RecordDict({"arrays": to_record({}), "metrics": MetricRecord({"num-examples": math.inf})})
     assert "cannot be read" in answers(endless).failure
-    assert isinstance(reply.traffic, SerializedBytes)
-    assert math.isfinite(reply.traffic.arrays_up)
+    assert isinstance(reply.serialized, SerializedBytes)
+    assert math.isfinite(reply.serialized.uplink_arrays)

@@ -6,15 +6,17 @@ import torch
 from fedkd.algorithms.base import Algorithm, Update
 from fedkd.communication.channel import Channel
 from fedkd.communication.codecs import Float32
-from fedkd.core.errors import RunError
+from fedkd.communication.ledger import SerializedBytes
+from fedkd.communication.validation import validate_update
+from fedkd.core.errors import RunError, last_line
 from fedkd.core.tensors import Int64
-from fedkd.simulate.rounds import Reply, SerializedBytes, last_line, play, sample, validate_update
+from fedkd.simulate.rounds import Reply, run_rounds, sample
 from tests.conftest import tiny
 
 PLAIN = Channel(Float32(), Float32())
 
 
-def test_participants_are_drawn_without_repetition_and_follow_seed_and_round():
+def test_participants_are_sampled_without_replacement_by_seed_and_round():
     first = sample(1000, 0.1, seed=0, number=1)
     assert len(set(first)) == 100
     assert first == sorted(first) == sample(1000, 0.1, seed=0, number=1)
@@ -24,7 +26,7 @@ def test_participants_are_drawn_without_repetition_and_follow_seed_and_round():
     assert len(sample(20, 0.001, 0, 1)) == 1
 
 
-def test_everybody_is_drawn_about_equally_often():
+def test_all_clients_are_sampled_about_equally_often():
     counts = torch.bincount(torch.tensor([c for n in range(400) for c in sample(20, 0.25, 0, n)]), minlength=20)
     assert counts.sum() == 400 * 5
     assert counts.min() > 65  # mean 100, standard deviation 8.7
@@ -44,11 +46,11 @@ PROBS = torch.full((4, 5), 0.2)
         (Update({"probs": PROBS * 2}, 3), "not distributions"),
         (Update({"probs": PROBS - torch.tensor([0.4, -0.1, -0.1, -0.1, -0.1])}, 3), "not distributions"),
         (Update({"probs": PROBS}, 0), "no examples"),
-        (Update({"logits": PROBS * 1e7}, 3), "beyond 1,000,000"),
+        (Update({"logits": PROBS * 1e7}, 3), "larger than 1,000,000"),
         (Update({"probs": PROBS.double()}, 3), "of type torch.float64 instead of torch.float32"),
         (Update({"probs": torch.ones(4, 5, dtype=torch.int64)}, 3), "of type torch.int64 instead of torch.float32"),
         (Update({"probs": PROBS}, 3, {"loss": float("inf")}), "not finite"),
-        (Update({"probs": PROBS}, 3, {"loss": 1.7e308}), "not finite"),  # two of them would add up to infinity
+        (Update({"probs": PROBS}, 3, {"loss": 1.7e308}), "not finite"),  # two of them would sum to infinity
         (Update({"probs": PROBS}, 3, {"loss": 1.0}), ""),
     ],
 )
@@ -73,7 +75,7 @@ def test_integers_are_declared_and_extents_may_be_bounded():
 
 
 class Counting(Algorithm):
-    """Adds up what comes, in the order in which it is told."""
+    """Adds up the updates, in the order in which it receives them."""
 
     def initial_state(self, setup):
         return {"sum": torch.zeros(1)}
@@ -90,7 +92,7 @@ class Counting(Algorithm):
 
 
 def replies(values):
-    """An exchange with given answers, coming in reversed order."""
+    """An exchange with given updates, whose replies arrive in reversed order."""
 
     def exchange(kind, number, requests):
         for client in reversed(requests):
@@ -110,24 +112,24 @@ def setup(experiment):
 
 def test_failed_bad_and_silent_clients_are_survived_and_named(setup):
     exchange = replies({0: 1.0, 1: "it fell over", 2: float("nan")})
-    rounds = list(play(Counting(), setup, exchange, 4, PLAIN))
+    rounds = list(run_rounds(Counting(), setup, exchange, 4, PLAIN))
     assert [round_.number for round_ in rounds] == [1, 2]
     assert rounds[-1].state["sum"].item() == 2.0
     assert set(rounds[0].failures) == {1, 2, 3}
     assert rounds[0].failures[1] == "it fell over"
     assert "finite" in rounds[0].failures[2]
     assert rounds[0].failures[3] == "no reply"
-    assert rounds[0].traffic == SerializedBytes(3, 4, 7, 8)
+    assert rounds[0].serialized == SerializedBytes(3, 4, 7, 8)
 
 
-def test_a_round_without_any_answer_ends_the_run(setup):
-    with pytest.raises(RunError, match="Round 1: none of 2 clients gave a usable answer; client 0: gone"):
-        list(play(Counting(), setup, replies({0: "gone"}), 2, PLAIN))
+def test_a_round_without_any_update_ends_the_run(setup):
+    with pytest.raises(RunError, match="Round 1: none of 2 clients sent a usable update; client 0: gone"):
+        list(run_rounds(Counting(), setup, replies({0: "gone"}), 2, PLAIN))
 
 
 def test_stopping_early_is_a_break_and_resuming_is_a_state(setup):
     exchange = replies({0: 1.0, 1: 2.0})
-    first = next(play(Counting(), setup, exchange, 2, PLAIN))
-    (last,) = play(Counting(), setup, exchange, 2, PLAIN, state=first.state, start=2)
+    first = next(run_rounds(Counting(), setup, exchange, 2, PLAIN))
+    (last,) = run_rounds(Counting(), setup, exchange, 2, PLAIN, state=first.state, start=2)
     assert last.state["sum"].item() == 6.0
     assert tiny().rounds == 2

@@ -1,4 +1,4 @@
-"""The server on engines of Flower's: random node ids, nodes that are late, gone, or call themselves alike."""
+"""The server on Flower's engines: random node ids, nodes that are late or gone, or have the same number."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from PIL import Image
 
 from fedkd.core import run_directory, tensors
 from fedkd.core.errors import DataError, RunError
+from fedkd.data import loading
 from fedkd.simulate import experiment
 from fedkd.simulate.flower import client_app, server_app
 from fedkd.simulate.flower.local_grid import LocalGrid
 from fedkd.simulate.flower.local_update import ClientRunner
 from tests.conftest import tiny
 
-IDS = [71, -5, 40]  # of clients 0, 1 and 2, as an engine of Flower's might name them
+IDS = [71, -5, 40]  # of clients 0, 1 and 2, as an engine of Flower might number them
 
 
 class Foreign(LocalGrid):
-    """The local grid with names of nodes as strange as Flower's, and nodes that come one at a time."""
+    """The local grid with random node ids, as Flower has them, and nodes that connect one at a time."""
 
     def __init__(self, *args, late: int = 0, lost: tuple[int, ...] = (), numbers: dict | None = None, **more) -> None:
         super().__init__(*args, **more)
         self.late, self.lost, self.numbers = late, lost, numbers or {}
-        play = self._place.play
+        run = self._runner.run
 
         def named(message: Message) -> Message:
-            reply = play(message)
+            reply = run(message)
             if not reply.has_error() and message.metadata.message_type == "query":
                 client = int(reply.content["metrics"]["client"])
                 reply.content["metrics"] = MetricRecord({"client": self.numbers.get(client, client)})
             return reply
 
-        object.__setattr__(self._place, "play", named)
+        object.__setattr__(self._runner, "run", named)
 
     def get_node_ids(self):
         self.late -= 1
@@ -60,9 +61,9 @@ def foreign(config, **more) -> Foreign:
 
 def test_nodes_are_found_by_the_number_they_give():
     config = tiny()
-    assert server_app.enroll(foreign(config, late=3), config) == IDS
-    assert server_app.enroll(LocalGrid(client_app.app, 10**6, {}), config) == range(1, 10**6 + 1), (
-        "and ours need no asking"
+    assert server_app.client_nodes(foreign(config, late=3), config) == IDS
+    assert server_app.client_nodes(LocalGrid(client_app.app, 10**6, {}), config) == range(1, 10**6 + 1), (
+        "nodes of the local grid are not queried"
     )
 
 
@@ -70,7 +71,7 @@ def test_a_run_over_foreign_nodes_gives_the_bits_of_ours(tmp_path):
     config = tiny(partitioner="linear", algorithm="ensemble:downlink=labels")
     students = []
     for name, grid in (("foreign", foreign(config)), ("ours", LocalGrid(client_app.app, 3, config.run_config()))):
-        server_app.serve(
+        server_app.run_on(
             grid,
             run_directory.begin(tiny(partitioner="linear", algorithm=config.algorithm, out=str(tmp_path / name)), "x"),
         )
@@ -81,19 +82,19 @@ def test_a_run_over_foreign_nodes_gives_the_bits_of_ours(tmp_path):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"late": 10**9}, "3 nodes are wanted and 1 are there"),
-        ({"numbers": {2: 0}}, r"call themselves clients \[0, 1\]"),
-        ({"numbers": {2: 7}}, r"call themselves clients \[0, 1, 7\]"),
-        ({"lost": (1,)}, r"call themselves clients \[0, 2\]"),
+        ({"late": 10**9}, "3 nodes are needed and 1 are connected"),
+        ({"numbers": {2: 0}}, r"have the client numbers \[0, 1\]"),
+        ({"numbers": {2: 7}}, r"have the client numbers \[0, 1, 7\]"),
+        ({"lost": (1,)}, r"have the client numbers \[0, 2\]"),
     ],
 )
 def test_nodes_that_are_not_those_wanted_end_the_run(more, says):
     config = tiny()
     with pytest.raises(RunError, match=says):
-        server_app.enroll(foreign(config, **more), config)
+        server_app.client_nodes(foreign(config, **more), config)
 
 
-def test_a_node_without_a_number_is_told_how_to_get_one():
+def test_a_node_without_a_number_is_an_error_with_the_remedy():
     def bare(message: Message, context) -> Message:
         del context.node_config["partition-id"]
         return client_app.app(message, context)
@@ -102,53 +103,53 @@ def test_a_node_without_a_number_is_told_how_to_get_one():
     app.query()(bare)
     config = tiny()
     grid = foreign(config)
-    object.__setattr__(grid._place, "app", app)
+    object.__setattr__(grid._runner, "app", app)
     with pytest.raises(RunError, match="This node has no number; start it with --node-config"):
-        server_app.enroll(grid, config)
+        server_app.client_nodes(grid, config)
 
 
-def test_a_round_goes_on_without_those_who_never_answer():
+def test_a_round_continues_without_clients_that_never_reply():
     config = tiny()
     nodes, asked = [IDS[client] for client in range(3)], {client: {"round": torch.tensor(1)} for client in range(3)}
     replies = list(server_app.exchange(foreign(config, lost=(1,)), nodes, config, "train", 1, asked))
     assert {reply.client: reply.failure for reply in replies} == {0: "", 1: "no reply", 2: ""}
-    assert len({reply.traffic.arrays_down for reply in replies}) == 1  # what was sent was sent
+    assert len({reply.serialized.downlink_arrays for reply in replies}) == 1  # a message without a reply was sent, too
 
 
-def test_a_turn_that_fails_leaves_the_old_memory(tmp_path, monkeypatch):
-    """On engines of Flower's too, where the context is kept whatever became of the turn."""
+def test_a_failed_local_update_leaves_the_old_memory(tmp_path, monkeypatch):
+    """On Flower's engines too, where the context is kept even if the app raises."""
     config = tiny(algorithm="local", compare="fedmd")
-    place = ClientRunner(client_app.app, 3, config.run_config(), tmp_path)
+    runner = ClientRunner(client_app.app, 3, config.run_config(), tmp_path)
     grid = LocalGrid(client_app.app, 3, config.run_config())
 
-    def ask(algorithm: str) -> Message:
+    def message_for(algorithm: str) -> Message:
         record = ConfigRecord({"round": 1, "algorithm": algorithm, "seed": 0, "dataset": "digits"})
         return grid.create_message(
             RecordDict({"arrays": server_app.to_record({"round": torch.tensor(1)}), "config": record}), "train", 1, "1"
         )
 
-    place.accept(place.play(ask("local")))
+    runner.accept(runner.run(message_for("local")))
     before = (tmp_path / "1").read_bytes()
-    monkeypatch.setattr(experiment.prepared(config.member("fedmd", 0, "digits")).algorithm.__class__, "local", None)
-    assert place.play(ask("fedmd")).has_error()
+    monkeypatch.setattr(experiment.prepared(config.run("fedmd", 0, "digits")).algorithm.__class__, "local_update", None)
+    assert runner.run(message_for("fedmd")).has_error()
     assert (tmp_path / "1").read_bytes() == before
     assert not (tmp_path / "1.new").exists()
 
 
-def test_a_node_plays_with_its_own_images(tmp_path):
+def test_a_node_trains_on_its_own_images(tmp_path):
     """Rows that lie in folders of its own count; images that are public are refused, and so is nothing at all."""
     config = tiny(partitioner="own", clients=1)
     public = experiment.prepared(tiny(clients=1))
-    assert len(experiment.prepared(config).parts[0]) == 0
-    for row in public.parts[0][:30]:
+    assert len(experiment.prepared(config).training_partition[0]) == 0
+    for row in public.training_partition[0][:30]:
         folder = tmp_path / "mine" / str(int(public.train.labels[row]))
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(public.train.pixels[row].numpy()).save(folder / f"{row}.png")
-    images = experiment.own(str(tmp_path / "mine"), config)
+    images = experiment.node_data(str(tmp_path / "mine"), config)
     assert len(images) == 30
-    assert sorted(images.labels.tolist()) == sorted(public.train.labels[public.parts[0][:30]].tolist())
+    assert sorted(images.labels.tolist()) == sorted(public.train.labels[public.training_partition[0][:30]].tolist())
 
-    def play(**node_config) -> Message:
+    def reply_of(**node_config) -> Message:
         def placed(message: Message, context) -> Message:
             context.node_config.update(node_config)
             return client_app.app(message, context)
@@ -160,12 +161,12 @@ def test_a_node_plays_with_its_own_images(tmp_path):
             iter(server_app.exchange(grid, grid.get_node_ids(), config, "train", 1, {0: {"round": torch.tensor(1)}}))
         )
 
-    reply = play(data=str(tmp_path / "mine"))
+    reply = reply_of(data=str(tmp_path / "mine"))
     assert reply.failure == ""
     assert reply.update.examples == 30
-    assert "This node has no data" in play().failure
+    assert "This node has no data" in reply_of().failure
     Image.fromarray(public.setup.proxy.images[0].numpy()).save(tmp_path / "mine" / "0" / "public.png")
-    experiment.own.cache_clear()
-    experiment.read.cache_clear()
+    experiment.node_data.cache_clear()
+    loading.read.cache_clear()
     with pytest.raises(DataError, match=r"1 of the 31 images in .* are in the proxy or the test set"):
-        experiment.own(str(tmp_path / "mine"), config)
+        experiment.node_data(str(tmp_path / "mine"), config)

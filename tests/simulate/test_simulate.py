@@ -28,7 +28,7 @@ from fedkd.core.tensors import put
 
 @dataclass(frozen=True)
 class Name(Algorithm):
-    """Every client sends the mean of its logits; nothing comes back."""
+    """Every client sends the mean of its logits; the server sends nothing."""
     scale: float = 1.0
     fail: str = ""
 
@@ -43,7 +43,7 @@ class Name(Algorithm):
         return Update({"mean": mean}, len(client.data), {"scale": self.scale}), put("model", weights)
 
     def aggregate(self, setup, state, updates, seed):
-        if self.fail == "tell":
+        if self.fail == "aggregate":
             raise ZeroDivisionError("a server of mine")
         if self.fail == "exit":
             raise SystemExit(3)
@@ -94,7 +94,7 @@ def test_the_screen_shows_header_rows_table_and_path(finished):
     for words in (
         "proxy",
         "partition",
-        "travels",
+        "communication",
         "66",
         "ensemble, seed 0",
         "2/2",
@@ -169,10 +169,11 @@ def test_a_comparison_does_not_change_the_run_it_is_compared_with(tmp_path):
 
 def test_the_proxys_labels_are_never_read(tmp_path, monkeypatch):
     """Other labels on the held-out rows, and on another data set used as proxy, change nothing."""
+    from fedkd.data import loading
     from fedkd.simulate import experiment
 
     def caches_cleared():
-        experiment.read.cache_clear()
+        loading.read.cache_clear()
         experiment.prepared.cache_clear()
 
     for proxy in ("holdout:size=40", "noise:size=50"):
@@ -203,7 +204,7 @@ def own(tmp_path) -> str:
     return str(tmp_path / "mine.py")
 
 
-def test_an_algorithm_of_ones_own(own, tmp_path):
+def test_a_user_defined_algorithm(own, tmp_path):
     rows = simulated(tmp_path / "run", algorithm=f"{own}:Name:scale=2")
     assert rows[-1]["uplink_serialized_bytes"] == 3 * (10 * 4 + 128 + len("mean"))
     assert rows[-1]["train_metrics"] == {"scale": 2.0}
@@ -214,7 +215,7 @@ def test_a_client_that_fails_is_shown_and_survived(own, tmp_path, capsys):
     rows = simulated(tmp_path / "run", algorithm=f"{own}:Name:fail=one")
     assert rows[0]["failures"] == {"1": "ZeroDivisionError: a client of mine"}
     assert rows[0]["participants"] == 2
-    assert "client 1 was not counted: ZeroDivisionError" in capsys.readouterr().out
+    assert "client 1 failed: ZeroDivisionError" in capsys.readouterr().out
     assert "Traceback" in (tmp_path / "run" / "errors.log").read_text()
 
 
@@ -229,19 +230,18 @@ def test_precedence_flags_over_environment_over_file(tmp_path):
     assert (config["seed"], config["clients"], config["rounds"]) == (9, 4, 1)
 
 
-def test_with_json_what_somebodys_code_prints_goes_to_standard_error(tmp_path, capsys):
+def test_with_json_the_output_of_user_code_goes_to_standard_error(tmp_path, capsys):
     from fedkd.core import cli
 
     (tmp_path / "mine.py").write_text(
         "print('imported')\nfrom fedkd.algorithms.local import Local\n"
         "class Mine(Local):\n"
-        "    def local(self, *given):\n        print('trains')\n        return super().local(*given)\n"
+        "    def local_update(self, *given):\n        print('trains')\n        return super().local_update(*given)\n"
     )
     given = [part for key, value in TINY.items() for part in (f"--{key}", str(value))]
     with pytest.raises(SystemExit) as ended:
-        cli.main(
-            simulate,
-            Config,
+        cli.run(
+            cli.command(simulate, Config),
             [*given, "--algorithm", f"{tmp_path}/mine.py:Mine", "--json", "--out", f"{tmp_path}/out"],
         )
     said = capsys.readouterr()
@@ -290,14 +290,14 @@ BAD = [
     (7, ["--algorithm", "{own}:Nmae"], "Did you mean 'Name'"),
     (
         7,
-        ["--algorithm", "{own}:Name:fail=tell"],
+        ["--algorithm", "{own}:Name:fail=aggregate"],
         "failed on the server: ZeroDivisionError: a server of mine .mine.py, line 2",
     ),
     (7, ["--algorithm", "{own}:Name:fail=exit"], "failed on the server: SystemExit: 3"),
     (
         4,
         ["--algorithm", "{own}:Name:fail=local"],
-        "none of 3 clients gave a usable answer; client 0: ZeroDivisionError",
+        "none of 3 clients sent a usable update; client 0: ZeroDivisionError",
     ),
 ]
 
@@ -310,7 +310,7 @@ def test_bad_input_is_one_sentence_and_a_code(code, flags, says, own, tmp_path, 
     words = [flag.replace("{own}", own) for flag in flags]
     given = [part for key, value in TINY.items() if f"--{key}" not in words for part in (f"--{key}", str(value))]
     with pytest.raises(SystemExit) as ended:
-        cli.main(simulate, Config, [*words, *given, "--out", str(tmp_path / "out")])
+        cli.run(cli.command(simulate, Config), [*words, *given, "--out", str(tmp_path / "out")])
     error = capsys.readouterr().err.strip().splitlines()
     assert ended.value.code == code, error
     assert len(error) == 1
@@ -324,8 +324,8 @@ def test_bad_input_is_one_sentence_and_a_code(code, flags, says, own, tmp_path, 
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"up": "top:k=10"}, UsageError, "with 10 classes, k is at most 9"),
-        ({"down": "{own}:notcodec"}, PluginError, "is not a subclass of fedkd.communication.codecs.Codec"),
+        ({"uplink_codec": "top:k=10"}, UsageError, "with 10 classes, k is at most 9"),
+        ({"downlink_codec": "{own}:notcodec"}, PluginError, "is not a subclass of fedkd.communication.codecs.Codec"),
         ({"aggregator": "{own}:narrow"}, PluginError, "--aggregator .*:narrow failed on the server"),
         ({"loss": "{own}:vector"}, PluginError, "--loss .*:vector failed on the server"),
         ({"distill_learning_rate": 1e12}, RunError, "Round 1: the student of ensemble has diverged; lower"),
@@ -360,10 +360,10 @@ def test_a_proxy_of_one_image_is_enough(tmp_path):
     assert simulated(tmp_path, proxy="holdout:size=1", rounds=1)[0]["failures"] == {}
 
 
-def test_a_mistake_is_answered_before_torch_is_imported(tmp_path):
+def test_a_mistake_is_reported_before_torch_is_imported(tmp_path):
     script = (
-        "import sys\nfrom fedkd import cli, simulate\nfrom fedkd.core.config import Config\n"
-        "try: cli.main(simulate.simulate, Config, sys.argv[1:])\n"
+        "import sys\nfrom fedkd.core import cli\nfrom fedkd.simulate.__main__ import app\n"
+        "try: cli.run(app, sys.argv[1:])\n"
         "except SystemExit as end: print('torch' in sys.modules, 'flwr' in sys.modules, end.code)"
     )
     for flags, code in (

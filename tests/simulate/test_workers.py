@@ -28,12 +28,17 @@ def test_the_number_of_workers_changes_no_bit(tmp_path, model):
     """Two and three processes against one, for a model without and with dropout."""
     (tmp_path / "models.py").write_text(DROPPING)
     model = model.replace("{own}", f"{tmp_path}/models.py")
-    played = {}
+    results = {}
     for workers in ("1", "2", "3") if "cnn" in model else ("1", "2"):
-        changes = {"algorithm": "ensemble:downlink=labels", "clients": 5, "up": CODED, "down": CODED}
+        changes = {
+            "algorithm": "ensemble:downlink=labels",
+            "clients": 5,
+            "uplink_codec": CODED,
+            "downlink_codec": CODED,
+        }
         rows = simulated(tmp_path / workers, workers=workers, model=model, **changes)
-        played[workers] = rows, tensors.digest(tensors.load(tmp_path / workers / "student.safetensors"))
-    assert len({str(result) for result in played.values()}) == 1
+        results[workers] = rows, tensors.digest(tensors.load(tmp_path / workers / "student.safetensors"))
+    assert len({str(result) for result in results.values()}) == 1
 
 
 app = ClientApp()
@@ -51,10 +56,10 @@ def dying(message: Message, context: Context) -> Message:
 
 
 @pytest.mark.parametrize("name", ["once", "always"])
-def test_a_worker_that_dies_is_replaced_and_its_turn_played_again(tmp_path, name):
+def test_a_worker_that_dies_is_replaced_and_its_client_repeated(tmp_path, name):
     (tmp_path / name).touch()
     asked = RecordDict({"config": ConfigRecord({"path": str(tmp_path / name)})})
-    with LocalGrid("tests.test_workers:app", 2, {}, workers=2) as grid:
+    with LocalGrid("tests.simulate.test_workers:app", 2, {}, workers=2) as grid:
         for _ in range(2):
             replies = list(grid.send_and_receive([grid.create_message(asked, "query", node, "1") for node in (1, 2)]))
             assert len(replies) == 2
@@ -88,7 +93,7 @@ def hanging(message: Message, context: Context) -> Message:
 
 def test_a_turn_that_hangs_is_ended_and_the_others_go_on():
     start = time.monotonic()
-    with LocalGrid("tests.test_workers:app", 3, {}, workers=1, timeout=0.5) as grid:
+    with LocalGrid("tests.simulate.test_workers:app", 3, {}, workers=1, timeout=0.5) as grid:
         messages = [grid.create_message(RecordDict(), "train", node, "1") for node in (1, 2, 3)]
         replies = {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(messages)}
     assert [replies[node].has_error() for node in (1, 2, 3)] == [False, True, False]
