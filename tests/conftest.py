@@ -1,4 +1,4 @@
-"""Shared by all tests: a cache of their own, digits, and models small enough for a laptop."""
+"""Shared by all tests: a separate cache, the digits data set, and small models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,20 +32,30 @@ TINY = {
 }
 
 
-CODED = "bits:bits=2,coder=range,delta=true"  # what each end remembers must follow it into every process
+CODED = "bits:bits=2,coder=range,delta=true"  # needs the channel memory in every process
 ROOT = Path(__file__).parents[1]
 FLAGS = [part for key, value in TINY.items() for part in (f"--{key}", str(value))]
 
 
 def tiny(**changes: object) -> Config:
-    """A run of seconds: digits, three clients, a small model."""
+    """A config that runs in seconds: digits, three clients, a small model."""
     return Config.parse({**TINY, **{key.replace("_", "-"): value for key, value in changes.items()}})
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``python -m fedkd.simulate`` in a separate process."""
     command = [sys.executable, "-m", "fedkd.simulate", *map(str, arguments)]
     env = {k: v for k, v in os.environ.items() if k != "FEDKD_DATA"} | environment
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=240, check=False)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
+    """Return once the condition holds; the limit only keeps a failing test from hanging."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"the condition does not hold after {seconds:g} seconds")
+        time.sleep(0.05)
 
 
 def simulated(out: Path, **changes: object) -> list[dict]:
@@ -58,7 +69,7 @@ def simulated(out: Path, **changes: object) -> list[dict]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No option of the person who runs the tests leaks in; one cache for the session."""
+    """Ignore options set in the environment; use one cache for the session."""
     patch = pytest.MonkeyPatch()
     for name in list(os.environ):
         if name.startswith("FEDKD_") and name not in ("FEDKD_DATA", "FEDKD_CACHE"):
@@ -78,11 +89,11 @@ def experiment(_isolated: None) -> Experiment:
 
 @pytest.fixture
 def data_dir() -> str:
-    """Where CIFAR-10 is, for tests marked real."""
-    found = os.environ.get("FEDKD_DATA", "")
-    if not found or not Path(found).is_dir():
+    """The directory of CIFAR-10, for tests marked real."""
+    directory = os.environ.get("FEDKD_DATA", "")
+    if not directory or not Path(directory).is_dir():
         pytest.skip("FEDKD_DATA does not point to CIFAR-10")
-    return found
+    return directory
 
 
 @pytest.fixture
