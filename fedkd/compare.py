@@ -61,9 +61,10 @@ def compare(
 
 #: What two runs may differ in: which methods and seeds, how it is sent, and where it is computed.
 FREE = {"algorithm", "compare", "seed", "seeds", "out", "json", "device", "engine", "workers", "client-timeout"}
-FREE |= {"ray-address", "client-cpus", "client-gpus", "data-dir", "evaluate-every", "up", "down"}
+FREE |= {"ray-address", "client-cpus", "client-gpus", "data-dir", "evaluate-every", "uplink-codec", "downlink-codec"}
 #: The same for two distillations: who teaches, and how.
-FREE_TAUGHT = {"loss", "teacher", "teachers-from", "teacher-epochs", "votes", "judge", "out", "json", "data-dir"}
+FREE_TAUGHT = {"loss", "teacher", "teachers-from", "teacher-epochs", "teacher-weighting", "judge", "out", "json"}
+FREE_TAUGHT |= {"data-dir"}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,9 +16,9 @@ from rich.progress import (
     SpinnerColumn,
     Task,
     TaskID,
-    TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from fedkd.evaluation.report.text import percent, seconds, size
@@ -36,35 +36,62 @@ HEAD = (
     f"{'training':>8}  {'evaluation':>10}"
 )
 QUIET = 10.0  # seconds between plain lines inside a round
-TRAINING_SHARE = 0.75  # of the time of a round, until a round has been measured
+TRAINING_FRACTION = 0.75  # of the time of a round, until an evaluation has been measured
+ALMOST_DONE = 0.999  # a bar that is full before the end would stop its clock
 
 
 @dataclass
 class Estimate:
-    """How much of all rounds is done, and when the rest will be.
+    """The fraction of all rounds that is done, and the remaining time.
 
-    A round is done in two parts, training and evaluation, whose shares of its time are measured. Within a part,
-    clients count by their numbers of samples.
+    A round is training (with the server update), then evaluation; their fractions of its time are measured. Within
+    each of the two, clients count by their numbers of samples. All rounds are taken to last equally long.
     """
 
     rounds: int
-    start: float = field(default_factory=time.monotonic)
+    start: float
     done: float = 0.0
+    finished_rounds: int = 0
+    training: float = TRAINING_FRACTION  # of the time of a round
     spent: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "evaluate": 0.0})
+    _kind: str = ""
+    _since: float = 0.0
 
-    def update(self, finished_rounds: int, kind: str, share: float) -> None:
-        """Take note of the share of a part of the round after the finished ones."""
-        total = sum(self.spent.values())
-        training = self.spent["train"] / total if total and self.spent["evaluate"] else TRAINING_SHARE
-        within = share * training if kind == "train" else training + share * (1 - training)
-        self.done = max(self.done, (finished_rounds + min(within, 1.0)) / self.rounds)
+    def begin(self, kind: str, now: float) -> None:
+        """Record that the training or the evaluation of a round begins, and what came before it ends."""
+        if self._kind:
+            self.spent[self._kind] += now - self._since
+        self._kind, self._since = kind, now
 
-    def remaining(self, now: float | None = None) -> float | None:
-        """Seconds until all rounds are done; None before anything is."""
+    def update(self, kind: str, fraction: float) -> None:
+        """Record that ``fraction`` of the training or evaluation of the current round is done."""
+        fraction = min(fraction, 1.0)
+        of_round = fraction * self.training if kind == "train" else self.training + fraction * (1 - self.training)
+        self._reach(self.finished_rounds + of_round)
+
+    def end_round(self, now: float) -> None:
+        """Record that a round is finished."""
+        self.begin("", now)
+        if self.spent["evaluate"]:
+            self.training = self.spent["train"] / sum(self.spent.values())
+        self.finished_rounds += 1
+        self._reach(self.finished_rounds)
+
+    def _reach(self, rounds: float) -> None:
+        self.done = max(self.done, min(rounds / self.rounds, ALMOST_DONE))
+
+    def remaining(self, now: float) -> float | None:
+        """Seconds until all rounds are done; None before the first reply."""
         if not self.done:
             return None
-        elapsed = (time.monotonic() if now is None else now) - self.start
-        return elapsed * (1 - self.done) / self.done
+        return (now - self.start) * (1 - self.done) / self.done
+
+
+class Description(ProgressColumn):
+    """The description of a task, cut where the terminal is narrow."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description, no_wrap=True, overflow="ellipsis")
 
 
 class Remaining(ProgressColumn):
@@ -72,79 +99,88 @@ class Remaining(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         end = task.fields.get("end")
-        return Text("" if end is None else f"about {clock(max(0.0, end - time.monotonic()))} left")
+        return Text("" if end is None else f"about {duration(max(0.0, end - task.get_time()))} left")
 
 
 @dataclass
 class Screen:
-    """Where a run is shown. ``progress`` shows one bar for all rounds; ``watch`` wraps an exchange to move it."""
+    """Where a run is shown. ``progress`` shows one bar for all rounds; ``watch`` wraps an exchange to advance it."""
 
     console: Console
+    clock: Callable[[], float] = time.monotonic
     _bar: Progress | None = None
-    _task: TaskID = TaskID(0)
-    _estimate: Estimate = field(default_factory=lambda: Estimate(1))
-    _finished: int = 0
+    _task: TaskID | None = None
+    _estimate: Estimate = field(default_factory=lambda: Estimate(1, 0.0))
 
     def say(self, text: str = "") -> None:
+        """Print a line; a terminal may wrap it."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, table: Table) -> None:
-        """A table at its own width: a narrow terminal may wrap its lines, but no number is cut."""
+        """Print a table at its own width: a narrow terminal may wrap its lines, but no number is cut."""
         needed = Console(width=1000).measure(table).maximum
         wide = Console(file=self.console.file, width=max(self.console.width, needed), no_color=True)
         wide.print(table)
 
     @contextmanager
     def progress(self, rounds: int) -> Iterator[None]:
-        """Show the progress of so many rounds while the block runs: a bar, if there is a terminal."""
-        self._estimate, self._finished = Estimate(rounds), 0
+        """Show the progress of ``rounds`` rounds while the block runs: a bar, if there is a terminal."""
+        self._estimate = Estimate(rounds, self.clock())
         if not self.console.is_terminal:
             yield
             return
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(), Remaining())
-        with Progress(*columns, console=self.console, transient=True) as self._bar:
-            self._task = self._bar.add_task("starting", total=1.0, end=None)
-            yield
-        self._bar = None
+        columns = (
+            SpinnerColumn(table_column=Column(no_wrap=True)),
+            BarColumn(20, table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            Remaining(table_column=Column(no_wrap=True)),
+            Description(),
+        )
+        try:
+            with Progress(*columns, console=self.console, transient=True, get_time=self.clock) as self._bar:
+                self._task = self._bar.add_task("starting", total=1.0, end=None)
+                yield
+        finally:
+            self._bar = None
 
     def watch(self, exchange: Exchange, run: Config, sizes: Sequence[int]) -> Exchange:
-        """The same exchange; every reply moves the bar. ``sizes`` are the clients' numbers of samples."""
+        """The same exchange; every reply advances the bar. ``sizes`` are the clients' numbers of samples."""
 
         def watched(kind: str, number: int, messages: Mapping[int, Tensors]) -> Iterable[Reply]:
             part = {"train": "training", "evaluate": "evaluation"}.get(kind, kind)
             where = f"{run.algorithm}, seed {run.seed}, round {number} of {run.rounds}"
             total = sum(1 + sizes[client] for client in messages)
-            started = last_line = time.monotonic()
-            share, replies = 0.0, 0
-            self._move(f"{where}: {part}, 0 of {len(messages)} clients", kind, 0.0)
-            for reply in exchange(kind, number, messages):
-                replies += 1
-                share += (1 + sizes[reply.client]) / total
+            last_line = self.clock()
+            fraction = 0.0
+            self._estimate.begin(kind, last_line)
+            self._advance(f"{where}: {part}, 0 of {len(messages)} clients", kind, 0.0)
+            for replies, reply in enumerate(exchange(kind, number, messages), 1):
+                fraction += (1 + sizes[reply.client]) / total
                 server = "evaluation" if kind == "evaluate" else "server update"
                 doing = f"{part}, {replies} of {len(messages)} clients" if replies < len(messages) else server
-                self._move(f"{where}: {doing}", kind, share)
-                if self._bar is None and time.monotonic() - last_line > QUIET:
-                    last_line = time.monotonic()
+                self._advance(f"{where}: {doing}", kind, fraction)
+                if self._bar is None and self.clock() - last_line > QUIET:
+                    last_line = self.clock()
                     self.say(f"         round {number}: {doing}{self._left()}")
                 yield reply
-            self._estimate.spent[kind] = self._estimate.spent.get(kind, 0.0) + time.monotonic() - started
 
         return watched
 
-    def _move(self, description: str, kind: str, share: float) -> None:
-        self._estimate.update(self._finished, kind, share)
-        if self._bar is not None:
-            left = self._estimate.remaining()
-            end = None if left is None else time.monotonic() + left
+    def _advance(self, description: str, kind: str, fraction: float) -> None:
+        self._estimate.update(kind, fraction)
+        if self._bar is not None and self._task is not None:
+            now = self.clock()
+            left = self._estimate.remaining(now)
+            end = None if left is None else now + left
             self._bar.update(self._task, description=description, completed=self._estimate.done, end=end)
 
     def _left(self) -> str:
-        left = self._estimate.remaining()
-        return "" if left is None else f"; about {clock(left)} left in all"
+        left = self._estimate.remaining(self.clock())
+        return "" if left is None else f"; about {duration(left)} left in all"
 
     def row(self, row: Row, rounds: int) -> None:
         """One line of numbers for a round, and one for each client that failed."""
-        self._finished += 1
+        self._estimate.end_round(self.clock())
         loss = "–" if row["test_loss"] is None else f"{row['test_loss']:.3f}"
         self.say(
             f"{row['round']:>3}/{rounds:<3}  {percent(row['test_accuracy']):>8}  {loss:>6}  "
@@ -158,8 +194,8 @@ class Screen:
             self.say(f"         client {client} is not in the evaluated ensemble: {reason}")
 
 
-def clock(left: float) -> str:
-    """A duration as h:mm:ss."""
+def duration(left: float) -> str:
+    """Seconds as h:mm:ss."""
     minutes, rest = divmod(round(left), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
