@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkd.core import seeds
@@ -11,6 +11,7 @@ def test_the_same_name_gives_the_same_seed_on_every_machine():
     assert seeds.derive(0, "client", 1, 2) == 8012930457847641335
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**40), st.integers(0, 50), st.integers(0, 50))
 def test_neighbors_share_nothing(seed: int, round_: int, client: int):
     here = seeds.derive(seed, round_, client)

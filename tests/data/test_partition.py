@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkd.data import partitioners, skew
@@ -13,6 +13,7 @@ from fedkd.data.partition import Partition
 parts_ = st.lists(st.lists(st.integers(0, 10**9), max_size=6), min_size=1, max_size=8)
 
 
+@settings(deadline=None)
 @given(parts_)
 def test_it_is_a_sequence_of_its_parts(parts):
     held = Partition.of([np.array(part, dtype=np.int64) for part in parts])
@@ -26,6 +27,7 @@ def test_it_is_a_sequence_of_its_parts(parts):
         held[len(parts)]
 
 
+@settings(deadline=None)
 @given(parts_)
 def test_its_digest_is_that_of_sizes_and_rows_one_client_at_a_time(parts):
     sha = hashlib.sha256()
@@ -34,6 +36,7 @@ def test_its_digest_is_that_of_sizes_and_rows_one_client_at_a_time(parts):
     assert Partition.of([np.array(part, dtype=np.int64) for part in parts]).digest() == sha.hexdigest()
 
 
+@settings(deadline=None)
 @given(parts_.filter(lambda parts: all(parts)))
 def test_counts_are_those_of_a_loop(parts):
     labels = np.arange(50) % 4

@@ -69,7 +69,7 @@ def write(path: Path, **changes: Any) -> Path:
 @contextmanager
 def serving(file, **limits):
     """The address of a server in a thread, and what its routes share."""
-    limits = web.Limits(**limits)
+    limits = web.Limits(**{"timeout": 120.0} | limits)  # a slow machine is no slow client
     app = web.app(network.load(file), limits)
     with http.listen("127.0.0.1", 0) as listening:
         server = http.server(app, limits.timeout)

@@ -6,14 +6,16 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedkd.core import tensors
+from fedkd.simulate.flower import workers as pool
 from fedkd.simulate.flower.local_grid import LocalGrid, count_workers
-from tests.conftest import CODED, simulated
+from tests.conftest import CODED, simulated, wait_for
 
 DROPPING = """
 from torch import nn
@@ -68,10 +70,7 @@ def test_a_worker_that_dies_is_replaced_and_its_client_repeated(tmp_path, name):
                 assert not failed
             else:
                 assert "died, twice" in str(failed)
-    deadline = 50
-    while multiprocessing.active_children() and (deadline := deadline - 1):
-        time.sleep(0.1)
-    assert not multiprocessing.active_children()
+    wait_for(lambda: not multiprocessing.active_children())
 
 
 def test_how_many_workers():
@@ -87,15 +86,23 @@ def test_how_many_workers():
 @app.train()
 def hanging(message: Message, context: Context) -> Message:
     if context.node_config["partition-id"] == 1:
-        time.sleep(60)
+        with open(str(message.content["config"]["path"]), "ab") as file:
+            file.write(b".")
+        while True:
+            time.sleep(1000)
     return Message(RecordDict({"metrics": MetricRecord({"count": 1})}), reply_to=message)
 
 
-def test_a_turn_that_hangs_is_ended_and_the_others_go_on():
-    start = time.monotonic()
-    with LocalGrid("tests.simulate.test_workers:app", 3, {}, workers=1, timeout=0.5) as grid:
-        messages = [grid.create_message(RecordDict(), "train", node, "1") for node in (1, 2, 3)]
+def test_a_turn_that_hangs_is_ended_and_the_others_go_on(tmp_path, monkeypatch):
+    """The hour it is given is over, seen from the grid, as soon as it hangs."""
+    mark = tmp_path / "hangs"
+    clock = SimpleNamespace(monotonic=lambda: 7200.0 * (mark.stat().st_size if mark.exists() else 0))
+    monkeypatch.setattr(pool, "time", clock)
+    monkeypatch.setattr(pool, "MAX_WAIT", 0.05)  # seconds between looks at the clock
+    asked = RecordDict({"config": ConfigRecord({"path": str(mark)})})
+    with LocalGrid("tests.simulate.test_workers:app", 3, {}, workers=1, timeout=3600) as grid:
+        messages = [grid.create_message(asked, "train", node, "1") for node in (1, 2, 3)]
         replies = {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(messages)}
     assert [replies[node].has_error() for node in (1, 2, 3)] == [False, True, False]
     assert "--client-timeout, twice" in replies[2].error.reason
-    assert time.monotonic() - start < 50
+    assert mark.read_bytes() == b"..", "it was tried twice"
