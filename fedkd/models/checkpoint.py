@@ -138,7 +138,7 @@ def read_weights(path: Path) -> Tensors:
 
 
 def fill(module: nn.Module, weights: Tensors, whose: str) -> None:
-    """Traffic weights into a module.
+    """Load weights into a module.
 
     Raises:
         DataError: names or shapes are not the module's, or values are not finite.

@@ -104,7 +104,7 @@ def asked(tmp_path):
 
 @pytest.fixture
 def clock(tmp_path, monkeypatch):
-    """Outputs from the grid, more than `LIMIT` seconds pass each time a client starts to hang, and none else."""
+    """Seen from the grid, more than `LIMIT` seconds pass each time a client starts to hang, and none else."""
     mark = tmp_path / "mark"
 
     def monotonic() -> float:
