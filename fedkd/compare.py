@@ -56,15 +56,26 @@ def compare(
             Screen(Console()).show(grid.rich())
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        figure.draw(curves, ", ".join(path.name for path in runs), out)
+        config = held[0].config
+        setting = f"{config['dataset']}, {config['clients']} clients, {config['partitioner']}, {config['model']}"
+        figure.draw(curves, setting, out)
 
 
 #: What two runs may differ in: which methods and seeds, how it is sent, and where it is computed.
-FREE = {"algorithm", "compare", "seed", "seeds", "out", "json", "device", "engine", "workers", "client-timeout"}
-FREE |= {"ray-address", "client-cpus", "client-gpus", "data-dir", "evaluate-every", "uplink-codec", "downlink-codec"}
-#: The same for two distillations: who teaches, and how.
-FREE_TAUGHT = {"loss", "teacher", "teachers-from", "teacher-epochs", "teacher-weighting", "judge", "out", "json"}
-FREE_TAUGHT |= {"data-dir"}
+IGNORED = {"algorithm", "compare", "seed", "seeds", "out", "json", "device", "engine", "workers", "client-timeout"}
+IGNORED |= {"ray-address", "client-cpus", "client-gpus", "data-dir", "evaluate-every", "uplink-codec", "downlink-codec"}
+#: The same for two distillations: the teachers and the loss.
+IGNORED_DISTILLATION = {
+    "loss",
+    "teacher",
+    "teachers-from",
+    "teacher-epochs",
+    "teacher-weighting",
+    "judge",
+    "out",
+    "json",
+}
+IGNORED_DISTILLATION |= {"data-dir"}
 
 
 @dataclass(frozen=True)
@@ -118,11 +129,11 @@ def played(held: Sequence[Held]) -> tuple[list[Row], dict[tuple[str, int], list[
     """The summaries of what runs of fedkd.simulate finished, and their rounds by method and seed.
 
     Raises:
-        UsageError: one is no run that finished anything, or they differ in more than `FREE` or in
+        UsageError: one is no run that finished anything, or they differ in more than `IGNORED` or in
             who holds which rows, or play the same twice.
 
     """
-    _alike(held, FREE)
+    _alike(held, IGNORED)
     finished: list[Row] = []
     curves: dict[tuple[str, int], list[Row]] = {}
     partitions: dict[int, str] = {}
@@ -155,10 +166,10 @@ def distilled(held: Sequence[Held]) -> list[tuple[str, str, Sequence[students.Ju
     """The loss, the teachers and what was judged by seed, of each run of fedkd.distill.
 
     Raises:
-        UsageError: one has not ended, or they differ in more than `FREE_TAUGHT` or in the students without a teacher.
+        UsageError: one has not ended, or they differ in more than `IGNORED_DISTILLATION` or in the baseline students.
 
     """
-    _alike(held, FREE_TAUGHT)
+    _alike(held, IGNORED_DISTILLATION)
     found: list[tuple[str, str, Sequence[students.Judged]]] = []
     for one in held:
         if one.result.get("status") != "ok":
@@ -167,10 +178,12 @@ def distilled(held: Sequence[Held]) -> list[tuple[str, str, Sequence[students.Ju
             judged = [run["judged"] for run in one.result["runs"]]
             teachers = ", ".join(_teacher(name) for name in one.result["teachers"]) or "itself"
             found.append((one.config["loss"], teachers, judged))
-    alone = [[seed[students.ALONE][key] for seed in judged for key in ("accuracy", "nll")] for _, _, judged in found]
-    for one, mine in zip(held, alone, strict=True):
-        if mine != alone[0]:
-            raise UsageError(f"{one.path} has other students alone than {held[0].path}; play both on one machine.")
+    baselines = [
+        [seed[students.BASELINE][key] for seed in judged for key in ("accuracy", "nll")] for _, _, judged in found
+    ]
+    for one, mine in zip(held, baselines, strict=True):
+        if mine != baselines[0]:
+            raise UsageError(f"{one.path} has other baseline students than {held[0].path}; run both on one machine.")
     return found
 
 

@@ -51,7 +51,7 @@ def distillations(tmp_path_factory):
         if change == "status":
             result["status"] = "interrupted"
         else:
-            result["runs"][1]["judged"]["alone"]["accuracy"] += 0.01
+            result["runs"][1]["judged"]["baseline"]["accuracy"] += 0.01
         (root / name / "result.json").write_text(json.dumps(result))
     return root
 
@@ -61,7 +61,7 @@ def read(paths):
 
 
 def steady(row):
-    return {key: value for key, value in row.items() if "training_seconds" not in key}
+    return {key: value for key, value in row.items() if "seconds" not in key}
 
 
 def test_runs_played_apart_are_those_played_together(runs):
@@ -80,7 +80,7 @@ def test_the_command_writes_markdown_and_a_figure(runs, tmp_path):
     command = [sys.executable, "-m", "fedkd.compare", runs / "first", runs / "second", "--markdown", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("| method | test acc | - fedavg |")
+    assert done.stdout.startswith("| method | test acc | Δ fedavg |")
     assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
@@ -105,23 +105,23 @@ def test_distillations_side_by_side(distillations):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[:5]]
-    assert rows[0][:4] == ["loss", "teacher", "test acc", "- alone"]
+    assert rows[0][:4] == ["loss", "teacher", "test acc", "Δ baseline"]
     for (loss, teacher, accuracy, gain), name in zip([row[:4] for row in rows[3:]], ("logits", "itself"), strict=True):
         runs = json.loads((distillations / name / "result.json").read_text())["runs"]
-        own, alone = ([100 * run["judged"][who]["accuracy"] for run in runs] for who in ("student", "alone"))
-        gains = [mine - bare for mine, bare in zip(own, alone, strict=True)]
+        own, baseline = ([100 * run["judged"][who]["accuracy"] for run in runs] for who in ("student", "baseline"))
+        gains = [mine - bare for mine, bare in zip(own, baseline, strict=True)]
         assert loss.split(":")[0] == ("logits" if name == "logits" else "self")
         assert teacher == ("cnn:width=8" if name == "logits" else "itself")
         assert accuracy == f"{fmean(own):.1f}% ±{stdev(own):.1f}"
         assert gain == f"{fmean(gains):+.1f} ±{stdev(gains):.1f}"
-    assert rows[2][:3] == ["alone", "–", f"{fmean(alone):.1f}% ±{stdev(alone):.1f}"]
+    assert rows[2][:3] == ["baseline", "–", f"{fmean(baseline):.1f}% ±{stdev(baseline):.1f}"]
 
 
 @pytest.mark.parametrize(
     ("names", "says"),
     [
         (("logits", "longer"), "differ in epochs"),
-        (("logits", "other"), "has other students alone than"),
+        (("logits", "other"), "has other baseline students than"),
         (("logits", "stopped"), "did not come to its end"),
     ],
 )

@@ -97,7 +97,7 @@ def turn(script: Script, client: int, number: int, weights: Weights) -> tuple[We
     return trained, script.answer(trained) if script.config.algorithm == "ensemble" else None
 
 
-def play(experiment: Experiment, workers: int) -> tuple[Weights, list[float]]:
+def run(experiment: Experiment, workers: int) -> tuple[Weights, list[float]]:
     """The global student after all rounds of FedAvg or of the ensemble, and the seconds of each round."""
     config, script = experiment.config, Script(experiment)
     student = experiment.setup.trainer.initial_weights(experiment.setup.student)
@@ -155,7 +155,7 @@ def main() -> None:
     """``python -m fedkd.bench.bare CONFIG WORKERS``: the config as JSON; a JSON object with the seconds."""
     config, workers = Config.parse(json.loads(sys.argv[1])), int(sys.argv[2])
     settle(config.threads)
-    _, seconds = play(prepare(config), workers)
+    _, seconds = run(prepare(config), workers)
     print(json.dumps({"rounds": seconds}))
 
 

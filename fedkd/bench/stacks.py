@@ -131,10 +131,10 @@ def _foreign(arguments: list[str], weigh: bool) -> Timing:
     return Timing(seconds, whole - sum(seconds), *held)
 
 
-Held = tuple[float | None, float | None]  # megabytes at most: all, and without the images on the disk
+Memory = tuple[float | None, float | None]  # megabytes at most: all, and without the images on the disk
 
 
-def _run(arguments: list[str], weigh: bool) -> tuple[str, float, Held]:
+def _run(arguments: list[str], weigh: bool) -> tuple[str, float, Memory]:
     """What a Python process prints, its seconds from start to end, and, if asked, its megabytes.
 
     Weighing disturbs what is timed: it is done in runs of its own.

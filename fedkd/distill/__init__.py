@@ -28,7 +28,7 @@ def distill(config: DistillConfig) -> Path:
     from fedkd.distill import runner
 
     try:
-        runner.conduct(config, terms)
+        runner.run(config, terms)
     except (FedkdError, KeyboardInterrupt, SystemExit) as error:
         if getattr(error, "code", None) != RunError.code:
             run_directory.release(out, "epochs.jsonl")

@@ -40,8 +40,8 @@ class DistillConfig(Options):
         "kind=, weight= and options of its own, as logits:temperature=4,weight=0.9 or features:layers=layer2+layer3.",
         several=True,
     )
-    votes: Literal["equal", "entropy", "agreement"] = option(
-        "equal",
+    teacher_weighting: Literal["uniform", "entropy", "agreement"] = option(
+        "uniform",
         "Losses",
         "What each of several teachers weighs on an image: the same, more where it is certain, or more where it "
         "agrees with the label.",

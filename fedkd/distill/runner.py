@@ -21,12 +21,12 @@ from fedkd.data import corruptions
 from fedkd.distill import teacher_names, teachers, train
 from fedkd.distill.config import CLASSIC
 from fedkd.distill.task import Task, prepare
-from fedkd.distill.teachers import Committee, Teacher
+from fedkd.distill.teachers import Teacher, TeacherEnsemble
 from fedkd.evaluation import quality
 from fedkd.evaluation.quality import Candidate
 from fedkd.evaluation.report import students as report
 from fedkd.evaluation.report.screen import Screen
-from fedkd.evaluation.report.students import ALONE, TAUGHT
+from fedkd.evaluation.report.students import BASELINE, STUDENT
 from fedkd.evaluation.report.table import Grid
 from fedkd.evaluation.report.text import percent, plain, seconds, spread
 from fedkd.training.terms import BornAgain, Logits, Term
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fedkd.distill.train import Epoch
 
 
-def conduct(config: DistillConfig, terms: Sequence[Term]) -> None:
+def run(config: DistillConfig, terms: Sequence[Term]) -> None:
     """Train and judge every student of ``config``; ``result.json`` comes last.
 
     Raises:
@@ -53,23 +53,23 @@ def conduct(config: DistillConfig, terms: Sequence[Term]) -> None:
         run_directory.write_json(out / "env.json", run_directory.environment(task.device, task.dataset, fallback))
         for line in _header(task, config, fallback):
             screen.say(line)
-        _rehearse(task, config, terms)
-        watch = partial(_watch, out, screen)
-        with _blaming(config):
-            taught_by, ranking = _teachers(task, config, terms, watch)
+        _check_training_step(task, config, terms)
+        watch = partial(_report_epoch, out, screen)
+        with _attributing(config):
+            taught_by, ranking = _obtain_teachers(task, config, terms, watch)
         held |= {"teachers": [teacher.name for teacher in taught_by], "ranking": ranking}
         if ranking:
             screen.show(_table(ranking).rich())
         for seed in range(config.seed, config.seed + config.seeds):
             one = dataclasses.replace(config, seed=seed, seeds=1)
-            with _blaming(config):
-                judged = _seed(task, one, terms, taught_by, watch, out)
+            with _attributing(config):
+                judged = _run_seed(task, one, terms, taught_by, watch, out)
             held["runs"].append({"seed": seed, "judged": judged})
         judged = report.joined([run["judged"] for run in held["runs"]])
-        for grid in (report.knows(judged), report.costs(judged)):
+        for grid in (report.quality_table(judged), report.cost_table(judged)):
             screen.show(grid.rich())
         held["gain"] = _gain(held["runs"])
-        screen.say(f"{TAUGHT} - {ALONE}, paired by seed: {spread(held['gain']['mean'], held['gain']['std'])}")
+        screen.say(f"{STUDENT} - {BASELINE}, paired by seed: {spread(held['gain']['mean'], held['gain']['std'])}")
         report.draw(judged, f"{config.student} on {task.dataset}", out)
         held["status"] = "ok"
     except FedkdError as error:
@@ -83,7 +83,7 @@ def conduct(config: DistillConfig, terms: Sequence[Term]) -> None:
     screen.say(f"run directory: {out}")
 
 
-def _blaming(config: DistillConfig) -> AbstractContextManager[None]:
+def _attributing(config: DistillConfig) -> AbstractContextManager[None]:
     """Whatever somebody's own loss or network raises in training is called by its name."""
     return specs.attributing(_components(config), "in training")
 
@@ -103,7 +103,7 @@ def _header(task: Task, config: DistillConfig, fallback: str) -> Iterator[str]:
     yield f"   student  {config.student}, {plain(config.epochs, 'epoch')}, {config.loss}"
 
 
-def _watch(out: Path, screen: Screen, name: str, epoch: Epoch) -> None:
+def _report_epoch(out: Path, screen: Screen, name: str, epoch: Epoch) -> None:
     """Say and keep what an epoch gave."""
     run_directory.append(out / "epochs.jsonl", {"network": name, **dataclasses.asdict(epoch)})
     screen.say(
@@ -118,7 +118,7 @@ def _gain(played: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     return {"mean": fmean(gains), "std": stdev(gains) if len(gains) > 1 else None}
 
 
-def _rehearse(task: Task, config: DistillConfig, terms: Sequence[Term]) -> None:
+def _check_training_step(task: Task, config: DistillConfig, terms: Sequence[Term]) -> None:
     """Steps with everybody untrained, so that a layer that is not there is told before a teacher is trained.
 
     A batch of few, and one of one image if the last one will be such, which some networks cannot be trained on.
@@ -128,7 +128,7 @@ def _rehearse(task: Task, config: DistillConfig, terms: Sequence[Term]) -> None:
         PluginError: what somebody's own loss or model did.
 
     """
-    texts = _named(config, terms)
+    texts = _teacher_specs(config, terms)
     own = [text for _, text in _components(config) if specs.is_user_defined(text)]
     counts = {min(8, len(task.train))} | ({1} if len(task.train) % config.batch_size == 1 else set())
     blamed = " or ".join(own) or f"--loss {config.loss}"
@@ -140,7 +140,7 @@ def _rehearse(task: Task, config: DistillConfig, terms: Sequence[Term]) -> None:
                 student = train.fresh(task, config, config.student)
                 modules = [teachers.frozen(teachers.untrained(task, config, text)) for text in texts]
                 modules = modules or [teachers.frozen(train.fresh(task, config, config.student))]
-                lesson = train.lesson_of(task, config, student, modules, terms).train()
+                lesson = train.objective_of(task, config, student, modules, terms).train()
                 seen = lesson(task.scaling(task.train.pixels[rows]))
                 loss = lesson.loss(seen, torch.stack([task.train.labels[rows], rows], 1).to(task.device))
                 torch.autograd.grad(loss, list(lesson.parameters()), allow_unused=True)
@@ -154,7 +154,7 @@ def _rehearse(task: Task, config: DistillConfig, terms: Sequence[Term]) -> None:
             raise (PluginError if own else UsageError)(f"{blamed} gives {loss.detach()}{where}, not one finite number.")
 
 
-def _named(config: DistillConfig, terms: Sequence[Term]) -> list[str]:
+def _teacher_specs(config: DistillConfig, terms: Sequence[Term]) -> list[str]:
     """The specs of those who teach, or may."""
     if not any(term.needs_teacher for term in terms):
         return []
@@ -163,11 +163,11 @@ def _named(config: DistillConfig, terms: Sequence[Term]) -> list[str]:
     return teacher_names.named(config) or [CLASSIC]
 
 
-def _teachers(
+def _obtain_teachers(
     task: Task, config: DistillConfig, terms: Sequence[Term], watch: teachers.Watch
 ) -> tuple[list[Teacher], list[dict[str, Any]]]:
     """Who teaches; and how those of ``--teachers-from`` are ranked, of whom the first one does."""
-    known = teachers.obtain(task, config, _named(config, terms), watch)
+    known = teachers.obtain(task, config, _teacher_specs(config, terms), watch)
     if not config.teachers_from:
         return known, []
     temperature = next((term.temperature for term in terms if isinstance(term, Logits)), Logits().temperature)
@@ -180,12 +180,12 @@ def _table(ranking: Sequence[dict[str, Any]]) -> Grid:
     titles = ["teacher", "mean place", "val acc", "ECE", "entropy", "gap"]
 
     def measured(row: dict[str, Any], key: str, said: str) -> str:
-        return said + (f" ({row[f'{key}_place']})" if row["is_good"] else "")
+        return said + (f" ({row[f'{key}_rank']})" if row["is_competitive"] else "")
 
     rows = [
         [
-            Path(row["teacher"]).name + "*" * (not row["is_fair"]),
-            f"{row['mean_place']:.2f}" if row["is_good"] else "–",
+            Path(row["teacher"]).name + "*" * (not row["unseen_validation"]),
+            f"{row['mean_rank']:.2f}" if row["is_competitive"] else "–",
             measured(row, "accuracy", percent(row["accuracy"])),
             measured(row, "ece", f"{row['ece']:.3f}"),
             measured(row, "entropy", f"{row['entropy']:.2f}"),
@@ -198,12 +198,12 @@ def _table(ranking: Sequence[dict[str, Any]]) -> Grid:
         "Who is less accurate than the best, beyond chance, comes after the others and has no place.\n"
         "entropy: of its soft labels, in nats; gap: |log(parameters / the student's)|."
     )
-    if not all(row["is_fair"] for row in ranking):
+    if not all(row["unseen_validation"] for row in ranking):
         said += "\n*: may have been trained on the validation images, which flatters it."
     return Grid(titles, rows, said)
 
 
-def _seed(
+def _run_seed(
     task: Task,
     config: DistillConfig,
     terms: Sequence[Term],
@@ -214,19 +214,19 @@ def _seed(
     """One seed: the student alone and with its teachers, kept and judged beside them."""
     named = f"seed{config.seed}"
     alone = teachers.trained(
-        task, config, config.student, config.epochs, config.seed, partial(watch, f"{ALONE} {named}")
+        task, config, config.student, config.epochs, config.seed, partial(watch, f"{BASELINE} {named}")
     )
     modules = [teacher.module for teacher in taught_by]
     if isinstance(terms[0], BornAgain):
         modules = [alone]
         for generation in range(1, terms[0].generations - 1):
-            modules = [teachers.frozen(_taught(task, config, terms, modules, watch, generation))]
-    student = _taught(task, config, terms, modules, watch)
+            modules = [teachers.frozen(_distilled_student(task, config, terms, modules, watch, generation))]
+    student = _distilled_student(task, config, terms, modules, watch)
     found: dict[str, nn.Module] = {}
     if modules:
-        found[quality.TEACHER] = modules[0] if len(modules) == 1 else Committee(modules, config.votes)
-    found |= {ALONE: alone, TAUGHT: student}
-    paths = {ALONE: out / f"{ALONE}-{named}.safetensors", TAUGHT: out / _name(config.seed, out)}
+        found[quality.TEACHER] = modules[0] if len(modules) == 1 else TeacherEnsemble(modules, config.teacher_weighting)
+    found |= {BASELINE: alone, STUDENT: student}
+    paths = {BASELINE: out / f"{BASELINE}-{named}.safetensors", STUDENT: out / _student_file(config.seed, out)}
     for name, path in paths.items():
         teachers.student_of(task, config, config.student, found[name]).save(path)
     candidates = {
@@ -236,7 +236,7 @@ def _seed(
     return quality.judge(candidates, task.test, task.shifted, seed=config.seed, kinds=kinds, count=max(1, config.judge))
 
 
-def _taught(
+def _distilled_student(
     task: Task,
     config: DistillConfig,
     terms: Sequence[Term],
@@ -247,13 +247,15 @@ def _taught(
     """A student of these teachers. Those that are born again between the first and the last start elsewhere."""
     module = train.fresh(task, config, config.student, *([generation] if generation else []))
     seed = seeds.derive(config.seed, "generation", generation) if generation else config.seed
-    name = f"{TAUGHT} seed{config.seed}" + (f" generation {generation + 1}" if generation else "")
+    name = f"{STUDENT} seed{config.seed}" + (f" generation {generation + 1}" if generation else "")
     known = [teachers.frozen(module) for module in modules]
     for epoch in train.train(module, task, config, epochs=config.epochs, seed=seed, terms=terms, teachers=known):
         watch(name, epoch)
     return module
 
 
-def _name(seed: int, out: Path) -> str:
+def _student_file(seed: int, out: Path) -> str:
     """The first student has the plain name; the others say whose they are."""
-    return f"{TAUGHT}-seed{seed}.safetensors" if (out / f"{TAUGHT}.safetensors").exists() else f"{TAUGHT}.safetensors"
+    return (
+        f"{STUDENT}-seed{seed}.safetensors" if (out / f"{STUDENT}.safetensors").exists() else f"{STUDENT}.safetensors"
+    )

@@ -45,7 +45,7 @@ class Teacher:
     name: str
     module: nn.Module
     origin: str  # how it came to be, in words
-    is_fair: bool = True  # whether it has certainly not been trained on the validation images
+    unseen_validation: bool = True  # whether it has certainly not been trained on the validation images
 
 
 def obtain(task: Task, config: DistillConfig, texts: Sequence[str], watch: Watch) -> list[Teacher]:
@@ -61,8 +61,12 @@ def obtain(task: Task, config: DistillConfig, texts: Sequence[str], watch: Watch
     for place, text in enumerate(texts):
         if teacher_names.is_path(text):
             student = checkpoint.load(Path(text).expanduser())
-            is_fair = student.dataset == task.dataset and student.held_out >= len(task.validation)
-            found.append(Teacher(text, frozen(_held(task, text, student)), f"read from {Path(text).name}", is_fair))
+            unseen_validation = student.dataset == task.dataset and student.held_out >= len(task.validation)
+            found.append(
+                Teacher(
+                    text, frozen(_module_of(task, text, student)), f"read from {Path(text).name}", unseen_validation
+                )
+            )
             continue
         spec, path = teacher_names.pretrained(text)
         if path is not None:
@@ -83,7 +87,7 @@ def untrained(task: Task, config: DistillConfig, text: str) -> nn.Module:
 
     """
     if teacher_names.is_path(text):
-        return _held(task, text, checkpoint.load(Path(text).expanduser()))
+        return _module_of(task, text, checkpoint.load(Path(text).expanduser()))
     spec, path = teacher_names.pretrained(text)
     module = fresh(task, config, spec)
     if path is not None:
@@ -147,7 +151,7 @@ def student_of(task: Task, config: DistillConfig, model: str, module: nn.Module)
     return Student(*about, weights, len(task.validation))
 
 
-def _held(task: Task, text: str, student: Student) -> nn.Module:
+def _module_of(task: Task, text: str, student: Student) -> nn.Module:
     """The network of a student that was read from a file or a run's directory, for input scaled as the task's."""
     if (student.classes, student.pixels) != (task.classes, task.test.pixels.shape[1]):
         raise DataError(
@@ -177,20 +181,20 @@ def rescale(module: nn.Module, given: Scaling, wanted: Scaling) -> None:
     module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor.to(inputs[0]) + offset.to(inputs[0]),))
 
 
-class Committee(nn.Module):
+class TeacherEnsemble(nn.Module):
     """Several teachers as one: the logarithm of the mean of their probabilities, weighed as ``votes`` says.
 
     Weights by agreement need labels, which a judge does not give: these teachers count the same here.
     """
 
-    def __init__(self, teachers: Sequence[nn.Module], votes: str = "equal") -> None:
+    def __init__(self, teachers: Sequence[nn.Module], weighting: str = "uniform") -> None:
         super().__init__()
-        self.members, self.votes = nn.ModuleList(teachers), votes
+        self.members, self.weighting = nn.ModuleList(teachers), weighting
 
     def forward(self, x: Tensor) -> Tensor:
         seen = [Outputs(member(x), {}) for member in self.members]
         nobodys = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        weights = teacher_weights(seen, nobodys, "equal" if self.votes == "agreement" else self.votes)
+        weights = teacher_weights(seen, nobodys, "uniform" if self.weighting == "agreement" else self.weighting)
         answers = torch.stack([one.logits for one in seen])
         return (answers.log_softmax(-1) + weights.log()[..., None]).logsumexp(0)
 
@@ -216,7 +220,7 @@ def rank(
             {
                 "teacher": teacher.name,
                 "origin": teacher.origin,
-                "is_fair": teacher.is_fair,
+                "unseen_validation": teacher.unseen_validation,
                 "accuracy": loop.score(logits, task.validation.labels)[0],
                 "ece": quality.ece(logits, task.validation.labels),
                 "entropy": -(soft.exp() * soft).sum(-1).mean().item(),
@@ -227,15 +231,19 @@ def rank(
     best = max(float(row["accuracy"]) for row in rows)
     error = (2 * max(best * (1 - best), 1 / len(task.validation)) / len(task.validation)) ** 0.5
     for row in rows:
-        row["is_good"] = float(row["accuracy"]) >= best - 2 * error
-    good = [row for row in rows if row["is_good"]]
+        row["is_competitive"] = float(row["accuracy"]) >= best - 2 * error
+    good = [row for row in rows if row["is_competitive"]]
     for key, sign in (("accuracy", -1), ("ece", 1), ("entropy", -1), ("gap", 1)):
         for row in good:
-            row[f"{key}_place"] = 1 + sum(sign * float(other[key]) < sign * float(row[key]) for other in good)
+            row[f"{key}_rank"] = 1 + sum(sign * float(other[key]) < sign * float(row[key]) for other in good)
     for row in good:
-        row["mean_place"] = sum(int(row[f"{key}_place"]) for key in ("accuracy", "ece", "entropy", "gap")) / 4
+        row["mean_rank"] = sum(int(row[f"{key}_rank"]) for key in ("accuracy", "ece", "entropy", "gap")) / 4
 
     def order(row: dict[str, float | int | str]) -> tuple[bool, float, float]:
-        return not row["is_good"], float(row["mean_place"]) if row["is_good"] else 0.0, -float(row["accuracy"])
+        return (
+            not row["is_competitive"],
+            float(row["mean_rank"]) if row["is_competitive"] else 0.0,
+            -float(row["accuracy"]),
+        )
 
     return sorted(rows, key=order)

@@ -59,7 +59,7 @@ def train(
 
     """
     with seeds.seeded(seeds.derive(seed, "adapters")):
-        lesson = lesson_of(task, config, module, teachers, terms)
+        lesson = objective_of(task, config, module, teachers, terms)
     steps = epochs * -(-len(task.train) // config.batch_size)
     rate = optimizers.cosine(config.learning_rate, steps)
     step = optimizers.sgd(list(lesson.parameters()), rate, config.momentum, config.weight_decay)
@@ -87,10 +87,10 @@ def train(
         yield Epoch(epoch, accuracy, loss, time.perf_counter() - start)
 
 
-def lesson_of(
+def objective_of(
     task: Task, config: DistillConfig, module: nn.Module, teachers: Sequence[nn.Module], terms: Sequence[Term]
 ) -> DistillationObjective:
     """A student of the task beside its teachers."""
     sample = task.scaling(task.train.pixels[:2])
     labels = task.train.labels.to(task.device)
-    return DistillationObjective(module, teachers, terms, sample, labels, config.votes).to(task.device)
+    return DistillationObjective(module, teachers, terms, sample, labels, config.teacher_weighting).to(task.device)

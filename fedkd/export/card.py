@@ -110,14 +110,14 @@ def _simulated(config: dict[str, Any], result: dict[str, Any], name: str) -> lis
 
 def _distilled(config: dict[str, Any], result: dict[str, Any], name: str) -> list[str]:
     """By a run of ``fedkd.distill``: ``student.safetensors`` is the first seed's, the others name theirs."""
-    who, _, seed = name.removesuffix(".safetensors").partition("-seed")
+    model, _, seed = name.removesuffix(".safetensors").partition("-seed")
     entry = next(run for run in result["runs"] if run["seed"] == int(seed or config["seed"]))
-    taught = f"by `{config['loss']}`" + (f" from {', '.join(result['teachers'])}" if result["teachers"] else "")
+    objective = f"by `{config['loss']}`" + (f" from {', '.join(result['teachers'])}" if result["teachers"] else "")
     return [
-        f"- Trained by fedkd {'on labels alone' if who == 'alone' else taught}, "
+        f"- Trained by fedkd {'on labels alone' if model == 'baseline' else objective}, "
         f"{config['epochs']} epochs, seed {entry['seed']}.",
         f"- Accuracy after the last epoch, as the run measured it on its test images: "
-        f"{percent(entry['judged'][who]['accuracy'], 2)}.",
+        f"{percent(entry['judged'][model]['accuracy'], 2)}.",
     ]
 
 

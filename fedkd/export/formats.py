@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.export import ExportedProgram
 
-    from fedkd.export.with_scaling import Served
+    from fedkd.export.with_scaling import WithScaling
     from fedkd.models.checkpoint import Student
 
 Run = Callable[["Tensor"], "Tensor"]  # pixels uint8 [N, P, P, 3] -> logits float32 [N, C]
@@ -205,11 +205,11 @@ FORMATS = {
 }
 
 
-def served(student: Student) -> Served:
+def served(student: Student) -> WithScaling:
     """The network of every format."""
-    from fedkd.export.with_scaling import Served
+    from fedkd.export.with_scaling import WithScaling
 
-    return Served(student.module(), student.scaling).eval()
+    return WithScaling(student.module(), student.scaling).eval()
 
 
 def _traced(student: Student) -> ExportedProgram:

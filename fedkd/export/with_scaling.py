@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fedkd.data.scaling import Scaling
 
 
-class Served(nn.Module):
+class WithScaling(nn.Module):
     """A network that takes pixels uint8 [N, P, P, 3] and returns logits float32 [N, C].
 
     The same arithmetic as `Scaling`, whose cached tensors must stay out of a trace.

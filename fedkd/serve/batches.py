@@ -13,7 +13,7 @@ from fedkd.serve.images import Refused
 
 
 class Batches:
-    """A queue of images, and one task that answers it. Cache and used within one event loop.
+    """A queue of images, and one task that answers it. Created and used within one event loop.
 
     ``run`` gets [N, P, P, 3] and gives [N, C]; it is called in a thread, never twice at once. A run takes up to
     ``largest`` images, and starts when there are as many, or when the first has waited for ``patience`` seconds:

@@ -22,7 +22,7 @@ from fedkd.distill.task import prepare
 from fedkd.models import checkpoint
 from fedkd.training import layers
 from fedkd.training.layers import Outputs, WatchedModel
-from fedkd.training.terms.objective import DistillationObjective, shares
+from fedkd.training.terms.objective import DistillationObjective, teacher_weights
 
 TINY = {
     "dataset": "digits",
@@ -44,7 +44,7 @@ def config(**changes) -> DistillConfig:
     return DistillConfig.parse({**TINY, **changes})
 
 
-def play(out: Path, **changes) -> dict:
+def run_distill(out: Path, **changes) -> dict:
     distill(config(out=str(out), **changes))
     return json.loads((out / "result.json").read_text())
 
@@ -133,10 +133,10 @@ TERMS = [
 ]
 
 
-def lesson(student: str, taught_by: list[str], *texts: str, votes: str = "equal") -> DistillationObjective:
+def lesson(student: str, taught_by: list[str], *texts: str, weighting: str = "uniform") -> DistillationObjective:
     known = [teachers.frozen(built(name)) for name in taught_by]
     terms = [specs.call("distillation", text) for text in texts]
-    return DistillationObjective(built(student), known, terms, IMAGES, LABELS, votes)
+    return DistillationObjective(built(student), known, terms, IMAGES, LABELS, weighting)
 
 
 def loss_of(one: DistillationObjective) -> torch.Tensor:
@@ -181,9 +181,9 @@ def test_losses_add_up():
     whole = one.loss(seen, targets)
     hard = F.cross_entropy(seen[0].logits, LABELS)
     parts = []
-    for pull in one.pulls:
-        one.pulls = nn.ModuleList([pull])
-        parts.append(one.loss(seen, targets) - one.hard * hard)
+    for pull in one.terms:
+        one.terms = nn.ModuleList([pull])
+        parts.append(one.loss(seen, targets) - one.label_weight * hard)
     assert torch.allclose(whole, sum(parts) + 0.1 * hard, atol=1e-5)
 
 
@@ -200,19 +200,19 @@ def test_losses_add_up():
     ],
 )
 def test_what_the_labels_weigh(texts, weight):
-    assert lesson("cnn:width=4", ["cnn:width=8"], *texts).hard == pytest.approx(weight)
+    assert lesson("cnn:width=4", ["cnn:width=8"], *texts).label_weight == pytest.approx(weight)
 
 
 def test_two_names_of_one_weight():
-    with pytest.raises(UsageError, match="two names"):
+    with pytest.raises(UsageError, match="soft and weight are names of the same option"):
         specs.call("distillation", "logits:soft=0.5,weight=0.5")
 
 
 def test_what_several_teachers_weigh():
     """Against the formulas, image by image."""
     seen = [Outputs(torch.randn(6, 3, generator=torch.Generator().manual_seed(k)), {}) for k in range(3)]
-    assert torch.equal(shares(seen, LABELS, "equal"), torch.full((3, 6), 1 / 3))
-    by_entropy, by_labels = shares(seen, LABELS, "entropy"), shares(seen, LABELS, "agreement")
+    assert torch.equal(teacher_weights(seen, LABELS, "uniform"), torch.full((3, 6), 1 / 3))
+    by_entropy, by_labels = teacher_weights(seen, LABELS, "entropy"), teacher_weights(seen, LABELS, "agreement")
     for row in range(6):
         probs = [each.logits[row].softmax(-1) for each in seen]
         certain = [torch.exp((p * p.log()).sum()) for p in probs]
@@ -224,7 +224,7 @@ def test_what_several_teachers_weigh():
 
 def test_a_mean_of_equal_teachers_is_one_of_them():
     one, three = (lesson("cnn:width=4", ["cnn:width=8"] * n, *TERMS[:2], "relations", "graph").eval() for n in (1, 3))
-    for pull, other in zip(one.pulls, three.pulls, strict=True):
+    for pull, other in zip(one.terms, three.terms, strict=True):
         if hasattr(pull, "adapters"):
             for adapter in other.adapters:
                 adapter.load_state_dict(pull.adapters[0].state_dict())
@@ -233,7 +233,7 @@ def test_a_mean_of_equal_teachers_is_one_of_them():
 
 def test_exits_written_out():
     one = lesson("resnet8:width=8", [], "exits:alpha=0.4,feature=0.1,temperature=2").eval()
-    model, exits = one.student.model, one.pulls[0]
+    model, exits = one.student.model, one.terms[0]
     first = model.layer1(model.stem(IMAGES).relu())
     maps = [first, model.layer2(first)]
     deep, answer = model.layer3(maps[1]).mean((2, 3)), model(IMAGES)
@@ -249,7 +249,7 @@ def test_exits_written_out():
 
 def test_the_deepest_answer_is_not_pulled_by_its_exits():
     one = lesson("resnet8:width=8", [], "exits:alpha=1,feature=1", "logits:weight=0,hard=0")
-    loss = one.pulls[0]
+    loss = one.terms[0]
     from fedkd.training.terms.modules import Batch
 
     seen = one.student(IMAGES)
@@ -283,8 +283,8 @@ def test_validation_rows_are_nobodys():
     "changes",
     [
         {"loss": "logits features relations"},
-        {"teacher": "cnn:width=8 vit-tiny:depth=1", "loss": "relations logits", "votes": "entropy"},
-        {"teacher": "cnn:width=8,row-gru:width=16,cnn:width=8", "votes": "agreement"},
+        {"teacher": "cnn:width=8 vit-tiny:depth=1", "loss": "relations logits", "teacher_weighting": "entropy"},
+        {"teacher": "cnn:width=8,row-gru:width=16,cnn:width=8", "teacher_weighting": "agreement"},
         {"teacher": "", "loss": "self:generations=3"},
         {"teacher": "", "loss": "exits:layers=0+3"},
         {"loss": "contrastive:negatives=16,width=8 graph", "seeds": 2},
@@ -292,7 +292,7 @@ def test_validation_rows_are_nobodys():
     ids=str,
 )
 def test_students_of_all_kinds(changes, tmp_path):
-    result = play(tmp_path / "run", **changes)
+    result = run_distill(tmp_path / "run", **changes)
     assert result["status"] == "ok"
     for run in result["runs"]:
         judged = run["judged"]
@@ -305,7 +305,7 @@ def test_students_of_all_kinds(changes, tmp_path):
 
 
 def test_the_same_again_and_teachers_are_kept(tmp_path):
-    results = [play(tmp_path / name, teacher="cnn:width=6", loss="logits features") for name in ("a", "b")]
+    results = [run_distill(tmp_path / name, teacher="cnn:width=6", loss="logits features") for name in ("a", "b")]
     epochs = [[json.loads(line)["network"] for line in (tmp_path / n / "epochs.jsonl").open()] for n in ("a", "b")]
     assert {"cnn:width=6", "student seed0"} <= {*epochs[0]}
     assert epochs[1] == ["student seed0"]
@@ -323,16 +323,16 @@ def test_a_network_of_ones_own_is_trained_anew(tmp_path):
     (tmp_path / "mine.py").write_text(code)
     own = f"{tmp_path}/mine.py:Net"
     for name in ("a", "b"):
-        play(tmp_path / name, teacher=own, student=own)
+        run_distill(tmp_path / name, teacher=own, student=own)
         told = [json.loads(line)["network"] for line in (tmp_path / name / "epochs.jsonl").open()]
-        assert told == [own, "alone seed0", "student seed0"]
+        assert told == [own, "baseline seed0", "student seed0"]
 
 
 def test_a_good_teacher_is_followed(tmp_path):
     """A student taught on few epochs agrees more with its teacher than one that never met it."""
-    judged = play(tmp_path / "run", epochs=4, teacher_epochs=6, loss="logits:temperature=2,hard=0,soft=1")["runs"][0][
-        "judged"
-    ]
+    judged = run_distill(tmp_path / "run", epochs=4, teacher_epochs=6, loss="logits:temperature=2,hard=0,soft=1")[
+        "runs"
+    ][0]["judged"]
     assert judged["teacher"]["accuracy"] > 0.8
     assert judged["student"]["agreement"] > 0.6
 
@@ -343,15 +343,18 @@ def test_teachers_are_ranked(tmp_path):
         module = train.fresh(task, config(), "cnn:width=8")
         list(train.train(module, task, config(), epochs=epochs, seed=0))
         teachers.student_of(task, config(), "cnn:width=8", module).save(tmp_path / f"{name}.safetensors")
-    result = play(tmp_path / "run", teacher="", teachers_from=str(tmp_path))
+    result = run_distill(tmp_path / "run", teacher="", teachers_from=str(tmp_path))
     assert [Path(row["teacher"]).name for row in result["ranking"]] == ["good.safetensors", "bad.safetensors"]
     assert result["teachers"] == [str(tmp_path / "good.safetensors")]
     first, second = result["ranking"]
     assert first["accuracy"] > second["accuracy"]
-    assert first["accuracy_place"] == 1
+    assert first["accuracy_rank"] == 1
     assert first["gap"] == second["gap"]
-    assert "mean_place" not in second
-    assert (first["is_good"], second["is_good"]) == (True, False)  # though ignorance is calibrated, and full of entropy
+    assert "mean_rank" not in second
+    assert (first["is_competitive"], second["is_competitive"]) == (
+        True,
+        False,
+    )  # though ignorance is calibrated, and full of entropy
 
 
 def test_a_teacher_that_may_know_the_answers_is_marked(tmp_path, capsys):
@@ -361,8 +364,11 @@ def test_a_teacher_that_may_know_the_answers_is_marked(tmp_path, capsys):
         task, _ = prepare(few)
         module = train.fresh(task, few, "cnn:width=8")
         teachers.student_of(task, few, "cnn:width=8", module).save(tmp_path / f"{name}.safetensors")
-    result = play(tmp_path / "run", teacher="", teachers_from=str(tmp_path), epochs=1)
-    assert {Path(row["teacher"]).stem: row["is_fair"] for row in result["ranking"]} == {"fair": True, "unfair": False}
+    result = run_distill(tmp_path / "run", teacher="", teachers_from=str(tmp_path), epochs=1)
+    assert {Path(row["teacher"]).stem: row["unseen_validation"] for row in result["ranking"]} == {
+        "fair": True,
+        "unfair": False,
+    }
     said = capsys.readouterr().out
     assert "unfair.safetensors*" in said
     assert "*: may have been trained on the validation images" in said
@@ -377,15 +383,15 @@ def test_places_are_among_those_that_are_good(tmp_path):
         teachers.student_of(task, config(), f"cnn:width={width}", module).save(tmp_path / f"{name}.safetensors")
     known = teachers.obtain(task, config(), [str(p) for p in sorted(tmp_path.glob("*.safetensors"))], print)
     without = teachers.rank(task, config(), known[:2], 4.0)
-    assert [row for row in teachers.rank(task, config(), known, 4.0) if row["is_good"]] == [
-        row for row in without if row["is_good"]
+    assert [row for row in teachers.rank(task, config(), known, 4.0) if row["is_competitive"]] == [
+        row for row in without if row["is_competitive"]
     ]
 
 
 def test_a_teacher_is_no_student_under_another_name(tmp_path):
-    result = play(tmp_path / "run", teacher="cnn:width=4", epochs=2)
+    result = run_distill(tmp_path / "run", teacher="cnn:width=4", epochs=2)
     judged = result["runs"][0]["judged"]
-    assert judged["alone"]["agreement"] < 1
+    assert judged["baseline"]["agreement"] < 1
     told = [json.loads(line)["network"] for line in (tmp_path / "run" / "epochs.jsonl").open()]
     assert {"cnn:width=4", "student seed0"} <= set(told)
 
@@ -395,14 +401,16 @@ def test_a_committee_is_the_mean_that_teaches():
     members = [built("cnn:width=4"), models.build("cnn:width=8", 10, "batch")]
     members = [teachers.frozen(member) for member in members]
     seen = [Outputs(member(IMAGES), {}) for member in members]
-    for votes in ("equal", "entropy"):
-        wanted = aggregators.mean_probs(torch.stack([one.logits for one in seen]), shares(seen, LABELS, votes))
-        assert torch.allclose(teachers.Committee(members, votes)(IMAGES).softmax(-1), wanted, atol=1e-6)
+    for weighting in ("uniform", "entropy"):
+        wanted = aggregators.mean_probs(
+            torch.stack([one.logits for one in seen]), teacher_weights(seen, LABELS, weighting)
+        )
+        assert torch.allclose(teachers.TeacherEnsemble(members, weighting)(IMAGES).softmax(-1), wanted, atol=1e-6)
 
 
 def test_diverging_is_told(tmp_path):
     with pytest.raises(RunError, match="diverged in epoch 1; lower --learning-rate"):
-        play(tmp_path / "run", learning_rate=1e6)
+        run_distill(tmp_path / "run", learning_rate=1e6)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["code"] == 4
 
 
@@ -411,13 +419,13 @@ def test_diverging_is_told(tmp_path):
 
 def test_a_teacher_out_of_a_file(tmp_path):
     torch.save(built("cnn:width=8").state_dict(), tmp_path / "a.pth")
-    result = play(tmp_path / "run", teacher=f"cnn:width=8,pretrained={tmp_path}/a.pth")
+    result = run_distill(tmp_path / "run", teacher=f"cnn:width=8,pretrained={tmp_path}/a.pth")
     assert result["status"] == "ok"
     assert not any("cnn:width=8" in line for line in (tmp_path / "run" / "epochs.jsonl").open())
     tensors.save(built("cnn:width=8").state_dict(), tmp_path / "a.safetensors")
-    same = play(tmp_path / "same", teacher=f"cnn:width=8,pretrained={tmp_path}/a.safetensors")
+    same = run_distill(tmp_path / "same", teacher=f"cnn:width=8,pretrained={tmp_path}/a.safetensors")
     assert same["runs"][0]["judged"]["student"]["accuracy"] == result["runs"][0]["judged"]["student"]["accuracy"]
-    again = play(tmp_path / "again", teacher=str(tmp_path / "run"))
+    again = run_distill(tmp_path / "again", teacher=str(tmp_path / "run"))
     assert again["teachers"] == [str(tmp_path / "run")]
 
 
@@ -440,7 +448,7 @@ class Harm:
 def ends(capsys, *flags: object) -> tuple[int, str]:
     given = [part for key, value in TINY.items() if f"--{key}" not in flags for part in (f"--{key}", str(value))]
     with pytest.raises(SystemExit) as end:
-        cli.main(distill, DistillConfig, [*given, *map(str, flags)])
+        cli.run(cli.command(distill, DistillConfig), [*given, *map(str, flags)])
     said = capsys.readouterr().err.strip().splitlines()
     assert "Traceback" not in "".join(said)
     return int(end.value.code or 0), said[-1]
@@ -510,12 +518,12 @@ def test_a_student_of_other_classes_cannot_teach(tmp_path):
 
 
 def test_a_students_file_in_the_working_directory_teaches(tmp_path, monkeypatch):
-    play(tmp_path / "run")
+    run_distill(tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
-    assert play(tmp_path / "next", teacher="student.safetensors")["teachers"] == ["student.safetensors"]
+    assert run_distill(tmp_path / "next", teacher="student.safetensors")["teachers"] == ["student.safetensors"]
     Path("bad.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(DataError, match="no safetensors file, or a damaged one"):
-        play(tmp_path / "bad", teacher="bad.safetensors")
+        run_distill(tmp_path / "bad", teacher="bad.safetensors")
 
 
 def test_a_loss_of_ones_own(tmp_path):
@@ -545,11 +553,11 @@ def test_a_loss_of_ones_own(tmp_path):
         "    def build(self, pair):\n"
         "        return Tiring()\n"
     )
-    assert play(tmp_path / "run", loss=f"{tmp_path}/mine.py:Mine")["status"] == "ok"
+    assert run_distill(tmp_path / "run", loss=f"{tmp_path}/mine.py:Mine")["status"] == "ok"
     with pytest.raises(PluginError, match=r"mine\.py:Broken cannot be used with these networks .*: no"):
-        play(tmp_path / "broken", loss=f"{tmp_path}/mine.py:Broken")
+        run_distill(tmp_path / "broken", loss=f"{tmp_path}/mine.py:Broken")
     with pytest.raises(PluginError, match=r"mine\.py:Late failed in training: AssertionError: enough \(mine\.py, line"):
-        play(tmp_path / "late", loss=f"{tmp_path}/mine.py:Late")
+        run_distill(tmp_path / "late", loss=f"{tmp_path}/mine.py:Late")
 
 
 @pytest.mark.parametrize(
@@ -589,11 +597,11 @@ def test_the_issues_own_commands_are_understood():
 def test_a_model_card_says_how_a_student_was_distilled(tmp_path):
     from fedkd.export import card
 
-    result = play(tmp_path / "run", seed=3, seeds=2, loss=["logits", "graph"])
+    result = run_distill(tmp_path / "run", seed=3, seeds=2, loss=["logits", "graph"])
     for name, says in (
         ("student.safetensors", "Trained by fedkd by `logits graph` from cnn:width=8, 1 epochs, seed 3."),
         ("student-seed4.safetensors", "seed 4."),
-        ("alone-seed4.safetensors", "on labels alone, 1 epochs, seed 4."),
+        ("baseline-seed4.safetensors", "on labels alone, 1 epochs, seed 4."),
     ):
         who, seed = name.removesuffix(".safetensors").split("-seed") if "-" in name else ("student", "3")
         accuracy = next(run for run in result["runs"] if run["seed"] == int(seed))["judged"][who]["accuracy"]

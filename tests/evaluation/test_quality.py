@@ -246,14 +246,14 @@ def test_judge_is_the_same_twice_but_for_the_time(tmp_path, test_images):
 
 
 def test_judge_takes_a_shifted_set_and_needs_no_teacher(tmp_path, test_images):
-    made = candidates(tmp_path, "alone")
-    seen = made["alone"].module(SCALING(test_images.pixels)).argmax(-1)
+    made = candidates(tmp_path, "baseline")
+    seen = made["baseline"].module(SCALING(test_images.pixels)).argmax(-1)
     wrong = Images(test_images.pixels[:30], (seen[:30] + 1) % 10, 10)
-    found = judge(made, test_images, wrong, seed=0, strengths=[], repeats=1)["alone"]
+    found = judge(made, test_images, wrong, seed=0, strengths=[], repeats=1)["baseline"]
     assert (found["shifted"], found["shifted_images"], found["shifted_accuracy"]) == ("given", 30, 0)
     assert found["agreement"] is None
     assert found["corruption_accuracy"] is None
     right = Images(test_images.pixels, seen, 10)
-    here = judge(made, right, seed=0, strengths=[], repeats=1)["alone"]
+    here = judge(made, right, seed=0, strengths=[], repeats=1)["baseline"]
     assert (here["shifted"], here["accuracy"]) == ("moved", 1)
     assert here["shifted_accuracy"] < 1

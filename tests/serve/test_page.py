@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from tests import toy
-from tests.toy import direct, encoded, noise, serving
+from tests.serve import toy
+from tests.serve.toy import direct, encoded, noise, serving
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
@@ -41,7 +41,7 @@ def page(browser, file):
     with serving(file, max_bytes=100_000) as (url, _):
         context = browser.new_context(viewport={"width": 360, "height": 700})
         opened = context.new_page()
-        opened.set_default_timeout(20_000)
+        opened.set_default_timeout(120_000)
         complaints, asked = [], []
         opened.on("console", lambda message: complaints.append(message.text))
         opened.on("pageerror", lambda error: complaints.append(str(error)))

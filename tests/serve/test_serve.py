@@ -13,8 +13,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import closing
+from functools import partial
 
 import httpx
 import numpy as np
@@ -27,11 +27,12 @@ from fedkd.core.errors import DataError, UsageError
 from fedkd.serve import bodies, http, images, network, web
 from fedkd.serve.batches import Batches
 from fedkd.serve.images import Refused
-from tests import toy
-from tests.conftest import ROOT
-from tests.toy import direct, encoded, noise, probs, serving
+from tests.conftest import ROOT, wait_for
+from tests.serve import toy
+from tests.serve.toy import direct, encoded, noise, probs, serving
 
 PNG = {"Content-Type": "image/png"}
+post, get = (partial(call, timeout=120) for call in (httpx.post, httpx.get))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def url(file):
 
 def test_an_answer_is_that_of_the_network(url, file):
     pixels = noise()
-    answer = httpx.post(f"{url}/predict", content=encoded(pixels), headers=PNG).json()
+    answer = post(f"{url}/predict", content=encoded(pixels), headers=PNG).json()
     wanted = direct(file, pixels)
     assert probs(answer) == pytest.approx(wanted.tolist(), rel=1e-5)
     assert answer["class"] == wanted.argmax() == answer["probabilities"][0]["class"]
@@ -58,7 +59,7 @@ def test_an_answer_is_that_of_the_network(url, file):
 
 def test_a_form_is_answered_in_its_order(url, file):
     sent = [("image", (f"{seed}.png", encoded(noise(seed)))) for seed in range(5)]
-    response = httpx.post(f"{url}/predict", files=sent)
+    response = post(f"{url}/predict", files=sent)
     assert [probs(answer) for answer in response.json()["answers"]] == [
         pytest.approx(direct(file, noise(seed)).tolist(), rel=1e-5) for seed in range(5)
     ]
@@ -164,29 +165,29 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_refused_and_how(url, case):
     content, headers, status, says = REFUSED[case]
-    response = httpx.post(f"{url}/predict", content=content, headers=headers)
+    response = post(f"{url}/predict", content=content, headers=headers)
     assert response.status_code == status, response.text
     assert list(response.json()) == ["error"]
     assert says in response.json()["error"]
 
 
 def test_what_is_just_allowed(url):
-    assert httpx.post(f"{url}/predict", content=flat(5_000, 4_000), headers=PNG).status_code == 200
+    assert post(f"{url}/predict", content=flat(5_000, 4_000), headers=PNG).status_code == 200
     bmp = encoded(noise(0, (810, 820)), "BMP")
     assert 1_990_000 < len(bmp) <= 2_000_000
-    assert httpx.post(f"{url}/predict", content=bmp, headers=PNG).status_code == 200
+    assert post(f"{url}/predict", content=bmp, headers=PNG).status_code == 200
     assert images.pixels(scans(20), 8).shape == (8, 8, 3)
 
 
 def test_forms_have_limits_and_say_which_file(url):
     good = ("image", ("a.png", encoded(noise())))
-    many = httpx.post(f"{url}/predict", files=[good] * (bodies.FILES + 1))
+    many = post(f"{url}/predict", files=[good] * (bodies.FILES + 1))
     assert (many.status_code, "Too many files" in many.json()["error"]) == (413, True)
-    assert len(httpx.post(f"{url}/predict", files=[good] * bodies.FILES).json()["answers"]) == bodies.FILES
-    second = httpx.post(f"{url}/predict", files=[good, ("image", ("b.txt", b"hello")), good])
+    assert len(post(f"{url}/predict", files=[good] * bodies.FILES).json()["answers"]) == bodies.FILES
+    second = post(f"{url}/predict", files=[good, ("image", ("b.txt", b"hello")), good])
     assert second.status_code == 415
     assert second.json()["error"].startswith("File 2 of 3: This is not an image")
-    empty = httpx.post(f"{url}/predict", files={"image": ("a.png", b"")})
+    empty = post(f"{url}/predict", files={"image": ("a.png", b"")})
     assert (empty.status_code, empty.json()["error"]) == (400, "The image is empty.")
 
 
@@ -196,7 +197,7 @@ def test_damage_is_never_an_error_of_the_server(url):
     form = httpx.Request("POST", url, files={"image": ("a.png", encoded(noise()))})
     sources = [(encoded(noise(1, (40, 30)), kind), "image/png") for kind in images.FORMATS]
     sources.append((form.read(), form.headers["Content-Type"]))
-    with httpx.Client() as client:
+    with httpx.Client(timeout=120) as client:
         for content, kind in sources:
             for _ in range(40):
                 damaged = bytearray(content)
@@ -216,14 +217,14 @@ def test_nothing_is_written_to_disk(url, monkeypatch):
     monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", refuse)
     large = encoded(noise(0, (700, 700)), "BMP")
     assert len(large) > 1_000_000
-    assert httpx.post(f"{url}/predict", files={"image": ("a.bmp", large)}).status_code == 200
+    assert post(f"{url}/predict", files={"image": ("a.bmp", large)}).status_code == 200
 
 
 # --- what arrives slowly, or never ends
 
 
 def connect(url):
-    connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20)
+    connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=120)
     return closing(connection)
 
 
@@ -259,14 +260,27 @@ def test_a_body_that_promises_too_much_is_not_waited_for(url):
 
 
 def test_slow_clients_are_cut_off_and_others_are_answered(file):
-    with serving(file, timeout=0.4) as (url, _), connect(url) as body, connect(url) as head, connect(url) as silent:
-        body.sendall(HEAD + b"Content-Length: 1000\r\n\r\nabc")
-        head.sendall(HEAD[:20])
-        assert httpx.post(f"{url}/predict", content=encoded(noise()), headers=PNG).status_code == 200
-        answer = receive(body)
-        assert answer.startswith(b"HTTP/1.1 408 ")
-        assert b"did not arrive within 0.4 seconds" in answer
-        assert receive(head) == receive(silent) == b""
+    with serving(file, timeout=0.4) as (url, _):
+
+        def cut_off(sent):
+            """What comes to a client that sends this and no more; None if it was cut off before it had sent it."""
+            try:
+                with connect(url) as connection:
+                    connection.sendall(sent)
+                    return receive(connection)
+            except ConnectionError:
+                return None
+
+        with connect(url) as body:
+            body.sendall(HEAD + b"Content-Length: 1000\r\n\r\nabc")
+            # Again where the machine is so slow that this one, too, was late.
+            wait_for(lambda: post(f"{url}/predict", content=encoded(noise()), headers=PNG).status_code == 200)
+        wait_for(lambda: cut_off(HEAD[:20]) == b"")
+        wait_for(lambda: cut_off(b"") == b"")
+        answers = []
+        wait_for(lambda: answers.append(cut_off(HEAD + b"Content-Length: 1000\r\n\r\nabc")) or answers[-1])
+        assert answers[-1].startswith(b"HTTP/1.1 408 ")
+        assert b"did not arrive within 0.4 seconds" in answers[-1]
 
 
 def test_who_leaves_disturbs_nobody(file, capfd):
@@ -274,17 +288,9 @@ def test_who_leaves_disturbs_nobody(file, capfd):
         for _ in range(3):
             with connect(url) as connection:
                 connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\nabc")
-        assert httpx.post(f"{url}/predict", content=encoded(noise()), headers=PNG).status_code == 200
+        assert post(f"{url}/predict", content=encoded(noise()), headers=PNG).status_code == 200
         wait_for(lambda: service.inside == 0)
     assert capfd.readouterr().err == ""
-
-
-def wait_for(condition):
-    for _ in range(200):
-        if condition():
-            return
-        time.sleep(0.02)
-    raise AssertionError("it did not come to pass")
 
 
 # --- batches
@@ -292,21 +298,20 @@ def wait_for(condition):
 
 def test_fifty_at_once_are_answered_together_and_each_by_its_own(file):
     async def ask(url):
-        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=50), timeout=60) as client:
+        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=50), timeout=120) as client:
             sent = (client.post(f"{url}/predict", content=encoded(noise(i)), headers=PNG) for i in range(50))
             return await asyncio.gather(*sent)
 
-    with serving(file, max_wait=100.0, max_batch=16) as (url, service):
+    with serving(file, max_wait=300_000.0, max_batch=10) as (url, service):
         responses = asyncio.run(ask(url))
         assert [probs(response.json()) for response in responses] == [
             pytest.approx(direct(file, noise(i)).tolist(), rel=1e-4) for i in range(50)
         ]
-        health = httpx.get(f"{url}/health").json()
-        assert health == {"status": "ok", "images": 50, "runs": service.batches.runs}
-        assert 50 / 16 <= service.batches.runs <= 25
+        assert get(f"{url}/health").json() == {"status": "ok", "images": 50, "runs": 5}
+        assert service.batches.runs == 5, "none begins before ten are there"
 
 
-def play(run, count, **options):
+def run_batches(run, count, **options):
     """The sizes of the runs for `count` images at once, and the answers."""
     sizes = []
 
@@ -316,20 +321,20 @@ def play(run, count, **options):
 
     async def ask():
         batches = Batches(counted, **options)
-        asked = (batches.broadcast(np.full((1, 1, 3), i, np.uint8)) for i in range(count))
+        asked = (batches.ask(np.full((1, 1, 3), i, np.uint8)) for i in range(count))
         try:
             return await asyncio.gather(*asked, return_exceptions=True)
         finally:
             await batches.close()
 
-    return sizes, asyncio.run(asyncio.wait_for(ask(), 20))
+    return sizes, asyncio.run(asyncio.wait_for(ask(), 120))
 
 
 def test_a_batch_is_never_larger_than_it_may_be_and_a_full_one_does_not_wait():
-    sizes, answers = play(lambda pixels: pixels[:, 0, 0].astype(float), 20, largest=5, patience=3600)
+    sizes, answers = run_batches(lambda pixels: pixels[:, 0, 0].astype(float), 20, largest=5, patience=3600)
     assert sizes == [5, 5, 5, 5]
     assert [answer.tolist() for answer in answers] == [[i] * 3 for i in range(20)]
-    assert play(lambda pixels: pixels[:, 0, 0], 7, largest=5, patience=0.0)[0] == [5, 2]
+    assert run_batches(lambda pixels: pixels[:, 0, 0], 7, largest=5, patience=0.0)[0] == [5, 2]
 
 
 def test_a_run_that_fails_is_answered_by_words_and_the_next_one_is_tried():
@@ -338,7 +343,7 @@ def test_a_run_that_fails_is_answered_by_words_and_the_next_one_is_tried():
             raise MemoryError
         return pixels[:, 0, 0]
 
-    _, answers = play(run, 4, largest=2, patience=0.01)
+    _, answers = run_batches(run, 4, largest=2, patience=0.01)
     assert [getattr(answer, "status", 200) for answer in answers] == [503, 503, 200, 200]
 
 
@@ -348,12 +353,12 @@ def test_too_many_at_once_are_told_to_come_again(file):
         for connection in (first, second):
             connection.sendall(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(content))
         wait_for(lambda: service.inside == 2)
-        busy = httpx.post(f"{url}/predict", content=content, headers=PNG)
+        busy = post(f"{url}/predict", content=content, headers=PNG)
         assert (busy.status_code, busy.headers["Retry-After"]) == (503, "1")
         for connection in (first, second):
             connection.sendall(content)
             assert receive(connection).startswith(b"HTTP/1.1 200 ")
-        assert httpx.post(f"{url}/predict", content=content, headers=PNG).status_code == 200
+        assert post(f"{url}/predict", content=content, headers=PNG).status_code == 200
 
 
 def test_the_ten_likeliest_and_no_number_that_is_none():
@@ -371,7 +376,7 @@ def test_the_ten_likeliest_and_no_number_that_is_none():
 
 
 def test_the_page_is_whole_and_may_run_its_own_script_only(url):
-    response = httpx.get(url)
+    response = get(url)
     assert response.headers["Content-Type"] == "text/html; charset=utf-8"
     assert response.headers["X-Content-Type-Options"] == "nosniff"
     policy = response.headers["Content-Security-Policy"]
@@ -386,12 +391,12 @@ def test_the_page_is_whole_and_may_run_its_own_script_only(url):
 
 
 def test_what_it_says_about_itself(url):
-    about = httpx.get(f"{url}/model").json()
+    about = get(f"{url}/model").json()
     limits = about.pop("limits")
     assert about == toy.ABOUT
     assert limits["max_bytes"] == 2_000_000
-    assert httpx.get(f"{url}/health").json()["status"] == "ok"
-    for response, status in ((httpx.get(f"{url}/predict"), 405), (httpx.get(f"{url}/docs"), 404)):
+    assert get(f"{url}/health").json()["status"] == "ok"
+    for response, status in ((get(f"{url}/predict"), 405), (get(f"{url}/docs"), 404)):
         assert response.status_code == status
         assert "POST /predict" in response.json()["error"]
 
@@ -482,7 +487,7 @@ def test_names_are_text_that_can_be_sent(tmp_path):
 
 def command(*arguments):
     line = [sys.executable, "-m", "fedkd.serve", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=240, check=False)
 
 
 def test_mistakes_at_the_start_are_sentences(file, tmp_path):
@@ -528,7 +533,7 @@ def test_pytorch_is_not_loaded(file):
         "from fedkd.serve import http, network, web; network.load(Path(sys.argv[1]));"
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", script, file], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script, file], cwd=ROOT, check=True, timeout=240)
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -546,7 +551,7 @@ def test_a_signal_ends_it_when_what_was_accepted_is_answered(file, sent, code):
                 wait_for(lambda: not accepts(url))
                 connection.sendall(content)
                 assert receive(connection).startswith(b"HTTP/1.1 200 ")
-            assert server.wait(20) == code
+            assert server.wait(120) == code
             assert re.fullmatch(r"fedkd: (terminated\.|interrupted; .*)\n", server.stderr.read())
         finally:
             server.kill()

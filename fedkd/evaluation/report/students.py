@@ -1,4 +1,4 @@
-"""What `evaluation.quality.judge` found, as two tables and a picture: what candidates know, and what they cost."""
+"""The verdicts of `evaluation.quality.judge` as two tables and a figure: predictive quality and cost."""
 
 from __future__ import annotations
 
@@ -14,20 +14,25 @@ from fedkd.evaluation.report.text import plain, points, size, spread
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ALONE, TAUGHT = "alone", "student"  # the candidates that are one student without a teacher, and with one
+BASELINE, STUDENT = (
+    "baseline",
+    "student",
+)  # names of two candidates: the student trained without a teacher, and with one
 
 Judged = Mapping[str, Mapping[str, Any]]  # candidate -> its verdict
-Joined = Mapping[str, Mapping[str, Any]]  # candidate -> what `joined` makes of its verdicts
+Joined = Mapping[str, Mapping[str, Any]]  # candidate -> its verdicts, combined over seeds by `joined`
 
-FEWEST = 10  # images in a bin whose accuracy is drawn: that of fewer is chance
+MIN_IMAGES = 10  # in a bin; the accuracy of bins with fewer images is too noisy to be drawn
 
 
-def joined(found: Sequence[Judged]) -> dict[str, dict[str, Any]]:
-    """One judgment for those of several seeds: each number as {"mean", "std"}, all else as in the first.
+def joined(verdicts: Sequence[Judged]) -> dict[str, dict[str, Any]]:
+    """The verdicts of several seeds, combined: numbers as {"mean", "std"}, all else as in the first seed.
 
-    Numbers that a seed lacks are left out, as a bin without an image is; with one number std is None.
+    Missing values, such as the accuracy of an empty bin, are left out. With one value std is None.
     """
-    return {name: {key: _join([each[name][key] for each in found]) for key in found[0][name]} for name in found[0]}
+    return {
+        name: {key: _join([each[name][key] for each in verdicts]) for key in verdicts[0][name]} for name in verdicts[0]
+    }
 
 
 def _join(values: Sequence[Any]) -> Any:
@@ -38,18 +43,18 @@ def _join(values: Sequence[Any]) -> Any:
         return [_join(column) for column in zip(*values, strict=True)]
     if isinstance(first, str) or first is None:
         return first
-    known = [value for value in values if value is not None]
-    return {"mean": fmean(known), "std": stdev(known) if len(known) > 1 else None}
+    numbers = [value for value in values if value is not None]
+    return {"mean": fmean(numbers), "std": stdev(numbers) if len(numbers) > 1 else None}
 
 
-def gains(found: Sequence[Judged]) -> list[float]:
-    """The accuracy that teaching adds in each seed, in [-1, 1]."""
-    return [seed[TAUGHT]["accuracy"] - seed[ALONE]["accuracy"] for seed in found]
+def gains(verdicts: Sequence[Judged]) -> list[float]:
+    """The difference in accuracy between the distilled student and the baseline for each seed, in [-1, 1]."""
+    return [seed[STUDENT]["accuracy"] - seed[BASELINE]["accuracy"] for seed in verdicts]
 
 
-def knows(found: Joined) -> Grid:
-    """A row for each candidate: right, sure, and like its teacher; on clean, corrupted and shifted images."""
-    titles = ["model", "test acc", "NLL", "ECE", "agrees", "corrupted", "shifted"]
+def quality_table(verdicts: Joined) -> Grid:
+    """A row for each candidate: accuracy, calibration and agreement on clean, corrupted and shifted images."""
+    titles = ["model", "test acc", "NLL", "ECE", "agreement", "corrupted", "shifted"]
     rows = [
         [
             name,
@@ -57,28 +62,30 @@ def knows(found: Joined) -> Grid:
             _plain(verdict["nll"]),
             *(_share(verdict[key]) for key in ("ece", "agreement", "corruption_accuracy", "shifted_accuracy")),
         ]
-        for name, verdict in found.items()
+        for name, verdict in verdicts.items()
     ]
-    any_ = next(iter(found.values()))
-    images, hard, moved = (f"{any_[key]['mean']:,.0f}" for key in ("images", "corrupted_images", "shifted_images"))
-    given = any_["shifted"] == "given"
-    said = [
-        f"on {images} test images; NLL in nats; ECE: expected calibration error; agrees: with the teacher's class;",
-        f"corrupted: mean accuracy over {', '.join(any_['corruptions'])} at all strengths, {hard} images each;",
-        f"shifted: {moved} images {'of another set' if given else 'of the test set, rotated and moved'}.",
+    first = next(iter(verdicts.values()))
+    images, corrupted, shifted = (
+        f"{first[key]['mean']:,.0f}" for key in ("images", "corrupted_images", "shifted_images")
+    )
+    is_given = first["shifted"] == "given"
+    caption = [
+        f"on {images} test images; NLL in nats; ECE: expected calibration error; agreement: with the teacher's class;",
+        f"corrupted: mean accuracy over {', '.join(first['corruptions'])} at all strengths, {corrupted} images each;",
+        f"shifted: {shifted} images {'of another data set' if is_given else 'of the test set, rotated and moved'}.",
     ]
-    if any_["corruption_accuracy"] is None:
-        del said[1]
-    return Grid(titles, rows, "\n".join(said))
+    if first["corruption_accuracy"] is None:
+        del caption[1]
+    return Grid(titles, rows, "\n".join(caption))
 
 
 def side_by_side(runs: Sequence[tuple[str, str, Sequence[Judged]]]) -> Grid:
-    """A row for the student alone and for each way to teach it: (loss, teachers, what was judged by seed)."""
-    titles = ["loss", "teacher", "test acc", "- alone", "NLL", "ECE", "agrees", "shifted"]
+    """A row for the baseline and for each run (loss, teachers, verdicts by seed)."""
+    titles = ["loss", "teacher", "test acc", f"Δ {BASELINE}", "NLL", "ECE", "agreement", "shifted"]
     rows = []
     for title, teacher, name, judged in [
-        (ALONE, "–", ALONE, runs[0][2]),
-        *((*run[:2], TAUGHT, run[2]) for run in runs),
+        (BASELINE, "–", BASELINE, runs[0][2]),
+        *((*run[:2], STUDENT, run[2]) for run in runs),
     ]:
         verdict = joined(judged)[name]
         rows.append(
@@ -86,24 +93,24 @@ def side_by_side(runs: Sequence[tuple[str, str, Sequence[Judged]]]) -> Grid:
                 title,
                 teacher,
                 _share(verdict["accuracy"]),
-                "–" if name == ALONE else points(gains(judged)),
+                "–" if name == BASELINE else points(gains(judged)),
                 _plain(verdict["nll"]),
                 _share(verdict["ece"]),
-                "–" if name == ALONE else _share(verdict["agreement"]),
+                "–" if name == BASELINE else _share(verdict["agreement"]),
                 _share(verdict["shifted_accuracy"]),
             ]
         )
-    said = (
-        f"means over {plain(len(runs[0][2]), 'seed')}; - alone: the difference in points, paired by seed;\n"
-        "NLL in nats; ECE: expected calibration error; agrees: with its teacher's class."
+    caption = (
+        f"means over {plain(len(runs[0][2]), 'seed')}; Δ {BASELINE}: difference in percentage points, paired by seed;\n"
+        "NLL in nats; ECE: expected calibration error; agreement: with its teacher's class."
     )
-    return Grid(titles, rows, said)
+    return Grid(titles, rows, caption)
 
 
-def costs(found: Joined) -> Grid:
-    """A row for each candidate: what it takes to keep it and to ask it."""
-    any_ = next(iter(found.values()))
-    batches = list(any_["latency_ms"])
+def cost_table(verdicts: Joined) -> Grid:
+    """A row for each candidate: parameters, multiply-adds, bytes on disk and latency."""
+    first = next(iter(verdicts.values()))
+    batches = list(first["latency_ms"])
     titles = ["model", "parameters", "multiply-adds", "on disk", *(_images(batch) for batch in batches)]
     rows = [
         [
@@ -113,13 +120,13 @@ def costs(found: Joined) -> Grid:
             size(verdict["bytes"] and verdict["bytes"]["mean"]),
             *(_latency(verdict["latency_ms"][batch]) for batch in batches),
         ]
-        for name, verdict in found.items()
+        for name, verdict in verdicts.items()
     ]
-    threads = any_["threads"]["mean"]
-    where = f"on {threads:.0f} thread{'' if threads == 1 else 's'}" if any_["device"] == "cpu" else any_["device"]
+    threads = first["threads"]["mean"]
+    device = f"on {threads:.0f} thread{'' if threads == 1 else 's'}" if first["device"] == "cpu" else first["device"]
     caption = (
-        "multiply-adds: of convolutions and matrix products, for one image;\n"
-        f"times: median and quartiles in ms, from pixels to logits, {where}."
+        "multiply-adds: convolutions and matrix products for one image;\n"
+        f"latency: median and quartiles in ms, from pixels to logits, {device}."
     )
     return Grid(titles, rows, caption)
 
@@ -143,14 +150,14 @@ def _latency(value: Mapping[str, Mapping[str, float]]) -> str:
     return f"{median} ({low}–{high})"
 
 
-def draw(found: Joined, title: str, out: Path) -> None:
-    """Write ``quality.png`` and ``quality.svg``: a panel for each corruption, then how sure is how right."""
+def draw(verdicts: Joined, title: str, out: Path) -> None:
+    """Write ``quality.png`` and ``quality.svg``: a panel for each corruption, then reliability and confidence."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    kinds = list(next(iter(found.values()))["corruptions"])
+    kinds = list(next(iter(verdicts.values()))["corruptions"])
     columns = (len(kinds) + 1) // 2
     # A fixed salt and no date, so that the same numbers give the same file.
     with plt.rc_context(
@@ -163,11 +170,11 @@ def draw(found: Joined, title: str, out: Path) -> None:
         for axes in panels[1 : len(kinds)]:
             axes.sharey(panels[0])
         for axes, kind in zip(panels, kinds, strict=False):
-            _corruption(axes, found, kind)
+            _corruption(axes, verdicts, kind)
         for axes in panels[len(kinds) :]:
             axes.set_axis_off()
-        _reliability(grid[0, columns], found)
-        _confidence(grid[1, columns], found)
+        _reliability(grid[0, columns], verdicts)
+        _confidence(grid[1, columns], verdicts)
         handles, labels = grid[1, columns].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=8)
         for axes in grid.flat:
@@ -178,8 +185,8 @@ def draw(found: Joined, title: str, out: Path) -> None:
         plt.close(figure)
 
 
-def _look(index: int) -> dict[str, Any]:
-    """Color, dashes and marker of a candidate: told apart without color too."""
+def _style(index: int) -> dict[str, Any]:
+    """Color, line style and marker of a candidate, which is distinguishable without color too."""
     return {
         "color": COLORS[index % len(COLORS)],
         "linestyle": STYLES[index % len(STYLES)],
@@ -189,43 +196,43 @@ def _look(index: int) -> dict[str, Any]:
     }
 
 
-def _corruption(axes: Axes, found: Joined, kind: str) -> None:
-    """Accuracy over strength, from the same images uncorrupted; the band is a standard deviation over seeds."""
-    for index, (name, verdict) in enumerate(found.items()):
+def _corruption(axes: Axes, verdicts: Joined, kind: str) -> None:
+    """Accuracy over strength, where 0 is uncorrupted; the band is the standard deviation over seeds."""
+    for index, (name, verdict) in enumerate(verdicts.items()):
         points = [("0", verdict["uncorrupted_accuracy"]), *verdict["corruptions"][kind].items()]
         strengths = [int(strength) for strength, _ in points]
         means = [100 * value["mean"] for _, value in points]
-        axes.plot(strengths, means, label=name, **_look(index))
+        axes.plot(strengths, means, label=name, **_style(index))
         if points[0][1]["std"] is not None:
-            reach = [100 * value["std"] for _, value in points]
-            low, high = ([m + sign * r for m, r in zip(means, reach, strict=True)] for sign in (-1, 1))
+            deviations = [100 * value["std"] for _, value in points]
+            low, high = ([m + sign * d for m, d in zip(means, deviations, strict=True)] for sign in (-1, 1))
             axes.fill_between(strengths, low, high, color=COLORS[index % len(COLORS)], alpha=0.15, linewidth=0)
     axes.set(xlabel="strength", ylabel="accuracy (%)")
     axes.set_title(kind, fontsize=9)
     axes.set_xticks(strengths)
 
 
-def _reliability(axes: Axes, found: Joined) -> None:
-    """Accuracy over confidence; on the diagonal they are equal."""
+def _reliability(axes: Axes, verdicts: Joined) -> None:
+    """The reliability diagram: accuracy over confidence; a calibrated model lies on the diagonal."""
     axes.plot([0, 100], [0, 100], color="0.6", linewidth=1)
-    for index, (name, verdict) in enumerate(found.items()):
+    for index, (name, verdict) in enumerate(verdicts.items()):
         share, confidence, accuracy = (verdict["reliability"][key] for key in ("share", "confidence", "accuracy"))
         points = [
-            (100 * sure["mean"], 100 * right["mean"])
-            for part, sure, right in zip(share, confidence, accuracy, strict=True)
-            if part["mean"] * verdict["images"]["mean"] >= FEWEST
+            (100 * mean_confidence["mean"], 100 * mean_accuracy["mean"])
+            for part, mean_confidence, mean_accuracy in zip(share, confidence, accuracy, strict=True)
+            if part["mean"] * verdict["images"]["mean"] >= MIN_IMAGES
         ]
-        axes.plot(*zip(*points, strict=True), label=name, **_look(index))
+        axes.plot(*zip(*points, strict=True), label=name, **_style(index))
     axes.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 102), ylim=(0, 102))
     axes.set_title("reliability, clean images", fontsize=9)
 
 
-def _confidence(axes: Axes, found: Joined) -> None:
-    """How many images fall into each bin of confidence."""
-    for index, (name, verdict) in enumerate(found.items()):
+def _confidence(axes: Axes, verdicts: Joined) -> None:
+    """The share of images in each bin of confidence."""
+    for index, (name, verdict) in enumerate(verdicts.items()):
         heights = [100 * part["mean"] for part in verdict["reliability"]["share"]]
-        middles = [100 * (place + 0.5) / len(heights) for place in range(len(heights))]
-        axes.plot(middles, heights, label=name, **_look(index))
+        middles = [100 * (index + 0.5) / len(heights) for index in range(len(heights))]
+        axes.plot(middles, heights, label=name, **_style(index))
     axes.set(xlabel="confidence (%)", ylabel="images (%)", xlim=(0, 102))
     axes.set_ylim(bottom=0)
     axes.set_title("confidence, clean images", fontsize=9)

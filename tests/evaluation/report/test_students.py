@@ -76,26 +76,26 @@ def test_a_bin_that_is_empty_for_one_seed_is_that_of_the_other():
 
 
 def test_what_it_knows():
-    grid = students.knows(students.joined(seeds()))
+    grid = students.quality_table(students.joined(seeds()))
     assert row(grid, "student") == [
         "student", "55.0% ±7.1", "1.450 ±0.071", "5.0% ±0.0", "80.0% ±0.0", "40.0% ±7.1", "50.0% ±7.1"
     ]  # fmt: skip
     assert row(grid, "teacher")[4] == "–"
     assert "200 images each" in grid.caption
     assert "rotated and moved" in grid.caption
-    alone = students.knows(students.joined([{"student": verdict(0.5, shifted="given")}]))
+    alone = students.quality_table(students.joined([{"student": verdict(0.5, shifted="given")}]))
     assert row(alone, "student")[1:3] == ["50.0%", "1.500"]
-    assert "of another set" in alone.caption
+    assert "of another data set" in alone.caption
 
 
 def test_what_it_costs():
-    grid = students.costs(students.joined(seeds()))
+    grid = students.cost_table(students.joined(seeds()))
     assert row(grid, "student")[1:] == ["66,730", "8.0 M", "267 kB", "0.500 (0.400–0.625)", "12.0 (11.0–14.0)"]
     assert row(grid, "teacher")[3] == "–"
     assert "on 1 thread." in grid.caption
     assert "multiply-adds" in shown(grid)
     assert "| student | 66,730 |" in grid.markdown()
-    on_gpu = students.costs(students.joined([{"student": verdict(0.5, device="cuda")}]))
+    on_gpu = students.cost_table(students.joined([{"student": verdict(0.5, device="cuda")}]))
     assert on_gpu.caption.endswith("from pixels to logits, cuda.")
 
 
