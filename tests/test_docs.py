@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import tomllib
 from pathlib import Path
@@ -57,8 +58,7 @@ def test_the_readmes_commands_are_understood(monkeypatch):
             while words and not words[0].startswith("--"):
                 taken.append(words.pop(0))
             values[word[2:].replace("-", "_")] = taken if len(taken) > 1 else taken[0]
-        if "./mine.py" in command:
-            del values["partitioner"]
+        values = {key: value for key, value in values.items() if "./mine.py" not in str(value)}
         experiment.check(Config.parse(values))
 
 
@@ -100,14 +100,23 @@ def published(grid):
 
 
 def opened(directory):
-    return [compare.opened(path) for path in sorted(directory.iterdir())]
+    return [compare.opened(path) for path in sorted(directory.iterdir()) if path.is_dir()]
 
 
-@pytest.mark.parametrize("runs", sorted((ROOT / "simulations" / "family").iterdir()), ids=lambda path: path.name)
-def test_the_tables_of_the_family_are_those_of_the_rounds_beside_them(runs):
+COMPARED = [ROOT / "simulations" / "main", *sorted((ROOT / "simulations" / "family").iterdir())]
+
+
+@pytest.mark.parametrize("runs", COMPARED, ids=lambda path: path.name)
+def test_the_tables_of_the_results_are_those_of_the_rounds_beside_them(runs):
     """Which seeds and methods there are is read off the files."""
     assert published(table.side_by_side(*compare.played(opened(runs))))
 
 
 def test_the_table_of_distillations_is_that_of_the_results_beside_it():
     assert published(students.side_by_side(compare.distilled(opened(ROOT / "simulations" / "distill"))))
+
+
+def test_the_pictures_are_those_that_their_script_draws():
+    script = runpy.run_path(str(ROOT / "docs" / "pictures" / "draw.py"))
+    for name, picture in script["PICTURES"].items():
+        assert (ROOT / "docs" / "pictures" / name).read_text() == picture(), f"run docs/pictures/draw.py: {name}"

@@ -81,7 +81,7 @@ def _curve(axes: Axes, curves: Curves, name: str, color: str, style: str, with_o
     styles: dict[str, Any] = {"teacher_accuracy": ("--", "teacher"), "client_accuracy": (":", "mean client")}
     for key, (line, label) in styles.items():
         rounds, other, _ = _means(curves, name, key)
-        if other and other != mean:
+        if len(other) > 1 and other != mean:  # a single point is no line
             axes.plot(rounds, other, line, color=color, linewidth=1, label=f"{name}: {label}")
 
 
