@@ -1,11 +1,11 @@
-"""Teachers: how the clients' answers become one distribution for each proxy image.
+"""Aggregators: the probabilities of the ensemble from the clients' logits.
 
 Shapes: logits [K, N, C] of K clients, already divided by the temperature; weights broadcastable to
-[K, N], not negative. An aggregator returns probs [N, C] whose rows sum to one. Where all weights of
-an image are zero, all clients count alike. Sums over clients run in float64 and in their order.
+[K, N], not negative. An aggregator returns probs [N, C] whose rows sum to one. If all weights of a
+sample are zero, all clients have the same weight. Sums over clients run in float64 and in client order.
 
-Not aggregators, and not in the catalog, are the teachers of a client or of a group of them:
-`leave_one_out`, `clustered`, and `mixed` by the coefficients [K, K] of `mixing`.
+`leave_one_out`, `clustered`, and `mixed` with the coefficients [K, K] of `mixing` give a teacher for
+one client or one group of clients. They are not aggregators and not in the catalog.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ Fraction = Annotated[float, Field(ge=0, lt=0.5)]
 
 
 def mean_logits(logits: Tensor, weights: Tensor) -> Tensor:
-    """softmax(sum_k w_k f_k) (FedDF: Lin et al., 2020). One overconfident client can outvote the rest."""
+    """softmax(sum_k w_k f_k) (FedDF: Lin et al., 2020). One overconfident client can outweigh the rest."""
     return weighted_mean(logits, weights).softmax(-1).to(logits.dtype)
 
 
 def era(logits: Tensor, weights: Tensor, *, temperature: Scale = 0.1) -> Tensor:
     """Entropy reduction: softmax(p / T) of the mean *probabilities* p (DS-FL: Itahara et al., 2020).
 
-    It sharpens the head and lifts the far tail: a class of probability zero gets one.
+    Likely classes become more likely; classes of probability zero get a small positive one.
     """
     return (weighted_mean(_probs(logits), weights) / temperature).softmax(-1).to(logits.dtype)
 
 
 def beta_era(logits: Tensor, weights: Tensor, *, beta: Scale = 2.0) -> Tensor:
-    """p^beta / sum_c p^beta of the mean probabilities p; beta 1 leaves them (SCARLET: Azuma et al., 2025)."""
+    """p^beta / sum_c p^beta of the mean probabilities p; no change for beta 1 (SCARLET: Azuma et al., 2025)."""
     return (beta * weighted_mean(_probs(logits), weights).log()).softmax(-1).to(logits.dtype)
 
 
 def entropy(logits: Tensor, weights: Tensor, *, sharpness: Scale = 1.0) -> Tensor:
-    """Mean of probabilities, each client weighted for each image by exp(-sharpness * H(p_k)).
+    """Mean of probabilities, each client weighted for each sample by exp(-sharpness * H(p_k)).
 
-    Who is sure counts more (the unlabeled analogue of FedGEMS: Cheng et al., 2021).
+    Certain clients have more weight (the unlabeled analogue of FedGEMS: Cheng et al., 2021).
     """
     certain = certainty(logits, weights, sharpness)
     return weighted_mean(_probs(logits), certain).to(logits.dtype)
@@ -61,7 +61,7 @@ def variance(logits: Tensor, weights: Tensor) -> Tensor:
 def median(logits: Tensor, weights: Tensor) -> Tensor:
     """The clients' median probability of each class (Yin et al., 2018), renormalized.
 
-    It is what a trimmed mean tends to: halfway between the lower and the upper weighted median.
+    The limit of the trimmed mean: halfway between the lower and the upper weighted median.
     """
     return _middle(logits, weights, 0.5 - 1e-6)
 
@@ -74,7 +74,7 @@ def trimmed_mean(logits: Tensor, weights: Tensor, *, fraction: Fraction = 0.2) -
 def geometric_median(logits: Tensor, weights: Tensor, *, steps: PositiveInt = 100) -> Tensor:
     """argmin_z sum_k w_k ||p_k - z|| of the vectors p_k (RFA: Pillutla et al., 2022).
 
-    By Weiszfeld's steps, each the mean by w_k / max(1e-6, ||p_k - z||); from the mean.
+    Weiszfeld's algorithm, from the mean: each step is the mean with weights w_k / max(1e-6, ||p_k - z||).
     """
     probs, shares = _probs(logits), normalized(weights, logits)
     center = weighted_mean(probs, shares)
@@ -86,32 +86,33 @@ def geometric_median(logits: Tensor, weights: Tensor, *, steps: PositiveInt = 10
 def spectral(logits: Tensor, weights: Tensor, *, fraction: Fraction = 0.2, variance: Bound = 0.05) -> Tensor:
     """Cronus' robust mean of probabilities (Chang et al., 2019, after Diakonikolas et al., 2017).
 
-    While the covariance of an image's vectors has an eigenvalue above ``variance``, who lies farthest
-    along its axis is dropped; at most floor(``fraction`` * K) of the K clients of any weight. Those
-    equally far go together: if they are more than the drops that are left, each loses its part of them.
-    The paper states no constants. Liars of share e who pass ``variance`` = v move the mean by no more
-    than sqrt(v e / (1 - e)): by 0.11 for a fifth of the clients and 0.05, the default.
+    While the covariance of a sample's vectors has an eigenvalue above ``variance``, the client that lies
+    farthest along its eigenvector is dropped; at most floor(``fraction`` * K) of the K clients with a positive
+    weight. Equally far clients are dropped together; if they are more than may still be dropped, each loses
+    an equal part of its weight. The paper states no constants. Malicious clients with a share e of the weight
+    that stay within ``variance`` = v move the mean by at most sqrt(v e / (1 - e)): by 0.11 for a fifth of the
+    clients and 0.05, the default.
     """
     probs, shares = _probs(logits), normalized(weights, logits)
     kept = (shares > 0).double()
-    left = (fraction * kept.sum(0) + 1e-9).floor()
-    rows = left.nonzero()[:, 0]
-    while len(rows):
-        value, far = _axis(probs[:, rows], (shares * kept)[:, rows])
-        wide = value > variance
-        rows, far = rows[wide], far[:, wide].masked_fill(kept[:, rows[wide]] == 0, -1)
-        farthest = (far >= far.amax(0) * (1 - 1e-6)).double()
-        each = (left[rows] / farthest.sum(0)).clamp_max(1)
-        kept[:, rows] -= farthest * each
-        left[rows] = (left[rows] - farthest.sum(0)).clamp_min(0)
-        rows = rows[left[rows] > 0]
+    budget = (fraction * kept.sum(0) + 1e-9).floor()  # how many clients may still be dropped for each sample
+    indices = budget.nonzero()[:, 0]
+    while len(indices):
+        eigenvalue, distances = _principal_axis(probs[:, indices], (shares * kept)[:, indices])
+        exceeds = eigenvalue > variance
+        indices, distances = indices[exceeds], distances[:, exceeds].masked_fill(kept[:, indices[exceeds]] == 0, -1)
+        farthest = (distances >= distances.amax(0) * (1 - 1e-6)).double()
+        dropped = (budget[indices] / farthest.sum(0)).clamp_max(1)
+        kept[:, indices] -= farthest * dropped
+        budget[indices] = (budget[indices] - farthest.sum(0)).clamp_min(0)
+        indices = indices[budget[indices] > 0]
     return weighted_mean(probs, shares * kept).to(logits.dtype)
 
 
 def vote(logits: Tensor, weights: Tensor) -> Tensor:
-    """The weighted share of clients whose first class it is (CFD with one bit: Sattler et al., 2022).
+    """The weighted share of clients that predict each class (CFD with one bit: Sattler et al., 2022).
 
-    A client with several first classes divides its vote among them.
+    If several classes of a client tie for the largest logit, its weight is divided among them.
     """
     first = (logits == logits.amax(-1, keepdim=True)).double()
     return weighted_mean(first / first.sum(-1, keepdim=True), weights).to(logits.dtype)
@@ -120,7 +121,7 @@ def vote(logits: Tensor, weights: Tensor) -> Tensor:
 def leave_one_out(logits: Tensor, weights: Tensor) -> Tensor:
     """For each client the mean of the *others'* probabilities [K, N, C] (FD: Jeong et al., 2018).
 
-    Its own where no other client has any weight: to learn from oneself changes nothing.
+    The client's own probabilities if no other client has any weight: these change nothing.
     """
     probs, shares = _probs(logits), normalized(weights, logits)
     others = 1 - probs.new_ones(len(probs)).diag()
@@ -132,18 +133,18 @@ def leave_one_out(logits: Tensor, weights: Tensor) -> Tensor:
 def clustered(probs: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """COMET's k-means over the clients' soft labels [K, N, C] (Cho et al., 2022).
 
-    Returns the centroids [k, N, C] and each client's cluster [K] (int64), the first client's first.
-    Clients who say the same are one point: k is at most the number of different answers. The points
-    are sorted before the draw of starts, so who is with whom depends on the answers and the seed alone.
+    Returns the centroids [k, N, C] and each client's cluster [K] (int64); the first client is in cluster 0.
+    Clients with equal soft labels are one point: k is at most the number of different soft labels. The points
+    are sorted before k-means is initialized, so the clusters depend on the soft labels and the seed only.
     """
     import torch
     from sklearn.cluster import KMeans
 
-    points, place, copies = torch.unique(
+    points, place, multiplicity = torch.unique(
         probs.double().flatten(1), dim=0, return_inverse=True, return_counts=True, sorted=True
     )
     means = KMeans(min(count, len(points)), n_init=10, random_state=seed % 2**32)
-    labels = means.fit(points.numpy(), sample_weight=copies.numpy()).labels_[place.numpy()].tolist()
+    labels = means.fit(points.numpy(), sample_weight=multiplicity.numpy()).labels_[place.numpy()].tolist()
     names = list(dict.fromkeys(labels))
     assignment = torch.tensor([names.index(label) for label in labels])
     groups = [probs[assignment == cluster] for cluster in range(len(names))]
@@ -151,7 +152,7 @@ def clustered(probs: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def mixed(probs: Tensor, coefficients: Tensor) -> Tensor:
-    """The teachers [J, N, C] that coefficients [J, K] make: sum_m c_jm p_m (KT-pFL: Zhang et al., 2021)."""
+    """The mixtures [J, N, C] of probs with coefficients [J, K]: sum_m c_jm p_m (KT-pFL: Zhang et al., 2021)."""
     return (coefficients.double() @ probs.double().flatten(1)).view(-1, *probs.shape[1:]).to(probs.dtype)
 
 
@@ -162,20 +163,21 @@ def mixing(probs: Tensor, *, penalty: float) -> Tensor:
 
         ||s_n - sum_m c_nm s_m||^2 / N + penalty * ||c_n - 1/K||^2.
 
-    The authors' code takes a few steps; this solves, by Nesterov's accelerated projected gradient from
-    c_n = e_n, which ends at most 3 penalty exp(-2000 sqrt(penalty / (K + penalty))) above the least.
+    The authors' code takes a few gradient steps. This solves the problem by Nesterov's accelerated projected
+    gradient from c_n = e_n; its value ends at most 3 penalty exp(-2000 sqrt(penalty / (K + penalty))) above
+    the minimum.
     """
     import torch
 
-    said = probs.double().flatten(1)
-    said = said - said.mean(0)
-    gram = said @ said.T / probs.shape[1]
-    own = torch.eye(len(probs), dtype=torch.float64)
+    centered = probs.double().flatten(1)
+    centered = centered - centered.mean(0)
+    gram = centered @ centered.T / probs.shape[1]
+    identity = torch.eye(len(probs), dtype=torch.float64)
     curvature = (torch.linalg.eigvalsh(gram)[-1].clamp_min(0) + penalty).clamp_min(1e-30)
     root = (penalty / curvature).sqrt()
-    coefficients = ahead = own
+    coefficients = ahead = identity
     for _ in range(2000):
-        slope = (ahead - own) @ gram + penalty * (ahead - 1 / len(probs))
+        slope = (ahead - identity) @ gram + penalty * (ahead - 1 / len(probs))
         before, coefficients = coefficients, _onto_simplex(ahead - slope / curvature)
         ahead = coefficients + (1 - root) / (1 + root) * (coefficients - before)
     return coefficients
@@ -188,7 +190,7 @@ def _probs(logits: Tensor) -> Tensor:
 def _middle(logits: Tensor, weights: Tensor, fraction: float) -> Tensor:
     """Each class' mean of the sorted probabilities whose cumulative weight is in [fraction, 1 - fraction].
 
-    Renormalized; the mean of all where nothing is left of any class: three sure votes for three classes.
+    Renormalized. The mean over all clients if every class has zero left (three clients certain of three classes).
     """
     probs = _probs(logits)
     values, order = probs.sort(0)
@@ -200,11 +202,11 @@ def _middle(logits: Tensor, weights: Tensor, fraction: float) -> Tensor:
     return (middle / total).where(total > 1e-9, weighted_mean(probs, weights)).to(logits.dtype)
 
 
-def _axis(probs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The top eigenvalue [N] of each image's weighted covariance, and how far each client is along its axis [K, N].
+def _principal_axis(probs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalue [N] of each sample's weighted covariance; the clients' distances [K, N] along its axis.
 
-    That is the squared distance from the mean, up to a factor of the image; in the plane of several axes
-    where eigenvalues are equal. Of Z Z' and Z' Z, which share the eigenvalues, the smaller is decomposed.
+    Distances from the mean are squared, up to a factor of the sample. Axes with equal eigenvalues are taken
+    together. Z Z' and Z' Z have the same eigenvalues; the smaller of them is decomposed.
     """
     import torch
 

@@ -117,7 +117,7 @@ class Algorithm(ABC):
 
     #: Whether one client holds the private data of all (an upper bound, not a federation).
     pools_data: ClassVar[bool] = False
-    #: Whether the method reads the proxy's labels. They are not loaded for a method that does not say so.
+    #: Whether the method reads the proxy's labels. They are loaded only for methods that set it.
     reads_proxy_labels: ClassVar[bool] = False
 
     @property

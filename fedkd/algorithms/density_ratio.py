@@ -1,4 +1,4 @@
-"""Whether an image looks like those of a client: the ratio of the densities of private and proxy images."""
+"""Density ratio estimation: how much denser a client's images lie at a proxy image than the proxy images do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIDE, COMPONENTS = 8, 32  # images are shrunk to 8x8 before their principal comp
 def features(reference: Tensor, images: Tensor) -> Tensor:
     """Principal components [N, D] of images [N, H, W, 3] uint8, in the basis of the ``reference`` ones.
 
-    The reference is the proxy set, so everyone has the same basis and nobody learns anything by it.
+    The reference is the proxy set, so all clients have the same basis and the basis reveals no private data.
     """
     center, axes = _basis(reference)
     components: Tensor = (_shrunk(images) - center) @ axes
@@ -45,7 +45,7 @@ def ratio(private: Tensor, proxy: Tensor, at: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _basis(reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Center and principal axes, once for a proxy set."""
+    """The mean and the principal axes of a proxy set, computed once."""
     points = _shrunk(reference)
     center = points.mean(0)
     _, axes = torch.linalg.eigh((points - center).T @ (points - center))
@@ -58,7 +58,7 @@ def _kernel(left: Tensor, right: Tensor, width: Tensor) -> Tensor:
 
 
 def _distances(left: Tensor, right: Tensor) -> Tensor:
-    """Exact: by matrix products a point would lie apart from itself."""
+    """Distances [n, m], without matrix products, whose rounding gives a point a distance to itself."""
     return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scarlet(Ensemble):
-    """A soft label is used for ``duration`` rounds after the one it was made in; the teacher is beta-ERA.
+    """A soft label is used for ``duration`` rounds after the one that computed it; the teacher is beta-ERA.
 
     The requested samples follow from the seed, so that nothing needs to be sent for them: `label_rounds` gives them
     on both sides. A client that was absent is sent all labels that have changed since. The paper's duration is 50,
@@ -51,17 +51,17 @@ class Scarlet(Ensemble):
         return {**super().initial_state(setup), "seen": seen, "cache": cache}
 
     def broadcast(self, setup: Setup, state: Tensors, client: int) -> Tensors:
-        since, made = state["seen"][client].clone(), label_rounds(setup, self.duration, int(state["round"]) - 1)
-        return {"round": state["round"], "since": since, "probs": state["cache"][_changed(made, since)]}
+        since, computed = state["seen"][client].clone(), label_rounds(setup, self.duration, int(state["round"]) - 1)
+        return {"round": state["round"], "since": since, "probs": state["cache"][_changed(computed, since)]}
 
     def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
         number = int(message["round"])
-        made = label_rounds(setup, self.duration, number - 1)
+        computed = label_rounds(setup, self.duration, number - 1)
         samples = len(setup.proxy.images)
         cache = client.memory.get("cache", torch.zeros(samples, setup.classes)).clone()
         cached = client.memory.get("cached", torch.zeros(samples, dtype=torch.int64)).clone()
-        changed = _changed(made, message["since"])
-        cache[changed], cached[changed] = message["probs"], made[changed]
+        changed = _changed(computed, message["since"])
+        cache[changed], cached[changed] = message["probs"], computed[changed]
         weights: Tensors = setup.local_weights(client)
         indices = setup.proxy.subset(number - 1) if number > 1 else torch.zeros(0, dtype=torch.int64)
         indices = indices[cached[indices] > 0]  # all of them, unless this client has lost its memory
@@ -88,40 +88,40 @@ class Scarlet(Ensemble):
     def requested(self, setup: Setup, number: int) -> Tensor:
         """The proxy samples whose labels are requested in a round: those without a label or with one too old."""
         indices = setup.proxy.subset(number)
-        made = label_rounds(setup, self.duration, number - 1)[indices]
-        return indices[_is_old(made, number, self.duration)]
+        computed = label_rounds(setup, self.duration, number - 1)[indices]
+        return indices[_is_old(computed, number, self.duration)]
 
 
 def label_rounds(setup: Setup, duration: int, number: int) -> Tensor:
-    """The round [P] in which the label of each proxy sample was made, as of the end of round ``number``; 0: none."""
+    """The round [P] that computed the label of each proxy sample, as of the end of round ``number``; 0: none."""
     latest = _latest(setup.config.seed, len(setup.proxy.images), setup.config.proxy_samples, duration)
     if number < latest.round:
-        latest.round, latest.made = 0, torch.zeros(len(setup.proxy.images), dtype=torch.int64)
+        latest.round, latest.computed = 0, torch.zeros(len(setup.proxy.images), dtype=torch.int64)
     for round_ in range(latest.round + 1, number + 1):
-        made, indices = latest.made.clone(), setup.proxy.subset(round_)
-        made[indices] = torch.where(_is_old(made[indices], round_, duration), round_, made[indices])
-        latest.round, latest.made = round_, made
-    return latest.made
+        computed, indices = latest.computed.clone(), setup.proxy.subset(round_)
+        computed[indices] = torch.where(_is_old(computed[indices], round_, duration), round_, computed[indices])
+        latest.round, latest.computed = round_, computed
+    return latest.computed
 
 
 @dataclass
 class _Latest:
-    """The last round that was computed, and the rounds in which its labels were made."""
+    """The last round of `label_rounds` so far, and its result."""
 
     round: int
-    made: Tensor
+    computed: Tensor
 
 
 @lru_cache(maxsize=4)
 def _latest(seed: int, images: int, samples: int, duration: int) -> _Latest:
-    """Kept, so that each round is computed once."""
+    """Cached, so that each round is computed once."""
     return _Latest(0, torch.zeros(images, dtype=torch.int64))
 
 
-def _is_old(made: Tensor, number: int, duration: int) -> Tensor:
-    return (made == 0) | (number - made > duration)
+def _is_old(computed: Tensor, number: int, duration: int) -> Tensor:
+    return (computed == 0) | (number - computed > duration)
 
 
-def _changed(made: Tensor, since: Tensor) -> Tensor:
+def _changed(computed: Tensor, since: Tensor) -> Tensor:
     """Which labels a client has not been sent, if the server last accepted its update in round ``since`` (0: never)."""
-    return made >= since.clamp_min(1)
+    return computed >= since.clamp_min(1)

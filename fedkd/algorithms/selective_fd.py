@@ -1,4 +1,4 @@
-"""Selective-FD (Shao et al., 2024): clients label only the samples that look like theirs; ambiguous ones are dropped."""
+"""Selective-FD (Shao et al., 2024): clients label only samples similar to their own; ambiguous ones are dropped."""
 
 from __future__ import annotations
 

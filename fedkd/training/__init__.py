@@ -1,1 +1,1 @@
-"""The training loop, its losses, and the trainer that algorithms are given."""
+"""The training loop, the losses, and the trainer that algorithms use."""

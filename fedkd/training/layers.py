@@ -1,4 +1,4 @@
-"""What the layers of a network give: watched by name with forward hooks, listed with their shapes."""
+"""The outputs of a network's layers, by name: recorded by forward hooks, and listed with their shapes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from fedkd.core.errors import UsageError, unknown
 
-EMBEDDING = "embedding"  # what the last linear layer sees, as if it were a layer of its own
+EMBEDDING = "embedding"  # the name of the input of the last linear layer, which counts as a layer
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """The logits [B, C] of a network and what its watched layers gave, [B, ...] each."""
+    """The logits [B, C] of a network and the outputs [B, ...] of its watched layers."""
 
     logits: Tensor
     layers: Mapping[str, Tensor]
@@ -32,27 +32,27 @@ class WatchedModel(nn.Module):
         self.names = tuple(names)
 
     def forward(self, x: Tensor) -> Outputs:
-        """Both; a layer that is called several times is seen as it was last."""
-        with layer_outputs(self.model, self.names) as seen:
-            return Outputs(self.model(x), seen)
+        """Both; of a layer that is called several times, the last output."""
+        with layer_outputs(self.model, self.names) as outputs:
+            return Outputs(self.model(x), outputs)
 
 
 @contextmanager
 def layer_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """What these layers give while the block runs, in the order in which they are done.
+    """The outputs of these layers while the block runs, in the order in which the layers finish.
 
     Raises:
-        ValueError: the embedding is wanted of a model without a linear layer.
+        ValueError: the embedding of a model without a linear layer.
 
     """
-    seen: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
 
-    def keep(name: str, output: Any) -> None:
+    def record(name: str, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
         if isinstance(tensor, Tensor):
-            seen.pop(name, None)  # the order is that of the last call
-            seen[name] = tensor.clone()  # the next layer may work in place
+            outputs.pop(name, None)  # the order is that of the last call
+            outputs[name] = tensor.clone()  # the next layer may work in place
 
     with ExitStack() as stack:
         for name in names:
@@ -60,30 +60,30 @@ def layer_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, 
                 linear = [module for module in modules.values() if isinstance(module, nn.Linear)]
                 if not linear:
                     raise ValueError("it has no linear layer, whose input would be the embedding")
-                hook = linear[-1].register_forward_pre_hook(lambda _, inputs: keep(EMBEDDING, inputs[0]))
+                hook = linear[-1].register_forward_pre_hook(lambda _, inputs: record(EMBEDDING, inputs[0]))
             else:
-                hook = modules[name].register_forward_hook(lambda _, __, output, name=name: keep(name, output))
+                hook = modules[name].register_forward_hook(lambda _, __, output, name=name: record(name, output))
             stack.callback(hook.remove)
-        yield seen
+        yield outputs
 
 
 def shapes(model: nn.Module, x: Tensor) -> dict[str, tuple[int, ...]]:
-    """The shape of what each layer gives for a batch ``x``, without the batch, in the order of computation."""
+    """The shape of each layer's output for a batch ``x``, without the batch dimension, in the order of computation."""
     names = [name for name, _ in model.named_modules() if name]
     if any(isinstance(module, nn.Linear) for module in model.modules()):
         names.append(EMBEDDING)
-    was, device = model.training, next(model.parameters()).device
-    with layer_outputs(model.eval(), names) as seen, torch.no_grad():
+    was_training, device = model.training, next(model.parameters()).device
+    with layer_outputs(model.eval(), names) as outputs, torch.no_grad():
         model(x.to(device))
-    model.train(was)
-    return {name: tuple(output.shape[1:]) for name, output in seen.items() if output.shape[:1] == x.shape[:1]}
+    model.train(was_training)
+    return {name: tuple(output.shape[1:]) for name, output in outputs.items() if output.shape[:1] == x.shape[:1]}
 
 
 def chosen(text: str, known: Mapping[str, tuple[int, ...]], whose: str) -> list[str]:
-    """The layers that ``a+b`` names.
+    """The names of the layers in ``a+b``.
 
     Raises:
-        UsageError: there is no such layer; the sentence lists those there are.
+        UsageError: there is no such layer; the message lists the layers.
 
     """
     names = text.split("+")
@@ -98,7 +98,7 @@ def chosen(text: str, known: Mapping[str, tuple[int, ...]], whose: str) -> list[
 def maps(known: Mapping[str, tuple[int, ...]]) -> list[str]:
     """The last layer at each resolution, from fine to coarse: the ends of the stages of a convolutional network.
 
-    Tokens [N, D] count as a map. A network without any map has its embedding alone.
+    Tokens [N, D] count as a map. For a network without maps, only the embedding.
     """
     last: dict[tuple[int, ...], str] = {}
     for name, shape in known.items():
@@ -110,7 +110,7 @@ def maps(known: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 
 def as_map(features: Tensor) -> Tensor:
-    """Features as a map [B, C, H, W]: tokens [B, N, D] on a square grid where N is one, vectors as one pixel."""
+    """Features as a map [B, C, H, W]: tokens [B, N, D] on a square grid if N is a square; vectors as one pixel."""
     shape = tuple(features.shape[1:])
     if len(shape) == 2:
         features = features.mT
@@ -120,12 +120,12 @@ def as_map(features: Tensor) -> Tensor:
 
 
 def channels(shape: tuple[int, ...]) -> int:
-    """Of what `as_map` makes of an output of this shape, given without the batch."""
+    """The number of channels that `as_map` gives for an output of this shape (without the batch dimension)."""
     return shape[-1] if len(shape) == 2 or _is_channels_last(shape) else shape[0]
 
 
 def _grid(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Rows and columns of the map in an output of this shape."""
+    """The height and width of the map that `as_map` gives for an output of this shape."""
     if len(shape) == 3:
         return shape[:2] if _is_channels_last(shape) else shape[1:]
     tokens = shape[0] if len(shape) == 2 else 1
@@ -134,5 +134,5 @@ def _grid(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _is_channels_last(shape: tuple[int, ...]) -> bool:
-    """Whether it is [H, W, C], as within torchvision's transformers: images, and so their maps, are square."""
+    """Whether the shape is [H, W, C], as in torchvision's transformers. Images, and so their maps, are square."""
     return len(shape) == 3 and shape[0] == shape[1] != shape[2]

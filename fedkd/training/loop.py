@@ -1,7 +1,7 @@
 """The training loop and prediction: the only module that calls ``backward``.
 
-Images are uint8 [N, H, W, 3]; seen as [N, 3, H, W] they are in channels_last order without a copy,
-the layout in which CPUs and GPUs convolve fastest.
+Images are uint8 [N, H, W, 3]. Viewed as [N, 3, H, W] they are in channels_last order without a copy,
+the fastest layout for convolutions on CPUs and GPUs.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from fedkd.data.scaling import Scaling
 from fedkd.training.layers import EMBEDDING, layer_outputs
 from fedkd.training.optimizers import Step
 
-CPU_CHUNK, GPU_CHUNK = 64, 2048  # images a forward pass: what fits the cache of a CPU core, what fills a GPU
+CPU_CHUNK, GPU_CHUNK = 64, 2048  # images per forward pass: fits the cache of a CPU core; fills a GPU
 
-Objective = Callable[[Any, Tensor], Tensor]  # what the model returns, their targets -> scalar
-Penalty = Callable[[nn.Module], Tensor]  # of the parameters -> a scalar that is added to the loss
+Objective = Callable[[Any, Tensor], Tensor]  # (output of the model, targets) -> scalar
+Penalty = Callable[[nn.Module], Tensor]  # model -> scalar that is added to the loss
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Whether images are cropped at random and flipped; if ``first`` is given, only the first so many samples."""
+    """Whether images are randomly cropped and flipped; with ``first``, only samples with an index below it."""
 
     crop: bool = False
     flip: bool = False
     first: int | None = None
 
     def __call__(self, images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """The images [B, H, W, 3] with these indices, augmented anew."""
+        """The augmented images [B, H, W, 3]; ``indices`` [B] are those of the samples."""
         if not self.crop:
             return images
         augmented = crop_and_flip(images, self.flip, generator)
@@ -58,7 +58,7 @@ def train(
     penalty: Penalty | None = None,
     average: bool = False,
 ) -> None:
-    """Minimize ``objective`` over (pixels, targets), in place. Order and augmentation follow ``seed``.
+    """Minimize ``objective`` over (pixels, targets), in place. ``seed`` determines the order and the augmentation.
 
     With ``average`` the result is the mean of the weights after each epoch (stochastic weight averaging: Izmailov et
     al., 2018).
@@ -87,21 +87,21 @@ def train(
 
 
 def batches(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Rows of the samples in each batch of an epoch, shuffled; the last batch may be smaller."""
+    """The indices of the samples in each batch of an epoch, shuffled; the last batch may be smaller."""
     return torch.split(torch.randperm(count, generator=generator), size)
 
 
 def _floats(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers that can be averaged."""
+    """The floating-point parameters and buffers, which can be averaged."""
     return [(name, tensor.detach()) for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
 
 
 def proximal(mu: float, center: Mapping[str, Tensor], device: str = "cpu") -> Penalty:
     """Mu / 2 times the squared distance of the parameters from ``center`` (FedProx: Li et al., 2020)."""
-    held = {name: tensor.to(device) for name, tensor in center.items()}
+    center = {name: tensor.to(device) for name, tensor in center.items()}
 
     def penalty(model: nn.Module) -> Tensor:
-        distances = [(p - held[n]).square().sum() for n, p in model.named_parameters()]
+        distances = [(p - center[n]).square().sum() for n, p in model.named_parameters()]
         return 0.5 * mu * torch.stack(distances).sum()
 
     return penalty
@@ -109,10 +109,10 @@ def proximal(mu: float, center: Mapping[str, Tensor], device: str = "cpu") -> Pe
 
 def linear(slope: Mapping[str, Tensor], device: str = "cpu") -> Penalty:
     """<slope, parameters>: adds ``slope`` to every gradient (SCAFFOLD's correction: Karimireddy et al., 2020)."""
-    held = {name: tensor.to(device) for name, tensor in slope.items()}
+    slope = {name: tensor.to(device) for name, tensor in slope.items()}
 
     def penalty(model: nn.Module) -> Tensor:
-        return torch.stack([(p * held[n]).sum() for n, p in model.named_parameters()]).sum()
+        return torch.stack([(p * slope[n]).sum() for n, p in model.named_parameters()]).sum()
 
     return penalty
 
@@ -131,12 +131,12 @@ class Embedded(nn.Module):
             ValueError: the model has no linear layer.
 
         """
-        with layer_outputs(self.model, [EMBEDDING]) as seen:
-            return self.model(x), seen[EMBEDDING]
+        with layer_outputs(self.model, [EMBEDDING]) as outputs:
+            return self.model(x), outputs[EMBEDDING]
 
 
 class Embedding(Embedded):
-    """A model that returns its embedding [B, D] alone."""
+    """A model that returns only its embedding [B, D]."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x)[1]
@@ -150,11 +150,11 @@ def predict(model: nn.Module, pixels: Tensor, scaling: Scaling) -> Tensor:
     with torch.inference_mode():
         parts = torch.split(pixels, chunk)
         first = model(scaling(parts[0].to(device)))
-        # Filled in place: small results kept between big buffers would break up the heap, which then grows.
+        # Filled in place: small results between large buffers would fragment the heap, which then grows.
         logits = torch.empty(len(pixels), *first.shape[1:])
         for part, rows in zip(parts, torch.split(logits, chunk), strict=True):
             rows.copy_(first if part is parts[0] else model(scaling(part.to(device))))
-    return logits.clone()  # a plain tensor again, which may be trained on
+    return logits.clone()  # a normal tensor, not an inference tensor, so that it can be a training target
 
 
 def score(logits: Tensor, labels: Tensor) -> tuple[float, float]:

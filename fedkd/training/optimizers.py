@@ -1,7 +1,7 @@
-"""SGD and Adam by PyTorch's own functional kernels.
+"""SGD and Adam with PyTorch's functional kernels.
 
-``torch.optim``'s classes import the compiler when one is made: a second and 150 MB in every process.
-The kernels are the same, and so are the bits (tests/test_learning.py).
+Creating an optimizer of ``torch.optim`` imports the compiler, which costs a second and 150 MB in every process.
+The kernels are the same, so the results are bitwise equal (tests/training/test_loop.py).
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from torch.optim.sgd import sgd as sgd_kernel
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Moves the parameters it was made for by one step along their gradients, and forgets these.
+#: Updates the parameters of the optimizer by one step and clears their gradients.
 Step = Callable[[], None]
 #: The learning rate of a step, counted from zero.
 Schedule = Callable[[int], float]
 
 
 def cosine(peak: float, steps: int) -> Schedule:
-    """From ``peak`` to zero over so many steps, along half a wave (Loshchilov and Hutter, 2017)."""
+    """Cosine annealing from ``peak`` to zero over ``steps`` steps (Loshchilov and Hutter, 2017)."""
     return lambda step: peak * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
 
 
 def sgd(parameters: Sequence[Tensor], learning_rate: float | Schedule, momentum: float, weight_decay: float) -> Step:
     """Stochastic gradient descent with momentum and L2 regularization, as ``torch.optim.SGD``."""
     rates = learning_rate if callable(learning_rate) else lambda _: learning_rate
-    taken = itertools.count()
-    moved = _trainable(parameters)
-    velocities: list[Tensor | None] = [None] * len(moved)
+    counter = itertools.count()
+    trainable = _trainable(parameters)
+    velocities: list[Tensor | None] = [None] * len(trainable)
 
     def step() -> None:
         sgd_kernel(
-            moved,
-            _spent(moved),
+            trainable,
+            _pop_gradients(trainable),
             velocities,
             fused=True,
-            lr=rates(next(taken)),
+            lr=rates(next(counter)),
             momentum=momentum,
             weight_decay=weight_decay,
             dampening=0.0,
@@ -54,15 +54,15 @@ def sgd(parameters: Sequence[Tensor], learning_rate: float | Schedule, momentum:
 
 
 def adam(parameters: Sequence[Tensor], learning_rate: float) -> Step:
-    """Adam (Kingma and Ba, 2015) with its usual constants, as ``torch.optim.Adam``."""
-    moved = _trainable(parameters)
-    means, squares = ([torch.zeros_like(p) for p in moved] for _ in range(2))
-    counts = [torch.zeros((), device=p.device) for p in moved]
+    """Adam (Kingma and Ba, 2015) with its default constants, as ``torch.optim.Adam``."""
+    trainable = _trainable(parameters)
+    means, squares = ([torch.zeros_like(p) for p in trainable] for _ in range(2))
+    counts = [torch.zeros((), device=p.device) for p in trainable]
 
     def step() -> None:
         adam_kernel(
-            moved,
-            _spent(moved),
+            trainable,
+            _pop_gradients(trainable),
             means,
             squares,
             [],
@@ -84,10 +84,10 @@ def _trainable(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p for p in parameters if p.requires_grad]
 
 
-def _spent(parameters: list[Tensor]) -> list[Tensor]:
-    """The gradients, taken away from the parameters; zero where the loss does not reach.
+def _pop_gradients(parameters: list[Tensor]) -> list[Tensor]:
+    """The gradients, which are removed from the parameters; zeros for parameters that the loss does not depend on.
 
-    They come from ``backward``, which lays them out as their parameters lie: the kernels rely on it.
+    ``backward`` gives them the memory layout of their parameters, as the kernels need.
     """
     gradients = []
     for parameter in parameters:

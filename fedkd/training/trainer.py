@@ -1,4 +1,4 @@
-"""Trainer: local training, distillation and prediction of models that are named by a spec and held as tensors."""
+"""Trainer: local training, distillation and prediction of models that are given by a spec and a dict of tensors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Trainer:
     device: str
 
     def initial_weights(self, model: str) -> dict[str, Tensor]:
-        """The initial weights of a model; the same for all who have it, as paired comparisons need."""
+        """The initial weights of a model; the same wherever the model is used, as paired comparisons need."""
         with seeds.seeded(seeds.derive(self.config.seed, "initial", model)):
             module = models.build(model, self.classes, self.config.norm)
         return _weights(module)
@@ -67,7 +67,7 @@ class Trainer:
         if soft_labels is None:
             self._train(model, client.data.pixels, client.data.labels, objective, client, penalty=penalty)
             return _weights(module)
-        # One tensor of targets for both kinds: one-hot labels or soft labels, and a last column that tells which.
+        # One tensor of targets for both kinds: one-hot or soft labels, and a last column that is 1 for soft labels.
         labels = nn.functional.one_hot(client.data.labels, self.classes).float()
         targets = [nn.functional.pad(labels, (0, 1)), nn.functional.pad(soft_labels.targets, (0, 1), value=1.0)]
         pixels = torch.cat([client.data.pixels, soft_labels.images])
@@ -80,11 +80,11 @@ class Trainer:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weights after local training with a teacher (model, weights) on the same client, and the adapters.
 
-        Adapters are the parameters that the loss term learns along with the student; empty for new ones.
+        Adapters are the parameters of the loss term, trained with the student; pass an empty dict for new ones.
         """
         from fedkd.training.terms.objective import DistillationObjective
 
-        # A copy, made first: there is one module per architecture, and the student's may be the same.
+        # Copied before the student is loaded: there is one module per architecture, and both may have the same.
         teacher_module = copy.deepcopy(self._module(*teacher)).eval().requires_grad_(False)
         module = self._module(client.model, weights)
         sample = self.scaling(client.data.pixels[:2].to(self.device))
@@ -172,18 +172,18 @@ class Trainer:
 
 
 def _joint(objective: Objective, soft_objective: Objective) -> Objective:
-    """The mean loss over samples with labels and with soft labels, told apart by the last column of the targets."""
+    """The mean loss over samples with labels and samples with soft labels (last column of the targets: 1)."""
 
     def joint(logits: Tensor, targets: Tensor) -> Tensor:
         is_soft = targets[:, -1] > 0
         labels = targets[~is_soft, :-1].argmax(-1)
         losses = [
-            loss(logits[chosen], wanted) * len(wanted)
-            for loss, chosen, wanted in (
+            loss(logits[mask], kind) * len(kind)
+            for loss, mask, kind in (
                 (objective, ~is_soft, labels),
                 (soft_objective, is_soft, targets[is_soft, :-1]),
             )
-            if len(wanted)
+            if len(kind)
         ]
         return torch.stack(losses).sum() / len(targets)
 
@@ -192,11 +192,11 @@ def _joint(objective: Objective, soft_objective: Objective) -> Objective:
 
 @lru_cache(maxsize=32)
 def _architecture(model: str, classes: int, norm: Any, device: str) -> nn.Module:
-    """A module to load weights into: built once, since building costs more than loading."""
+    """A module to load weights into. Cached, since building costs more than loading."""
     return models.build(model, classes, norm).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:
-    """Its parameters and buffers, copied to the CPU in plain order."""
+    """The parameters and buffers of a module, copied to the CPU and contiguous."""
     tensors = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}

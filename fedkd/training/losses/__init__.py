@@ -1,6 +1,6 @@
-"""Distillation losses: plain functions, one family a file.
+"""Distillation losses: plain functions, one family per file.
 
-They never detach and never hold a graph: gradients go wherever an argument asks for them, so that a caller
-passes the teacher's tensors without one. `logits` and `answers` are what ``--loss`` names; the others want
-features, which in a federation only those have who hold both models.
+They never detach: every argument that requires gradients gets them, so the caller passes the teacher's tensors
+without. ``--loss`` names the losses in `logits` and `output_relations`. The others need features of both models,
+which in a federation are available only on a client that has both.
 """

@@ -1,7 +1,7 @@
-"""Losses on feature maps: what pulls a student's inside to its teacher's.
+"""Losses between feature maps of student and teacher.
 
-Shapes: student and teacher [B, C, H, W], of one layer each; where it is said, [B, D] as well. Each returns
-a scalar, a mean over the batch. What makes shapes agree (a regressor, a crop) is the caller's.
+Shapes: student and teacher [B, C, H, W], of one layer each; some losses accept [B, D] as well. Each returns a
+scalar, a mean over the batch. The caller makes the shapes agree (by a regressor or a crop).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from fedkd.training.losses.vectors import unit
 if TYPE_CHECKING:
     from torch import Tensor
 
-_VARIANCE = 1e-5  # the least variance of `vid`
-RAW_VARIANCE = math.log(math.expm1(5.0 - _VARIANCE))  # where `vid` starts: a variance of 5
+_VARIANCE = 1e-5  # the smallest variance of `vid`
+RAW_VARIANCE = math.log(math.expm1(5.0 - _VARIANCE))  # the initial value of `vid`: a variance of 5
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:
@@ -30,20 +30,20 @@ def hint(student: Tensor, teacher: Tensor) -> Tensor:
 def attention(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean (a_s - a_t)^2 of the maps a = mean_c F_c^2 [B, H * W], of length one (AT: Zagoruyko and Komodakis, 2017).
 
-    Any number of channels. The mean over batch and places is the authors' code, to which their weight of 1000
-    belongs; their equation 2 has the norm of the difference.
+    Any number of channels. The mean over batch and positions is that of the authors' code, for which their weight
+    is 1000; their equation 2 has the norm of the difference.
     """
-    maps = [unit(features.square().mean(1).flatten(1)) for features in _places(student, teacher)]
+    maps = [unit(features.square().mean(1).flatten(1)) for features in _checked_maps(student, teacher)]
     return (maps[0] - maps[1]).square().mean()
 
 
 def nst(student: Tensor, teacher: Tensor) -> Tensor:
     """The squared maximum mean discrepancy of channels, with the kernel (x'y)^2 (NST: Huang and Wang, 2017).
 
-    A channel is its map [H * W], of length one; any number of channels on either side. The teacher's own term,
-    a constant, is kept, so that equal channels give zero.
+    Each channel is its map [H * W], of length one. Student and teacher may have any number of channels. The teacher's
+    own term is a constant; with it, equal channels give zero.
     """
-    ours, theirs = (unit(features.flatten(2)) for features in _places(student, teacher))
+    ours, theirs = (unit(features.flatten(2)) for features in _checked_maps(student, teacher))
 
     def kernel(left: Tensor, right: Tensor) -> Tensor:
         return (left @ right.mT).square().mean()
@@ -54,8 +54,9 @@ def nst(student: Tensor, teacher: Tensor) -> Tensor:
 def vid(mean: Tensor, raw_variance: Tensor, teacher: Tensor) -> Tensor:
     """Mean of ((t - mu)^2 / v + log v) / 2: variational information distillation (Ahn et al., 2019).
 
-    The teacher's features [B, C, H, W] or [B, D] under a Gaussian: ``mean`` of the same shape comes from the student
-    by the caller's regressor; v = softplus(``raw_variance`` [C]) + 1e-5 is learned, and starts at `RAW_VARIANCE`.
+    The negative log-likelihood of the teacher's features [B, C, H, W] or [B, D] under a Gaussian. ``mean`` has the
+    same shape and is the caller's regression on the student's features. v = softplus(``raw_variance`` [C]) + 1e-5 is
+    learned; `RAW_VARIANCE` is its initial value.
     """
     if mean.shape != teacher.shape:
         raise ValueError(f"vid compares equal shapes, not {tuple(mean.shape)} and {tuple(teacher.shape)}")
@@ -63,8 +64,8 @@ def vid(mean: Tensor, raw_variance: Tensor, teacher: Tensor) -> Tensor:
     return ((teacher - mean).square() / variance + variance.log()).mean() / 2
 
 
-def _places(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both, if they are maps of as many images and places."""
+def _checked_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both maps, checked to have the same B, H and W."""
     for features in (student, teacher):
         if features.dim() != 4 or features[:, 0].shape != student[:, 0].shape:
             raise ValueError(f"maps [B, C, H, W] of equal H x W, not {tuple(student.shape)}, {tuple(teacher.shape)}")

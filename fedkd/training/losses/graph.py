@@ -1,11 +1,11 @@
-"""The instance relationship graph: a batch's images as a graph, at several layers (IRG: Liu et al., 2019).
+"""The instance relationship graph: the samples of a batch as a graph, at several layers (IRG: Liu et al., 2019).
 
-The paper's: a layer's vertices are its features, its edges A_l(i, j) = |f_l(x_i) - f_l(x_j)|^2; from one layer to
-another, each vertex moves by L(i) = |f_l(x_i) - f_m(x_i)|^2, and the edges by E = |A_l - A_m|^2. Student and
-teacher are compared by squared differences of all four; its experiments leave out E, which is costly.
+In the paper, the vertices of a layer are its features, and its edges are A_l(i, j) = |f_l(x_i) - f_l(x_j)|^2. From one
+layer to another, each vertex moves by L(i) = |f_l(x_i) - f_m(x_i)|^2, and the edges by E = |A_l - A_m|^2. Student and
+teacher are compared by squared differences of all four. The paper's experiments leave out E, which is costly.
 
-Ours: A and L are divided by their mean over the batch, so that neither widths nor scales count; sums
-over images, pairs and layers are means, and so all weights are 1 (0 for E).
+Here A and L are divided by their mean over the batch, so that widths and scales do not matter. Sums over samples, pairs
+and layers are means, so all default weights are 1 (0 for E).
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def graph(
     vertex_move: float = 1.0,
     edge_move: float = 0.0,
 ) -> Tensor:
-    """The weighted sum of the squared differences of vertices (of the last layer), edges, and moves between neighbors.
+    """The weighted sum of the squared differences of vertices (last layer), edges, and moves from layer to layer.
 
-    Features [B, ...] of as many layers of each side, in order; flattened to [B, D_l]. Where a term's weight is not
-    zero, widths must agree as it needs: at the last layer between the sides for ``vertex``; between the
-    neighboring layers of one side for ``vertex_move``. The caller pools or projects. The paper's "one to many" mode
-    is the teacher's last layer, repeated, without moves.
+    Features [B, ...] of equally many layers of student and teacher, in order; flattened to [B, D_l]. If ``vertex`` is
+    not zero, the last layers of both must have equal widths; if ``vertex_move`` is not zero, all layers of each side.
+    The caller pools or projects. For the paper's "one to many" mode, repeat the teacher's last layer and set the
+    weights of the moves to zero.
     """
     if not 0 < len(student) == len(teacher):
-        raise ValueError(f"as many layers of each side, not {len(student)} and {len(teacher)}")
+        raise ValueError(f"student and teacher need equally many layers, not {len(student)} and {len(teacher)}")
     sides = [[features.flatten(1) for features in side] for side in (student, teacher)]
     loss = student[-1].new_zeros(())
     if vertex:
@@ -55,8 +55,8 @@ def graph(
 
 
 def _edges(features: Tensor) -> Tensor:
-    """Squared distances [B, B] with mean one over pairs of different images; zeros where all images coincide."""
-    rows = features - features.mean(0)  # closer to zero, the products below lose fewer digits
+    """Squared distances [B, B] with mean one over pairs of different samples; zeros if all samples coincide."""
+    rows = features - features.mean(0)  # centered, the products below lose fewer digits
     squares = rows.square().sum(1)
     distances = (squares[:, None] + squares - 2 * rows @ rows.mT).clamp_min(0)
     mean = distances.sum() / max(len(rows) * (len(rows) - 1), 1)
@@ -65,7 +65,7 @@ def _edges(features: Tensor) -> Tensor:
 
 
 def _moves(before: Tensor, after: Tensor) -> Tensor:
-    """Squared distances [B] from layer to layer, with mean one; zeros where nothing moves."""
+    """Squared distances [B] from layer to layer, with mean one; zeros if no vertex moves."""
     moves = _squares(before, after)
     mean = moves.mean()
     return torch.where(mean > 0, moves / torch.where(mean > 0, mean, 1.0), 0.0)
@@ -74,5 +74,5 @@ def _moves(before: Tensor, after: Tensor) -> Tensor:
 def _squares(left: Tensor, right: Tensor) -> Tensor:
     """Squared distances [B] of rows."""
     if left.shape != right.shape:
-        raise ValueError(f"vertices of equal width, not {tuple(left.shape)} and {tuple(right.shape)}")
+        raise ValueError(f"vertices need equal widths, not {tuple(left.shape)} and {tuple(right.shape)}")
     return (left - right).square().sum(1)

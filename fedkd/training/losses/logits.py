@@ -1,10 +1,10 @@
-"""Losses on logits: what pulls a student's answer to its teacher's.
+"""Losses between the student's logits and the teacher's probabilities.
 
 Shapes: student_logits [B, C], already divided by the temperature; teacher_probs [B, C], rows sum
-to one. Each returns a scalar, the mean over the batch. The factor T^2 is the caller's.
+to one. Each returns a scalar, the mean over the batch. The caller multiplies by T^2.
 
-A teacher's logits are not needed: log p differs from them by a constant in each row, which neither a
-softmax nor a z-score sees. Probabilities of zero count as 1e-30 there.
+The teacher's logits are not needed: log p differs from them by a constant in each row, and neither a softmax nor a
+z-score depends on it. Probabilities of zero count as 1e-30 there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Scales = Annotated[
     BeforeValidator(lambda value: value.split("+") if isinstance(value, str) else value),
 ]
 
-_LEAST = 1e-30
+_MIN_PROB = 1e-30
 
 
 def cross_entropy(student_logits: Tensor, teacher_probs: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def cross_entropy(student_logits: Tensor, teacher_probs: Tensor) -> Tensor:
 
 
 def kl(student_logits: Tensor, teacher_probs: Tensor) -> Tensor:
-    """KL(p || softmax(s)), zero where they agree (Hinton et al., 2015).
+    """KL(p || softmax(s)), zero if both are equal (Hinton et al., 2015).
 
     Its gradient is that of `cross_entropy`: they differ by the teacher's entropy.
     """
@@ -68,24 +68,24 @@ def dkd(
 ) -> Tensor:
     """The sum alpha * KL(b_t || b_s) + beta * KL(q_t || q_s): decoupled distillation (Zhao et al., 2022).
 
-    b = (p_target, 1 - p_target) and q = the other classes' probabilities, normalized; `kl` would weigh the
-    second part by 1 - p_target. ``labels`` [B] are the targets; without them, the teacher's first choice (ours).
-    A one-hot teacher knows nothing of the other classes: its second part is zero.
+    b = (p_target, 1 - p_target) and q = the other classes' probabilities, normalized; in `kl` the second part has
+    the weight 1 - p_target. ``labels`` [B] are the targets; by default the teacher's predicted classes (ours).
+    A one-hot teacher has no probabilities for the other classes: its second part is zero.
     """
     target = (teacher_probs.argmax(-1) if labels is None else labels)[:, None]
     rest_probs = teacher_probs.scatter(-1, target, 0.0)
-    # Not -inf, which times the teacher's zero would be NaN.
+    # Not -inf: times the teacher's zero it would be NaN.
     rest_logits = student_logits.scatter(-1, target, torch.finfo(student_logits.dtype).min / 2)
     rest = rest_probs.sum(-1, keepdim=True)
     pair_logits = torch.cat([student_logits.gather(-1, target), rest_logits.logsumexp(-1, keepdim=True)], -1)
     pair_probs = torch.cat([teacher_probs.gather(-1, target), rest], -1)
-    return alpha * kl(pair_logits, pair_probs) + beta * kl(rest_logits, rest_probs / rest.clamp_min(_LEAST))
+    return alpha * kl(pair_logits, pair_probs) + beta * kl(rest_logits, rest_probs / rest.clamp_min(_MIN_PROB))
 
 
 def dist(student_logits: Tensor, teacher_probs: Tensor, *, inter: Weight = 1.0, intra: Weight = 1.0) -> Tensor:
     """The sum inter * (1 - Pearson of rows) + intra * (1 - Pearson of columns), of probs (DIST: Huang et al., 2022).
 
-    Where a row or column of either side is constant, its correlation counts as zero, without a gradient.
+    If a row or column of student or teacher is constant, its correlation is zero, without a gradient.
     """
     student_probs = student_logits.softmax(-1)
     rows = (standard(student_probs) * standard(teacher_probs)).sum(-1)
@@ -97,7 +97,7 @@ def standardized(student_logits: Tensor, teacher_probs: Tensor, *, temperature: 
     """tau^2 * KL of the softmax of z-scores / tau: logit standardization (Sun et al., 2024).
 
     A z-score is (logit - mean) / standard deviation over the classes, with C - 1 as in the authors' code. The
-    run's own temperature cancels in it, so that its T^2 is a mere weight.
+    run's temperature cancels in it, so that T^2 is only a weight.
     """
     spread = (student_logits.shape[-1] - 1) ** 0.5 / temperature
     scores, teacher_scores = standard(student_logits) * spread, standard(_log(teacher_probs)) * spread
@@ -115,9 +115,9 @@ def multi_level(
 ) -> Tensor:
     """Sum over tau of tau^2 KL + |P P' - Q Q'|^2 / B + |P' P - Q' Q|^2 / C: multi-level (MLKD: Jin et al., 2023).
 
-    P and Q [B, C] are the student's and the teacher's probabilities at tau times the run's temperature; the three
-    terms compare single images, pairs of images and pairs of classes, each with its weight. On the command line
-    temperatures are joined by plus signs. Left out: the second, strong view of each image, and its confidence mask.
+    P and Q [B, C] are the student's and the teacher's probabilities at tau times the run's temperature. The three
+    terms compare samples, pairs of samples and pairs of classes, each with its weight. On the command line,
+    temperatures are joined by plus signs. Left out: the strongly augmented view of each image, and its confidence mask.
     """
     log_probs = _log(teacher_probs)
     loss = student_logits.new_zeros(())
@@ -131,5 +131,5 @@ def multi_level(
 
 
 def _log(probs: Tensor) -> Tensor:
-    """Finite logarithms; the gradient of what is below the bound is zero."""
-    return probs.clamp_min(_LEAST).log()
+    """Finite logarithms; the gradient is zero below the bound."""
+    return probs.clamp_min(_MIN_PROB).log()

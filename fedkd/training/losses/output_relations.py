@@ -1,9 +1,9 @@
-"""Relations between answers, under the contract of `logits`: student_logits [B, C] / T, teacher_probs [B, C].
+"""Losses between relations of outputs; arguments as in `logits`: student_logits [B, C] / T, teacher_probs [B, C].
 
-A loss of `relations` between the rows softmax(student_logits) and teacher_probs, and ``kl`` times `logits.kl`: a
-relation alone cannot teach classes, since it stays the same when the student's are permuted. The weights are ours:
-a hundredth of what public code has for features (RepDistiller; for `correlation`, what pulls about as hard). At those
-the relation drowns KL, and a student of digits learned relations but few classes, or none.
+A loss of `relations` between softmax(student_logits) and teacher_probs, plus ``kl`` times `logits.kl`. The relation by
+itself does not determine the classes, since it does not change when the student's classes are permuted. The weights are
+ours: a hundredth of those in public code for features (RepDistiller; for `correlation`, one of similar effect). With
+those the relation dominates KL, and a student on digits learned relations but few classes, or none.
 """
 
 from __future__ import annotations

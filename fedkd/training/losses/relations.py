@@ -1,7 +1,7 @@
-"""Losses on relations: a batch's geometry at the student and at its teacher.
+"""Losses between relations of the samples in a batch, at student and teacher.
 
-Shapes: student and teacher [B, ...], flattened to [B, D]; D may differ. Each returns a scalar. Images of a batch are
-compared with each other, so that a batch of one gives zero.
+Shapes: student and teacher [B, ...], flattened to [B, D]; D may differ. Each returns a scalar. Samples of a batch are
+compared with each other, so a batch of one gives zero.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 def rkd(student: Tensor, teacher: Tensor, *, distance: float = 25.0, angle: float = 50.0) -> Tensor:
     """The sum distance * L_D + angle * L_A: relational knowledge distillation (Park et al., 2019).
 
-    L_D is the Huber loss of the pairs' distances, divided by their mean over pairs of different images; L_A of the
-    cosines at the middle of triples. Both are means over all pairs and triples, as in the authors' code; rows that
-    coincide have distance and cosines zero. Needs B * B * (B + D) numbers.
+    L_D is the Huber loss of the distances of pairs, divided by their mean over pairs of different samples; L_A is that
+    of the cosines of the angles in triples. Both are means over all pairs and triples, as in the authors' code. Rows
+    that coincide have distance and cosines zero. Needs memory for B * B * (B + D) numbers.
     """
-    distances, cosines = zip(*map(_shape, (student, teacher)), strict=True)
+    distances, cosines = zip(*map(_distances_and_cosines, (student, teacher)), strict=True)
     return distance * smooth_l1_loss(*distances) + angle * smooth_l1_loss(*cosines)
 
 
-def _shape(features: Tensor) -> tuple[Tensor, Tensor]:
+def _distances_and_cosines(features: Tensor) -> tuple[Tensor, Tensor]:
     """Distances [B, B] with mean one, and cosines [B, B, B] of the angles at the first index."""
     flat = features.flatten(1)
     sides = flat[None] - flat[:, None]
@@ -47,9 +47,9 @@ def similarity(student: Tensor, teacher: Tensor) -> Tensor:
 def correlation(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2) -> Tensor:
     """|K_s - K_t|^2 / B^2 of Gaussian kernels: correlation congruence (CC: Peng et al., 2019).
 
-    exp(-gamma |x - y|^2) for features of length one, as its Taylor series to the power ``order`` of x'y. Not the
-    variant of RepDistiller, which compares products of neighbors in the batch and so depends on their order; its
-    weight of 0.02 does not belong here.
+    The kernel is exp(-gamma |x - y|^2) of features of length one, as its Taylor series to the power ``order`` of x'y.
+    RepDistiller's variant is another one: it compares products of neighbors in the batch, so it depends on their
+    order, and its weight of 0.02 does not apply here.
     """
 
     def kernel(features: Tensor) -> Tensor:
@@ -64,8 +64,8 @@ def correlation(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: 
 def pkt(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean of p_ij log(p_ij / q_ij): probabilistic knowledge transfer (PKT: Passalis and Tefas, 2018).
 
-    p (the teacher's) and q [B, B] are the cosines, moved to [0, 1], with rows that sum to one. The diagonal stays in
-    and the sum is a mean, as in the authors' code, to which the usual weight of 30000 belongs.
+    p (the teacher's) and q [B, B] are the cosines, mapped to [0, 1], with rows that sum to one. The diagonal is
+    included and the sum is a mean, as in the authors' code, for which the usual weight is 30000.
     """
 
     def probs(features: Tensor) -> Tensor:

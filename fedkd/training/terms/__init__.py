@@ -1,8 +1,8 @@
-"""The terms of a distillation loss by name: which layers of both sides are compared, by which loss, at what weight.
+"""The terms of a distillation loss: the layers of student and teacher, the loss between them, and its weight.
 
-A term is a frozen dataclass of options, read before PyTorch is imported. ``build`` resolves its layers and
-returns a `fedkd.training.terms.modules.TermModule`. The default weights are those of the papers' public code on CIFAR-100
-(Tian et al., 2020), where there is one; but for hint's: its 100 drove small students out of all bounds here.
+A term is a frozen dataclass of options that can be read before PyTorch is imported. ``build`` resolves its layers and
+returns a `fedkd.training.terms.modules.TermModule`. The default weights are those of public code on CIFAR-100 (Tian et
+al., 2020) where it has one, except for hint: with its weight of 100, small students diverged here.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class LayerShapes:
-    """What a term may know before training: the layers of both sides and their shapes, the labels [N].
+    """What a term is built from: the layers of student and teachers with their shapes, and the labels [N].
 
-    A shape is that of what a layer gives, without the batch, in the order of computation.
+    Shapes are those of the layers' outputs, without the batch dimension, in the order of computation.
     """
 
     student: Mapping[str, tuple[int, ...]]
@@ -39,15 +39,15 @@ class LayerShapes:
 
 @dataclass(frozen=True)
 class Term:
-    """What all terms have."""
+    """The base class of all terms."""
 
-    needs_teacher: ClassVar[bool] = True  # whether it needs a teacher
+    needs_teacher: ClassVar[bool] = True
 
     def build(self, pair: LayerShapes) -> TermModule:
-        """The term in force between these two.
+        """The module of the term for this student and these teachers.
 
         Raises:
-            UsageError: a layer is not there, or layers do not fit.
+            UsageError: a layer does not exist, or layers do not fit.
 
         """
         raise NotImplementedError
@@ -57,9 +57,8 @@ class Term:
 class Logits(Term):
     """weight * T^2 * loss(student logits / T, teacher probs at T) (Hinton et al., 2015).
 
-    ``kind`` is a loss of the federation (kl, ce, mse, dkd, dist, ...), or ``logit-mse`` and ``logit-mae``, which
-    compare the logits themselves. ``hard`` is what the labels weigh, by default what is left of one; ``soft`` is
-    another name of the weight.
+    ``kind`` is a value of ``--loss`` (kl, ce, mse, dkd, dist, ...), or ``logit-mse`` or ``logit-mae``, which compare
+    logits. ``hard`` is the weight of the labels, by default 1 - ``weight``; ``soft`` is another name of ``weight``.
     """
 
     usual: ClassVar[float] = 0.9
@@ -71,10 +70,10 @@ class Logits(Term):
 
     def __post_init__(self) -> None:
         if self.soft is not None and self.weight is not None:
-            raise ValueError("soft and weight are two names of one number")
+            raise ValueError("soft and weight are names of the same option; give one of them")
 
     def teacher_weight(self) -> float:
-        """The weight of the comparison with the teacher."""
+        """The weight of the loss between student and teacher."""
         return next(value for value in (self.soft, self.weight, self.usual) if value is not None)
 
     def build(self, pair: LayerShapes) -> TermModule:
@@ -87,8 +86,8 @@ class Logits(Term):
 class Features(Term):
     """Weight * the mean over layers of a loss between feature maps: hint (FitNets), attention, nst or vid.
 
-    ``layers`` are names of layers of the student, joined by +; where the teacher's are others, ``teacher``
-    has as many. By default the last map of each.
+    ``layers`` are names of layers of the student, joined by +. ``teacher`` are as many layers of the teacher, if their
+    names differ. By default the last map of each.
     """
 
     kind: Literal["hint", "attention", "nst", "vid"] = "hint"
@@ -106,9 +105,9 @@ class Features(Term):
 
 @dataclass(frozen=True)
 class Relations(Term):
-    """Weight * the mean over layers of a loss between how images of a batch relate: rkd, similarity, correlation, pkt.
+    """Weight * the mean over layers of a loss between relations of samples: rkd, similarity, correlation or pkt.
 
-    Any two layers fit. By default the embeddings: what the last linear layer sees.
+    Any two layers fit. By default the embeddings: the inputs of the last linear layer.
     """
 
     kind: Literal["rkd", "similarity", "correlation", "pkt"] = "rkd"
@@ -126,9 +125,9 @@ class Relations(Term):
 
 @dataclass(frozen=True)
 class Graph(Term):
-    """Weight * the loss between the instance relationship graphs of chosen layers (Liu et al., 2019).
+    """Weight * the loss between the instance relationship graphs of several layers (Liu et al., 2019).
 
-    Vertices are the features of an image, averaged over the map; by default the last three maps of each side.
+    Vertices are the features of a sample, averaged over the map. By default the last three maps of student and teacher.
     """
 
     layers: str = ""
@@ -143,7 +142,7 @@ class Graph(Term):
 
 @dataclass(frozen=True)
 class Contrastive(Term):
-    """Weight * the contrastive loss of embeddings against images of other classes (CRD: Tian et al., 2020)."""
+    """Weight * the contrastive loss of embeddings against samples of other classes (CRD: Tian et al., 2020)."""
 
     layers: str = "embedding"
     teacher: str = ""
@@ -160,11 +159,11 @@ class Contrastive(Term):
 
 @dataclass(frozen=True)
 class Exits(Term):
-    """A classifier on each of some earlier layers, taught by the last one (Be Your Own Teacher: Zhang et al., 2019).
+    """Classifiers on earlier layers, distilled from the last layer (Be Your Own Teacher: Zhang et al., 2019).
 
     The sum over them of (1 - alpha) CE(labels) + alpha T^2 KL(last || exit) + feature * |f - embedding|^2, where f
-    is the exit's input mapped to the embedding's width. They are dropped after training. By default every map but
-    the last.
+    is the exit's input mapped to the embedding's width. The classifiers are dropped after training. By default there
+    is one on every map but the last.
     """
 
     needs_teacher: ClassVar[bool] = False
@@ -182,17 +181,17 @@ class Exits(Term):
         if self.layers:
             names = layers.chosen(self.layers, pair.student, "the student")
         if not names:
-            raise UsageError("This student has one map only, so there is nothing to exit from; name layers of it.")
+            raise UsageError("This student has only one map, so there is no earlier layer for an exit; set layers.")
         if layers.EMBEDDING not in pair.student:
-            raise UsageError("This student has no linear layer at its end, so its exits have no embedding to follow.")
+            raise UsageError("This student has no linear layer, so it has no embedding for its exits to match.")
         return modules.ExitsTerm(self, pair, names)
 
 
 @dataclass(frozen=True)
 class BornAgain(Logits):
-    """Born-again networks (Furlanello et al., 2018): each of some generations is taught by the one before it.
+    """Born-again networks (Furlanello et al., 2018): each generation is distilled from the one before it.
 
-    The first one learns from labels alone, the last one is the student.
+    The first generation is trained on labels only; the last one is the student.
     """
 
     needs_teacher: ClassVar[bool] = False
@@ -202,30 +201,30 @@ class BornAgain(Logits):
 
 
 def label_weight(terms: Sequence[Term]) -> float:
-    """What the cross-entropy with the labels weighs: as those on logits say, else what they leave of one."""
-    answers = [term for term in terms if isinstance(term, Logits)]
-    said = [term.hard for term in answers if term.hard is not None]
-    return sum(said) if said else max(0.0, 1 - sum(term.teacher_weight() for term in answers))
+    """The weight of the cross-entropy with the labels: the sum of ``hard``, else 1 - the weights of terms on logits."""
+    on_logits = [term for term in terms if isinstance(term, Logits)]
+    weights = [term.hard for term in on_logits if term.hard is not None]
+    return sum(weights) if weights else max(0.0, 1 - sum(term.teacher_weight() for term in on_logits))
 
 
 def pairs(pair: LayerShapes, ours: str, theirs: str, count: int) -> tuple[list[str], list[list[str]]]:
-    """The layers to compare: names of the student's, and as many of each teacher's.
+    """The names of the layers to compare: those of the student, and as many of each teacher.
 
-    Without names, the last ``count`` maps of each side, or as many as all have.
+    By default the last ``count`` maps of each model, or fewer if a model has fewer.
 
     Raises:
-        UsageError: a name is not there, or the sides differ in number.
+        UsageError: a layer does not exist, or the numbers of layers differ.
 
     """
     from fedkd.training import layers
 
-    sides = [layers.maps(known) for known in (pair.student, *pair.teachers)]
-    least = min(count, *map(len, sides))
-    student, *teachers = (side[-least:] for side in sides)
+    maps = [layers.maps(shapes) for shapes in (pair.student, *pair.teachers)]
+    fewest = min(count, *map(len, maps))
+    student, *teachers = (names[-fewest:] for names in maps)
     if ours:
         student = layers.chosen(ours, pair.student, "the student")
     if ours or theirs:
-        teachers = [layers.chosen(theirs or ours, known, "the teacher") for known in pair.teachers]
+        teachers = [layers.chosen(theirs or ours, shapes, "the teacher") for shapes in pair.teachers]
     for names in teachers:
         if len(names) != len(student):
             raise UsageError(f"{len(student)} layers of the student cannot be compared with {len(names)} of a teacher.")

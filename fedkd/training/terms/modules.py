@@ -1,4 +1,4 @@
-"""Loss terms as modules, since they may hold adapters that are trained with the student.
+"""Loss terms as modules, since they may have adapters that are trained with the student.
 
 A term computes a scalar from a `Batch`. Teachers' outputs have no gradients.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """The outputs of student and teachers for a batch, the weights [K, B] of the teachers, labels [B] and indices [B]."""
+    """Outputs of student and teachers for a batch, weights [K, B] of the teachers, labels [B] and indices [B]."""
 
     student: Outputs
     teachers: Sequence[Outputs]
@@ -37,7 +37,7 @@ class Batch:
 
 
 class TermModule(nn.Module):
-    """A loss term; it is given the outputs of the layers that it names of the student and of each teacher."""
+    """A loss term between the outputs of the named layers of the student and of each teacher."""
 
     student_layers: Sequence[str] = ()
     teacher_layers: Sequence[Sequence[str]] = ()
@@ -123,7 +123,7 @@ class Adapter(nn.Module):
 
 
 class RelationsTerm(TermModule):
-    """Compares relations between the samples of a batch."""
+    """Compares the relations between the samples of a batch."""
 
     def __init__(self, term: terms.Relations, student: Sequence[str], teachers: Sequence[Sequence[str]]) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class RelationsTerm(TermModule):
 
 
 class GraphTerm(TermModule):
-    """Compares instance relationship graphs; the last vertices after a learned map to the teacher's width."""
+    """Compares instance relationship graphs; a learned map gives the student's last vertices the teacher's width."""
 
     def __init__(
         self, term: terms.Graph, pair: LayerShapes, student: Sequence[str], teachers: Sequence[Sequence[str]]
@@ -157,7 +157,7 @@ class GraphTerm(TermModule):
             batch.teachers, self.teacher_layers, batch.weights.mean(1), self.adapters, strict=True
         ):
             sides = [*ours[:-1], adapter(ours[-1])], _vertices(seen, names)
-            # The distance that a vertex moves is defined between layers of one width only.
+            # The distance that a vertex moves is defined only between layers of one width.
             is_even = all(len({vertices.shape[1] for vertices in side}) == 1 for side in sides)
             losses.append(weight * graph.graph(*sides, vertex_move=float(is_even), edge_move=1.0))
         return self.weight * _sum(losses)
@@ -168,7 +168,7 @@ def _vertices(seen: Outputs, names: Sequence[str]) -> list[Tensor]:
 
 
 class ExitsTerm(TermModule):
-    """A classifier on each of some earlier layers, which learns from the last layer."""
+    """Classifiers on earlier layers, distilled from the last layer."""
 
     def __init__(self, term: terms.Exits, pair: LayerShapes, names: Sequence[str]) -> None:
         super().__init__()
@@ -195,10 +195,10 @@ class ExitsTerm(TermModule):
 
 
 class ContrastiveTerm(TermModule):
-    """Compares embeddings in a common space with a memory of samples of other classes.
+    """Compares embeddings, projected to a common space, with a memory of samples of other classes.
 
-    The maps of both sides into it are learned; the memory starts with random directions. If all samples have the same
-    class (as a client's may), the term is zero.
+    The projections are learned; the memory is initialized with random directions. If all samples have the same class
+    (as a client's may), the term is zero.
     """
 
     def __init__(

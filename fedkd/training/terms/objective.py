@@ -41,7 +41,7 @@ class DistillationObjective(nn.Module):
         self.terms = nn.ModuleList(modules)
         self.label_weight, self.weighting = label_weight(terms), weighting
         self.student = WatchedModel(student, [name for module in modules for name in module.student_layers])
-        # In a tuple, so that they are no part of this module: not trained, not put into training mode.
+        # In a tuple, so that they are not submodules: not trained, not put into training mode.
         self.teachers = tuple(
             WatchedModel(
                 teacher, [name for module in modules if module.teacher_layers for name in module.teacher_layers[k]]
@@ -56,7 +56,7 @@ class DistillationObjective(nn.Module):
         return self.student(x), outputs
 
     def loss(self, outputs: tuple[Outputs, list[Outputs]], targets: Tensor) -> Tensor:
-        """The weighted cross-entropy with the labels plus all terms; targets [B, 2] are labels and indices of samples."""
+        """The weighted cross-entropy with the labels plus all terms; targets [B, 2]: labels and indices of samples."""
         student, teachers = outputs
         labels, indices = targets.unbind(1)
         batch = Batch(student, teachers, teacher_weights(teachers, labels, self.weighting), labels, indices)
@@ -68,7 +68,7 @@ class DistillationObjective(nn.Module):
 def teacher_weights(teachers: Sequence[Outputs], labels: Tensor, weighting: str) -> Tensor:
     """The weight of each teacher on each sample [K, B]; the columns sum to one.
 
-    ``entropy``: by the certainty of its probabilities, as `aggregators.entropy` weighs clients. ``agreement``: CA-MKD's
+    ``entropy``: by the certainty of its probabilities, as for clients in `aggregators.entropy`. ``agreement``: CA-MKD's
     (1 - softmax_k(CE_k)) / (K - 1) of its cross-entropy with the label (Zhang et al., 2022).
     """
     count = len(teachers)
