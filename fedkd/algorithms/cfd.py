@@ -27,7 +27,10 @@ Bits = Annotated[int, Field(ge=1, le=32)]
 
 @dataclass(frozen=True)
 class CFD(Ensemble):
-    """``uplink_bits`` and ``downlink_bits`` of constrained quantization (1 to 8; 32: none); ``delta`` coding or not."""
+    """CFD (Sattler et al., 2020): quantized soft labels in both directions, distillation on both sides.
+
+    ``uplink_bits`` and ``downlink_bits`` of constrained quantization (1 to 8; 32: none); ``delta`` coding or not.
+    """
 
     uplink: ClassVar[str] = "probs"
     downlink: Downlink = "labels"

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class COMET(Algorithm):
-    """A client minimizes CE on its samples and ``weight`` * ||p - z|| on the proxy samples.
+    """COMET (Cho et al., 2022): clients are clustered by their soft labels and kept near their cluster's mean z.
+
+    A client minimizes CE on its samples and ``weight`` * ||p - z|| on the proxy samples.
 
     z is the nearest of all centroids, which a client finds by its own soft labels, so that a client that was absent
     is treated like any other. No global student.

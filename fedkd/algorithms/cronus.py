@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cronus(Ensemble):
-    """Clients train on the union of their samples and the proxy samples with the robust labels.
+    """Cronus (Chang et al., 2019): joint training on the client's samples and on proxy samples with robust labels.
 
     ``fraction`` of the clients may be dropped for a sample (`aggregators.spectral`). The global student is optional
     in the paper; here it is distilled from the same labels, so that there is one to compare.

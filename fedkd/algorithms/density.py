@@ -22,11 +22,12 @@ MAX_SAMPLES = 500  # of either kind, from which a density is estimated
 
 @dataclass(frozen=True)
 class Density(Ensemble):
-    """With its logits a client uploads, for each proxy sample, the ratio of its own density to the proxy's.
+    """`Ensemble` with density ratios as client weights (the rule of FedAUX: Sattler et al., 2021).
 
-    That ratio (`density_ratio.ratio`, on principal components of the proxy's pixels) is the client's weight in
-    ``--aggregator``; ``--aggregator entropy`` or ``variance`` adds the client's own certainty. It reveals more about
-    a client's data than soft labels alone.
+    For each proxy sample a client uploads the ratio of its own density to the proxy's. That ratio
+    (`density_ratio.ratio`, on principal components of the proxy's pixels) is the client's weight in
+    ``--aggregator``; ``--aggregator entropy`` or ``variance`` adds the client's own certainty. It reveals more
+    about a client's data than soft labels alone.
     """
 
     def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:

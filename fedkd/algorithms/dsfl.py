@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DSFL(Ensemble):
-    """``aggregation="era"`` is softmax(mean probs / temperature); ``"sa"`` is the plain mean."""
+    """DS-FL (Itahara et al., 2020): probabilities up, their sharpened mean down, distillation on both sides.
+
+    ``aggregation="era"`` is softmax(mean probs / temperature); ``"sa"`` is the plain mean.
+    """
 
     uplink: ClassVar[str] = "probs"
     downlink: Downlink = "labels"

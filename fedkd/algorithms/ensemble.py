@@ -30,7 +30,7 @@ Downlink = Literal["nothing", "labels", "student"]
 
 @dataclass(frozen=True)
 class Ensemble(Algorithm):
-    """Clients upload logits on the proxy samples; the server distills the student from their ensemble.
+    """Clients upload logits on the proxy set; the server distills the student (server step: Lin et al., 2020).
 
     ``downlink`` is what clients receive in the next round: nothing; the teacher's soft labels, from which a client
     distills for ``local_distill_epochs`` before it trains; or the student's weights, from which it trains.

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FD(Algorithm):
-    """A client minimizes CE(label) + gamma * CE(mean output of the other clients for this label).
+    """FD (Jeong et al., 2018): mean outputs for each label are exchanged; no proxy set, no global student.
+
+    A client minimizes CE(label) + gamma * CE(mean output of the other clients for this label).
 
     A row of zeros stands for a label that a client (or every other client) has no samples of; it is left out of
-    means and of the loss. The means are taken after training, in evaluation mode. No global student.
+    means and of the loss. The means are taken after training, in evaluation mode.
     """
 
     gamma: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1.0

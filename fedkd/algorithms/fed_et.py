@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FedET(WeightEnsemble):
-    """The student minimizes CE to the class of the consensus plus ``diversity`` * CE to the clients that disagree.
+    """Fed-ET (Cho et al., 2022): small clients and a larger student, with a consensus and diversity regularization.
+
+    The student minimizes CE to the class of the consensus plus ``diversity`` * CE to the clients that disagree.
 
     In the consensus the weight of a client's logits is their variance over classes. Those that disagree are
     represented by their mean probabilities. The mean of each architecture is sent back as in FedAvg; the paper's copy

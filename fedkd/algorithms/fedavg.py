@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FedAvg(Algorithm):
-    """The global model is the mean of the local ones, weighted by numbers of examples."""
+    """FedAvg (McMahan et al., 2017): the mean of the clients' weights, weighted by their numbers of examples."""
 
     @property
     def needs_one_model(self) -> bool:
@@ -52,7 +52,7 @@ class FedAvg(Algorithm):
 
 @dataclass(frozen=True)
 class FedProx(FedAvg):
-    """FedAvg with the proximal term mu / 2 * ||w - w_global||^2 in the local loss."""
+    """FedProx (Li et al., 2020): FedAvg with the proximal term mu / 2 * ||w - w_global||^2 in the local loss."""
 
     mu: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 0.01
 
@@ -64,7 +64,7 @@ class FedProx(FedAvg):
 
 @dataclass(frozen=True)
 class FedAvgM(FedAvg):
-    """FedAvg with server momentum: v <- beta * v + (w - mean), w <- w - v."""
+    """FedAvgM (Hsu et al., 2019): FedAvg with server momentum, v <- beta * v + (w - mean), w <- w - v."""
 
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.9
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FedBE(WeightEnsemble):
-    """The ensemble: the clients' models, their mean, and ``samples`` models drawn around it.
+    """FedBE (Chen and Chao, 2020): FedDF whose ensemble also holds the mean and ``samples`` models around it.
 
     ``posterior="gaussian"`` has the clients' mean and variance of each weight; ``"dirichlet"`` draws convex
     combinations of the clients' models. Mean probabilities are sharpened, p^(1 / sharpen), and the weights are

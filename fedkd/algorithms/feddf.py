@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FedDF(WeightEnsemble):
-    """Each architecture's mean is distilled from all clients' mean logits (algorithms 1 and 3).
+    """FedDF (Lin et al., 2020): each architecture's mean is distilled from the mean logits of all clients' models.
 
-    A student with an architecture of its own continues from the last round. Left out of the paper's server step:
-    cosine decay, early stopping on validation, dropping of bad clients.
+    A student with an architecture of its own continues from the last round. Algorithms 1 and 3. Left out of the
+    paper's server step: cosine decay, early stopping on validation, dropping of bad clients.
     """
 
     @property

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FedEMA(Ensemble):
-    """The student is an exponential moving average: decay * before + (1 - decay) * distilled.
+    """FedEMA-Distill (2026): the student is a moving average, decay * before + (1 - decay) * distilled.
 
     ``--aggregator`` may be a robust one. The default of ``decay`` is ours; the paper was not available to us.
     """

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FedGEMS(Ensemble):
-    """Server and clients distill by hard * CE(labels) + (1 - hard) * CE(teacher).
+    """FedGEMS (Cheng et al., 2021): the teacher is made of those that are right about a labeled proxy set.
 
-    Both are cross-entropies of one student, so they are one cross-entropy with mixed targets. Reads the proxy's labels.
+    Server and clients minimize hard * CE(labels) + (1 - hard) * CE(teacher). Both are cross-entropies of one
+    student, so they are one cross-entropy with mixed targets. Reads the proxy's labels.
     """
 
     reads_proxy_labels: ClassVar[bool] = True

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FedMD(Algorithm):
-    """A client distills from the mean logits (mean absolute error), trains on its samples, and uploads its logits."""
+    """FedMD (Li and Wang, 2019): clients distill from the mean of all clients' logits; no model on the server.
+
+    A client distills from the mean logits (mean absolute error), trains on its samples, and uploads its logits.
+    """
 
     local_distill_epochs: PositiveInt = 1
 

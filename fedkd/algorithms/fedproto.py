@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FedProto(Algorithm):
-    """A client minimizes CE + weight * mean((embedding - its class's prototype)^2).
+    """FedProto (Tan et al., 2022): mean embeddings of each class are exchanged; no proxy set, no global student.
+
+    A client minimizes CE + weight * mean((embedding - its class's prototype)^2).
 
     The number of samples of each class is uploaded as well, as the paper's weights need it. Models may differ, but
-    embeddings (the input of the last linear layer) must have one width. No global student.
+    embeddings (the input of the last linear layer) must have one width.
     """
 
     weight: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1.0

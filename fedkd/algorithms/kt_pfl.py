@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KTpFL(Algorithm):
-    """Clients upload soft labels at ``--temperature`` and distill from their own mixture. No global student.
+    """KT-pFL (Zhang et al., 2021): each client distills from its own mixture of all clients' soft labels.
+
+    Soft labels are at ``--temperature``. No global student.
 
     The coefficients minimize, for each participant and over the simplex, the squared distance of the mixture from
     its own labels, plus ``penalty`` times their squared distance from 1 / N. A client that was absent keeps its

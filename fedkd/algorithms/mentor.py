@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mentor(FedAvg):
-    """FedAvg of students that learn from labels and from the mentor of their client, by a loss term of `fedkd.distill`.
+    """FedAvg of small students that learn from a larger mentor on their client (after FedKD: Wu et al., 2022).
 
-    The mentor trains on the client's samples first, for as many epochs. The client's memory keeps it, with the
-    adapters of the term.
+    They learn by a loss term of `fedkd.distill`. The mentor trains on the client's samples first, for as many
+    epochs. The client's memory keeps it, with the adapters of the term.
     """
 
     model: str = "resnet20"

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scaffold(Algorithm):
-    """A client adds c - c_i to every gradient; c_i becomes the mean of its own gradients (option II).
+    """SCAFFOLD (Karimireddy et al., 2020): clients add c - c_i to every gradient.
+
+    c_i becomes the mean of the client's own gradients (option II).
 
     With momentum, the gradients in that mean have the weights with which they moved the model (`total_step`), so
     that it stays a mean. Weights and the change of c_i are uploaded, weights and c are broadcast: twice FedAvg's

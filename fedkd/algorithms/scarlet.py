@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scarlet(Ensemble):
-    """A soft label is used for ``duration`` rounds after the one that computed it; the teacher is beta-ERA.
+    """SCARLET (Azuma et al., 2025): soft labels are cached on both sides; the teacher is beta-ERA.
+
+    A soft label is used for ``duration`` rounds after the one that computed it.
 
     The requested samples follow from the seed, so that nothing needs to be sent for them: `label_rounds` gives them
     on both sides. A client that was absent is sent all labels that have changed since. The paper's duration is 50,

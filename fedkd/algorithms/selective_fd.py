@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SelectiveFD(Ensemble):
-    """A client uploads probabilities of the samples whose density ratio (KuLSIF) exceeds ``client_threshold``.
+    """Selective-FD (Shao et al., 2024): clients label samples that look like theirs; ambiguous labels are dropped.
+
+    A client uploads probabilities of the samples whose density ratio (KuLSIF) exceeds ``client_threshold``.
 
     The server keeps the samples whose mean probs p are nearer than ``server_threshold`` to their one-hot in L1; that
     distance is 2 (1 - max p). One bit per sample tells which were labeled or kept. Both defaults are ours.

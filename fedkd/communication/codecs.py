@@ -1,8 +1,8 @@
-"""Codecs: how soft labels and weights are packed for the wire.
+"""Codecs: how soft labels and weights are encoded for transmission.
 
-A codec makes streams of small integers of the rows of a tensor (its last dimension), and a coder makes
-bytes of the streams (`entropy`). Quantizing is idempotent: what was decoded encodes to the same bytes.
-Levels are integers, so that both ends agree to the bit. What is wrong with a wire is a ValueError of one clause.
+A codec turns the rows of a tensor (its last dimension) into streams of small integers, and a coder turns the streams
+into bytes (`entropy`). Quantization is idempotent: decoded values encode to the same bytes. Levels are integers, so
+that both ends agree bitwise. An encoding that cannot be decoded raises a ValueError of one clause.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from fedkd.core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-CLASSES = 2**16  # the most classes of a soft label, so that float32 tells neighboring levels of `Top` apart
-DIMENSIONS = 16  # the most dimensions of a tensor
+CLASSES = 2**16  # the largest number of classes, so that float32 separates neighboring levels of `Top`
+DIMENSIONS = 16  # the largest number of dimensions of a tensor
 
-Plan = list[tuple[int, int]]  # of each stream: how many symbols a row has in it, and of which alphabet
+Plan = list[tuple[int, int]]  # of each stream: the symbols per row, and the size of their alphabet
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A way to pack tensors. ``coder`` packs the symbols; ``delta`` leaves out rows that both ends hold.
+    """An encoding of tensors. ``coder`` encodes the symbols; ``delta`` leaves out rows that both ends have.
 
-    The wire is whether it is a delta, the shape, and the streams: first, of a delta, which rows changed.
+    The bytes are: whether it is a delta, the shape, and the streams; a delta starts with a bitmap of changed rows.
     """
 
-    labels: ClassVar[bool] = True  # whether it is for soft labels alone: probabilities, of which each row sums to one
+    labels: ClassVar[bool] = True  # whether it applies only to soft labels: probabilities whose rows sum to one
 
     coder: Coder = "none"
     delta: bool = False
 
     def encode(self, values: Tensor, reference: Tensor | None) -> Tensor:
-        """The bytes, as a uint8 tensor. ``reference`` is what both ends decoded last, if anything.
+        """The bytes, as a uint8 tensor. ``reference`` is the last tensor that both ends decoded, if there is one.
 
         Raises:
-            ValueError: the values are not what the codec is for.
+            ValueError: the codec does not apply to the values.
 
         """
         is_delta, streams = self._streams(values, reference)
@@ -56,18 +56,18 @@ class Codec:
         """The values, float32 and in their shape.
 
         Raises:
-            ValueError: they cannot be made out, or are more than ``limit`` numbers.
+            ValueError: they cannot be decoded, or are more than ``limit`` numbers.
 
         """
         if wire.dtype != torch.uint8 or wire.dim() != 1:
-            raise ValueError("a coded tensor is a row of bytes")
+            raise ValueError("an encoded tensor is a one-dimensional uint8 tensor")
         body = BytesIO(wire.numpy().tobytes())
         is_delta, shape = _head(body, limit)
         count, width = _extent(shape)
         plan = self._plan(width)
         common = self._common(reference, shape) if is_delta else None
         if is_delta and common is None:
-            raise ValueError("it says what changed since a tensor that is not at hand")
+            raise ValueError("it is a delta to a tensor that is not available")
         body = entropy.opened(self.coder, body, [(count, 2), *((count * each, of) for each, of in plan)])
         changed = entropy.read(self.coder, body, count, 2).astype(bool) if is_delta else np.ones(count, bool)
         sent = int(changed.sum())
@@ -80,10 +80,10 @@ class Codec:
         return rows.reshape(shape)
 
     def bound(self, values: Tensor, reference: Tensor | None) -> float | None:
-        """The bits below which no coder gets that knows only how often each symbol comes.
+        """The entropy bound in bits: the least that a coder of single symbols can reach.
 
-        Symbols times entropy, of each stream and of the bitmap of a delta. None for floats, whose bytes
-        stand for nothing by themselves.
+        The number of symbols times their entropy, of each stream and of the bitmap of a delta. None for floats, whose
+        bytes are not symbols of a small alphabet.
         """
         if not self.labels:
             return None
@@ -102,7 +102,7 @@ class Codec:
         return True, [(changed, 2), *((stream[changed], of) for stream, (_, of) in zip(symbols, plan, strict=True))]
 
     def _common(self, reference: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-        """The rows that both ends hold, if they are such."""
+        """The rows that both ends have, if the reference fits."""
         if not self.delta or reference is None or reference.shape != shape or reference.dtype != torch.float32:
             return None
         return reference.reshape(_extent(shape))
@@ -116,26 +116,26 @@ class Codec:
         raise NotImplementedError
 
     def _rows(self, streams: list[Symbols], width: int) -> Tensor:
-        """The rows of streams, float32 [N, width]; ValueError for symbols that no rows have."""
+        """The rows of streams, float32 [N, width]; ValueError for symbols that are not an encoding."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class _Floats(Codec):
-    """Floats of one type, a stream for each of their bytes: those of the exponents are alike (and squeeze)."""
+    """Floats of one dtype, with one stream for each of their bytes: bytes of exponents are similar and compress."""
 
     labels: ClassVar[bool] = False
-    kind: ClassVar[str]  # the name of the type in torch
+    kind: ClassVar[str]  # the name of the dtype in torch
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type."""
+        """The dtype."""
         held: torch.dtype = getattr(torch, self.kind)
         return held
 
     def __post_init__(self) -> None:
         if self.coder == "range":
-            raise ValueError("coder=range is for soft labels (uint8, bits, top); floats go with none or zstd")
+            raise ValueError("coder=range applies to soft labels (uint8, bits, top); floats take none or zstd")
 
     def _plan(self, width: int) -> Plan:
         return [(width, 256)] * self.dtype.itemsize
@@ -154,7 +154,7 @@ class _Floats(Codec):
 
 @dataclass(frozen=True)
 class Float32(_Floats):
-    """Exact. Without coder and delta a tensor goes as it is."""
+    """Exact. Without coder and delta a tensor is sent unchanged."""
 
     kind: ClassVar[str] = "float32"
 
@@ -171,23 +171,23 @@ class Float32(_Floats):
 
 @dataclass(frozen=True)
 class Float16(_Floats):
-    """Off by at most 2^-11 |x|, or 2^-25 near zero; beyond 65,504 the nearest finite number."""
+    """Error at most 2^-11 |x|, or 2^-25 near zero; values beyond 65,504 become the nearest finite number."""
 
     kind: ClassVar[str] = "float16"
 
 
 @dataclass(frozen=True)
 class BFloat16(_Floats):
-    """Off by at most 2^-8 |x|, with the range of float32."""
+    """Error at most 2^-8 |x|, with the range of float32."""
 
     kind: ClassVar[str] = "bfloat16"
 
 
 @dataclass(frozen=True)
 class UInt8(Codec):
-    """Each probability in 255ths of the largest of its row; the decoded row is made to sum to one.
+    """Each probability in 255ths of the largest of its row; a decoded row is normalized to sum to one.
 
-    A row of C is off by at most max(p) (C - 1) / 255 in all (L1).
+    The L1 error of a row of C is at most max(p) (C - 1) / 255.
     """
 
     def _plan(self, width: int) -> Plan:
@@ -206,10 +206,10 @@ class UInt8(Codec):
 
 @dataclass(frozen=True)
 class Bits(Codec):
-    """Constrained quantization (CFD: Sattler et al., 2020), to ``bits`` a probability.
+    """Constrained quantization (CFD: Sattler et al., 2020), to ``bits`` per probability.
 
-    The point nearest to a row, in L1, whose entries are multiples of 1 / (2^bits - 1) and sum to one. Each
-    is off by less than one step. One bit leaves the largest class, which goes as one number.
+    The point nearest to a row in L1 whose entries are multiples of 1 / (2^bits - 1) and sum to one. Each error is less
+    than one step. With one bit only the largest class is left, which is sent as one number.
     """
 
     bits: Annotated[int, Field(ge=1, le=8)] = 1
@@ -234,9 +234,9 @@ class Bits(Codec):
 
 @dataclass(frozen=True)
 class Top(Codec):
-    """The ``k`` largest probabilities, in 255ths, with their classes; what is left is spread over the others.
+    """The ``k`` largest probabilities, in 255ths, with their classes; the rest is spread evenly over the other classes.
 
-    Each of the k is off by less than 2/255, and none ends below the others.
+    The error of each of the k is less than 2/255, and none becomes smaller than the others.
     """
 
     k: PositiveInt = 1
@@ -257,7 +257,7 @@ class Top(Codec):
             levels[row, low[row].argmax(1)] += 1
             levels[row, -1] -= 1
         shares = _shares(classes, levels[:, :-1], rows.shape[1])
-        classes = np.sort(_largest(shares, self.k), 1)  # where some of the k are as low as the others: the first ones
+        classes = np.sort(_largest(shares, self.k), 1)  # if some of the k are as small as the others, the first classes
         levels = np.take_along_axis(shares, classes, 1) // others
         return [classes.astype(np.uint16), levels.astype(np.uint8)]
 
@@ -269,13 +269,13 @@ class Top(Codec):
 
 
 def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values in another type, and one NaN for all: which one torch makes depends on the place in memory."""
+    """The values in another dtype, with one bit pattern for all NaNs: torch's depends on the memory layout."""
     cast = values.to(dtype)
     return cast if dtype == values.dtype else cast.masked_fill(cast.isnan(), torch.nan)
 
 
 def _nearest(cells: NDArray[np.float64], total: int) -> NDArray[np.int64]:
-    """Rows of integers that sum to ``total``, nearest to ``cells`` in L1: largest remainders, first come first."""
+    """Rows of integers that sum to ``total``, nearest to ``cells`` in L1: by largest remainder, then by index."""
     low: NDArray[np.float64] = np.floor(cells)
     order = np.argsort(low - cells, axis=1, kind="stable")
     rank = np.argsort(order, axis=1)
@@ -284,22 +284,22 @@ def _nearest(cells: NDArray[np.float64], total: int) -> NDArray[np.int64]:
 
 
 def _largest(values: NDArray[Any], k: int) -> NDArray[np.int64]:
-    """The places of the k largest in each row; of equals, the first."""
+    """The indices of the k largest in each row; of equal values, the first."""
     return np.argsort(-values, axis=1, kind="stable")[:, :k]
 
 
 def _shares(classes: NDArray[np.int64], levels: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    """Rows in units of 1 / (255 (width - k)), in which what the k leave divides without remainder."""
+    """Rows in units of 1 / (255 (width - k)), in which the rest divides without remainder."""
     shares = np.repeat(255 - levels.sum(1, keepdims=True), width, 1)
     np.put_along_axis(shares, classes, levels * (width - classes.shape[1]), 1)
     return shares
 
 
 def _probabilities(rows: Tensor) -> NDArray[np.float64]:
-    """The rows, if each sums to one; float64, in which what is done to them is exact or correctly rounded."""
+    """The rows in float64, if each sums to one; later operations are then exact or correctly rounded."""
     probs = rows.numpy().astype(np.float64)
     if not ((probs >= 0).all() and (abs(probs.sum(1) - 1) < 1e-3).all()):
-        raise ValueError("soft labels must be probabilities, and each row sum to one")
+        raise ValueError("soft labels must be probabilities, and each row must sum to one")
     return probs
 
 
@@ -314,7 +314,7 @@ def _float32(rows: NDArray[Any]) -> Tensor:
 
 
 def _extent(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The number of rows and their width. A scalar is a row of one; where there are no numbers, there are no rows."""
+    """The number of rows and their width. A scalar is one row; an empty tensor has no rows."""
     width = shape[-1] if shape else 1
     return prod(shape) // max(width, 1), width
 
@@ -323,7 +323,7 @@ def _head(body: BytesIO, limit: int) -> tuple[bool, tuple[int, ...]]:
     """Whether it is a delta, and the shape."""
     kind, dimensions = entropy.read_number(body), entropy.read_number(body)
     if kind > 1 or dimensions > DIMENSIONS:
-        raise ValueError("the header is none of a coded tensor")
+        raise ValueError("the header is not that of an encoded tensor")
     shape = tuple(entropy.read_number(body) for _ in range(dimensions))
     if prod(shape) > limit or prod(max(extent, 1) for extent in shape) >= 2**62:
         raise ValueError(f"it holds more than {limit} numbers")

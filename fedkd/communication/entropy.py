@@ -1,7 +1,7 @@
-"""Coders: streams of small integers as bytes, and back.
+"""Entropy coding: streams of small integers as bytes, and back.
 
-``none`` packs a symbol at as many bits as its alphabet needs, ``zstd`` squeezes those bytes, and ``range``
-comes within a few bytes of the entropy. What cannot be read is a ValueError of one clause.
+Coder ``none`` packs each symbol with as many bits as its alphabet needs, ``zstd`` compresses these bytes, and ``range``
+comes within a few bytes of the entropy. Bytes that cannot be decoded raise a ValueError of one clause.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-LEVEL = 3  # of zstd
+LEVEL = 3  # compression level of zstd
 
 Coder = Literal["none", "zstd", "range"]
-Symbols = NDArray[Any]  # of an unsigned type, or bool
+Symbols = NDArray[Any]  # of an unsigned dtype, or bool
 Stream = tuple[Symbols, int]  # symbols, and the size of their alphabet
 
 
 def write(coder: Coder, streams: list[Stream]) -> bytes:
-    """The bytes of some streams."""
+    """The streams as bytes."""
     pack = _ranged if coder == "range" else _packed
     body = b"".join(pack(symbols, alphabet) for symbols, alphabet in streams)
     return zstandard.ZstdCompressor(level=LEVEL).compress(body) if coder == "zstd" else body
 
 
 def opened(coder: Coder, body: BytesIO, sizes: list[tuple[int, int]]) -> BytesIO:
-    """What `read` reads: the bytes of streams of at most so many symbols, each with its alphabet."""
+    """The body that `read` reads, decompressed; ``sizes`` are the largest (symbols, alphabet) of each stream."""
     return _inflated(body.read(), sum(_bytes(*size) for size in sizes)) if coder == "zstd" else body
 
 
@@ -39,7 +39,7 @@ def read(coder: Coder, body: BytesIO, count: int, alphabet: int) -> Symbols:
 
 
 def number(value: int) -> bytes:
-    """A number that is not negative, seven bits to a byte, the low ones first (LEB128)."""
+    """A nonnegative number with seven bits per byte, low bits first (LEB128)."""
     low = bytearray()
     while value > 127:
         low.append(value & 127 | 128)
@@ -59,7 +59,7 @@ def read_number(body: BytesIO) -> int:
 
 
 def entropy(symbols: Symbols) -> float:
-    """How many bits the symbols take at the least, coded one by one: -sum_s n_s log2(n_s / n)."""
+    """The entropy bound of the symbols in bits, coded one by one: -sum_s n_s log2(n_s / n)."""
     counts = np.bincount(symbols.ravel())
     used = counts[counts > 0]
     return float((used * np.log2(symbols.size / used)).sum())
@@ -68,17 +68,17 @@ def entropy(symbols: Symbols) -> float:
 def _take(body: BytesIO, count: int) -> bytes:
     taken = body.read(count)
     if len(taken) < count:
-        raise ValueError("it is cut short")
+        raise ValueError("it is truncated")
     return taken
 
 
 def _bytes(count: int, alphabet: int) -> int:
-    """How many bytes `_packed` makes."""
+    """The number of bytes that `_packed` returns."""
     return -(-count * (alphabet - 1).bit_length() // 8)
 
 
 def _packed(symbols: Symbols, alphabet: int) -> bytes:
-    """Symbols at as many bits each as the largest of the alphabet needs, the high ones first."""
+    """Symbols with as many bits each as the largest of the alphabet needs, high bits first."""
     width = (alphabet - 1).bit_length()
     if width == 8:
         return symbols.astype(np.uint8).tobytes()
@@ -99,22 +99,22 @@ def _unpacked(body: BytesIO, count: int, alphabet: int) -> Symbols:
 
 
 def _inflated(frame: bytes, most: int) -> BytesIO:
-    """What zstd squeezed, at most so many bytes. It makes room for the size that a frame states, and refuses others."""
+    """A zstd frame decompressed to at most ``most`` bytes. A frame that states a larger size is refused."""
     try:
         if zstandard.frame_content_size(frame) > most:
             raise ValueError("its zstd frame is too large")
         return BytesIO(zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False))
     except zstandard.ZstdError as error:
-        raise ValueError("it is no whole zstd frame") from error
+        raise ValueError("it is not a complete zstd frame") from error
 
 
 def _ranged(symbols: Symbols, alphabet: int) -> bytes:
-    """How often each symbol comes, and the words of a range coder that knows it; none where all are the same."""
+    """The counts of all symbols, and the words of a range coder with these frequencies; no words if all are equal."""
     counts = np.bincount(symbols.ravel(), minlength=alphabet)
     table, after = b"", 0
     for symbol in np.flatnonzero(counts).tolist():
         if symbol > after:
-            table += number(0) + number(symbol - after - 1)  # a zero, and how many more
+            table += number(0) + number(symbol - after - 1)  # a zero, and the number of further zeros
         table += number(int(counts[symbol]))
         after = symbol + 1
     if counts.max() == symbols.size:
@@ -132,7 +132,7 @@ def _unranged(body: BytesIO, count: int, alphabet: int) -> Symbols:
     while left:
         often = read_number(body)
         if often > left or symbol >= alphabet:
-            raise ValueError("it does not say how often each symbol comes")
+            raise ValueError("its counts of symbols are damaged")
         counts[symbol] = often
         symbol += 1 if often else 1 + read_number(body)
         left -= often
@@ -142,12 +142,12 @@ def _unranged(body: BytesIO, count: int, alphabet: int) -> Symbols:
     try:
         symbols: Symbols = constriction.stream.queue.RangeDecoder(words).decode(_model(counts), count)
     except AssertionError as error:
-        raise ValueError("its range code is none of these symbols") from error
+        raise ValueError("its range code does not fit its counts") from error
     if (np.bincount(symbols, minlength=alphabet) != counts).any():
-        raise ValueError("its symbols do not come as often as it says")
+        raise ValueError("its symbols do not have the stated counts")
     return symbols.astype(np.uint16)
 
 
 def _model(counts: NDArray[np.int64]) -> Any:
-    """The range coder's model of symbols that come so often: whole numbers in, 24-bit fixed point inside."""
+    """The range coder's model for these counts, in 24-bit fixed point."""
     return constriction.stream.model.Categorical(counts.astype(np.float64), perfect=False)

@@ -1,4 +1,4 @@
-"""What is computed once and kept on disk: decoded data sets and partitions."""
+"""The cache directory: decoded data sets, partitions and trained teachers."""
 
 from __future__ import annotations
 

@@ -90,8 +90,8 @@ class Config(Options):
     aggregator: str = option(
         "mean-probs",
         "Methods",
-        "How client logits become the ensemble teacher: mean-logits, mean-probs, era, beta-era, entropy, variance, median, "
-        "trimmed-mean, geometric-median, spectral, vote.",
+        "How client logits become the ensemble teacher: mean-logits, mean-probs, era, beta-era, entropy, variance, "
+        "median, trimmed-mean, geometric-median, spectral, vote.",
     )
     loss: str = option(
         "kl",

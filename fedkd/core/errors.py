@@ -1,4 +1,4 @@
-"""What a person sees when something is wrong: one sentence and an exit code (docs/exit-codes.md)."""
+"""Errors for people: one sentence and an exit code (docs/exit-codes.md)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from difflib import get_close_matches
 
 
 class FedkdError(Exception):
-    """A mistake a person can mend. The message says what is wrong and what to do.
+    """A mistake that the user can correct. The message says what is wrong and what to do.
 
-    ``details`` are for a log: tracebacks of somebody's code.
+    ``details`` are written to a log: tracebacks of user-defined code.
     """
 
     code = 1
@@ -26,19 +26,19 @@ class UsageError(FedkdError):
 
 
 class DataError(FedkdError):
-    """Data is missing, unreadable or not what it should be."""
+    """Data is missing, unreadable or wrong."""
 
     code = 3
 
 
 class RunError(FedkdError):
-    """A run could not go on."""
+    """A run cannot continue."""
 
     code = 4
 
 
 class PluginError(FedkdError):
-    """Somebody's own component cannot be imported, or broke its contract."""
+    """A user-defined component cannot be imported, or breaks its contract."""
 
     code = 7
 
@@ -50,16 +50,16 @@ class StorageError(FedkdError):
 
     @classmethod
     def of(cls, error: OSError) -> StorageError:
-        """What the system said, as a sentence."""
+        """The system's error message as a sentence."""
         return cls(f"{error.strerror or error}: {error.filename or 'cannot write'}.")
 
 
 class Terminated(SystemExit):
-    """Asked to end by SIGTERM; told apart from an exit that somebody's own code asks for."""
+    """SIGTERM arrived; a type of its own, so that it differs from an exit that user-defined code requests."""
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """One sentence naming what is unknown, the nearest known name, and all of them."""
+    """A message with the unknown name, the nearest known name, and all known names."""
     names = sorted(known)
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -1,4 +1,4 @@
-"""PyTorch, imported when something of it is first used: a mistake is answered before that (decision 2)."""
+"""PyTorch, imported at its first use, so that a user's mistake is reported before (decision 2)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 
 class _Later:
-    """A module that is imported when an attribute of it is wanted."""
+    """A module that is imported when an attribute of it is first read."""
 
     def __init__(self, name: str) -> None:
         self.__dict__["__name__"] = name

@@ -1,4 +1,4 @@
-"""Run directories: what a run leaves on disk, each file whole or not there."""
+"""Run directories: the output files of a run. Each is written atomically."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def default_out(config: Options, name: str) -> Path:
 
 
 def begin(config: AnyOptions, name: str) -> AnyOptions:
-    """The config with a directory to write to, which is claimed and holds ``config.toml``."""
+    """The config with its run directory, which is created with ``config.toml``."""
     out = Path(config.out) if config.out else default_out(config, name)
     config = dataclasses.replace(config, out=str(out))  # type: ignore[type-var]
     claim(out)
@@ -39,10 +39,10 @@ def begin(config: AnyOptions, name: str) -> AnyOptions:
 
 
 def claim(out: Path) -> None:
-    """Make the directory of a run; one that holds anything already is refused.
+    """Create the run directory; a directory that is not empty is refused.
 
     Raises:
-        UsageError: it is in use, or cannot be made.
+        UsageError: it is in use, or cannot be created.
 
     """
     try:
@@ -51,17 +51,17 @@ def claim(out: Path) -> None:
             raise UsageError(f"--out {out} is in use: it is not empty. Name another directory, or remove it.")
         os.close(os.open(out / "config.toml", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except OSError as error:
-        raise UsageError(f"--out {out} cannot be made: {error.strerror}.") from error
+        raise UsageError(f"--out {out} cannot be created: {error.strerror}.") from error
 
 
 def release(out: Path, record: str = "rounds.jsonl") -> None:
-    """Remove a claimed directory in which nothing was recorded, so that its name is free again."""
+    """Remove a run directory in which nothing was recorded, so that its name can be used again."""
     if not (out / record).exists():
         shutil.rmtree(out, ignore_errors=True)
 
 
 def write(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -71,18 +71,18 @@ def write(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def append(path: Path, row: Mapping[str, object]) -> None:
-    """Add one JSON line; what was written before stays whole whatever happens."""
+    """Append one JSON line; earlier lines are never damaged."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def log(out: Path, text: str) -> None:
-    """Add to ``errors.log``: tracebacks of clients that failed."""
+    """Append to ``errors.log``: tracebacks of clients that failed."""
     with (out / "errors.log").open("a", encoding="utf-8") as file:
         file.write(text.rstrip("\n") + "\n")
 
@@ -93,14 +93,14 @@ def toml(config: Options) -> str:
 
 
 def record_failure(out: Path, error: FedkdError) -> None:
-    """Say in ``result.json`` what ended a run: engines of Flower's end with 0 whatever happened."""
+    """Record in ``result.json`` what ended a run: Flower's engines exit with 0 even after a failure."""
     path = out / "result.json"
     held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"status": "failed", "out": str(out)}
     write_json(path, {**held, "code": error.code, "message": str(error)})
 
 
 def read_failure(out: Path) -> FedkdError | None:
-    """What ended a run, read from its result."""
+    """The error that ended a run, read from ``result.json``; None if there is none."""
     path = out / "result.json"
     held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if "code" not in held:
@@ -111,7 +111,7 @@ def read_failure(out: Path) -> FedkdError | None:
 
 
 def environment(device: str, dataset: str, fallback: str) -> dict[str, Any]:
-    """What results may depend on beside the config: versions, processor, device, data."""
+    """What results may depend on besides the config: versions, processor, device, data."""
     import torch
 
     names = ("torch", "torchvision", "numpy", "flwr", "flwr-datasets", "safetensors")
@@ -130,6 +130,6 @@ def environment(device: str, dataset: str, fallback: str) -> dict[str, Any]:
 
 
 def student_file(algorithm: str, seed: int) -> str:
-    """The name of a student that is not its run's first."""
+    """The file name of a student that is not the first of its run directory."""
     words = "".join(c if c.isalnum() else "-" for c in algorithm).strip("-")
     return f"student-{words}-seed{seed}.safetensors"

@@ -1,4 +1,4 @@
-"""What is set once in each process before it computes."""
+"""Settings of a process, made once before it computes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fedkd.core.errors import UsageError
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @lru_cache(maxsize=1)
 def settle(threads: int) -> None:
-    """Pin the threads of arithmetic (bits depend on them) and keep freed memory in the process.
+    """Set the number of threads (results depend on it bitwise) and keep freed memory in the process.
 
-    A CPU computes the same bits with the same number of threads; asking PyTorch for it would cost a
-    second at the start. A GPU has to be asked, but not to fill fresh memory.
+    A CPU is deterministic for a fixed number of threads, and requesting deterministic algorithms costs a second at the
+    start. For a GPU they are requested, but without filling uninitialized memory.
     """
     import torch
 
@@ -33,7 +33,7 @@ def settle(threads: int) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Glibc hands big buffers back at each free; the page faults cost up to 2.9 times on a CPU."""
+    """Keep big buffers: glibc returns them at each free, and the page faults take up to 2.9 times as long on a CPU."""
     if not sys.platform.startswith("linux"):
         return
     try:

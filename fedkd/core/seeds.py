@@ -1,4 +1,4 @@
-"""Where randomness comes from: every draw is named by (seed, purpose, round, client) and hashed."""
+"""Seeds: every random number is derived from (seed, purpose, round, client) by hashing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 
 def derive(seed: int, *path: str | int) -> int:
-    """A seed in [0, 2**63) for the draw named by ``path``.
+    """A seed in [0, 2**63) derived from ``seed`` and ``path``.
 
-    By hashing, never by ``seed + client``: neighboring seeds and clients share nothing.
+    By hashing, not by ``seed + client``, so that neighboring seeds and clients are independent. The strings in the
+    path are part of the results: renaming one changes all random numbers that are derived with it.
     """
     text = "/".join([str(seed), *(f"{type(part).__name__}:{part}" for part in path)])
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -23,14 +24,14 @@ def derive(seed: int, *path: str | int) -> int:
 
 
 def rng(seed: int, *path: str | int) -> np.random.Generator:
-    """A NumPy generator for the draw named by ``path``."""
+    """A NumPy generator seeded by ``derive``."""
     import numpy as np
 
     return np.random.default_rng(derive(seed, *path))
 
 
 def generator(seed: int, *path: str | int) -> torch.Generator:
-    """A torch generator on the CPU, so that the same draw is made whatever the device."""
+    """A torch generator on the CPU, so that random numbers do not depend on the device."""
     import torch
 
     return torch.Generator().manual_seed(derive(seed, *path))
@@ -38,7 +39,7 @@ def generator(seed: int, *path: str | int) -> torch.Generator:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run a block (initialization, dropout) under ``seed``, leaving torch's own stream as it was."""
+    """Run a block (initialization, dropout) under ``seed``; torch's global generator is restored after it."""
     import torch
 
     with torch.random.fork_rng():

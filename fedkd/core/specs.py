@@ -1,8 +1,8 @@
 """Spec strings: ``name:key=value,...`` names a component and sets its options.
 
-A component is a name of the catalog, of an installed plug-in, ``package.module:Name``, or
-``./file.py:Name``. Its options are its keyword-only parameters (for a class: all parameters of
-its constructor), checked and converted by their annotations.
+A component is a name in the catalog or of an installed package, ``package.module:Name``, or ``./file.py:Name``.
+Its options are its keyword-only parameters (of a class: all parameters of its constructor). Their annotations check
+and convert the values.
 """
 
 from __future__ import annotations
@@ -65,19 +65,19 @@ def parse(text: str) -> Spec:
 
 
 def is_user_defined(text: str) -> bool:
-    """Whether it names somebody's own component, or has an option that does."""
+    """Whether it names a user-defined component, or has an option that does."""
     spec = parse(text)
     return spec.is_plugin or any(parse(value).is_plugin for value in spec.options.values() if ":" in value)
 
 
 @contextmanager
 def attributing(named: Iterable[tuple[str, str]], where: str) -> Iterator[None]:
-    """Whatever is raised within is said of somebody's own components among these, of (option, spec).
+    """Attribute an exception in this block to the user-defined components among ``named``, pairs of (option, spec).
 
-    Without one of them it is ours, and passes.
+    If none of them is user-defined, the exception passes unchanged.
 
     Raises:
-        PluginError: in one sentence, with the line of code that raised.
+        PluginError: one sentence with the line of code that raised.
 
     """
     try:
@@ -101,7 +101,7 @@ def bind(kind: str, text: str, reserved: tuple[str, ...] = ()) -> partial[Any]:
 
     Raises:
         UsageError: an unknown name or option, or a value that does not fit.
-        PluginError: somebody's own component that cannot be imported.
+        PluginError: a user-defined component that cannot be imported.
 
     """
     spec = parse(text)
@@ -126,7 +126,7 @@ def bind(kind: str, text: str, reserved: tuple[str, ...] = ()) -> partial[Any]:
 
 
 def call(kind: str, text: str, reserved: tuple[str, ...] = ()) -> Any:
-    """What the component returns when it is called with its options: how values are made."""
+    """What the component returns when it is called with its options."""
     bound = bind(kind, text, reserved)
     try:
         return bound()
@@ -161,7 +161,7 @@ def _find(kind: str, spec: Spec) -> Callable[..., Any]:
     installed = {point.name: point for point in entry_points(group=f"fedkd.{kind}")}
     if spec.name not in installed:
         message = unknown(kind, spec.name, {*known, *installed})
-        raise UsageError(f"{message} For one of your own write package.module:Name or ./file.py:Name.")
+        raise UsageError(f"{message} A user-defined one is written package.module:Name or ./file.py:Name.")
     return _import(kind, installed[spec.name].value)
 
 
@@ -170,7 +170,7 @@ def _import(kind: str, path: str) -> Callable[..., Any]:
     where, _, name = path.rpartition(":")
     try:
         module = _module_of_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except Exception as error:  # whatever somebody's module raises while it is imported
+    except Exception as error:  # anything that a user's module raises while it is imported
         raise PluginError(f"Cannot import {kind} {path!r}: {type(error).__name__}: {error}.") from error
     component = getattr(module, name, None)
     if not callable(component):
@@ -180,7 +180,7 @@ def _import(kind: str, path: str) -> Callable[..., Any]:
 
 
 def _module_of_file(path: Path) -> Any:
-    """A file as a module, imported once however often it is named."""
+    """A file as a module; it is imported once."""
     path = path.expanduser().resolve()
     name = f"fedkd_plugin_{path.stem}_{derive(0, str(path)):x}"
     if name in sys.modules:
@@ -216,9 +216,9 @@ def _options(
 
 
 def _annotation(component: Callable[..., Any], parameter: inspect.Parameter) -> Any:
-    """The annotation as a type. Only an option's own: others may name types not imported yet."""
+    """The annotation as a type. Only that of this option is evaluated: others may name types that are not imported."""
     if isinstance(parameter.annotation, str):
-        # An inherited field means what it means where it was written.
+        # The annotation of an inherited field is evaluated in the module of its class.
         classes = component.__mro__ if inspect.isclass(component) else ()
         owner = next((c for c in classes if parameter.name in inspect.get_annotations(c)), component)
         return eval(parameter.annotation, vars(sys.modules[owner.__module__]))
@@ -226,7 +226,7 @@ def _annotation(component: Callable[..., Any], parameter: inspect.Parameter) -> 
 
 
 def _convert(name: str, value: str, annotation: Any) -> Any:
-    """The text as what the annotation says; without one, as a Python literal, else as it stands."""
+    """The text converted by the annotation; without one, a Python literal, or the text itself."""
     if annotation is inspect.Parameter.empty or annotation is Any:
         try:
             return ast.literal_eval(value)

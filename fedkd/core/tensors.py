@@ -1,4 +1,4 @@
-"""Tensors: named tensors, flat, on the CPU, without grad. Everything that outlives a call is one."""
+"""Tensors: a flat mapping of names to CPU tensors without gradients, for states, messages and memories."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Int64(tuple[int, ...]):
-    """The shape of a tensor of int64; a plain tuple is that of float32 numbers."""
+    """The shape of an int64 tensor; a plain tuple is the shape of a float32 tensor."""
 
 
 class UInt8(tuple[int, ...]):
-    """The shape of a tensor of bytes."""
+    """The shape of a uint8 tensor."""
 
 
 def shapes(tensors: Tensors) -> Shapes:
-    """Those of tensors that are float32, or int64 as BatchNorm's step counter is."""
+    """The shapes of float32 tensors, and of int64 tensors such as BatchNorm's step counter."""
     return {n: tuple(t.shape) if t.is_floating_point() else Int64(t.shape) for n, t in tensors.items()}
 
 
 def put(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
-    """The same tensors under ``prefix/name``: how one mapping holds several."""
+    """The same tensors under ``prefix/name``, so that one mapping can hold several."""
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 
@@ -41,7 +41,7 @@ def take(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
 
 
 def numel(tensors: Tensors) -> int:
-    """How many numbers there are."""
+    """The total number of elements."""
     return sum(tensor.numel() for tensor in tensors.values())
 
 
@@ -63,8 +63,8 @@ def digest(tensors: Tensors) -> str:
 def weighted_mean(many: Sequence[Tensors], weights: Iterable[float]) -> dict[str, Tensor]:
     """The weighted mean of mappings with the same names, each tensor in its own type.
 
-    Sums run in float64 and in the order given, so that the result has the same bits whatever
-    finished first. Integer tensors (BatchNorm's step counter) are averaged and truncated.
+    Sums run in float64 and in the order given, so that the result does not
+    depend on which client finished first. Integer tensors (BatchNorm's step counter) are averaged and truncated.
     """
     shares = [float(weight) for weight in weights]
     total = sum(shares)
@@ -78,7 +78,7 @@ def weighted_mean(many: Sequence[Tensors], weights: Iterable[float]) -> dict[str
 
 
 def save(tensors: Tensors, path: Path, about: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all, whoever else writes it; ``about`` is kept with it."""
+    """Write a safetensors file atomically; ``about`` becomes its metadata."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -86,21 +86,21 @@ def save(tensors: Tensors, path: Path, about: Mapping[str, str] | None = None) -
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, dict(about or {}))
         part.replace(path)
-    except SafetensorError as error:  # a disk that is full or may not be written to
+    except SafetensorError as error:  # a full or read-only disk
         raise OSError(errno.EIO, str(error), str(path)) from error
     finally:
         part.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; the values stay mapped to the file until they are used."""
+    """Read a safetensors file; values are memory-mapped until they are used."""
     from safetensors.torch import load_file
 
     return dict(load_file(path))
 
 
 def integer(value: int) -> Tensor:
-    """An int64 scalar: how a round number is kept and sent."""
+    """An int64 scalar tensor, such as a round number."""
     import torch
 
     return torch.tensor(value, dtype=torch.int64)

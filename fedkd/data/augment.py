@@ -1,4 +1,4 @@
-"""Augmentation as batched tensor work: a random crop, and a flip where classes survive it."""
+"""Augmentation of a batch: a random crop, and a flip if the data set allows it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ PAD = 4  # pixels on each side, the usual crop for CIFAR (He et al., 2016)
 
 
 def crop_and_flip(pixels: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
-    """Each image [B, H, W, C] shifted by up to `PAD` pixels into black, and mirrored by a coin.
+    """Each image [B, H, W, C] shifted by up to `PAD` pixels, with black borders, and mirrored with probability 1/2.
 
-    One gather for the whole batch; the draws are made on the CPU, the same for every device.
+    One gather for the whole batch. Random numbers are drawn on the CPU, so that they are the same on every device.
     """
     count, height, width, channels = pixels.shape
     shift = torch.randint(2 * PAD + 1, (2, count, 1), generator=generator)

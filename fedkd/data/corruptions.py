@@ -1,7 +1,7 @@
-"""Test images made harder: four corruptions at five strengths, and images that are turned and shifted a little.
+"""Harder test images: four corruptions at five strengths, and images that are slightly rotated and shifted.
 
 Kinds and constants are those of CIFAR-10-C (Hendrycks & Dietterich, 2019), which are meant for 32 pixels and are not
-rescaled for others. Where theirs cuts the fraction of a byte off, ours rounds; the noise is drawn from our seeds.
+rescaled for others. Theirs truncates to bytes, ours rounds; the noise is drawn from our seeds.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ CHUNK = 512  # images at once: 6 MB as float32 at 32 pixels
 
 NOISE = (0.04, 0.06, 0.08, 0.09, 0.10)  # standard deviation, of a range of one
 BLUR = (0.4, 0.6, 0.7, 0.8, 1.0)  # standard deviation, in pixels
-CONTRAST = (0.75, 0.5, 0.4, 0.3, 0.15)  # the share of it that is left
-PIXELATE = (0.95, 0.9, 0.85, 0.75, 0.65)  # pixels a side, as a share
-TURN, SHIFT = 15.0, 2.0  # degrees and pixels that `moved` goes at most; our own choice
+CONTRAST = (0.75, 0.5, 0.4, 0.3, 0.15)  # the fraction that is left
+PIXELATE = (0.95, 0.9, 0.85, 0.75, 0.65)  # pixels per side, as a fraction
+ROTATION, SHIFT = 15.0, 2.0  # the largest rotation (degrees) and shift (pixels) of `moved`; our choice
 
 Change = Callable[[Tensor, float, torch.Generator], Tensor]  # [B, H, W, 3] float32, 0 to 255 -> the same, unrounded
 
@@ -30,10 +30,10 @@ Change = Callable[[Tensor, float, torch.Generator], Tensor]  # [B, H, W, 3] floa
 def corrupt(pixels: Tensor, kind: str, strength: int, seed: int) -> Tensor:
     """The images [N, H, W, 3] uint8, corrupted; the same bytes for the same seed.
 
-    Noise is one draw that strength scales, so that strengths are compared on the same noise.
+    The strength scales one draw of noise, so that strengths are compared on the same noise.
 
     Raises:
-        UsageError: a kind or a strength that is not known.
+        UsageError: an unknown kind or strength.
 
     """
     if kind not in KINDS:
@@ -45,18 +45,18 @@ def corrupt(pixels: Tensor, kind: str, strength: int, seed: int) -> Tensor:
     return _by_chunks(pixels, lambda part, _: change(part, constants[strength - 1], generator))
 
 
-def moved(pixels: Tensor, seed: int, *, turn: float = TURN, shift: float = SHIFT) -> Tensor:
-    """Each image [N, H, W, 3] rotated by up to ``turn`` degrees and shifted by up to ``shift`` pixels along each axis.
+def moved(pixels: Tensor, seed: int, *, rotation: float = ROTATION, shift: float = SHIFT) -> Tensor:
+    """Each image [N, H, W, 3] rotated by up to ``rotation`` degrees and shifted by up to ``shift`` pixels on each axis.
 
-    Both are uniform and of either sign, and fractions count; the rim is mirrored, so that no black corner tells.
+    Both are uniform, of either sign, and not rounded. The border is mirrored, so that there are no black corners.
     """
     draws = 2 * torch.rand(len(pixels), 3, generator=seeds.generator(seed, "moved")) - 1
-    angles, shifts = draws[:, 0] * math.radians(turn), draws[:, 1:] * shift
+    angles, shifts = draws[:, 0] * math.radians(rotation), draws[:, 1:] * shift
     return _by_chunks(pixels, lambda part, rows: _resample(part, angles[rows], shifts[rows]))
 
 
 def _by_chunks(pixels: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """What ``change`` makes of the images as float32 and their rows, as bytes again; on a CPU, wherever they lie."""
+    """``change`` applied to chunks of the images as float32 and their indices, as bytes again; on the CPU."""
     changed = torch.empty_like(pixels)
     for start in range(0, len(pixels), CHUNK):
         rows = slice(start, start + CHUNK)
@@ -69,12 +69,12 @@ def _noise(images: Tensor, std: float, generator: torch.Generator) -> Tensor:
 
 
 def _blur(images: Tensor, std: float, generator: torch.Generator) -> Tensor:
-    """Convolved with a Gaussian that is cut off at four deviations; beyond the rim its pixels go on."""
+    """A convolution with a Gaussian that is truncated at four standard deviations; the border pixels are repeated."""
     return _mixed(images, *(_gaussian(size, std) for size in images.shape[1:3]))
 
 
 def _gaussian(size: int, std: float) -> Tensor:
-    """The convolution along one axis as a matrix [size, size]: at this size faster than a kernel that slides."""
+    """The convolution along one axis as a matrix [size, size]: faster than a sliding kernel at this size."""
     radius = int(4 * std + 0.5)
     offsets = torch.arange(-radius, radius + 1)
     kernel = torch.exp(-0.5 * (offsets / std).square())
@@ -83,7 +83,7 @@ def _gaussian(size: int, std: float) -> Tensor:
 
 
 def _contrast(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Drawn toward the mean of each image and channel."""
+    """Contrast reduced toward the mean of each image and channel."""
     return torch.lerp(images.mean((1, 2), keepdim=True), images, share)
 
 
@@ -105,10 +105,10 @@ def _mixed(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _resample(images: Tensor, angles: Tensor, shifts: Tensor) -> Tensor:
-    """Images turned counterclockwise by ``angles`` [B], then shifted right and down by ``shifts`` [B, 2]; bilinear."""
+    """Images rotated counterclockwise by ``angles`` [B], then shifted right and down by ``shifts`` [B, 2]; bilinear."""
     height, width = images.shape[1:3]
     cos, sin, (right, down) = angles.cos(), angles.sin(), shifts.T
-    # grid_sample asks where each pixel comes from, in units of half a side: the inverse of the movement.
+    # grid_sample needs the source of each pixel, in units of half a side: the inverse of the movement.
     across, along = cos * right - sin * down, sin * right + cos * down
     back = torch.stack(
         [

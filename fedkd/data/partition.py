@@ -1,4 +1,4 @@
-"""Who holds which rows, laid end to end: a client costs eight bytes beside its rows."""
+"""Partition: the samples of every client in one array, so that a client costs eight bytes besides its samples."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Partition(Sequence["Rows"]):
-    """Client i holds ``rows[ends[i - 1] : ends[i]]``."""
+    """Client i has the samples ``rows[ends[i - 1] : ends[i]]``."""
 
     rows: Rows
     ends: Rows
 
     @staticmethod
     def of(parts: Iterable[Rows]) -> Partition:
-        """A partition from one array of rows a client."""
+        """A partition from one array of indices per client."""
         held = list(parts)
         rows = np.concatenate([np.zeros(0, np.int64), *held]).astype(np.int64)
         return Partition(rows, np.cumsum([len(part) for part in held], dtype=np.int64))
@@ -46,7 +46,7 @@ class Partition(Sequence["Rows"]):
 
     @property
     def sizes(self) -> Rows:
-        """How many rows each client holds."""
+        """The number of samples of each client."""
         return np.diff(self.ends, prepend=0)
 
     @property
@@ -55,10 +55,10 @@ class Partition(Sequence["Rows"]):
         return np.repeat(np.arange(len(self), dtype=np.int64), self.sizes)
 
     def sorted(self) -> Partition:
-        """The same with each client's rows in ascending order."""
+        """The same with each client's samples in ascending order."""
         return Partition(self.rows[np.lexsort((self.rows, self.owners))], self.ends)
 
     def digest(self) -> str:
-        """SHA-256 over each client's size and rows, little-endian: the same on every machine."""
+        """SHA-256 over each client's size and samples, little-endian: the same on every machine."""
         starts = self.ends - self.sizes
         return hashlib.sha256(np.insert(self.rows, starts, self.sizes).astype("<i8").tobytes()).hexdigest()

@@ -1,7 +1,7 @@
-"""How rows are dealt to clients: flwr-datasets' partitioners by name, or one's own.
+"""Partitioners: how samples are assigned to clients, by flwr-datasets or by a user-defined function.
 
-A partition depends on labels and seed alone. Each function here returns a `Recipe`; the library
-behind it takes seconds to import and is touched only when a partition is not in the cache.
+A partition depends on labels and seed only. Each function here returns a `Recipe`; flwr-datasets takes seconds to
+import and is imported only if a partition is not in the cache.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ Alpha = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 class Recipe:
     """A partitioner of flwr-datasets and its arguments; ``by_clients`` may add some.
 
-    ``direct`` deals shuffled rows as the library would, where that takes one line: the library needs
-    seconds to be imported and a millisecond a client.
+    ``direct`` assigns shuffled samples as the library does, if that takes one line: the library takes seconds to import
+    and a millisecond per client.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Recipe:
 
 
 def iid() -> Recipe:
-    """Equal shares, drawn at random."""
+    """Equal shares at random."""
 
     def cut(order: Rows, clients: int) -> Partition:
         small, larger = divmod(len(order), clients)
@@ -63,13 +63,13 @@ def iid() -> Recipe:
 
 
 def dirichlet(*, alpha: Alpha = 0.5, min_size: PositiveInt = 2, self_balancing: bool = False) -> Recipe:
-    """Each class is dealt by a draw of Dirichlet(alpha) over clients (Yurochkin et al., 2019)."""
+    """Each class is divided among clients by a draw of Dirichlet(alpha) (Yurochkin et al., 2019)."""
     options = {"alpha": alpha, "min_partition_size": min_size, "self_balancing": self_balancing}
     return Recipe("DirichletPartitioner", by_label=True, is_seeded=True, options=options)
 
 
 def inner_dirichlet(*, alpha: Alpha = 0.5) -> Recipe:
-    """Equal sizes; each client draws its class mix from Dirichlet(alpha) (Acar et al., 2021)."""
+    """Equal sizes; each client draws its label distribution from Dirichlet(alpha) (Acar et al., 2021)."""
 
     def equal_sizes(labels: Rows, clients: int, seed: int) -> Mapping[str, object]:
         return {"partition_sizes": [len(part) for part in np.array_split(labels, clients)]}
@@ -88,13 +88,13 @@ def pathological(
 
 
 def shard(*, shards: PositiveInt = 2) -> Recipe:
-    """Rows sorted by label are cut into shards; each client gets ``shards`` (McMahan et al., 2017)."""
+    """Samples sorted by label are cut into shards; each client gets ``shards`` (McMahan et al., 2017)."""
     options = {"num_shards_per_partition": shards}
     return Recipe("ShardPartitioner", by_label=True, is_seeded=True, options=options)
 
 
 def distribution(*, classes: PositiveInt = 2, preassigned: PositiveInt = 5, sigma: Alpha = 1.0) -> Recipe:
-    """``classes`` classes a client in log-normal amounts (Li et al., 2020, FedProx)."""
+    """``classes`` classes per client in log-normal amounts (Li et al., 2020, FedProx)."""
 
     def log_normal(labels: Rows, clients: int, seed: int) -> Mapping[str, object]:
         kinds = len(np.unique(labels))
@@ -106,7 +106,7 @@ def distribution(*, classes: PositiveInt = 2, preassigned: PositiveInt = 5, sigm
 
 
 def size(*, sizes: str) -> Recipe:
-    """Given sizes, separated by plus signs: ``size:sizes=100+200+300``."""
+    """The given sizes, separated by plus signs: ``size:sizes=100+200+300``."""
     if not all(part.isdecimal() and int(part) for part in sizes.split("+")):
         raise ValueError("sizes are positive integers separated by +")
     options = {"partition_sizes": [int(part) for part in sizes.split("+")]}
@@ -135,32 +135,32 @@ def id_to_size(*, power: Alpha = 1.0) -> Recipe:
 
 
 def _power(client: Any, power: float) -> Any:
-    """Of one client's number, or of an array of them."""
+    """The power of a client's number, or of an array of numbers."""
     return (client + 1.0) ** power
 
 
 def continuous(*, strictness: Annotated[float, Field(ge=0, le=1)] = 0.5) -> Recipe:
-    """Rows sorted by label, blurred by ``1 - strictness``, cut into equal shares."""
+    """Samples sorted by label, blurred by ``1 - strictness``, cut into equal shares."""
     return Recipe("ContinuousPartitioner", True, True, True, {"strictness": strictness})
 
 
 def natural_id() -> Recipe:
-    """One class a client: the labels are the only natural id there is."""
+    """One class per client: the labels are the only natural id."""
     return Recipe("NaturalIdPartitioner", by_label=True, is_counted=False)
 
 
 def grouped_natural_id(*, group: PositiveInt = 2) -> Recipe:
-    """``group`` classes a client, in order."""
+    """``group`` classes per client, in order."""
     options = {"group_size": group, "sort_unique_ids": True}
     return Recipe("GroupedNaturalIdPartitioner", by_label=True, is_counted=False, options=options)
 
 
-#: Nothing is dealt: every node of a deployment brings its own rows.
+#: Nothing is assigned: every node of a deployment brings its own data.
 OWN = "own"
 
 
 def check(text: str) -> None:
-    """Look the name and the options up, without dealing anything."""
+    """Check the name and the options without making a partition."""
     if text == OWN:
         return
     if not _is_plugin(text):
@@ -173,16 +173,16 @@ RESERVED = ("num_partitions", "seed", "partition_by")
 
 
 def _is_plugin(text: str) -> bool:
-    """Whether it is no recipe of ours, but somebody's function or class; one that is installed has a plain name."""
+    """Whether it is a user-defined function or class, or one of an installed package."""
     return specs.parse(text).name not in CATALOG["partitioner"]
 
 
 def assign(text: str, labels: Rows, clients: int, seed: int) -> Partition:
-    """Positions in ``labels`` for each client, sorted, no position twice.
+    """Indices into ``labels`` for each client, sorted, without repetition.
 
     Raises:
-        UsageError: the labels cannot be dealt so.
-        PluginError: one's own partitioner broke the contract.
+        UsageError: the labels cannot be partitioned in this way.
+        PluginError: a user-defined partitioner breaks its contract.
 
     """
     if clients > len(labels):
@@ -202,7 +202,7 @@ def assign(text: str, labels: Rows, clients: int, seed: int) -> Partition:
 
 
 def _shuffled(labels: Rows, seed: int) -> Rows:
-    """All positions in random order: several of the partitioners cut the rows as they lie."""
+    """All indices in random order: several partitioners cut the samples in the order given."""
     return seeds.rng(seed, "partition", "order").permutation(len(labels))
 
 
@@ -222,7 +222,7 @@ def _by_flower(recipe: Recipe, text: str, labels: Rows, clients: int, seed: int)
     order = _shuffled(labels, seed)
     table = Dataset.from_dict({"index": order, "label": labels[order]})
     try:
-        with warnings.catch_warnings(action="ignore"):  # what it warns of is checked or shown by us
+        with warnings.catch_warnings(action="ignore"):  # what it warns of is checked or shown by fedkd
             dealer = getattr(flower, recipe.kind)(**options)
             dealer.dataset = table
             _require_count(dealer.num_partitions, clients, text, UsageError)
@@ -230,13 +230,13 @@ def _by_flower(recipe: Recipe, text: str, labels: Rows, clients: int, seed: int)
     except (ValueError, TypeError, IndexError, OverflowError, ZeroDivisionError) as error:
         reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
         raise UsageError(
-            f"--partitioner {text!r} cannot deal {len(labels)} rows to {clients} clients ({reason}); "
+            f"--partitioner {text!r} cannot assign {len(labels)} samples to {clients} clients ({reason}); "
             "use fewer clients, a milder skew, or inner-dirichlet, which keeps sizes equal."
         ) from error
 
 
 def _by_plugin(text: str, labels: Rows, clients: int, seed: int) -> object:
-    """One's own function ``(labels, clients, rng)``, or subclass of flwr-datasets' Partitioner."""
+    """A user-defined function ``(labels, clients, rng)``, or a subclass of flwr-datasets' Partitioner."""
     bound = specs.bind("partitioner", text, RESERVED)
     try:
         if not inspect.isclass(bound.func):
@@ -247,7 +247,7 @@ def _by_plugin(text: str, labels: Rows, clients: int, seed: int) -> object:
         return _by_subclass(dealer, text, labels, clients)
     except FedkdError:
         raise
-    except Exception as error:  # whatever somebody's code raises
+    except Exception as error:  # anything that user-defined code raises
         raise PluginError(f"--partitioner {text} failed: {type(error).__name__}: {error}.") from error
 
 
@@ -271,7 +271,7 @@ def _require_count(count: int, clients: int, text: str, kind: type[FedkdError]) 
 
 
 def _checked(parts: object, rows: int, clients: int, text: str, kind: type[FedkdError]) -> Partition:
-    """The parts with sorted rows, if they are a partition of some of the rows."""
+    """The parts with sorted indices, if they are a partition of some of the samples."""
 
     def wrong(what: str) -> FedkdError:
         return kind(f"--partitioner {text} {what}.")
@@ -286,17 +286,17 @@ def _checked(parts: object, rows: int, clients: int, text: str, kind: type[Fedkd
         raise wrong("returned something that is no list of index arrays") from error
     for client, array in enumerate(arrays):
         if array.size == 0:
-            raise wrong(f"gave client {client} no rows; every client needs at least one")
+            raise wrong(f"gave client {client} no samples; every client needs at least one")
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise wrong(f"gave client {client} {array.dtype} of shape {array.shape}, not a row of integer indices")
     dealt = Partition.of(arrays)
     outside = (dealt.rows < 0) | (dealt.rows >= rows)
     if outside.any():
         client = dealt.owners[outside.argmax()]
-        raise wrong(f"gave client {client} an index out of range: there are {rows} rows, counted from 0")
+        raise wrong(f"gave client {client} an index out of range: there are {rows} samples, counted from 0")
     values, counts = np.unique(dealt.rows, return_counts=True)
     if len(values) < len(dealt.rows):
-        raise wrong(f"dealt row {values[counts > 1][0]} more than once; shares may not overlap")
+        raise wrong(f"assigned sample {values[counts > 1][0]} more than once; shares may not overlap")
     return dealt.sorted()
 
 
@@ -305,7 +305,7 @@ def _cached(path: Any) -> Partition | None:
         with np.load(path, allow_pickle=False) as held:
             return Partition(held["rows"], held["ends"])
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        return None  # not there, or torn: dealt again
+        return None  # missing or damaged: assigned again
 
 
 def _keep(dealt: Partition, path: Any) -> None:
@@ -314,5 +314,5 @@ def _keep(dealt: Partition, path: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(part, rows=dealt.rows, ends=dealt.ends)
         part.replace(path)
-    except OSError:  # only costs time at the next start
+    except OSError:  # only takes time at the next start
         part.unlink(missing_ok=True)

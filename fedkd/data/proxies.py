@@ -1,6 +1,6 @@
-"""The public proxy set: unlabeled images that every client and the server hold.
+"""The public proxy set: unlabeled images that all clients and the server have.
 
-Its labels are dropped here and read nowhere.
+Its labels are dropped here, except for algorithms that declare that they read them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ DEFAULT_SIZE = 5000
 class ProxySet:
     """The public images [P, H, W, 3] uint8, and the samples of them that each round uses.
 
-    ``labels`` [P] are there only for an algorithm that declares that it reads them. ``per_round`` is
-    ``--proxy-samples`` (0 for all of them).
+    ``labels`` [P] are None unless the algorithm declares that it reads them. ``per_round`` is ``--proxy-samples``
+    (0: all).
     """
 
     images: Tensor
@@ -59,7 +59,7 @@ class ProxySet:
 
 
 def parse(text: str) -> tuple[Source | None, int | None]:
-    """The source of the images (None: held out of the training set) and how many are wanted."""
+    """The source of the images (None: held out of the training set) and the requested number."""
     spec = specs.parse(text)
     options = dict(spec.options)
     wanted = options.pop("size", None)
@@ -75,20 +75,20 @@ def parse(text: str) -> tuple[Source | None, int | None]:
         source = sources.named(":".join([spec.name, *([",".join(items)] if items else [])]))
     except UsageError as error:
         raise UsageError(f"--proxy {text!r}: {error} Or holdout, images held out of the training set.") from error
-    if source.reader == "noise":  # made in the number that is wanted; others are decoded once for all sizes
+    if source.reader == "noise":  # generated in the requested number; others are decoded once for all sizes
         source = dataclasses.replace(source, count=size or DEFAULT_SIZE)
     return source, size
 
 
 def hold_out(size: int | None, rows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions of the proxy images in the training set, and of the private rest, both sorted.
+    """Indices of the proxy samples in the training set and of the private samples, both sorted.
 
-    By default a fifth of the rows, 5,000 at most.
+    By default a fifth of the samples is held out, at most 5,000.
     """
     count = min(DEFAULT_SIZE, rows // 5) if size is None else size
     if not 0 < count < rows:
         raise UsageError(
-            f"--proxy holdout:size={count} leaves nothing to share out of {rows} training images; use a smaller size."
+            f"--proxy holdout:size={count} leaves no private samples of {rows} training images; use a smaller size."
         )
     order = seeds.rng(seed, "proxy").permutation(rows)
     return np.sort(order[:count]), np.sort(order[count:])
@@ -109,7 +109,7 @@ def draw(public: Tensor, size: int | None, known: list[Images], seed: int, text:
 
 
 def shared(pixels: Tensor, public: list[Tensor]) -> int:
-    """How many of the images occur among public ones."""
+    """The number of images that occur among public images."""
     known = _all_keys(public)
     return sum(key in known for key in _keys(pixels))
 

@@ -1,4 +1,4 @@
-"""How images become one uint8 tensor: decoded once, kept in the cache, mapped from there."""
+"""Readers: images as one uint8 tensor, decoded once, cached on disk and memory-mapped."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from fedkd.data.sources import Source, is_reachable, parquet_files, searched
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LAYOUT = 2  # of the cached files; raise it when what is in them changes
+LAYOUT = 2  # version of the cached files; increase it when their content changes
 
 
 @dataclass(frozen=True)
 class Images:
-    """Pixels [N, H, W, 3] uint8, labels [N] int64, and how many classes there are.
+    """Pixels [N, H, W, 3] uint8, labels [N] int64, and the number of classes.
 
-    ``names`` are those of the classes where the data has any, ``scaling`` is that of a whole split.
+    ``names`` are the names of the classes, if the data has any; ``scaling`` is that of the whole split.
     """
 
     pixels: Tensor
@@ -47,7 +47,7 @@ class Images:
 
 
 def read(source: Source, split: str, data_dir: str = "") -> Images:
-    """One split of a data set. Decoding is done once; later starts map the cached tensors.
+    """One split of a data set. It is decoded once; later runs map the cached tensors.
 
     Raises:
         DataError: the data is missing, cannot be downloaded, or is damaged.
@@ -67,10 +67,10 @@ def read(source: Source, split: str, data_dir: str = "") -> Images:
         images = _parquet(source, files) if files else READERS[source.reader](source, split, data_dir)
     except FedkdError:
         raise
-    except Exception as error:  # whatever a reader raises over damaged files
+    except Exception as error:  # anything that a reader raises for damaged files
         raise DataError(f"Cannot read {source.name} ({split}): {type(error).__name__}: {error}.") from error
     if len(images) and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < images.classes:
-        raise DataError(f"{source.name} ({split}) has labels that number no class; hidden ones are often -1.")
+        raise DataError(f"{source.name} ({split}) has labels that are not classes; hidden labels are often -1.")
     if count := getattr(source, split):
         images = images.first(count)
     images = dataclasses.replace(images, scaling=Scaling.of(images.pixels))
@@ -79,7 +79,7 @@ def read(source: Source, split: str, data_dir: str = "") -> Images:
 
 
 def _place(source: Source) -> object:
-    """What tells one state of a local folder from another."""
+    """The state of a local folder, for the key of the cache."""
     root = Path(source.argument).expanduser()
     if source.reader not in ("class_folders", "hugging_face", "own") or not root.exists():
         return None
@@ -95,7 +95,7 @@ def _cached(path: Path) -> Images | None:
         names = json.loads(held["names"].numpy().tobytes())
         mean, std = held["scaling"].tolist()
         return Images(held["pixels"], held["labels"], int(held["classes"]), (*names,), Scaling((*mean,), (*std,)))
-    except Exception:  # a torn or foreign file is made again
+    except Exception:  # a damaged or foreign file is replaced
         return None
 
 
@@ -112,7 +112,7 @@ def _keep(images: Images, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors.save(held, path)
-    except OSError:  # a full or read-only disk costs time at the next start, nothing else
+    except OSError:  # a full or read-only disk only takes time at the next start
         return
 
 
@@ -143,7 +143,7 @@ def _torchvision(source: Source, split: str, data_dir: str) -> Images:
         try:
             return _of_torchvision(kind(str(root), download=False, **options), source)
         except (RuntimeError, FileNotFoundError, NotADirectoryError):
-            continue  # not here, or not whole: torchvision raises RuntimeError for both
+            continue  # missing or incomplete: torchvision raises RuntimeError for both
     help_ = (
         f"{source.name} is not in {', '.join(map(str, roots))} and {{}}. Point --data-dir (or FEDKD_DATA) to a "
         f"folder with torchvision's files or parquet files, or try --dataset digits, which needs no download."
@@ -152,7 +152,7 @@ def _torchvision(source: Source, split: str, data_dir: str) -> Images:
         raise DataError(help_.format(f"{source.host} cannot be reached within ten seconds"))
     try:
         return _of_torchvision(kind(str(roots[-1]), download=True, **options), source)
-    except Exception as error:  # urllib, ssl, a full disk, a checksum: all end the same way
+    except Exception as error:  # urllib, ssl, a full disk, a checksum: all have the same remedy
         raise DataError(help_.format(f"its download failed ({type(error).__name__}: {error})")) from error
 
 
@@ -165,7 +165,7 @@ def _of_torchvision(dataset: Any, source: Source) -> Images:
 
 
 def _parquet(source: Source, files: list[Path]) -> Images:
-    """Local parquet files as the hub stores them."""
+    """Local parquet files in the layout of the hub."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -178,7 +178,7 @@ def _hugging_face(source: Source, split: str, data_dir: str) -> Images:
     datasets.disable_progress_bars()
     try:
         splits = datasets.load_dataset(source.argument)
-    except Exception as error:  # the library raises a dozen kinds
+    except Exception as error:  # the library raises many kinds
         reason = str(error).splitlines()[0]
         raise DataError(f"Hugging Face cannot load {source.argument!r}: {reason}") from error
     names = [split] if split == "train" else ["test", "validation"]
@@ -214,7 +214,7 @@ def _class_folders(source: Source, split: str, data_dir: str) -> Images:
 
 
 def _own(source: Source, split: str, data_dir: str) -> Images:
-    """What one node holds: a folder with a folder of images per class, or of parquet files."""
+    """The data of a node: a folder with a folder of images per class, or with parquet files."""
     from torchvision.datasets import ImageFolder
 
     root = Path(source.argument).expanduser()
@@ -226,12 +226,12 @@ def _own(source: Source, split: str, data_dir: str) -> Images:
 
 
 def renumbered(images: Images, names: Sequence[str], classes: int, where: str) -> Images:
-    """The same images with labels that number the classes as everybody does.
+    """The same images with the common numbering of classes.
 
-    A node that has no image of some class would else number those after it wrongly.
+    A node without images of some class would otherwise number the following classes wrongly.
 
     Raises:
-        DataError: a class that nobody knows.
+        DataError: an unknown class.
 
     """
     if images.names and images.names != tuple(names):
@@ -246,7 +246,7 @@ def renumbered(images: Images, names: Sequence[str], classes: int, where: str) -
 
 
 def _digits(source: Source, split: str, data_dir: str) -> Images:
-    """Every fifth row is a test row: the set is not sorted, and its writers stay mixed."""
+    """Every fifth sample is a test sample: the data set is not sorted, so writers stay mixed."""
     import PIL.Image
     from sklearn.datasets import load_digits
 

@@ -1,4 +1,4 @@
-"""From bytes to network input: channel statistics, once for a data set."""
+"""Scaling: from bytes to network input, by channel statistics of the data set."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Scaling:
 
     @staticmethod
     def of(pixels: Tensor) -> Scaling:
-        """That of a set of images [N, H, W, 3]; a constant channel is left unscaled.
+        """The scaling of images [N, H, W, 3]; a constant channel is only shifted.
 
-        By counting the 256 values: exact, and ten times as fast as adding up in float64.
+        Computed from counts of the 256 values: exact, and ten times as fast as sums in float64.
         """
         counts = torch.zeros(3, 256, dtype=torch.float64)
         for part in torch.split(pixels, 4096):
@@ -41,5 +41,5 @@ class Scaling:
 
 @lru_cache
 def _constants(scaling: Scaling, device: torch.device) -> tuple[Tensor, Tensor]:
-    """As tensors: made once, since a copy to a GPU for every batch would wait for it."""
+    """Mean and standard deviation as tensors, made once: a copy to a GPU for every batch would synchronize."""
     return torch.tensor(scaling.mean, device=device), torch.tensor(scaling.std, device=device)

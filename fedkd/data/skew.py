@@ -1,4 +1,4 @@
-"""How uneven a partition is."""
+"""The skew of a partition: how much the clients' data differ."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Skew:
-    """Sizes of the shares; class mix of a client against everybody's; share of the rows dealt."""
+    """Sizes of the clients' shares, distance of their label distributions, and the fraction of assigned samples."""
 
     smallest: int
     median: int
     largest: int
-    distance: float  # mean over clients of the total variation distance, 0 (alike) to 1
-    classes: float  # mean of exp(entropy of a client's labels): how many classes it has in effect
+    distance: float  # mean over clients of the total-variation distance to the global label distribution, 0 to 1
+    classes: float  # mean of exp(entropy of a client's labels): the effective number of classes
     coverage: float
 
 
 def counts(labels: NDArray[np.int64], dealt: Partition, classes: int) -> NDArray[np.int64]:
-    """Rows of each class that each client holds [clients, classes]."""
+    """The number of samples per client and class [clients, classes]."""
     cells = np.bincount(dealt.owners * classes + labels[dealt.rows], minlength=len(dealt) * classes)
     return cells.reshape(len(dealt), classes)
 
 
 def measure(labels: NDArray[np.int64], dealt: Partition, classes: int, rows: int) -> Skew:
-    """The skew of a partition of ``rows`` rows."""
+    """The skew of a partition of ``rows`` samples."""
     table = counts(labels, dealt, classes)
     sizes = table.sum(1)
     mixes = table / sizes[:, None]

@@ -1,6 +1,6 @@
-"""Data sets by name: how each one is found, checked and read.
+"""Data sets by name.
 
-A source only says where its images are (a `Source`); nothing heavy is imported before `read`.
+A `Source` describes where the images are; nothing heavy is imported before they are read.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class Source:
     reader: str  # a function of fedkd.data.readers
     argument: str = ""
     folder: str = ""  # its directory in the parquet layout
-    host: str = ""  # where a download would come from
-    pixels: int = 32  # height and width the images are scaled to
-    flip: bool = True  # whether a mirrored image is still of its class
+    host: str = ""  # host of the download
+    pixels: int = 32  # height and width to which images are scaled
+    flip: bool = True  # whether a mirrored image keeps its class
     count: int = 0
-    train: int = 0  # how many of the training images are used, the first ones; 0 for all
-    test: int = 0  # and how many of the test images
+    train: int = 0  # number of training images, the first ones; 0 for all
+    test: int = 0  # number of test images
 
 
 def named(text: str) -> Source:
     """The source that a spec names.
 
     Raises:
-        UsageError, PluginError: there is none.
+        UsageError, PluginError: there is no such source.
 
     """
     source = specs.call("dataset", text)
@@ -72,7 +72,7 @@ def stl10(*, pixels: Pixels = 32) -> Source:
 
 
 def fashion_mnist() -> Source:
-    """Fashion-MNIST (Xiao et al., 2017), gray made RGB, scaled from 28 pixels."""
+    """Fashion-MNIST (Xiao et al., 2017), converted to RGB and scaled from 28 pixels."""
     host = "fashion-mnist.s3-website.eu-central-1.amazonaws.com"
     return Source("fashion-mnist", "torchvision", "FashionMNIST", "fashion_mnist", host)
 
@@ -93,12 +93,12 @@ def folder(path: str, /, *, pixels: Pixels = 32, flip: bool = True) -> Source:
 
 
 def own(path: str, pixels: int) -> Source:
-    """What one node of a deployment holds; no name on the command line leads here."""
+    """The data of a node in a deployment; not available on the command line."""
     return Source(f"data {path}", "own", path, pixels=pixels)
 
 
 def noise(*, size: PositiveInt = 5000, pixels: Pixels = 32) -> Source:
-    """Uniform noise with random labels, for measuring: nothing can be learned from it."""
+    """Uniform noise with random labels, for measuring speed: nothing can be learned from it."""
     return Source("noise", "noise", count=size, pixels=pixels)
 
 
@@ -123,7 +123,7 @@ def parquet_files(source: Source, split: str, data_dir: str) -> list[Path]:
 
 
 def _require_all(files: list[Path], split: str) -> None:
-    """Refuse a split of which files are missing: each says how many there are."""
+    """Refuse a split with missing files: each file name states how many there are."""
     said = {int(found[1]) for file in files if (found := re.search(r"-of-(\d+)", file.name))}
     if said and len(files) != max(said):
         raise DataError(
@@ -132,7 +132,7 @@ def _require_all(files: list[Path], split: str) -> None:
 
 
 def is_reachable(host: str, seconds: float = 10.0) -> bool:
-    """Whether a connection to ``host`` opens in time; looking its name up counts."""
+    """Whether a connection to ``host`` opens in time, including the name lookup."""
     opened = threading.Event()
 
     def connect() -> None:
@@ -149,7 +149,7 @@ def is_reachable(host: str, seconds: float = 10.0) -> bool:
 
 
 def by_auto(load: Callable[[Source], object]) -> tuple[str, str]:
-    """CIFAR-10 where it is found or can be downloaded, else digits: its name, and why if it fell back."""
+    """CIFAR-10 if it is found or can be downloaded, otherwise digits: the name, and the reason for the fallback."""
     try:
         load(cifar10())
     except DataError as error:

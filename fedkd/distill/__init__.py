@@ -1,4 +1,4 @@
-"""``python -m fedkd.distill``: from any teacher to any student."""
+"""``python -m fedkd.distill``: distillation from any teacher to any student."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 def distill(config: DistillConfig) -> Path:
     """Distill a student from one teacher or several, or from itself.
 
-    The same student is trained without a teacher beside it, and all are judged side by side. Components are named by
-    specs, as in fedkd.simulate.
+    The same student is also trained without a teacher (the baseline), and all are evaluated on the same images.
+    Components are named by specs, as in fedkd.simulate.
     """
-    terms = check(config)  # before torch is imported: a mistake is answered within a second
+    terms = check(config)  # before torch is imported, so that a mistake is reported within a second
     config = run_directory.begin(config, config.student)
     out = Path(config.out)
     from fedkd.distill import runner
@@ -37,10 +37,10 @@ def distill(config: DistillConfig) -> Path:
 
 
 def check(config: DistillConfig) -> list[Term]:
-    """The terms of the loss, after every name was resolved before anything heavy is imported.
+    """The terms of the loss. All names are resolved here, before heavy imports.
 
     Raises:
-        UsageError, DataError, PluginError: the first thing that cannot be used.
+        UsageError, DataError, PluginError: an option cannot be used; the first one found is reported.
 
     """
     terms = [specs.call("distillation", text) for text in config.loss.split()]
@@ -48,28 +48,30 @@ def check(config: DistillConfig) -> list[Term]:
         if not isinstance(term, Term):
             raise PluginError(f"--loss {text} is not a subclass of fedkd.training.terms.Term.")
     if not terms:
-        raise UsageError("--loss names no loss; logits is the usual one.")
+        raise UsageError("--loss is empty; the default is logits.")
     named = teacher_names.named(config)
-    _fitting(config, terms, named)
+    _check_combination(config, terms, named)
     for text in named:
         if not teacher_names.is_path(text):
             specs.bind("model", teacher_names.pretrained(text)[0], models.RESERVED)
         elif not Path(text).expanduser().exists():
-            raise DataError(f"--teacher {text}: there is no such run or file.")
+            raise DataError(f"--teacher {text}: no such run or file.")
     specs.bind("model", config.student, models.RESERVED)
     for dataset in {config.dataset, config.shifted} - {"auto", ""}:
         sources.named(dataset)
     return terms
 
 
-def _fitting(config: DistillConfig, terms: list[Term], named: list[str]) -> None:
+def _check_combination(config: DistillConfig, terms: list[Term], named: list[str]) -> None:
     """Refuse teachers and losses that exclude each other."""
-    is_taught = any(term.needs_teacher for term in terms)
+    needs_teacher = any(term.needs_teacher for term in terms)
     if any(isinstance(term, BornAgain) for term in terms) and len(terms) > 1:
-        raise UsageError("--loss self has no other loss beside it; its weights are options: self:weight=0.5,hard=0.5.")
+        raise UsageError(
+            "--loss self cannot be combined with other losses; its weights are options: self:weight=0.5,hard=0.5."
+        )
     if named and config.teachers_from:
-        raise UsageError("--teacher and --teachers-from exclude each other; put students into one directory.")
-    if (named or config.teachers_from) and not is_taught:
-        raise UsageError(f"--loss {config.loss} needs no teacher; leave it away, or add a loss such as logits.")
+        raise UsageError("--teacher and --teachers-from exclude each other; put all students into one directory.")
+    if (named or config.teachers_from) and not needs_teacher:
+        raise UsageError(f"--loss {config.loss} uses no teacher; remove the teacher, or add a loss such as logits.")
     if config.teachers_from:
         teacher_names.candidates(Path(config.teachers_from))

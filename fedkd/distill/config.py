@@ -1,4 +1,4 @@
-"""DistillConfig: everything a distillation depends on, flat, frozen and validated."""
+"""DistillConfig: all options of a distillation, flat, frozen and validated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from fedkd.core.config import Decay, Options, Rate, Several, option
 
-CLASSIC = "resnet20"  # the teacher where none is named
+CLASSIC = "resnet20"  # the default teacher
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -19,59 +19,63 @@ class DistillConfig(Options):
     teacher: Several = option(
         "",
         "Models",
-        "Teachers (several, or a comma list): MODEL is trained here and kept; MODEL:pretrained=FILE is read from a "
-        "state dict or safetensors; a run's directory or a student's file is taken as it is. By default resnet20.",
+        "Teachers (several, or a comma list): MODEL is trained here and cached; MODEL:pretrained=FILE is read from a "
+        "state dict or safetensors; a run directory or a student's file is used as it is. By default resnet20.",
         several=True,
     )
     teachers_from: str = option(
-        "", "Models", "A directory of students and runs: they are ranked before training, and the first one teaches."
+        "",
+        "Models",
+        "A directory of students and runs, which are ranked before training; the first one is the teacher.",
     )
     student: str = option(
         "resnet8",
         "Models",
-        "The student: cnn, resnet8, resnet20, resnet32, resnet56, vit-tiny, row-gru, torchvision:NAME, or your own.",
+        "The student: cnn, resnet8, resnet20, resnet32, resnet56, vit-tiny, row-gru, torchvision:NAME, or a user-defined one.",
     )
     norm: Literal["group", "batch"] = option("batch", "Models", "Normalization layers of the built-in models.")
 
     loss: Several = option(
         "logits",
         "Losses",
-        "What pulls the student, added up (several): logits, features, relations, graph, contrastive, self; each with "
-        "kind=, weight= and options of its own, as logits:temperature=4,weight=0.9 or features:layers=layer2+layer3.",
+        "Terms of the distillation loss, added (several): logits, features, relations, graph, contrastive, self; each with "
+        "kind=, weight= and further options, such as logits:temperature=4,weight=0.9 or features:layers=layer2+layer3.",
         several=True,
     )
     teacher_weighting: Literal["uniform", "entropy", "agreement"] = option(
         "uniform",
         "Losses",
-        "What each of several teachers weighs on an image: the same, more where it is certain, or more where it "
-        "agrees with the label.",
+        "Weights of several teachers for each image: equal, higher for a certain teacher (entropy), or higher for a "
+        "teacher that fits the label (agreement).",
     )
 
-    dataset: str = option("auto", "Data", "auto (CIFAR-10, else digits), or a data set as fedkd.simulate names it.")
+    dataset: str = option("auto", "Data", "auto (CIFAR-10, else digits), or a data set as in fedkd.simulate.")
     shifted: str = option(
-        "", "Data", "A data set of the same classes whose test images are shifted; by default ours, turned and moved."
+        "",
+        "Data",
+        "A data set of the same classes with shifted test images; by default the test images, rotated and translated.",
     )
-    data_dir: str = option("", "Data", "Where data is looked for: torchvision's files or parquet; also FEDKD_DATA.")
+    data_dir: str = option("", "Data", "Directory of the data: torchvision's files or parquet; also FEDKD_DATA.")
     validation: PositiveInt = option(
-        1000, "Data", "Training images that nobody is trained on, a tenth at most: teachers are ranked by them."
+        1000, "Data", "Training images held out of all training, at most a tenth; teachers are ranked on them."
     )
 
     epochs: PositiveInt = option(30, "Training", "Epochs of a student, with a teacher or without.")
     teacher_epochs: Annotated[int, Field(ge=0)] = option(
-        0, "Training", "Epochs of a teacher; 0 for those of a student."
+        0, "Training", "Epochs of a teacher; 0 for the same as the student."
     )
     batch_size: PositiveInt = option(64, "Training", "Batch size.")
-    learning_rate: Rate = option(0.05, "Training", "Learning rate (SGD) at the start; it falls to zero along a cosine.")
+    learning_rate: Rate = option(0.05, "Training", "Initial learning rate (SGD), with cosine annealing to zero.")
     momentum: Annotated[float, Field(ge=0, lt=1)] = option(0.9, "Training", "Momentum.")
     weight_decay: Decay = option(0.0005, "Training", "Weight decay.")
-    augment: bool = option(True, "Training", "Random crops, and flips where the data allows them.")
+    augment: bool = option(True, "Training", "Random crops, and flips if the data set allows them.")
 
     seed: Annotated[int, Field(ge=0)] = option(0, "Run", "Seed of the first repetition.")
-    seeds: PositiveInt = option(1, "Run", "Repetitions, with seed, seed + 1, ...; the teachers stay.")
+    seeds: PositiveInt = option(1, "Run", "Repetitions, with seed, seed + 1, ...; all use the same teachers.")
     judge: Annotated[int, Field(ge=0)] = option(
-        2000, "Run", "Test images for each corruption and strength when students are judged; 0 to leave this out."
+        2000, "Run", "Test images for each corruption and strength in the evaluation; 0 for no corruptions."
     )
     device: str = option("auto", "Run", "auto, cpu, cuda, cuda:N.")
-    threads: PositiveInt = option(1, "Run", "Threads of arithmetic; results depend on it, to the bit.")
-    out: str = option("", "Run", "Directory of the run; by default runs/NAME-TIME-HASH.")
+    threads: PositiveInt = option(1, "Run", "Threads of PyTorch; the bits of the results depend on it.")
+    out: str = option("", "Run", "Run directory; by default runs/NAME-TIME-HASH.")
     json: bool = option(False, "Run", "One JSON object on standard output, everything else on standard error.")

@@ -1,4 +1,4 @@
-"""Task: the images of a distillation, and how they become a network's input."""
+"""Task: the images of a distillation, and their scaling to a network's input."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What is learned from, what nobody learns from, what is measured on, and on which device.
+    """The training, validation and test images of a distillation, their scaling, and the device.
 
-    ``shifted`` are the images of another data set of the same classes, if one is named.
+    ``shifted`` are the test images of another data set of the same classes, if one is given.
     """
 
     dataset: str
@@ -39,9 +39,9 @@ class Task:
 
 
 def prepare(config: DistillConfig) -> tuple[Task, str]:
-    """The task, and why it is not on CIFAR-10 where ``auto`` fell back.
+    """The task, and the reason why ``auto`` chose a data set other than CIFAR-10, if it did.
 
-    Validation rows are the same for every seed, since teachers are kept from run to run.
+    The validation samples are the same for every seed, since teachers are cached across runs.
 
     Raises:
         DataError: data is missing, or the shifted set has other classes.
@@ -52,13 +52,13 @@ def prepare(config: DistillConfig) -> tuple[Task, str]:
     device = runtime.device(config.device)
     train, test = loading.splits(source, config.data_dir)
     classes = max(train.classes, test.classes)
-    held = max(1, min(config.validation, len(train) // 10))
-    if len(train) <= held:
-        raise DataError(f"{dataset} has {len(train)} training images; two at least are needed.")
+    held_out = max(1, min(config.validation, len(train) // 10))
+    if len(train) <= held_out:
+        raise DataError(f"{dataset} has {len(train)} training images; at least two are needed.")
     order = torch.randperm(len(train), generator=seeds.generator(0, "validation"))
 
-    def taken(images: Images, rows: torch.Tensor | slice) -> Images:
-        return Images(images.pixels[rows].to(device), images.labels[rows], classes, test.names)
+    def selected(images: Images, indices: torch.Tensor | slice) -> Images:
+        return Images(images.pixels[indices].to(device), images.labels[indices], classes, test.names)
 
     shifted = None
     if config.shifted:
@@ -66,18 +66,18 @@ def prepare(config: DistillConfig) -> tuple[Task, str]:
         if other.classes != classes or other.pixels.shape[1:] != test.pixels.shape[1:]:
             raise DataError(
                 f"--shifted {config.shifted} has {other.classes} classes of {other.pixels.shape[1]} pixels, "
-                f"{dataset} {classes} of {test.pixels.shape[1]}; name a set of the same."
+                f"{dataset} {classes} of {test.pixels.shape[1]}; name a data set with the same."
             )
         if other.names and test.names and other.names != test.names:
-            raise DataError(f"--shifted {config.shifted} has other classes than {dataset}, or in another order.")
-        shifted = taken(other, slice(None))
+            raise DataError(f"--shifted {config.shifted} has other classes than {dataset}, or another order of them.")
+        shifted = selected(other, slice(None))
     assert train.scaling is not None
     everything = slice(None)
     task = Task(
         dataset,
-        taken(train, order[held:]),
-        taken(train, order[:held]),
-        taken(test, everything),
+        selected(train, order[held_out:]),
+        selected(train, order[:held_out]),
+        selected(test, everything),
         shifted,
         train.scaling,
         source.flip,

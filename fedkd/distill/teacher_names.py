@@ -1,4 +1,4 @@
-"""How teachers are named; nothing heavy is imported to read a name."""
+"""Parsing the names of teachers, without heavy imports."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ if TYPE_CHECKING:
 
 
 def named(config: DistillConfig) -> list[str]:
-    """The specs of ``--teacher``, commas and spaces alike."""
+    """The specs in ``--teacher``, separated by commas or spaces."""
     return [spec for text in config.teacher.split() for spec in models.split(text)]
 
 
 def is_path(text: str) -> bool:
-    """Whether it names a run or a student's file, not a model."""
+    """Whether the text is the path of a run or of a student's file, not a model."""
     return "=" not in text and ".py:" not in text and ("/" in text or text.endswith(".safetensors"))
 
 
 def pretrained(text: str) -> tuple[str, Path | None]:
-    """A model's spec without its option ``pretrained=PATH``, and the path."""
+    """A model's spec without the option ``pretrained=PATH``, and the path."""
     spec = specs.parse(text)
     if "pretrained" not in spec.options:
         return text, None
     value = spec.options["pretrained"]
     if not value:
-        raise UsageError(f"{text}: pretrained names no file.")
+        raise UsageError(f"{text}: pretrained= has no file.")
     head, _, rest = text.partition(":")
-    kept = [item for item in rest.split(",") if not item.replace("-", "_").strip().startswith("pretrained=")]
-    return head + (f":{','.join(kept)}" if kept else ""), Path(value).expanduser()
+    options = [item for item in rest.split(",") if not item.replace("-", "_").strip().startswith("pretrained=")]
+    return head + (f":{','.join(options)}" if options else ""), Path(value).expanduser()
 
 
 def candidates(directory: Path) -> list[str]:
-    """Every student in a directory, or in the runs in it.
+    """The files of all students in a directory and in its subdirectories.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there are none.
 
     """
-    found = sorted(str(path) for pattern in ("*.safetensors", "*/*.safetensors") for path in directory.glob(pattern))
-    if not found:
-        raise UsageError(f"--teachers-from {directory} holds no student (.safetensors), nor a run that left one.")
-    return found
+    files = sorted(str(path) for pattern in ("*.safetensors", "*/*.safetensors") for path in directory.glob(pattern))
+    if not files:
+        raise UsageError(f"--teachers-from {directory} contains no student (.safetensors) and no run with one.")
+    return files

@@ -1,4 +1,4 @@
-"""Training a network, alone or pulled by teachers: one loop for students and teachers."""
+"""Training a network with or without teachers: one loop for students and teachers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One that has ended: its number from 1, accuracy and loss on the validation images, and what it took."""
+    """A finished epoch: its number from 1, accuracy and loss on the validation images, and its duration."""
 
     number: int
     accuracy: float
@@ -33,8 +33,8 @@ class Epoch:
     seconds: float
 
 
-def fresh(task: Task, config: DistillConfig, model: str, *path: int) -> nn.Module:
-    """A network that has learned nothing; the same for the same seed and path."""
+def build_untrained(task: Task, config: DistillConfig, model: str, *path: int) -> nn.Module:
+    """An untrained network; the same for the same seed and path."""
     with seeds.seeded(seeds.derive(config.seed, "initial", model, *path)):
         module = models.build(model, task.classes, config.norm)
     return module.to(task.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
@@ -50,39 +50,39 @@ def train(
     terms: Sequence[Term] = (),
     teachers: Sequence[nn.Module] = (),
 ) -> Iterator[Epoch]:
-    """Train ``module`` in place, epoch by epoch: on the labels, and on what the terms pull to.
+    """Train ``module`` in place on the labels and the loss terms, and yield after each epoch.
 
-    Batches and their augmentation follow ``seed`` alone, so that students with and without a teacher are paired.
+    Batches and augmentation depend only on ``seed``, so that students with and without a teacher are paired.
 
     Raises:
-        RunError: the loss is no number any more.
+        RunError: the validation loss is not finite.
 
     """
     with seeds.seeded(seeds.derive(seed, "adapters")):
-        lesson = objective_of(task, config, module, teachers, terms)
+        objective = objective_of(task, config, module, teachers, terms)
     steps = epochs * -(-len(task.train) // config.batch_size)
     rate = optimizers.cosine(config.learning_rate, steps)
-    step = optimizers.sgd(list(lesson.parameters()), rate, config.momentum, config.weight_decay)
+    optimizer = optimizers.sgd(list(objective.parameters()), rate, config.momentum, config.weight_decay)
     targets = torch.stack([task.train.labels, torch.arange(len(task.train))], 1)
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
         loop.train(
-            lesson,
-            step,
+            objective,
+            optimizer,
             task.train.pixels,
             targets,
-            lesson.loss,
+            objective.loss,
             task.scaling,
             epochs=1,
             batch_size=config.batch_size,
             augmentation=loop.Augmentation(config.augment, task.flip),
             seed=seeds.derive(seed, "epoch", epoch),
         )
-        answers = loop.predict(module, task.validation.pixels, task.scaling)
-        accuracy, loss = loop.score(answers, task.validation.labels)
+        logits = loop.predict(module, task.validation.pixels, task.scaling)
+        accuracy, loss = loop.score(logits, task.validation.labels)
         if not math.isfinite(loss):
             raise RunError(
-                f"Training diverged in epoch {epoch}; lower --learning-rate {config.learning_rate:g} or a weight."
+                f"Training diverged in epoch {epoch}; lower --learning-rate {config.learning_rate:g} or the weight of a loss term."
             )
         yield Epoch(epoch, accuracy, loss, time.perf_counter() - start)
 
@@ -90,7 +90,7 @@ def train(
 def objective_of(
     task: Task, config: DistillConfig, module: nn.Module, teachers: Sequence[nn.Module], terms: Sequence[Term]
 ) -> DistillationObjective:
-    """A student of the task beside its teachers."""
+    """The objective of a student with its teachers."""
     sample = task.scaling(task.train.pixels[:2])
     labels = task.train.labels.to(task.device)
     return DistillationObjective(module, teachers, terms, sample, labels, config.teacher_weighting).to(task.device)

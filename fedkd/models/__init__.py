@@ -1,4 +1,4 @@
-"""The models by name. Each function returns a fresh module; PyTorch is imported when one is made."""
+"""Models by name. Each function returns a new module; PyTorch is imported at the first call."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ def cnn(*, classes: int, norm: Norm = "group", width: PositiveInt = 32) -> nn.Mo
 
 
 def resnet8(*, classes: int, norm: Norm = "group", width: PositiveInt = 16) -> nn.Module:
-    """The CIFAR ResNet with one block a stage (He et al., 2016), 78,042 parameters."""
+    """The CIFAR ResNet with one block per stage (He et al., 2016), 78,042 parameters."""
     from fedkd.models.convolutional import ResNet
 
     return ResNet(1, classes, norm, width)
 
 
 def resnet20(*, classes: int, norm: Norm = "group", width: PositiveInt = 16) -> nn.Module:
-    """The CIFAR ResNet with three blocks a stage (He et al., 2016), 272,474 parameters."""
+    """The CIFAR ResNet with three blocks per stage (He et al., 2016), 272,474 parameters."""
     from fedkd.models.convolutional import ResNet
 
     return ResNet(3, classes, norm, width)
 
 
 def resnet32(*, classes: int, norm: Norm = "group", width: PositiveInt = 16) -> nn.Module:
-    """The CIFAR ResNet with five blocks a stage (He et al., 2016), 466,906 parameters."""
+    """The CIFAR ResNet with five blocks per stage (He et al., 2016), 466,906 parameters."""
     from fedkd.models.convolutional import ResNet
 
     return ResNet(5, classes, norm, width)
 
 
 def resnet56(*, classes: int, norm: Norm = "group", width: PositiveInt = 16) -> nn.Module:
-    """The CIFAR ResNet with nine blocks a stage (He et al., 2016), 855,770 parameters."""
+    """The CIFAR ResNet with nine blocks per stage (He et al., 2016), 855,770 parameters."""
     from fedkd.models.convolutional import ResNet
 
     return ResNet(9, classes, norm, width)
@@ -93,7 +93,7 @@ def split(text: str) -> list[str]:
 
 
 def build(text: str, classes: int, norm: Norm) -> nn.Module:
-    """A fresh module for a spec; ``norm`` holds where the spec names none."""
+    """A new module for a spec; ``norm`` applies if the spec does not give one."""
     bound = specs.bind("model", text, RESERVED)
     if bound.func in (cnn, resnet8, resnet20, resnet32, resnet56):
         bound.keywords.setdefault("norm", norm)

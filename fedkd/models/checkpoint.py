@@ -1,4 +1,4 @@
-"""Student: a network in a file of its own, with all that is needed to use it. Foreign weights are read here too."""
+"""Checkpoints: a student in one file with everything that is needed to use it. Other weights are read here too."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
     from fedkd.core.tensors import Tensors
 
-KEY = "fedkd"  # of the JSON among the file's metadata
+KEY = "fedkd"  # of the JSON in the file's metadata
 
 
 @dataclass(frozen=True, eq=False)
 class Student:
-    """A trained classifier of square images: its spec, its weights, its classes, how pixels become its input.
+    """A trained classifier of square images: model, weights, classes, and the scaling of its input.
 
-    ``names`` are those of the classes, where the data has any; ``dataset`` is what it was trained for, ``held_out``
-    how many of its training images took no part, of those that `fedkd.distill` chooses by (0: not known).
+    ``names`` are the names of the classes, if the data has any; ``dataset`` is the data set it was trained on.
+    ``held_out`` is the number of training images that `fedkd.distill` held out for validation (0: unknown).
     """
 
     model: str
@@ -42,7 +42,7 @@ class Student:
         """The network [B, 3, H, W] -> logits [B, C], in evaluation mode on the CPU.
 
         Raises:
-            DataError: there is no such model, or the weights are not its.
+            DataError: there is no such model, or the weights do not fit it.
 
         """
         import torch
@@ -51,13 +51,13 @@ class Student:
             module = models.build(self.model, self.classes, self.norm).to(memory_format=torch.channels_last)
         except FedkdError:
             raise
-        except Exception as error:  # whatever a network makes of options that a file names
-            raise DataError(f"No network can be built as the file says, {self.model}: {error}.") from error
+        except Exception as error:  # anything that a model raises for the options in a file
+            raise DataError(f"The model in the file cannot be built, {self.model}: {error}.") from error
         fill(module, self.weights, f"the weights of this {self.model}")
         return module.eval()
 
     def about(self) -> dict[str, Any]:
-        """Everything but the weights, as JSON can hold it."""
+        """Everything except the weights, as JSON values."""
         return {
             "model": self.model,
             "norm": self.norm,
@@ -71,17 +71,17 @@ class Student:
         }
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file, whole or not at all."""
+        """Write one safetensors file atomically."""
         tensors.save(self.weights, path, {KEY: json.dumps(self.about())})
 
 
 def load(path: Path, model: str = "") -> Student:
-    """The student in a file, or in ``student.safetensors`` of a run's directory.
+    """The student in a file, or in ``student.safetensors`` of a run directory.
 
-    Nothing named in a file is imported: a model of somebody's own must be named by ``model``.
+    Code that a file names is not imported: a user-defined model must be given by ``model``.
 
     Raises:
-        DataError: there is none, it cannot be read, or it does not say what it is.
+        DataError: the file does not exist, cannot be read, or does not describe its model.
 
     """
     path = path / "student.safetensors" if path.is_dir() else path
@@ -102,16 +102,18 @@ def load(path: Path, model: str = "") -> Student:
             int(about.get("held_out", 0)),
         )
     except (KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
-        raise DataError(f"{path} holds weights, but does not say whose: it was not written by fedkd.") from error
+        raise DataError(
+            f"{path} holds weights without a description of their model: it was not written by fedkd."
+        ) from error
     if not model and specs.parse(named).is_plugin:
-        raise DataError(f"{path} names a model of somebody's own, {named}; name it yourself to have its code run.")
+        raise DataError(f"{path} has a user-defined model, {named}; name it yourself, which runs its code.")
     return student
 
 
 def read_weights(path: Path) -> Tensors:
     """Named tensors from a safetensors file, or from a state dict as ``torch.save`` writes it.
 
-    Of the latter only tensors and containers are made; whatever else it asks for is refused, and nothing is run.
+    From the latter only tensors and containers are read; anything else is refused, and no code is run.
 
     Raises:
         DataError: there is no such file, it is damaged, or it holds something else.
@@ -125,11 +127,11 @@ def read_weights(path: Path) -> Tensors:
         raise DataError(f"There is no file {path}.")
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's reader raises what it likes, RuntimeError and UnpicklingError among them
+    except Exception as error:  # torch raises many kinds, RuntimeError and UnpicklingError among them
         raise DataError(
-            f"{path} is damaged, or holds more than tensors, which is not read; save a state dict, or safetensors."
+            f"{path} is damaged or holds more than tensors, which is refused; save a state dict or safetensors."
         ) from error
-    for key in ("state_dict", "model"):  # how training scripts nest it
+    for key in ("state_dict", "model"):  # as training scripts nest it
         if isinstance(held, dict) and isinstance(held.get(key), dict):
             held = held[key]
     if not isinstance(held, dict) or not held or not all(isinstance(value, torch.Tensor) for value in held.values()):
@@ -160,7 +162,7 @@ def fill(module: nn.Module, weights: Tensors, whose: str) -> None:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors of a file and what else it says."""
+    """The tensors of a file and its metadata."""
     from safetensors import safe_open
 
     if not path.is_file():
@@ -170,5 +172,5 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FedkdError:
         raise
-    except Exception as error:  # SafetensorError, or whatever damaged bytes lead to
-        raise DataError(f"{path} is no safetensors file, or a damaged one.") from error
+    except Exception as error:  # SafetensorError, or another error for damaged bytes
+        raise DataError(f"{path} is not a safetensors file, or is damaged.") from error

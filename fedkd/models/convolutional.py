@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def normalization(channels: int, norm: str) -> nn.Module:
-    """BatchNorm, or GroupNorm with eight channels a group (statistics of a skewed shard stay out)."""
+    """BatchNorm, or GroupNorm with eight channels per group (which keeps no statistics of skewed data)."""
     if norm == "batch":
         return nn.BatchNorm2d(channels)
     return nn.GroupNorm(max(1, channels // 8), channels)
@@ -22,21 +22,21 @@ def cnn(classes: int, norm: str, width: int) -> nn.Sequential:
     """Three convolutions with pooling between them, then one linear layer."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, width), (width, 2 * width), (2 * width, 2 * width)):
-        # The same bits as ReLU before pooling, at a quarter of its work: the largest of four stays the largest.
+        # The same bits as ReLU before pooling at a quarter of the work: ReLU keeps the order of values.
         layers += [convolution(inputs, outputs, norm), nn.MaxPool2d(2), nn.ReLU()]
     layers += [FourByFour(), nn.Flatten(), nn.Linear(2 * width * 16, classes)]
     return nn.Sequential(*layers)
 
 
 class FourByFour(nn.Module):
-    """Mean pooling to 4x4, which is what 32 pixels give without it."""
+    """Mean pooling to 4x4, the size that images of 32 pixels have here."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x if x.shape[-2:] == (4, 4) else nn.functional.adaptive_avg_pool2d(x, 4)
 
 
 class Block(nn.Module):
-    """Two convolutions and a shortcut; where the shape changes, the shortcut is a 1x1 convolution."""
+    """Two convolutions and a shortcut; if the shape changes, the shortcut is a 1x1 convolution."""
 
     def __init__(self, inputs: int, outputs: int, norm: str, stride: int) -> None:
         super().__init__()

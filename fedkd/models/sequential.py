@@ -7,14 +7,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-HEAD = 32  # numbers a head of attention looks at
+HEAD = 32  # width of an attention head
 
 
 class ViT(nn.Module):
-    """A vision transformer, normalized before each part (Dosovitskiy et al., 2021; Xiong et al., 2020).
+    """A pre-norm vision transformer (Dosovitskiy et al., 2021; Xiong et al., 2020).
 
-    Positions are the fixed sines of Vaswani et al. (2017), along both axes, so that any size of image that
-    patches tile can be read; the answer is read off the mean of the tokens.
+    Positions are the fixed sines of Vaswani et al. (2017) along both axes, so that any image that patches tile can be
+    read. The classifier sees the mean of the tokens.
     """
 
     def __init__(self, classes: int, patch: int, width: int, depth: int) -> None:
@@ -34,7 +34,7 @@ class ViT(nn.Module):
 
 
 class Attending(nn.Module):
-    """One block: self-attention, then a two-layer perceptron, each added to what came in [B, N, D]."""
+    """One block: self-attention, then a two-layer perceptron, each added to its input [B, N, D]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def _positions(width: int, rows: int, columns: int) -> Tensor:
 
 
 class RowGRU(nn.Module):
-    """A gated recurrent unit that reads the rows of an image from both ends, and answers by their last states."""
+    """A bidirectional GRU over the rows of an image; the classifier sees the last state of each direction."""
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
@@ -76,4 +76,4 @@ class RowGRU(nn.Module):
         return logits
 
 
-ROW = 32  # pixels of a row that is read; images of other sizes are scaled to it
+ROW = 32  # pixels per row; images of other sizes are scaled to it

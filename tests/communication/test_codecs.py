@@ -339,7 +339,7 @@ def test_whatever_comes_is_a_tensor_or_a_value_error(name, coder, seed, cut, jun
         survives(codec, bytes(flipped), held, 100)
         survives(codec, wire[:4] + junk, held, 100)
         survives(codec, junk, held, 100)
-    # A delta to what is not at hand, or to something else.
+    # A delta to a tensor that is not available, or to something else.
     assert survives(codec, wire, None, 100) is None
     assert survives(codec, wire, reference[:-1], 100) is None
     assert survives(make(name, coder), wire, reference, 100) is None
@@ -358,22 +358,22 @@ def test_whatever_comes_is_a_tensor_or_a_value_error(name, coder, seed, cut, jun
         (codecs.UInt8(), [0, 1, 2, 254, 1], "255"),
         (codecs.Top(k=2), [0, 1, 4, 0x50, 1, 1], "ascend"),
         (codecs.Top(k=2), [0, 1, 4, 0x10, 200, 56], "255"),
-        (codecs.Bits(coder="range"), [0, 2, 2, 4, 1, 2], "how often"),
-        (codecs.Bits(coder="range"), [0, 2, 2, 4, 0, 9, 2], "how often"),
-        (codecs.Bits(coder="range"), [0, 2, 2, 2, 1, 1, 1, 0, 0, 0, 0], "often"),
-        (codecs.Bits(coder="range"), [0, 2, 2, 2, 1, 1, 2, 0, 0, 0, 0], "short"),
+        (codecs.Bits(coder="range"), [0, 2, 2, 4, 1, 2], "counts of symbols"),
+        (codecs.Bits(coder="range"), [0, 2, 2, 4, 0, 9, 2], "counts of symbols"),
+        (codecs.Bits(coder="range"), [0, 2, 2, 2, 1, 1, 1, 0, 0, 0, 0], "stated counts"),
+        (codecs.Bits(coder="range"), [0, 2, 2, 2, 1, 1, 2, 0, 0, 0, 0], "truncated"),
         (codecs.Bits(coder="range"), [0, 2, 9, 4, 5, 3, 0, 0, 1, 2, *[255] * 8], "range code"),
         (codecs.Bits(coder="zstd"), [0, 2, 2, 4, 1, 2], "zstd"),
     ],
 )
-def test_what_is_malformed_is_said(codec, body, said):
+def test_a_malformed_encoding_is_an_error_with_the_reason(codec, body, said):
     with pytest.raises(ValueError, match=said):
         codec.decode(torch.tensor(body, dtype=torch.uint8), None, 1000)
 
 
-def test_what_is_no_row_of_bytes_is_refused():
+def test_anything_but_a_uint8_vector_is_refused():
     for wire in (torch.zeros(4), torch.zeros(2, 2, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="row of bytes"):
+        with pytest.raises(ValueError, match="one-dimensional uint8 tensor"):
             codecs.UInt8().decode(wire, None, 100)
     for wire in (torch.zeros(4, dtype=torch.uint8), torch.zeros(101)):
         with pytest.raises(ValueError, match="at most 100 floats"):

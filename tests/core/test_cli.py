@@ -91,7 +91,7 @@ def test_every_component_is_listed_with_a_line_and_its_options():
 
 
 #: Components without a paper.
-OURS = ["local", "central", "mse"]
+OURS = ["local", "central", "entropy", "mse"]
 
 
 def test_options_have_types_in_words():

@@ -103,7 +103,7 @@ def test_what_is_not_known_is_refused(kind, strength, pixels):
 
 
 def test_images_that_do_not_move_are_left_alone(pixels):
-    assert torch.equal(moved(pixels, 0, turn=0, shift=0), pixels)
+    assert torch.equal(moved(pixels, 0, rotation=0, shift=0), pixels)
 
 
 def test_a_quarter_turn_and_whole_pixels_are_exact(pixels):
@@ -144,7 +144,7 @@ def test_moves_stay_within_what_is_stated():
     # The middle of a bright spot tells how far an image was shifted.
     spot = torch.zeros(300, 33, 33, 3, dtype=torch.uint8)
     spot[:, 14:19, 14:19] = 200
-    light = moved(spot, 0, turn=0)[..., 0].double()
+    light = moved(spot, 0, rotation=0)[..., 0].double()
     for axis in (1, 2):
         offsets = (light.sum(3 - axis) @ places) / light.sum((1, 2))
         assert offsets.abs().max() < 2.02

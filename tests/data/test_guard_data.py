@@ -191,7 +191,7 @@ def test_the_held_out_samples_depend_on_the_seed_and_can_be_any():
     assert drawn[7].tolist() == sorted(seeds.rng(7, "proxy").permutation(100)[:30].tolist())
     assert [len(part) for part in proxies.hold_out(99, 100, 0)] == [99, 1]
     for size, rows in ((100, 100), (None, 4), (0, 100)):
-        with pytest.raises(UsageError, match="leaves nothing to share"):
+        with pytest.raises(UsageError, match="leaves no private samples"):
             proxies.hold_out(size, rows, 0)
 
 

@@ -106,14 +106,14 @@ def test_skew_of_known_shares():
     ("text", "clients", "says"),
     [
         ("iid", 3000, "3000 clients cannot share 2000 images; use --clients 2000 or fewer"),
-        ("dirichlet:alpha=0.001", 200, "cannot deal 2000 rows to 200 clients"),
+        ("dirichlet:alpha=0.001", 200, "cannot assign 2000 samples to 200 clients"),
         ("size:sizes=1+2", 3, "makes 2 shares for 3 clients; use --clients 2"),
         ("natural-id", 3, "use --clients 10"),
-        ("exponential", 40, "cannot deal"),
+        ("exponential", 40, "cannot assign"),
         ("size:sizes=a", 3, "positive integers separated by"),
     ],
 )
-def test_what_cannot_be_dealt_is_said_in_one_sentence(text, clients, says):
+def test_an_impossible_partition_is_one_sentence(text, clients, says):
     with pytest.raises(UsageError, match=says) as caught:
         deal(text, clients)
     assert "\n" not in str(caught.value)
@@ -172,12 +172,12 @@ def test_ones_own_function_and_subclass(own, name):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("overlapping", "dealt row 0 more than once"),
-        ("out_of_range", "index out of range: there are 2000 rows"),
+        ("overlapping", "assigned sample 0 more than once"),
+        ("out_of_range", "index out of range: there are 2000 samples"),
         ("negative", "index out of range"),
         ("too_few", "returned 1 index arrays for 5 clients"),
         ("missing", "gave client 0"),
-        ("empty", "gave client 0 no rows"),
+        ("empty", "gave client 0 no samples"),
         ("fractions", "not a row of integer indices"),
         ("nothing", "returned NoneType, not a list"),
         ("ragged", "no list of index arrays"),

@@ -92,7 +92,7 @@ def test_a_test_set_without_some_class_is_numbered_as_the_training_set(tmp_path)
 def test_labels_that_are_hidden_are_refused(monkeypatch):
     held = Images(torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.tensor([-1, -1]), 10)
     monkeypatch.setitem(readers.READERS, "digits", lambda *_: held)
-    with pytest.raises(DataError, match="labels that number no class"):
+    with pytest.raises(DataError, match="labels that are not classes"):
         read(sources.digits(), "test")
 
 

@@ -204,7 +204,7 @@ def test_what_cannot_be_decoded_says_why():
     link = Channel(codecs.UInt8(), codecs.UInt8())
     broken = Reply(1, Update({"probs~": torch.zeros(3)}, 1), "", SerializedBytes())
     found = accept_reply(broken, Asking(), "setup", {}, link, {})
-    assert found == "sent what cannot be decoded: a coded tensor is a row of bytes"
+    assert found == "sent what cannot be decoded: an encoded tensor is a one-dimensional uint8 tensor"
 
 
 def test_probs_sum_to_one_after_decoding_and_nothing_else_is_changed(generator):
@@ -237,7 +237,7 @@ def test_a_delta_is_decoded_against_what_is_held():
     coming = Reply(1, Update(second.tensors, 1), "", SerializedBytes())
     update, _ = accept_reply(coming, Asking(), "setup", {}, link, held)
     assert torch.equal(update.tensors["probs"], eye[[0, 2]])
-    assert "not at hand" in accept_reply(coming, Asking(), "setup", {}, link, {})
+    assert "not available" in accept_reply(coming, Asking(), "setup", {}, link, {})
 
 
 # --- who takes part
@@ -542,9 +542,9 @@ def test_a_turn_is_common_only_where_both_ends_name_the_same_one():
     for arrays, held in ((again.tensors, other), (again.tensors, {}), (nameless, memory), ({}, memory)):
         assert not is_delta(link.encode_update({"probs": rows(1, 1, 1, 2)}, arrays, held).tensors["probs~"])
     for arrays, held in ((again.tensors, other), (again.tensors, {}), (nameless, memory)):
-        with pytest.raises(ValueError, match="not at hand"):
+        with pytest.raises(ValueError, match="not available"):
             link.decode_message(arrays, held)
-    with pytest.raises(ValueError, match="not at hand"):
+    with pytest.raises(ValueError, match="not available"):
         link.decode_update(answer.tensors, {"probs": (4, 3)}, {})
 
 
@@ -782,7 +782,7 @@ def test_a_row_may_miss_one_by_a_thousandth(off, is_fine):
     if is_fine:
         assert codecs.UInt8().encode(row, None).numel() == 6
     else:
-        with pytest.raises(ValueError, match="each row sum to one"):
+        with pytest.raises(ValueError, match="each row must sum to one"):
             codecs.UInt8().encode(row, None)
 
 
@@ -822,7 +822,7 @@ def test_changed_rows_alone_go_and_the_others_are_those_held(coder):
             assert int(sent[4]).bit_count() == changed
         plain = codecs.Bits(bits=2, coder=coder)  # knows no deltas
         assert torch.equal(plain.encode(rows(*classes), held), plain.encode(rows(*classes), None))
-        with pytest.raises(ValueError, match="not at hand"):
+        with pytest.raises(ValueError, match="not available"):
             plain.decode(sent, held, 12)
         other = held.roll(1, 0)
         assert (torch.equal(codec.decode(sent, other, 12), rows(*classes))) is (changed == 4)
