@@ -31,15 +31,15 @@ class DistillConfig(Options):
     student: str = option(
         "resnet8",
         "Models",
-        "The student: cnn, resnet8, resnet20, resnet32, resnet56, vit-tiny, row-gru, torchvision:NAME, or a user-defined one.",
+        "The student: cnn, resnet8, resnet20, resnet32, resnet56, vit-tiny, row-gru, torchvision:NAME or user-defined.",
     )
     norm: Literal["group", "batch"] = option("batch", "Models", "Normalization layers of the built-in models.")
 
     loss: Several = option(
         "logits",
         "Losses",
-        "Terms of the distillation loss, added (several): logits, features, relations, graph, contrastive, self; each with "
-        "kind=, weight= and further options, such as logits:temperature=4,weight=0.9 or features:layers=layer2+layer3.",
+        "Terms of the distillation loss, added (several): logits, features, relations, graph, contrastive, self; each "
+        "with kind=, weight= and more, such as logits:temperature=4,weight=0.9 or features:layers=layer2+layer3.",
         several=True,
     )
     teacher_weighting: Literal["uniform", "entropy", "agreement"] = option(

@@ -148,7 +148,8 @@ def _check_training_step(task: Task, config: DistillConfig, terms: Sequence[Term
             raise
         except Exception as error:
             raise (PluginError if user_defined else UsageError)(
-                f"{culprit} cannot be used with these networks{suffix} ({', '.join([*texts, config.student])}): {error}."
+                f"{culprit} cannot be used with these networks{suffix} "
+                f"({', '.join([*texts, config.student])}): {error}."
             ) from error
         if loss.shape != () or not loss.isfinite():
             raise (PluginError if user_defined else UsageError)(

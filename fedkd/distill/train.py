@@ -82,7 +82,8 @@ def train(
         accuracy, loss = loop.score(logits, task.validation.labels)
         if not math.isfinite(loss):
             raise RunError(
-                f"Training diverged in epoch {epoch}; lower --learning-rate {config.learning_rate:g} or the weight of a loss term."
+                f"Training diverged in epoch {epoch}; "
+                f"lower --learning-rate {config.learning_rate:g} or the weight of a loss term."
             )
         yield Epoch(epoch, accuracy, loss, time.perf_counter() - start)
 

@@ -60,7 +60,7 @@ def card(report: dict[str, Any], trained: list[str]) -> str:
             f"- {PRIVACY}",
             f"- It knows the {classes} classes of {about['dataset']} and answers every picture with one of them.",
             "- Probabilities are not calibrated, and no picture from elsewhere was tried.",
-            "- The license of the weights is for whoever publishes them to state; the data set's terms may bear on it.",
+            "- The publisher of the weights must state their license; the terms of the data set may apply.",
             "",
         ]
     )
@@ -114,7 +114,7 @@ def _distilled(config: dict[str, Any], result: dict[str, Any], name: str) -> lis
     entry = next(run for run in result["runs"] if run["seed"] == int(seed or config["seed"]))
     objective = f"by `{config['loss']}`" + (f" from {', '.join(result['teachers'])}" if result["teachers"] else "")
     return [
-        f"- Trained by fedkd {'on labels alone' if model == 'baseline' else objective}, "
+        f"- Trained by fedkd {'on labels only' if model == 'baseline' else objective}, "
         f"{config['epochs']} epochs, seed {entry['seed']}.",
         f"- Accuracy after the last epoch, as the run measured it on its test images: "
         f"{percent(entry['judged'][model]['accuracy'], 2)}.",

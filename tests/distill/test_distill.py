@@ -369,8 +369,8 @@ def test_a_teacher_that_may_have_seen_validation_images_is_marked(tmp_path, caps
         teachers.student_of(task, few, "cnn:width=8", module).save(tmp_path / f"{name}.safetensors")
     result = run_distill(tmp_path / "run", teacher="", teachers_from=str(tmp_path), epochs=1)
     assert {Path(row["teacher"]).stem: row["unseen_validation"] for row in result["ranking"]} == {
-        "fair": True,
-        "unfair": False,
+        "unseen": True,
+        "seen": False,
     }
     printed = capsys.readouterr().out
     assert "seen.safetensors*" in printed
@@ -525,7 +525,7 @@ def test_a_students_file_in_the_working_directory_is_a_teacher(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path / "run")
     assert run_distill(tmp_path / "next", teacher="student.safetensors")["teachers"] == ["student.safetensors"]
     Path("bad.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(DataError, match="no safetensors file, or a damaged one"):
+    with pytest.raises(DataError, match="is not a safetensors file, or is damaged"):
         run_distill(tmp_path / "bad", teacher="bad.safetensors")
 
 
@@ -604,7 +604,7 @@ def test_a_model_card_describes_the_distillation(tmp_path):
     for name, text in (
         ("student.safetensors", "Trained by fedkd by `logits graph` from cnn:width=8, 1 epochs, seed 3."),
         ("student-seed4.safetensors", "seed 4."),
-        ("baseline-seed4.safetensors", "on labels alone, 1 epochs, seed 4."),
+        ("baseline-seed4.safetensors", "on labels only, 1 epochs, seed 4."),
     ):
         model, seed = name.removesuffix(".safetensors").split("-seed") if "-" in name else ("student", "3")
         accuracy = next(run for run in result["runs"] if run["seed"] == int(seed))["judged"][model]["accuracy"]
