@@ -1,4 +1,4 @@
-"""``python -m fedkd.compare``: runs that were played apart, in one table."""
+"""``python -m fedkd.compare``: separate runs in one table."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def compare(
     markdown: Annotated[bool, Parameter(help="Write the tables as Markdown.", negative=())] = False,
     out: Annotated[Path | None, Parameter(help="A directory for curve.png and curve.svg.")] = None,
 ) -> None:
-    """Put methods and seeds of several runs into one table, as if one run had played them all.
+    """Put methods and seeds of several runs into one table, as if they were one run.
 
-    Runs must be of one setting, but for methods, seeds, codecs and where they were computed. Of runs of fedkd.distill
-    losses and teachers may differ, and seeds are the same.
+    The runs must have the same setting, except for methods, seeds, codecs and the machine. Runs of fedkd.distill may
+    differ in losses and teachers, and must have the same seeds.
     """
     if not runs:
-        raise UsageError("Name the directories of one run or more.")
+        raise UsageError("Give at least one run directory.")
     held = [opened(path) for path in runs]
     curves: dict[tuple[str, int], list[Row]] = {}
     if len({one.is_distilled for one in held}) == 2:
@@ -47,7 +47,7 @@ def compare(
             raise UsageError("--out is for curves of fedkd.simulate; runs of fedkd.distill have none.")
         grids = [students.side_by_side(distilled(held))]
     else:
-        finished, curves = played(held)
+        finished, curves = simulated(held)
         grids = [table.side_by_side(finished, curves), table.ledger(finished)]
     for grid in grids:
         if markdown:
@@ -61,7 +61,7 @@ def compare(
         figure.draw(curves, setting, out)
 
 
-#: What two runs may differ in: which methods and seeds, how it is sent, and where it is computed.
+#: Options in which two runs may differ: methods, seeds, codecs and the machine.
 IGNORED = {"algorithm", "compare", "seed", "seeds", "out", "json", "device", "engine", "workers", "client-timeout"}
 IGNORED |= {"ray-address", "client-cpus", "client-gpus", "data-dir", "evaluate-every", "uplink-codec", "downlink-codec"}
 #: The same for two distillations: the teachers and the loss.
@@ -79,8 +79,8 @@ IGNORED_DISTILLATION |= {"data-dir"}
 
 
 @dataclass(frozen=True)
-class Held:
-    """What the directory of a run says of it."""
+class RunFiles:
+    """The config and the result of a run directory."""
 
     path: Path
     config: dict[str, Any]
@@ -88,21 +88,21 @@ class Held:
 
     @property
     def is_distilled(self) -> bool:
-        """Whether fedkd.distill made it."""
+        """Whether it is a run of fedkd.distill."""
         return "teacher-epochs" in self.config
 
 
-def opened(path: Path) -> Held:
-    """What a run's directory says.
+def opened(path: Path) -> RunFiles:
+    """The contents of a run directory.
 
     Raises:
-        UsageError: it is none, or the run has not ended.
+        UsageError: it is not a run directory, or the run has not ended.
 
     """
     with _readable(path):
         result = json.loads((path / "result.json").read_text(encoding="utf-8"))
         config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
-        return Held(path, {**config, "dataset": result["dataset"]}, {**result, "runs": list(result["runs"])})
+        return RunFiles(path, {**config, "dataset": result["dataset"]}, {**result, "runs": list(result["runs"])})
 
 
 @contextmanager
@@ -113,8 +113,8 @@ def _readable(path: Path) -> Iterator[None]:
         raise UsageError(f"{path} is not the directory of a run that has ended ({type(error).__name__}).") from error
 
 
-def _alike(held: Sequence[Held], free: set[str]) -> None:
-    """Refuse runs that differ in more than that."""
+def _alike(held: Sequence[RunFiles], free: set[str]) -> None:
+    """Refuse runs that differ in other options than these."""
     settings: dict[str, object] = {}
     for one in held:
         kept = {key: value for key, value in one.config.items() if key not in free}
@@ -125,12 +125,12 @@ def _alike(held: Sequence[Held], free: set[str]) -> None:
             )
 
 
-def played(held: Sequence[Held]) -> tuple[list[Row], dict[tuple[str, int], list[Row]]]:
-    """The summaries of what runs of fedkd.simulate finished, and their rounds by method and seed.
+def simulated(held: Sequence[RunFiles]) -> tuple[list[Row], dict[tuple[str, int], list[Row]]]:
+    """The summaries of the finished methods of runs of fedkd.simulate, and their rounds by method and seed.
 
     Raises:
-        UsageError: one is no run that finished anything, or they differ in more than `IGNORED` or in
-            who holds which rows, or play the same twice.
+        UsageError: a run finished no method, they differ in more than `IGNORED` or in their partition, or one method
+            and seed is in two runs.
 
     """
     _alike(held, IGNORED)
@@ -148,7 +148,7 @@ def played(held: Sequence[Held]) -> tuple[list[Row], dict[tuple[str, int], list[
         for (_, seed), run in runs.items():
             if partitions.setdefault(seed, run.get("partition_sha256")) != run.get("partition_sha256"):
                 raise UsageError(
-                    f"{path} deals other images than {held[0].path} with seed {seed}; they cannot be paired."
+                    f"{path} has another partition than {held[0].path} with seed {seed}; they cannot be paired."
                 )
         if twice := sorted(runs.keys() & curves.keys()):
             raise UsageError(f"{twice[0][0]} with seed {twice[0][1]} is in two of the runs; name one of them.")
@@ -158,12 +158,12 @@ def played(held: Sequence[Held]) -> tuple[list[Row], dict[tuple[str, int], list[
 
 
 def _teacher(name: str) -> str:
-    """A spec as it is, a file by the end of its path."""
+    """A spec unchanged, a file by the end of its path."""
     return "/".join(Path(name).with_suffix("").parts[-2:]) if teacher_names.is_path(name) else name
 
 
-def distilled(held: Sequence[Held]) -> list[tuple[str, str, Sequence[students.Judged]]]:
-    """The loss, the teachers and what was judged by seed, of each run of fedkd.distill.
+def distilled(held: Sequence[RunFiles]) -> list[tuple[str, str, Sequence[students.Judged]]]:
+    """The loss, the teachers and the evaluation by seed of each run of fedkd.distill.
 
     Raises:
         UsageError: one has not ended, or they differ in more than `IGNORED_DISTILLATION` or in the baseline students.
@@ -173,7 +173,7 @@ def distilled(held: Sequence[Held]) -> list[tuple[str, str, Sequence[students.Ju
     found: list[tuple[str, str, Sequence[students.Judged]]] = []
     for one in held:
         if one.result.get("status") != "ok":
-            raise UsageError(f"{one.path} did not come to its end; it was interrupted or failed.")
+            raise UsageError(f"{one.path} has not finished; it was interrupted or failed.")
         with _readable(one.path):
             judged = [run["judged"] for run in one.result["runs"]]
             teachers = ", ".join(_teacher(name) for name in one.result["teachers"]) or "itself"

@@ -1,4 +1,4 @@
-"""Runs that were played apart, in one table."""
+"""Separate runs in one table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from fedkd.compare import compare, distilled, opened, played
+from fedkd.compare import compare, distilled, opened, simulated as merged
 from fedkd.core.errors import UsageError
 from fedkd.distill import distill
 from fedkd.distill.config import DistillConfig
@@ -57,14 +57,14 @@ def distillations(tmp_path_factory):
 
 
 def read(paths):
-    return played([opened(path) for path in paths])
+    return merged([opened(path) for path in paths])
 
 
 def steady(row):
     return {key: value for key, value in row.items() if "seconds" not in key}
 
 
-def test_runs_played_apart_are_those_played_together(runs):
+def test_separate_runs_are_equal_to_one_run(runs):
     together, apart = read((runs / "both",)), read((runs / "first", runs / "second"))
 
     def ordered(finished):
@@ -89,7 +89,7 @@ def test_the_command_writes_markdown_and_a_figure(runs, tmp_path):
     [
         (("first", "both"), "is in two of the runs"),
         (("first", "elsewhere"), "differ in partitioner"),
-        (("first", "other"), "deals other images than .* with seed 0"),
+        (("first", "other"), "has another partition than .* with seed 0"),
         (("stopped",), "finished no method"),
         (("empty",), "is not the directory of a run"),
         (("first", "nowhere"), "is not the directory of a run"),
@@ -122,7 +122,7 @@ def test_distillations_side_by_side(distillations):
     [
         (("logits", "longer"), "differ in epochs"),
         (("logits", "other"), "has other baseline students than"),
-        (("logits", "stopped"), "did not come to its end"),
+        (("logits", "stopped"), "has not finished"),
     ],
 )
 def test_distillations_that_do_not_go_together(distillations, names, says):

@@ -109,7 +109,7 @@ COMPARED = [ROOT / "simulations" / "main", *sorted((ROOT / "simulations" / "fami
 @pytest.mark.parametrize("runs", COMPARED, ids=lambda path: path.name)
 def test_the_tables_of_the_results_are_those_of_the_rounds_beside_them(runs):
     """Which seeds and methods there are is read off the files."""
-    assert published(table.side_by_side(*compare.played(opened(runs))))
+    assert published(table.side_by_side(*compare.simulated(opened(runs))))
 
 
 def test_the_table_of_distillations_is_that_of_the_results_beside_it():

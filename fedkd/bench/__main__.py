@@ -46,15 +46,18 @@ def bench(
         int, Parameter(help="Rounds of each run; the first is not counted.", validator=Number(gte=2))
     ] = 5,
     repeats: Annotated[
-        int, Parameter(help="Timed runs of each stack, in turn; one more is weighed.", validator=Number(gte=1))
+        int,
+        Parameter(help="Timed runs of each stack, in turn; memory is measured in one more.", validator=Number(gte=1)),
     ] = 3,
-    parts: Annotated[tuple[Part, ...], Parameter(help="What is measured.", consume_multiple=True, negative=())] = PARTS,
-    out: Annotated[Path, Parameter(help="Where bench.json and bench.png go.")] = Path("bench"),
+    parts: Annotated[
+        tuple[Part, ...], Parameter(help="The parts to measure.", consume_multiple=True, negative=())
+    ] = PARTS,
+    out: Annotated[Path, Parameter(help="Directory of bench.json and bench.png.")] = Path("bench"),
 ) -> None:
-    """Measure fedkd beside a bare PyTorch loop and other simulators, all in one run on this machine.
+    """Measure fedkd, a bare PyTorch loop and other simulators in one run on this machine.
 
-    Stacks are played in turn, so that a machine that slows down slows all of them. What is not
-    installed is left out: pip install 'fedkd[bench]' brings Ray, psutil and pfl-research.
+    Stacks run in turn, so that a machine that slows down affects all of them. Libraries that are not installed are left
+    out: pip install 'fedkd[bench]' installs Ray, psutil and pfl-research.
     """
     console = Console(width=160)
     try:

@@ -1,4 +1,4 @@
-"""A method in which nobody does anything: what is left is the engine."""
+"""A method without computation, to measure the engine alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Idle(Algorithm):
-    """Clients answer at once, with the time in seconds at which they were asked."""
+    """Clients reply at once, with the time in seconds at which the message arrived."""
 
     def local_update(self, setup: Setup, client: Client, request: Tensors) -> tuple[Update, Tensors]:
         return Update({}, len(client.data), {"time": time.time()}), {}

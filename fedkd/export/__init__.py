@@ -44,18 +44,18 @@ def export(
         tuple[str, ...],
         Parameter(help=f"What to write: {', '.join(formats.FORMATS)}.", consume_multiple=True, negative=()),
     ] = (),
-    out: Annotated[Path | None, Parameter(help="Where to write; beside the student if not given.")] = None,
-    model: Annotated[str, Parameter(help="The model, where it is one of your own: naming it runs its code.")] = "",
-    dataset: Annotated[str, Parameter(help="Another data set than the student names.")] = "",
-    data_dir: Annotated[str, Parameter(help="Where the data set is [default: FEDKD_DATA].")] = "",
+    out: Annotated[Path | None, Parameter(help="Output directory; by default that of the student.")] = None,
+    model: Annotated[str, Parameter(help="The model, if it is user-defined: naming it runs its code.")] = "",
+    dataset: Annotated[str, Parameter(help="Another data set than that of the student.")] = "",
+    data_dir: Annotated[str, Parameter(help="Directory of the data set [default: FEDKD_DATA].")] = "",
     images: Annotated[int, Parameter(help="Check on the first N test images; 0 for all.", validator=Number(gte=0))] = 0,
-    check: Annotated[bool, Parameter(help="Run what was written on test images, against the original.")] = True,
+    check: Annotated[bool, Parameter(help="Run each file on test images and compare it with the student.")] = True,
     json: Annotated[bool, Parameter(help="Print export.json on standard output.", negative=())] = False,
 ) -> None:
-    """Write a student for ONNX Runtime, PyTorch or a phone, and check that it still answers the same.
+    """Write a student for ONNX Runtime, PyTorch or a phone, and check that its outputs are the same.
 
-    Every file takes pixels uint8 [N, P, P, 3] and returns logits float32 [N, C]; the scaling is inside. Beside them
-    lie export.json and MODEL_CARD.md. Either all of it is written or nothing.
+    Every file takes pixels uint8 [N, P, P, 3] and returns logits float32 [N, C]; the scaling is included. export.json
+    and MODEL_CARD.md are written beside the files. Either everything is written or nothing.
     """
     wanted = formats.chosen(to)
     file = _file(run)
@@ -134,8 +134,8 @@ def _read(student: Student, dataset: str, data_dir: str, split: str) -> Images:
 
     if not dataset and specs.parse(student.dataset).is_plugin:
         raise DataError(
-            f"The student names a data set of somebody's own, {student.dataset}; "
-            "name it by --dataset to have its code run, or do without by --no-check."
+            f"The student has a user-defined data set, {student.dataset}; "
+            "give it by --dataset, which runs its code, or skip the check by --no-check."
         )
     source = sources.named(dataset or student.dataset)
     return readers.read(dataclasses.replace(source, pixels=student.pixels), split, data_dir)

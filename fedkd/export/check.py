@@ -60,7 +60,7 @@ def _share(mask: Tensor) -> float:
 def latency(runs: Sequence[Run], pixels: Tensor) -> list[dict[str, list[float]]]:
     """For each runtime, milliseconds of a call by batch size: lower quartile, median, upper quartile.
 
-    Runtimes take turns, so that whatever else the machine does meets all of them.
+    Runtimes are timed alternately, so that other load on the machine affects all of them.
     """
     timed: list[dict[str, list[float]]] = [{} for _ in runs]
     for batch in BATCHES:

@@ -1,4 +1,4 @@
-"""``python -m fedkd.serve``: a trained network answers images over HTTP."""
+"""``python -m fedkd.serve``: classify images over HTTP with an exported network."""
 
 from __future__ import annotations
 
@@ -26,20 +26,22 @@ def serve(
     file: Annotated[Path, Parameter(help="An ONNX file that fedkd.export wrote.")],
     /,
     *,
-    host: Annotated[str, Parameter(help="The address to listen on. Beyond this machine, put a proxy before it.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, _option("The port; 0 is any that is free.", 0, 65535)] = 8000,
-    threads: Annotated[int, _option("Threads of a run of the network.")] = 1,
-    max_batch: Annotated[int, _option("Images of one run, at most.")] = 64,
-    max_wait: Annotated[float, _option("Milliseconds that an image waits for others, at most.", 0, 10_000)] = 2.0,
-    max_bytes: Annotated[int, _option("Bytes of a request, at most.")] = 5_000_000,
-    backlog: Annotated[int, _option("Requests at once, at most; more are told to come again.")] = 128,
-    timeout: Annotated[float, _option("Seconds in which a request must arrive.", 0.1, 3600)] = 20.0,
+    host: Annotated[
+        str, Parameter(help="The address to listen on. Use a reverse proxy if other machines have access.")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, _option("The port; 0 for any free port.", 0, 65535)] = 8000,
+    threads: Annotated[int, _option("Threads of ONNX Runtime.")] = 1,
+    max_batch: Annotated[int, _option("Maximum number of images in a batch.")] = 64,
+    max_wait: Annotated[
+        float, _option("Maximum time in milliseconds that an image waits for others.", 0, 10_000)
+    ] = 2.0,
+    max_bytes: Annotated[int, _option("Maximum size of a request in bytes.")] = 5_000_000,
+    backlog: Annotated[int, _option("Maximum number of concurrent requests; further ones get status 503.")] = 128,
+    timeout: Annotated[float, _option("Seconds within which a request must arrive.", 0.1, 3600)] = 20.0,
 ) -> None:
-    """Answer images over HTTP: POST /predict, and a page at / to try it by hand.
+    """Classify images over HTTP: POST /predict, and a page at / to try it by hand.
 
-    Ctrl-C or SIGTERM ends it when all that was accepted is answered. There is no password and no encryption.
+    After Ctrl-C or SIGTERM, accepted requests are finished. There is no password and no encryption.
     """
     if any(find_spec(name) is None for name in NEEDED):
         raise UsageError("Serving needs libraries that are not installed: pip install 'fedkd[serve]'.")
@@ -50,12 +52,12 @@ def serve(
     with http.listen(host, port) as listening:
         shown = f"[{host}]" if ":" in host else host
         print(
-            f"{file} answers at http://{shown}:{listening.getsockname()[1]}/ "
-            f"({loaded.about['classes']} classes, {loaded.pixels} x {loaded.pixels} pixels). Ctrl-C ends it.",
+            f"{file} is served at http://{shown}:{listening.getsockname()[1]}/ "
+            f"({loaded.about['classes']} classes, {loaded.pixels} x {loaded.pixels} pixels). Press Ctrl-C to stop.",
             flush=True,
         )
         try:
             http.server(web.app(loaded, limits), timeout).run(sockets=[listening])
         except KeyboardInterrupt:  # cli.run speaks of rounds
-            print("fedkd: interrupted; what was accepted is answered.", file=sys.stderr)
+            print("fedkd: interrupted; accepted requests are finished.", file=sys.stderr)
             sys.exit(130)

@@ -44,7 +44,7 @@ class Batches:
         return await future
 
     async def close(self) -> None:
-        """End the task; the server has answered everybody before."""
+        """End the task; all requests have been answered before."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._thread.shutdown()

@@ -21,7 +21,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that takes connections; a port of 0 is any that is free.
 
     Raises:
-        UsageError: somebody else has the port, or there is no such address here.
+        UsageError: the port is in use, or there is no such address on this machine.
 
     """
     try:

@@ -1,4 +1,4 @@
-"""Pixels of an image that somebody sent: limits come before work."""
+"""Pixels of an image in a request; limits are checked before decoding."""
 
 from __future__ import annotations
 

@@ -149,6 +149,6 @@ def _check_port(ports: list[Any], wanted: tuple[str, str, list[int]], path: Path
 
 
 def _reason(error: Exception) -> str:
-    """What somebody else's error says, on one line that a terminal can show: its text comes from the file."""
+    """The message of a library's error on one printable line: its text may come from the file."""
     line = " ".join(str(error).split())
     return "".join(letter if letter.isprintable() else "?" for letter in line)[:300]

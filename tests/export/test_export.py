@@ -181,8 +181,8 @@ def broken(folder, **changes):
         ({"model": "resnet8"}, "do not fit"),
         ({"classes": 7}, "do not fit"),
         ({"std": [0.0, 0.0, 0.0]}, "finite"),
-        ({"dataset": "./theirs.py:read"}, "somebody's own"),
-        ({"model": "./theirs.py:Net"}, "somebody's own"),
+        ({"dataset": "./theirs.py:read"}, "user-defined"),
+        ({"model": "./theirs.py:Net"}, "user-defined"),
         ({"names": list("abcdefghij")}, "not the student's"),
     ],
 )
