@@ -19,7 +19,7 @@ from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import UsageError
 
 NAMES = sorted(CATALOG["aggregator"])
-SHARPENING = {"era", "beta-era", "vote"}  # even what all agree on
+SHARPENING = {"era", "beta-era", "vote"}  # they change the probabilities even of equal clients
 
 
 def draw(seed: int, clients: int = 4, samples: int = 6, classes: int = 5, scale: float = 3.0):
@@ -30,7 +30,7 @@ def draw(seed: int, clients: int = 4, samples: int = 6, classes: int = 5, scale:
 
 
 def sure(*votes: int, classes: int):
-    """Logits [K, 1, C] of clients who are certain."""
+    """Logits [K, 1, C] of clients that are certain."""
     return 1000.0 * torch.eye(classes)[list(votes)][:, None]
 
 
@@ -48,7 +48,7 @@ def aggregate(text, logits, weights):
 )
 def test_rows_lie_on_the_simplex(name, seed, scale, clients, mask):
     logits, weights = draw(seed, clients, scale=scale)
-    if mask:  # of which some samples are left with nobody
+    if mask:  # some samples have no client with a positive weight
         weights = (torch.rand(clients, 6, generator=torch.Generator().manual_seed(seed)) > 0.7).float()
     probs = aggregate(name, logits, weights)
     assert probs.shape == logits.shape[1:]
@@ -58,7 +58,7 @@ def test_rows_lie_on_the_simplex(name, seed, scale, clients, mask):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("certain", [False, True])  # who are certain agree to the bit, and tie
+@pytest.mark.parametrize("certain", [False, True])  # certain clients have bitwise equal probabilities, and tie
 def test_the_order_of_clients_does_not_matter(name, certain):
     for seed in range(5):
         logits, weights = draw(seed, clients=11, samples=20, classes=3, scale=1e4 if certain else 3.0)
@@ -69,14 +69,14 @@ def test_the_order_of_clients_does_not_matter(name, certain):
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in SHARPENING])
-def test_when_all_agree_the_teacher_says_the_same(name):
+def test_equal_clients_give_their_probabilities(name):
     logits, _ = draw(2, clients=1)
     alike = logits.expand(5, -1, -1)
     assert torch.allclose(aggregate(name, alike, torch.ones(5, 1)), logits[0].softmax(-1), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_client_of_weight_zero_has_no_say(name):
+def test_a_client_of_weight_zero_has_no_influence(name):
     logits, weights = draw(3, clients=12)
     weights[[1, 8]] = 0
     kept = weights[:, 0] > 0
@@ -86,7 +86,7 @@ def test_a_client_of_weight_zero_has_no_say(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_where_nobody_has_weight_all_count_alike(name):
+def test_if_all_weights_are_zero_clients_have_equal_weights(name):
     logits, weights = draw(5, clients=7)
     partly = weights.repeat(1, 6)
     partly[:, 3] = 0
@@ -107,7 +107,7 @@ def mean(rows, shares):
 
 
 def trimmed(values, weights, fraction):
-    """Eat a fraction of all weight from the smallest value upward, and from the largest downward."""
+    """Remove a fraction of all weight from the smallest values, and from the largest."""
     left = [[v, w] for v, w in sorted(zip(values, weights, strict=True))]
     for side in (left, left[::-1]):
         cut = fraction * sum(weights)
@@ -126,7 +126,7 @@ def weighted_median(values, weights):
 
 
 def least_distance(probs, weights):
-    """The geometric median by somebody else's minimizer."""
+    """The geometric median by SciPy's minimizer."""
     points, weights = np.array(probs), np.array(weights) / sum(weights)
     found = scipy.optimize.minimize(
         lambda z: weights @ np.linalg.norm(points - z, axis=1),
@@ -182,8 +182,8 @@ def per_sample(name, rows, weights):
 def test_against_a_loop_over_samples(name, clients):
     logits, weights = draw(4, clients)
     weights = weights * torch.rand(clients, 6, generator=torch.Generator().manual_seed(1))
-    weights[0, 0] = 0  # no say in the first image
-    far = name == "geometric-median"  # whose steps are slow near a client's vector, its oracle less exact
+    weights[0, 0] = 0  # no influence on the first sample
+    far = name == "geometric-median"  # it converges slowly near a client's vector, and its oracle is less exact
     probs = aggregate(f"{name}:steps=3000" if far else name, logits, weights)
     for sample in range(logits.shape[1]):
         expected = per_sample(name, logits[:, sample].tolist(), weights[:, sample].tolist())
@@ -225,7 +225,7 @@ def test_published_values_of_enhanced_entropy_reduction():
     assert aggregators.beta_era(logits, one, beta=1e6)[0].tolist() == [1, 0, 0]
 
 
-def test_one_overconfident_client_outvotes_logits_but_not_probabilities():
+def test_one_overconfident_client_dominates_mean_logits_but_not_mean_probabilities():
     logits = torch.zeros(10, 1, 2)
     logits[:9, 0, 0] = 2.0
     logits[9, 0, 1] = 100.0
@@ -234,7 +234,7 @@ def test_one_overconfident_client_outvotes_logits_but_not_probabilities():
     assert aggregators.mean_probs(logits, equal)[0].argmax() == 0
 
 
-def test_sharpness_without_bound_asks_the_surest_client():
+def test_a_very_large_sharpness_selects_the_most_certain_client():
     logits, weights = draw(6)
     surest = torch.special.entr(logits.softmax(-1)).sum(-1).argmin(0)
     probs = aggregators.entropy(logits, weights, sharpness=1e7)
@@ -242,7 +242,7 @@ def test_sharpness_without_bound_asks_the_surest_client():
 
 
 @pytest.mark.parametrize("clients", range(1, 9))
-@pytest.mark.parametrize("scale", [3.0, 20.0])  # of whom few agree: medians down to 1e-6
+@pytest.mark.parametrize("scale", [3.0, 20.0])  # clients rarely agree: medians down to 1e-6
 def test_the_median_of_equal_weights_is_the_usual_one(clients, scale):
     logits, _ = draw(7, clients, scale=scale)
     columns = logits.double().softmax(-1).permute(1, 2, 0).tolist()
@@ -261,15 +261,15 @@ def test_the_trimmed_mean_of_equal_weights_is_the_usual_one():
         specs.bind("aggregator", "trimmed-mean:fraction=0.5")
 
 
-@pytest.mark.parametrize("floor", [0.0, 1e-30])  # as far as a client's probabilities are told
+@pytest.mark.parametrize("floor", [0.0, 1e-30])  # the smallest probability that a client can send
 @pytest.mark.parametrize(("name", "clients"), [("median", 3), ("trimmed-mean", 5)])
-def test_where_nothing_is_left_of_any_class_the_mean_is_the_teacher(name, clients, floor):
+def test_if_every_class_has_zero_left_the_result_is_the_mean(name, clients, floor):
     logits = torch.eye(clients)[:, None].clamp_min(floor).log().clamp_min(-1e4)
     logits = logits + (logits < 0) * torch.arange(clients)  # what is almost nothing is not the same for all classes
     assert aggregate(name, logits, torch.ones(clients, 1))[0].tolist() == pytest.approx([1 / clients] * clients)
 
 
-def test_a_client_of_two_minds_divides_its_vote():
+def test_a_client_with_tied_classes_divides_its_weight():
     logits = torch.tensor([[[2.0, 2.0, 1.0]], [[0.0, 1.0, 0.5]]])
     assert aggregators.vote(logits, torch.tensor([[3.0], [1.0]]))[0].tolist() == [0.375, 0.625, 0.0]
 
@@ -290,7 +290,7 @@ def test_the_spectral_filter_against_a_loop(classes, variance, fraction):
     assert {0, math.floor(20 * fraction)} <= drops  # some stopped by the variance, some by the fraction
 
 
-def test_those_equally_far_are_dropped_alike():
+def test_equally_far_clients_are_dropped_alike():
     equal = torch.ones(5, 1)
     one_drop_for_two = aggregators.spectral(sure(0, 0, 0, 1, 2, classes=3), equal)[0]
     assert one_drop_for_two.tolist() == pytest.approx([3 / 4, 1 / 8, 1 / 8])
@@ -300,13 +300,13 @@ def test_those_equally_far_are_dropped_alike():
     assert aggregators.spectral(votes, torch.ones(100, 1), fraction=0.29)[0].tolist() == [1, 0, 0]
 
 
-def test_where_nobody_may_be_dropped_the_spectral_filter_is_the_mean():
+def test_if_no_client_may_be_dropped_the_spectral_filter_is_the_mean():
     logits, weights = draw(10, 4)
     assert torch.equal(aggregators.spectral(logits, weights), aggregators.mean_probs(logits, weights))
 
 
 @pytest.mark.parametrize("name", ["median", "trimmed-mean:fraction=0.3", "geometric-median", "spectral"])
-def test_six_liars_of_twenty_do_not_turn_the_teacher(name):
+def test_six_malicious_clients_of_twenty_do_not_change_the_predictions(name):
     generator = torch.Generator().manual_seed(11)
     truth = torch.randint(10, (50,), generator=generator)
     lie = torch.eye(10)[(truth + 1) % 10]
@@ -320,7 +320,7 @@ def test_leave_one_out_against_a_loop():
     logits, weights = draw(12)
     weights = weights.repeat(1, 6)
     weights[:, 2] = 0
-    weights[1:, 3] = 0  # the first client has the only say, and nobody to learn from
+    weights[1:, 3] = 0  # only the first client has a weight, so there are no others for it
     probs = aggregators.leave_one_out(logits, weights)
     assert probs.shape == logits.shape
     for client in range(4):
@@ -333,13 +333,13 @@ def test_leave_one_out_against_a_loop():
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [1, 0, 4, 2, 3]])
-def test_two_groups_are_found_in_any_order(order):
+def test_two_groups_are_separated_in_any_order(order):
     group = torch.tensor([0, 1, 0, 1, 1])[order]
     logits = draw(13, 2)[0][group] + 0.1 * draw(14, 5)[0][order]
     probs = logits.softmax(-1)
     centroids, assignment = aggregators.clustered(probs, 2, seed=2**40)
     assert assignment.dtype == torch.int64
-    assert assignment.tolist() == (group != group[0]).long().tolist()  # the first client's comes first
+    assert assignment.tolist() == (group != group[0]).long().tolist()  # the first client is in cluster 0
     for cluster in range(2):
         assert torch.allclose(centroids[cluster], probs[assignment == cluster].mean(0), atol=1e-6)
 
@@ -357,7 +357,7 @@ def test_clusters_are_the_best_of_all_partitions(seed):
     assert {k for k in range(7) if assignment[k] == 0} == min(splits, key=within)
 
 
-def test_who_is_with_whom_does_not_depend_on_the_order_of_clients():
+def test_clusters_do_not_depend_on_the_order_of_clients():
     probs = draw(18, 30)[0].softmax(-1)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
     _, here = aggregators.clustered(probs, 4, 0)
@@ -366,15 +366,15 @@ def test_who_is_with_whom_does_not_depend_on_the_order_of_clients():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_everyone_is_nearest_to_the_own_centroid(seed):
-    """Whose client at 0.55 is not, if the fifty at 0 are taken for one."""
+def test_each_client_is_nearest_to_the_centroid_of_its_cluster(seed):
+    """If the fifty equal clients counted as one, the client at 0.55 would be in the wrong cluster."""
     line = torch.tensor([0.0] * 50 + [0.3, 0.32, 0.34, 0.36, 0.55, 1.0])[:, None, None]
     probs = torch.cat([line, 1 - line], -1)
     centroids, assignment = aggregators.clustered(probs, 2, seed)
     assert torch.equal((probs[:, None] - centroids).square().sum((2, 3)).argmin(1), assignment)
 
 
-def test_there_are_no_more_clusters_than_answers():
+def test_there_are_at_most_as_many_clusters_as_different_soft_labels():
     probs = draw(19, 2)[0].softmax(-1)
     centroids, assignment = aggregators.clustered(probs[[1, 0, 1]], 3, 0)
     assert assignment.tolist() == [0, 1, 0]
@@ -393,8 +393,10 @@ def test_mixtures_are_sums_over_clients():
 @pytest.mark.parametrize(("penalty", "clients", "apart"), [(1e-3, 20, 9.0), (0.02, 8, 0.0), (1.0, 8, 0.0)])
 def test_coefficients_meet_the_conditions_of_a_minimum(penalty, clients, apart):
     """On the simplex, and no coordinate that is used has a larger derivative than any other."""
-    camps = apart * torch.eye(5)[torch.arange(clients) % 2][:, None]  # who agree but little: slow to solve
-    probs = (draw(21, clients)[0] + camps).double().softmax(-1)
+    groups_of_two = (
+        apart * torch.eye(5)[torch.arange(clients) % 2][:, None]
+    )  # the two groups differ strongly: slow to solve
+    probs = (draw(21, clients)[0] + groups_of_two).double().softmax(-1)
     coefficients = aggregators.mixing(probs, penalty=penalty)
     assert torch.allclose(coefficients.sum(1), torch.ones(clients, dtype=torch.float64))
     assert (coefficients >= 0).all()
@@ -408,7 +410,7 @@ def test_coefficients_meet_the_conditions_of_a_minimum(penalty, clients, apart):
 
 
 def test_the_coefficients_of_two_clients():
-    """Each gives the other penalty / (d^2 + 2 penalty), d^2 the mean squared distance of their answers."""
+    """Each gives the other penalty / (d^2 + 2 penalty), d^2 the mean squared distance of their soft labels."""
     probs = draw(22, 2)[0].double().softmax(-1)
     distance = ((probs[0] - probs[1]) ** 2).sum(-1).mean().item()
     other = 0.1 / (distance + 0.2)
@@ -416,7 +418,7 @@ def test_the_coefficients_of_two_clients():
     assert torch.allclose(aggregators.mixing(probs, penalty=0.1), expected, atol=1e-12)
 
 
-def test_the_ends_of_the_penalty():
+def test_a_very_large_penalty_and_no_penalty():
     probs = draw(23, 6)[0].softmax(-1)
     assert torch.allclose(aggregators.mixing(probs, penalty=1e9), torch.full((6, 6), 1 / 6, dtype=torch.float64))
     assert torch.allclose(aggregators.mixed(probs, aggregators.mixing(probs, penalty=0.0)), probs)

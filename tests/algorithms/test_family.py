@@ -1,4 +1,4 @@
-"""What each method claims, against the same thing written out slowly, and published identities."""
+"""Each method against slow reference implementations and published identities."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def call(name):
 
 
 def weights_of(setup, count, scale=0.05):
-    """Client models: the initial one, each with noise of its own."""
+    """Client models: the initial one, each with its own noise."""
     generator = torch.Generator().manual_seed(3)
     start = setup.trainer.initial_weights(setup.student)
     return [{n: w + scale * torch.randn(w.shape, generator=generator) for n, w in start.items()} for _ in range(count)]
@@ -56,7 +56,7 @@ def setup():
     return prepare(tiny()).setup
 
 
-# -- weights up ---------------------------------------------------------------------------------
+# -- methods that upload weights ---------------------------------------------------------------------------------
 
 
 def test_one_step_of_feddf_is_the_step_written_out():
@@ -104,12 +104,12 @@ def test_feddf_averages_within_an_architecture_and_distills_across():
     first = setup.trainer.initial_weights("cnn:width=8")
     assert all(torch.allclose(tensors.take("group0", new)[n], first[n] + 1, atol=1e-6) for n in first)
     assert tensors.equal(algorithm.global_model(setup, new), setup.trainer.initial_weights("resnet8:width=8"))
-    alone = algorithm.aggregate(setup, new, {1: updates[1]}, seed=2)  # nobody of the first architecture came
+    alone = algorithm.aggregate(setup, new, {1: updates[1]}, seed=2)  # no participant has the first architecture
     assert tensors.equal(tensors.take("group0", alone), tensors.take("group0", new))
 
 
-def test_a_mentor_that_weighs_nothing_leaves_fedavg(setup):
-    """To the bit: the same rows in the same order, plus zero."""
+def test_a_mentor_of_weight_zero_gives_fedavg(setup):
+    """Bitwise: the same samples in the same order, plus zero."""
     experiment = prepare(tiny())
     held = experiment.client(0, 1, {})
     start = experiment.setup.trainer.initial_weights(experiment.setup.student)
@@ -119,7 +119,7 @@ def test_a_mentor_that_weighs_nothing_leaves_fedavg(setup):
 
 
 @pytest.mark.parametrize("term", ["logits", "features", "relations", "graph", "contrastive"])
-def test_a_mentor_stays_with_its_client_and_pulls(term):
+def test_a_mentor_stays_on_its_client_and_changes_the_student(term):
     experiment = prepare(tiny())
     setup, mentor = experiment.setup, call(f"mentor:model=resnet8,term={term}")
     start = setup.trainer.initial_weights(setup.student)
@@ -137,8 +137,8 @@ def test_a_mentor_stays_with_its_client_and_pulls(term):
 
 
 @pytest.mark.parametrize("width", [4, 8])
-def test_a_student_beside_a_mentor_starts_from_what_came_down(width):
-    """Whatever the mentor's architecture, its own included: hardly trained, what is sent is what came."""
+def test_a_student_with_a_mentor_starts_from_the_global_weights(width):
+    """For any architecture of the mentor, also the student's: with a tiny learning rate, the weights hardly change."""
     experiment = prepare(tiny(learning_rate=1e-9))
     setup = experiment.setup
     came = {name: tensor + 1 for name, tensor in setup.trainer.initial_weights(setup.student).items()}
@@ -146,7 +146,7 @@ def test_a_student_beside_a_mentor_starts_from_what_came_down(width):
     assert all(torch.allclose(update.tensors[name], came[name], atol=1e-6) for name in came)
 
 
-def test_a_mentor_can_contrast_nothing_on_one_class():
+def test_the_contrastive_term_is_zero_on_one_class():
     experiment = prepare(tiny(partitioner="pathological:classes=1"))
     setup, start = experiment.setup, experiment.setup.trainer.initial_weights(experiment.setup.student)
     client = experiment.client(0, 1, {})
@@ -156,7 +156,7 @@ def test_a_mentor_can_contrast_nothing_on_one_class():
     assert equal(taught.tensors, plain.tensors)
 
 
-def test_a_mentor_of_the_students_own_architecture_is_another_network():
+def test_a_mentor_of_the_same_architecture_is_another_network():
     experiment = prepare(tiny())
     update, memory = call("mentor:model=cnn:width=8").local_update(
         experiment.setup,
@@ -166,7 +166,7 @@ def test_a_mentor_of_the_students_own_architecture_is_another_network():
     assert not equal(update.tensors, take("mentor", memory))
 
 
-def test_fedavgm_without_momentum_is_fedavg_and_with_it_carries_on(setup):
+def test_fedavgm_without_momentum_is_fedavg_and_accumulates_velocity_with_it(setup):
     clients = weights_of(setup, 2)
     updates = {k: Update(w, 5) for k, w in enumerate(clients)}
     average, plain, moving = call("fedavg"), call("fedavgm:beta=0.0"), call("fedavgm:beta=0.9")
@@ -197,7 +197,7 @@ def test_a_control_variate_is_the_clients_gradient():
     assert tensors.equal(tensors.take("control", update.tensors), tensors.take("control", memory))
 
 
-def test_a_clients_correction_cancels_its_own_gradient_and_adds_everybodys():
+def test_the_correction_replaces_the_clients_gradient_by_the_common_one():
     experiment = prepare(
         tiny(algorithm="scaffold", batch_size=4096, momentum=0.0, weight_decay=0.0, augment=False, model="cnn:width=8")
     )
@@ -213,7 +213,7 @@ def test_a_clients_correction_cancels_its_own_gradient_and_adds_everybodys():
 
 
 @pytest.mark.parametrize(("steps", "momentum"), [(1, 0.9), (7, 0.0), (25, 0.9)])
-def test_how_far_momentum_travels(steps, momentum):
+def test_the_total_step_with_momentum(steps, momentum):
     place = velocity = 0.0
     for _ in range(steps):
         velocity = momentum * velocity + 1.0
@@ -221,7 +221,7 @@ def test_how_far_momentum_travels(steps, momentum):
     assert scaffold.total_step(steps, momentum) == pytest.approx(place, rel=1e-12)
 
 
-def test_the_servers_control_variate_moves_by_the_share_of_those_who_came(setup):
+def test_the_servers_control_variate_changes_by_the_fraction_of_participants(setup):
     algorithm = call("scaffold")
     state = algorithm.initial_state(setup)
     ones = {name: torch.ones_like(tensor) for name, tensor in state.items()}
@@ -241,7 +241,7 @@ def test_models_drawn_around_the_clients_have_their_mean_and_variance():
     assert (mixed[:, 1] == 5).all()
 
 
-def test_fed_ets_targets_are_the_consensus_and_those_who_disagree():
+def test_fed_ets_targets_are_the_consensus_and_the_clients_that_disagree():
     setup = prepare(tiny(model="cnn:width=8", student="cnn:width=16")).setup
     updates = {
         k: Update(w, 1)
@@ -271,7 +271,7 @@ def test_fed_ets_targets_are_the_consensus_and_those_who_disagree():
         assert targets[sample].numpy() == pytest.approx(expected, abs=1e-5)
 
 
-# -- soft labels up -----------------------------------------------------------------------------
+# -- methods that upload soft labels -----------------------------------------------------------------------------
 
 
 def answers(setup, count=3, seed=0):
@@ -290,14 +290,14 @@ def test_a_cfd_client_starts_anew_so_that_an_absent_one_misses_nothing(experimen
     assert tensors.equal(*results)
 
 
-def test_what_cfd_sends_down_are_the_students_answers(setup):
+def test_cfd_broadcasts_the_students_soft_labels(setup):
     algorithm = call("cfd")
     state = algorithm.aggregate(setup, algorithm.initial_state(setup), answers(setup), seed=1)
     student = setup.trainer.predict(setup.student, algorithm.global_model(setup, state), setup.proxy.images)
     assert torch.allclose(algorithm.broadcast(setup, state, 0)["probs"], student.softmax(-1), atol=1e-6)
 
 
-def test_cfd_brings_its_own_codecs():
+def test_cfd_sets_the_codecs():
     channel = prepare(tiny(algorithm="cfd:uplink_bits=1,downlink_bits=32", uplink_codec="float16")).channel
     assert (channel.uplink.bits, channel.uplink.coder, channel.uplink.delta) == (1, "range", True)
     assert type(channel.downlink).__name__ == "Float32"
@@ -341,14 +341,14 @@ def test_fedgems_teacher_against_a_loop():
     assert kinds == {"server", "label", "clients"}
 
 
-def test_fedgems_reads_the_proxys_labels_and_nobody_else_does():
+def test_only_fedgems_reads_the_proxys_labels():
     assert prepare(tiny()).setup.proxy.labels is None
     experiment = prepare(tiny(algorithm="fedgems"))
     rows = torch.from_numpy(experiment.proxy_rows)
     assert torch.equal(experiment.setup.proxy.labels, experiment.train.labels[rows])
 
 
-def test_kt_pfl_serves_who_was_absent_and_keeps_what_is_not_spoken_of(setup):
+def test_kt_pfl_keeps_the_coefficients_of_an_absent_client(setup):
     algorithm = call("kt-pfl:penalty=0.1")
     updates = answers(setup)
     state = algorithm.aggregate(setup, algorithm.initial_state(setup), {0: updates[0], 2: updates[2]}, seed=1)
@@ -361,7 +361,7 @@ def test_kt_pfl_serves_who_was_absent_and_keeps_what_is_not_spoken_of(setup):
     assert torch.allclose(absent, (updates[0].tensors["probs"] + updates[2].tensors["probs"]) / 2, atol=1e-6)
 
 
-def test_a_comet_client_is_pulled_to_the_nearest_centroid(experiment):
+def test_a_comet_client_trains_towards_the_nearest_centroid(experiment):
     setup, client = experiment.setup, experiment.client(0, 2, {})
     own = setup.trainer.predict(client.model, setup.local_weights(client), setup.proxy.images).softmax(-1)
     near, far = (0.5 * own + 0.5 * other.tensors["probs"] for other in answers(setup, 2).values())
@@ -377,7 +377,7 @@ def test_a_comet_client_is_pulled_to_the_nearest_centroid(experiment):
     assert distance.item() == pytest.approx(2 * (0.9**2 + 9 * 0.1**2) ** 0.5)
 
 
-def test_joint_training_is_the_mean_over_both_kinds_of_rows():
+def test_joint_training_is_the_mean_over_both_kinds_of_samples():
     """One batch that holds everything: a step of plain SGD along the gradient of the union's mean loss."""
     experiment = prepare(tiny(batch_size=4096, momentum=0.0, weight_decay=0.0, augment=False, model="cnn:width=8"))
     setup, client = experiment.setup, experiment.client(0, 1, {})
@@ -400,7 +400,7 @@ def test_joint_training_is_the_mean_over_both_kinds_of_rows():
         assert torch.allclose(ours[name], parameter - setup.config.learning_rate * parameter.grad, atol=1e-5), name
 
 
-def test_only_private_rows_are_augmented_in_joint_training(generator):
+def test_only_private_samples_are_augmented_in_joint_training(generator):
     images = torch.randint(256, (6, 16, 16, 3), dtype=torch.uint8, generator=generator)
     rows = torch.tensor([9, 1, 8, 2, 7, 0])
     seen = loop.Augmentation(crop=True, flip=True, first=5)(images, rows, generator)
@@ -442,13 +442,13 @@ def test_the_density_ratio_of_two_normals(generator):
     assert found[8] > 1 > found[0]
 
 
-def test_bits_come_back(generator):
+def test_packed_bits_can_be_unpacked(generator):
     for count in (1, 8, 13):
         chosen = torch.rand(count, generator=generator) < 0.5
         assert torch.equal(selective_fd.unpacked_bits(selective_fd.packed_bits(chosen), count), chosen)
 
 
-def test_selective_fd_counts_only_who_answered_and_keeps_what_is_clear(setup):
+def test_selective_fd_uses_only_uploaded_labels_and_keeps_certain_ones(setup):
     algorithm = call("selective-fd:server_threshold=1.0")
     sure, torn = torch.eye(10)[3] * 0.9 + 0.01, torch.full((10,), 0.1)
     first = {"selected": torch.zeros(40, dtype=torch.bool), "probs": torch.stack([sure, torn])}
@@ -464,7 +464,7 @@ def test_selective_fd_counts_only_who_answered_and_keeps_what_is_clear(setup):
     assert torch.allclose(state["probs"], torch.stack([sure, torch.eye(10)[5]]), atol=1e-6)
 
 
-def test_selective_fd_with_nothing_selected_leaves_the_student_and_the_clients_alone(experiment):
+def test_selective_fd_with_nothing_selected_does_not_change_student_or_clients(experiment):
     algorithm, setup = call("selective-fd"), experiment.setup
     none = {"selected": selective_fd.packed_bits(torch.zeros(40, dtype=torch.bool)), "probs": torch.zeros(0, 10)}
     state = algorithm.aggregate(setup, algorithm.initial_state(setup), {0: Update(none, 5)}, seed=1)
@@ -503,13 +503,13 @@ def test_counts_of_classes_that_do_not_add_up_are_refused(setup, counts):
 
 
 @pytest.mark.parametrize("name", ["fedavgm", "fedbe", "scaffold", "fedema", "feddf"])
-def test_running_statistics_stay_such(name, tmp_path):
+def test_running_statistics_stay_valid(name, tmp_path):
     """A variance with momentum, or drawn at random, would be negative and the student NaN."""
     rows = simulated(tmp_path, algorithm=name, norm="batch", partitioner="dirichlet:alpha=0.3", clients=5, rounds=4)
     assert all(math.isfinite(row["test_loss"]) for row in rows)
 
 
-def test_feddf_leaves_out_a_model_whose_answers_are_infinite(setup):
+def test_feddf_leaves_out_a_model_with_infinite_logits(setup):
     algorithm = call("feddf")
     good, bad = weights_of(setup, 2)
     bad = {name: weight * 1e30 for name, weight in bad.items()}
@@ -520,7 +520,7 @@ def test_feddf_leaves_out_a_model_whose_answers_are_infinite(setup):
         algorithm.aggregate(setup, state, {1: Update(bad, 5)}, seed=1)
 
 
-def test_an_untrained_server_of_fedgems_teaches_nobody(setup):
+def test_an_untrained_fedgems_server_is_not_a_teacher(setup):
     setup = prepare(tiny(algorithm="fedgems", distill_epochs=0)).setup
     algorithm, seen = call("fedgems"), []
     original = fedgems.selective_teacher
@@ -535,7 +535,7 @@ def test_an_untrained_server_of_fedgems_teaches_nobody(setup):
     )
 
 
-def test_a_client_counts_where_its_data_is_dense(setup):
+def test_density_weights_select_the_clients_with_dense_data(setup):
     algorithm = call("density")
     probs = answers(setup, count=2)
     weight = torch.zeros(2, 40)
@@ -550,7 +550,7 @@ def test_a_client_counts_where_its_data_is_dense(setup):
 
 
 @pytest.mark.parametrize(("samples", "participation"), [(0, 1.0), (15, 1.0), (15, 0.5)])
-def test_scarlets_server_and_clients_never_disagree_about_a_label(samples, participation):
+def test_scarlets_caches_on_server_and_clients_are_equal(samples, participation):
     config = tiny(
         algorithm="scarlet:duration=2",
         proxy_samples=samples,
@@ -587,7 +587,7 @@ def test_scarlets_server_and_clients_never_disagree_about_a_label(samples, parti
         assert asked == [40, 0, 0, 40, 0, 0, 40, 0, 0]  # a label of round r serves in r + 1 and r + 2
 
 
-def test_a_scarlet_client_that_lost_its_memory_is_survived():
+def test_scarlet_runs_with_a_client_that_lost_its_memory():
     experiment = prepare(tiny(algorithm="scarlet", proxy_samples=15))
     algorithm, setup = experiment.algorithm, experiment.setup
     state = algorithm.initial_state(setup)
@@ -612,7 +612,7 @@ def test_bytes_of_fd_are_those_of_the_paper():
     assert 16 * 2 * 8 * tensors.numel(network) * network[""].element_size() == 1_228_439_552  # what FedAvg takes
 
 
-def test_fds_means_leave_the_receiver_out_and_labels_nobody_has(experiment):
+def test_fds_means_leave_out_the_receiver_and_labels_without_samples(experiment):
     algorithm, setup = call("fd"), experiment.setup
     generator = torch.Generator().manual_seed(2)
     tables = torch.rand(3, 10, 10, generator=generator)
@@ -629,7 +629,7 @@ def test_fds_means_leave_the_receiver_out_and_labels_nobody_has(experiment):
             assert torch.allclose(sent[label], expected, atol=1e-6)
 
 
-def test_fds_means_are_those_of_the_clients_answers(experiment):
+def test_fds_means_are_those_of_the_clients_outputs(experiment):
     setup, client = experiment.setup, experiment.client(1, 1, {})
     update, memory = call("fd").local_update(setup, client, {})
     probs = setup.trainer.predict(client.model, tensors.take("model", memory), client.data.pixels).softmax(-1)
@@ -653,7 +653,7 @@ def test_prototypes_are_class_means_weighted_by_counts(experiment):
     assert tensors.equal(algorithm.aggregate(setup, new, {0: Update(missing, 5)}, seed=0), new)
 
 
-def test_fedproto_pulls_embeddings_together(experiment):
+def test_fedproto_reduces_the_distance_to_the_prototypes(experiment):
     setup, client = experiment.setup, experiment.client(0, 2, {})
     width = call("fedproto").initial_state(setup)["prototypes"].shape[1]
     request = {"prototypes": torch.zeros(10, width), "counts": torch.ones(10, dtype=torch.int64)}

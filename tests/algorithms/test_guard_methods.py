@@ -93,7 +93,7 @@ def two_rounds(name, **run):
 
 @pytest.mark.parametrize("name", [*OWN, *FIXED])
 def test_a_method_with_its_own_loss_ignores_that_of_the_run(name):
-    """And the run's temperature and aggregator: in client training, on the server, and as a teacher."""
+    """Also the run's temperature and aggregator: in client training, server update and evaluation."""
     plain = two_rounds(name, temperature=1.0, loss="kl", aggregator="mean-probs")
     other = two_rounds(name, temperature=4.0, loss="dkd", aggregator="vote")
     assert equal(plain[0], other[0])
@@ -185,7 +185,7 @@ def test_a_server_of_weights_distills_the_samples_of_its_round(name, watched):
     assert int(new["round"]) == 4
 
 
-def test_fed_ets_groups_are_averaged_and_its_student_alone_is_distilled():
+def test_fed_et_averages_its_groups_and_distills_only_its_student():
     """Even where the student has a client's architecture; FedDF distills every group."""
     setup = prepare(tiny()).setup
     updates = {k: Update(shifted(setup.trainer.initial_weights(setup.student), 0.05, k), 5 + 10 * k) for k in range(2)}
@@ -203,7 +203,7 @@ def test_fed_ets_groups_are_averaged_and_its_student_alone_is_distilled():
 
 
 def test_a_fedgems_client_uses_the_labels_of_the_samples_it_was_sent(watched):
-    """Those of the round in which they were made, which may lie further back than the last one."""
+    """Those of the round ``prev``, which may be earlier than the last one."""
     experiment = prepare(tiny(algorithm="fedgems:hard=0.6", proxy_samples=15, clients=12))
     setup, algorithm = experiment.setup, experiment.algorithm
     (probs,) = labels_of(setup, 1)
@@ -305,7 +305,7 @@ def test_the_scaffold_server_takes_plain_means_and_adds_the_share_of_the_changes
         assert torch.allclose(new[name], expected, atol=1e-6), name
 
 
-def test_fedavgms_velocity_leaves_buffers_alone():
+def test_fedavgm_has_no_velocity_for_buffers():
     """Parameters follow v = beta v + (w - mean); running statistics are the weighted mean of the clients'."""
     setup, algorithm = prepare(tiny(norm="batch")).setup, call("fedavgm:beta=0.5")
     start, state = setup.trainer.initial_weights(setup.student), algorithm.initial_state(setup)
@@ -345,7 +345,7 @@ def prototypes_for(setup, known, seed=0):
 COUNTS = torch.tensor([0, 3, 0, 1, 1, 0, 9, 1, 1, 1])
 
 
-def test_a_prototype_of_no_sample_does_not_pull_a_client():
+def test_a_prototype_without_samples_does_not_change_the_loss():
     experiment = prepare(tiny(algorithm="fedproto:weight=3", clients=12))
     setup, algorithm, client = experiment.setup, experiment.algorithm, experiment.client(0, 2, {})
     assert set(client.data.labels.tolist()) == set(range(10))
@@ -358,7 +358,7 @@ def test_a_prototype_of_no_sample_does_not_pull_a_client():
 
 
 def test_one_step_of_a_fedproto_client():
-    """Cross-entropy plus pull times the mean over all samples; the labels of unknown classes count as zero."""
+    """Cross-entropy plus the weighted mean distance; samples of classes without a prototype count as zero."""
     experiment = prepare(tiny(**ONE_STEP, algorithm="fedproto:weight=3"))
     setup, algorithm, client = experiment.setup, experiment.algorithm, experiment.client(0, 2, {})
     request, start = prototypes_for(setup, COUNTS), setup.trainer.initial_weights(setup.student)
@@ -382,7 +382,7 @@ def test_one_step_of_a_fedproto_client():
 
 
 def test_a_class_of_no_sample_does_not_move_the_servers_prototype():
-    """A client without it has no say; if nobody has it, prototype and count stay."""
+    """Clients without it have no influence; if no client has it, prototype and count stay."""
     setup, algorithm = prepare(tiny()).setup, call("fedproto")
     state = prototypes_for(setup, torch.full((10,), 7))
     shape, generator = state["prototypes"].shape, torch.Generator().manual_seed(1)
@@ -463,7 +463,7 @@ def test_kt_pfl_coefficients_over_two_rounds_with_other_clients():
         assert (int(asked["round"]), int(asked["prev"])) == (3, 2)
 
 
-def test_a_kt_pfl_client_that_trusts_nobody_who_came_gets_their_plain_mean():
+def test_a_kt_pfl_client_with_zero_coefficients_for_all_participants_gets_their_mean():
     setup, algorithm = prepare(tiny()).setup, call("kt-pfl")
     labels = labels_of(setup, 2)
     state = algorithm.aggregate(
@@ -571,8 +571,10 @@ def test_a_selective_client_sends_what_lies_above_its_threshold():
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(1.0, [3, 7, 9]), (2.0, [3, 5, 7, 9])])
-def test_a_selective_server_weighs_who_sent_and_keeps_what_is_nearer_than_its_threshold(watched, threshold, expected):
-    """Of the samples that some client sent; p = 1/2 is just as far as 1.0."""
+def test_a_selective_server_averages_the_uploaded_labels_and_keeps_those_below_its_threshold(
+    watched, threshold, expected
+):
+    """Among the samples that a client selected; at p = 1/2 the distance is exactly 1.0."""
     setup = prepare(tiny(weighting="size", proxy_samples=15)).setup
     algorithm = call(f"selective-fd:server_threshold={threshold}")
     torn, sure = torch.eye(10)[[0, 1]].mean(0), 0.7 * torch.eye(10)[2] + 0.03
@@ -611,8 +613,8 @@ def test_a_selective_client_distills_what_the_server_kept(watched):
     assert torch.equal(targets, probs[kept])
 
 
-def test_scarlet_sends_a_client_the_labels_made_since_it_last_counted():
-    """All there are to one that never did; those of its own last round to others, as they were made after it sent."""
+def test_scarlet_sends_the_labels_computed_since_the_clients_last_accepted_update():
+    """All labels if its update was never accepted; else those since its last round, which is included."""
     experiment = prepare(tiny(algorithm="scarlet:duration=1", clients=12, proxy_samples=15))
     setup, algorithm = experiment.setup, experiment.algorithm
     state, memories, present = algorithm.initial_state(setup), {}, {1: [0, 1], 2: [0], 3: [0]}

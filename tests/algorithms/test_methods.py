@@ -1,4 +1,4 @@
-"""Conformance: what holds for every registered algorithm. And what each one claims for itself."""
+"""Properties of every registered algorithm, and of single ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PERSONAL = {"fedmd", "nfdp", "comet", "kt-pfl", "fd", "fedproto", "local", "cent
 
 
 def turns(experiment, algorithm, number, state, memories, clients=None):
-    """One round, played by hand."""
+    """One round without communication."""
     setup = experiment.setup
     updates, new = {}, dict(memories)
     for client in range(experiment.clients) if clients is None else clients:
@@ -50,7 +50,7 @@ def turns(experiment, algorithm, number, state, memories, clients=None):
 
 
 @pytest.fixture(scope="module", params=MORE)
-def played(request):
+def two_rounds(request):
     """Two rounds of a method."""
     experiment = prepare(tiny(algorithm=request.param, model="cnn:width=8", clients=3))
     algorithm, setup = experiment.algorithm, experiment.setup
@@ -59,8 +59,8 @@ def played(request):
     return experiment, first, second
 
 
-def test_the_same_turn_twice_gives_the_same_bits(played):
-    experiment, first, second = played
+def test_repeating_a_round_gives_bitwise_equal_results(two_rounds):
+    experiment, first, second = two_rounds
     torch.manual_seed(1234)  # the process-wide stream must not matter
     updates, memories, state = turns(experiment, experiment.algorithm, 2, first[2], first[1])
     assert all(tensors.equal(updates[k].tensors, second[0][k].tensors) for k in updates)
@@ -68,8 +68,8 @@ def test_the_same_turn_twice_gives_the_same_bits(played):
     assert tensors.equal(state, second[2])
 
 
-def test_arguments_are_not_changed(played):
-    experiment, first, second = played
+def test_arguments_are_not_changed(two_rounds):
+    experiment, first, second = two_rounds
     setup, algorithm = experiment.setup, experiment.algorithm
     state, memories, updates = copy.deepcopy((first[2], first[1], second[0]))
     request = algorithm.broadcast(setup, state, 0)
@@ -83,8 +83,8 @@ def test_arguments_are_not_changed(played):
     assert all(tensors.equal(updates[k].tensors, second[0][k].tensors) for k in updates)
 
 
-def test_everything_that_lasts_is_cpu_tensors_without_grad(played):
-    experiment, _, (updates, memories, state) = played
+def test_state_memory_and_messages_are_cpu_tensors_without_grad(two_rounds):
+    experiment, _, (updates, memories, state) = two_rounds
     lasting = [
         state,
         *memories.values(),
@@ -98,8 +98,8 @@ def test_everything_that_lasts_is_cpu_tensors_without_grad(played):
             assert not tensor.is_inference()
 
 
-def test_an_update_holds_what_is_declared_and_nothing_else(played):
-    experiment, first, second = played
+def test_updates_match_the_upload_spec(two_rounds):
+    experiment, first, second = two_rounds
     algorithm, setup = experiment.algorithm, experiment.setup
     for state, updates in ((algorithm.initial_state(setup), first[0]), (first[2], second[0])):
         for client, update in updates.items():
@@ -107,17 +107,17 @@ def test_an_update_holds_what_is_declared_and_nothing_else(played):
             assert algorithm.check_update(setup, update) == ""
 
 
-def test_nobody_is_told_soft_labels_before_anybody_has_answered(played):
-    """The first teacher is never noise that is then distilled."""
-    experiment, _, _ = played
+def test_the_first_broadcast_has_no_soft_labels(two_rounds):
+    """Else the labels of untrained models would be distilled."""
+    experiment, _, _ = two_rounds
     algorithm, setup = experiment.algorithm, experiment.setup
     first = algorithm.broadcast(setup, algorithm.initial_state(setup), 0)
     assert not [name for name, tensor in first.items() if is_soft_label(name) and len(tensor)]
 
 
-def test_what_comes_down_changes_what_a_client_does(played):
-    """An exchange that is cut off must show."""
-    experiment, first, second = played
+def test_the_broadcast_changes_the_local_update(two_rounds):
+    """Else an exchange that does nothing would pass unnoticed."""
+    experiment, first, second = two_rounds
     algorithm, setup = experiment.algorithm, experiment.setup
     asked = algorithm.broadcast(setup, first[2], 0)
     if set(asked) <= {"round"}:
@@ -132,29 +132,29 @@ def test_what_comes_down_changes_what_a_client_does(played):
     assert not tensors.equal(*(tensors.take("model", held) for held in (memory, second[1][0])))
 
 
-def test_a_missing_client_is_survived(played):
-    experiment, first, _ = played
+def test_a_client_may_be_absent(two_rounds):
+    experiment, first, _ = two_rounds
     clients = [0] if experiment.clients == 1 else [0, 2]
     _, memories, state = turns(experiment, experiment.algorithm, 2, first[2], first[1], clients)
     turns(experiment, experiment.algorithm, 3, state, memories)
 
 
-def test_a_client_that_comes_late_is_survived(played):
-    experiment, first, _ = played
+def test_a_client_may_join_late(two_rounds):
+    experiment, first, _ = two_rounds
     memories = {client: memory for client, memory in first[1].items() if client != 0}
     turns(experiment, experiment.algorithm, 2, first[2], memories)
 
 
-def test_the_memory_holds_the_clients_model(played):
-    experiment, _, (_, memories, _) = played
+def test_the_memory_holds_the_clients_model(two_rounds):
+    experiment, _, (_, memories, _) = two_rounds
     weights = tensors.take("model", memories[0])
     assert experiment.setup.trainer.predict(
         experiment.setup.model_of(0), weights, experiment.test.pixels[:3]
     ).shape == (3, 10)
 
 
-def test_what_is_deployed_is_a_student_or_nothing(played):
-    experiment, _, (_, _, state) = played
+def test_the_global_model_is_a_student_or_empty(two_rounds):
+    experiment, _, (_, _, state) = two_rounds
     weights = experiment.algorithm.global_model(experiment.setup, state)
     if weights:
         assert experiment.setup.trainer.predict(
@@ -195,7 +195,7 @@ def test_an_ensemble_of_one_is_plain_distillation(setup):
     ("downlink", "first", "later"),
     [("nothing", {"round"}, {"round"}), ("labels", {"round"}, {"round", "prev", "probs"}), ("student", "all", "all")],
 )
-def test_the_downlink_is_what_its_name_says(setup, downlink, first, later):
+def test_each_downlink_option_sends_its_tensors(setup, downlink, first, later):
     algorithm = specs.call("algorithm", f"ensemble:downlink={downlink}")
     student = {"round", *tensors.put("student", setup.trainer.initial_weights(setup.student))}
     state = algorithm.aggregate(setup, algorithm.initial_state(setup), answers(setup=setup), seed=1)
@@ -250,7 +250,7 @@ def test_fedmd_averages_scores_not_probabilities(setup):
     assert int(algorithm.broadcast(setup, state, 0)["round"]) == 2
 
 
-def test_fedavg_weighs_by_examples(setup):
+def test_fedavg_weights_clients_by_examples(setup):
     algorithm = specs.call("algorithm", "fedavg")
     updates = {0: Update({"w": torch.tensor([0.0])}, 1), 1: Update({"w": torch.tensor([4.0])}, 3)}
     assert algorithm.aggregate(setup, {}, updates, 0)["w"].item() == 3.0
@@ -265,7 +265,7 @@ def test_fedprox_without_its_term_is_fedavg(experiment):
         assert tensors.equal(plain, held) is same
 
 
-def test_central_has_everybodys_rows_and_local_sends_nothing():
+def test_central_has_all_samples_and_local_sends_nothing():
     central, local = (prepare(tiny(algorithm=name)) for name in ("central", "local"))
     assert central.clients == 1
     assert sorted(central.training_partition[0]) == sorted(row for part in local.training_partition for row in part)
@@ -274,7 +274,7 @@ def test_central_has_everybodys_rows_and_local_sends_nothing():
     assert not local.algorithm.broadcast(local.setup, {}, 0)
 
 
-def test_central_sees_in_a_round_what_its_participants_would():
+def test_central_trains_on_the_samples_of_the_participants():
     experiment = prepare(tiny(algorithm="central", clients=5, participation=0.4))
     seen = []
     for number in (1, 2, 3):
@@ -285,7 +285,7 @@ def test_central_sees_in_a_round_what_its_participants_would():
     assert len(set(map(tuple, seen))) > 1
 
 
-def test_a_client_that_diverged_is_wrong_and_counted_and_no_teacher():
+def test_a_diverged_client_counts_as_wrong_and_is_not_in_the_ensemble():
     experiment = prepare(tiny(algorithm="local"))
     labels, classes = experiment.test.labels, experiment.setup.classes
     right = F.one_hot(labels, classes).float() * 9
@@ -309,7 +309,7 @@ def test_a_client_that_diverged_is_wrong_and_counted_and_no_teacher():
     assert set(none.failures.values()) == {"no reply"}
 
 
-def test_fedbe_weighs_all_members_alike():
+def test_fedbe_gives_all_models_the_same_weight():
     setup = prepare(tiny(weighting="size")).setup
     two = [torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 4.0]])]
     probs = specs.call("algorithm", "fedbe").teacher_probs(setup, two, setup.distillation.client_weights([100, 1]))
@@ -322,7 +322,7 @@ def test_epochs_of_a_local_distillation_that_never_happens_are_refused(name):
         specs.call("algorithm", f"{name}{',' if ':' in name else ':'}local_distill_epochs=3")
 
 
-def test_a_subset_of_the_proxy_is_named_by_its_round():
+def test_the_proxy_subset_follows_from_the_round():
     setup = prepare(tiny(proxy_samples=15)).setup
     first, second = setup.proxy.subset(1), setup.proxy.subset(2)
     assert setup.logits_shape == (15, 10)
@@ -333,7 +333,7 @@ def test_a_subset_of_the_proxy_is_named_by_its_round():
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - SAME))
-def test_clients_of_different_architectures_take_part_in_one_run(name):
+def test_clients_may_have_different_architectures(name):
     experiment = prepare(
         tiny(
             algorithm=name,

@@ -1,4 +1,4 @@
-"""Whole runs of 20 clients: every method learns, and what must be ahead of what."""
+"""Runs with 20 clients: every method learns, and the expected order of methods."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUDGET = {
     "evaluate_every": 9,
 }
 LARGER = {"fedgems": "cnn:width=16", "fed-et": "cnn:width=16"}
-PERSONAL = 0.25  # the mean of clients who know a few classes each
+PERSONAL = 0.25  # the mean of clients that have a few classes each
 STUDENT = 0.5  # where there is a global one; chance is 0.1
 
 
@@ -36,7 +36,7 @@ def test_every_method_learns_with_twenty_clients(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_distilled_student_is_ahead_of_clients_alone_and_behind_all_data_in_one_place(tmp_path):
+def test_a_distilled_student_is_between_local_and_central_training(tmp_path):
     found = {
         name: accuracy(tmp_path / name.replace(":", "-"), algorithm=name)
         for name in ("local", "ensemble", "dsfl", "central")

@@ -50,7 +50,7 @@ NET = f"{__name__}:Net"
 
 
 def module_of(setup, model, weights):
-    """A module of its own that holds these weights, in training mode."""
+    """A new module with these weights, in training mode."""
     module = models.build(model, setup.classes, setup.config.norm)
     module.load_state_dict(dict(weights))
     return module.train()
@@ -168,7 +168,7 @@ def test_one_step_of_server_distillation_at_a_temperature(optimizer, aggregator,
 
 @pytest.mark.parametrize("name", ["ensemble:downlink=labels", "kt-pfl"])
 def test_one_step_of_client_distillation_at_a_temperature(optimizer, name):
-    """A client distills the soft labels, trains on its own samples, and sends what it makes of the proxy."""
+    """A client distills from the soft labels, trains on its samples, and uploads its outputs on the proxy samples."""
     kind, rate = optimizer
     experiment = prepare(tiny(**ONE_STEP, algorithm=name, temperature=T, distill_learning_rate=rate))
     setup, algorithm = experiment.setup, experiment.algorithm
@@ -271,8 +271,8 @@ def test_distillation_is_adam_with_the_options_of_the_run():
 
 
 @pytest.mark.parametrize("augment", [True, False])
-def test_each_use_of_training_has_a_seed_and_an_augmentation_of_its_own(monkeypatch, augment):
-    """Only the client's own samples are cropped."""
+def test_each_use_of_training_has_its_own_seed_and_augmentation(monkeypatch, augment):
+    """Only the client's samples are cropped."""
     seen = []
     monkeypatch.setattr(loop, "train", lambda *_, **options: seen.append(options))
     experiment = prepare(
@@ -436,7 +436,7 @@ def test_a_mentor_is_frozen_while_it_teaches(monkeypatch, term):
     assert equal(take("mentor", again), setup.trainer.train(later, mentor))
 
 
-def test_adapters_begin_by_a_seed_of_their_own_or_as_they_were():
+def test_adapters_start_from_their_own_seed_or_from_the_memory():
     experiment = prepare(tiny(clients=12, learning_rate=1e-12))
     setup, client = experiment.setup, experiment.client(0, 2, {})
     start, teacher = (

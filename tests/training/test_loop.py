@@ -38,7 +38,7 @@ def train(model: nn.Module, pixels, labels, **changes) -> nn.Module:
     return model
 
 
-def test_scaling_is_numpys_mean_and_deviation(pixels):
+def test_scaling_uses_the_mean_and_standard_deviation(pixels):
     scaling = Scaling.of(pixels)
     flat = pixels.numpy().reshape(-1, 3).astype(np.float64)
     np.testing.assert_allclose(scaling.mean, flat.mean(0), rtol=1e-12)
@@ -68,8 +68,8 @@ def test_crop_and_flip_against_one_image_at_a_time(pixels, flip):
     assert (10 < flipped < 40) if flip else flipped == 0
 
 
-def test_descend_is_the_plain_loop(pixels, labels):
-    """The same steps written out with PyTorch's own parts."""
+def test_train_is_a_plain_loop(pixels, labels):
+    """Against the same steps with torch.optim."""
     model = train(small(), pixels, labels)
     oracle, scaling = small(), Scaling.of(pixels)
     optimizer = torch.optim.SGD(oracle.parameters(), lr=0.1, momentum=0.9)
@@ -103,7 +103,7 @@ def test_the_proximal_term_is_fedproxs(pixels, labels):
 
 
 class Dropping(nn.Module):
-    """Dropout draws from torch's own stream: the seed must reach it."""
+    """Dropout uses torch's global generator: the seed must reach it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ def test_score():
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
-def test_optimizers_give_the_bits_of_torchs_own(kind, pixels, labels):
+def test_optimizers_are_bitwise_equal_to_torch_optim(kind, pixels, labels):
     """Over some steps, in channels_last; a frozen parameter stays, one without gradient counts as zero."""
 
     def convolutional() -> nn.Module:

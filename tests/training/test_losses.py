@@ -1,4 +1,4 @@
-"""Losses against PyTorch's own and against slow versions written from the papers."""
+"""Losses against PyTorch and against slow versions written from the papers."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def test_against_pytorch(pair):
     assert logit_mae(student, teacher).item() == pytest.approx(F.l1_loss(student, teacher).item(), rel=1e-6)
 
 
-def test_kl_is_zero_where_they_agree_even_for_a_one_hot_teacher(pair):
+def test_kl_is_zero_for_equal_distributions_even_for_a_one_hot_teacher(pair):
     student = pair[0]
     assert kl(student, student.softmax(-1)).abs() < 1e-6
     assert kl(torch.tensor([[100.0, 0.0]]), torch.tensor([[1.0, 0.0]])).abs() < 1e-6
 
 
-def test_kl_and_cross_entropy_pull_alike(pair):
+def test_kl_and_cross_entropy_have_equal_gradients(pair):
     student, teacher = pair
     gradients = [
         torch.autograd.grad(loss(s := student.clone().requires_grad_(), teacher), s)[0] for loss in (kl, cross_entropy)
@@ -63,7 +63,7 @@ def test_kl_and_cross_entropy_pull_alike(pair):
 
 
 def test_the_squared_temperature_keeps_the_gradient_of_logit_matching(experiment):
-    """For a high temperature T^2 * KL pulls like the matching of centered logits (Hinton et al., 2015, eq. 4)."""
+    """At a high temperature, T^2 * KL has the gradient of matching centered logits (Hinton et al., 2015, eq. 4)."""
     import dataclasses
 
     generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""Contrastive distillation: its objective and memory against torchdistill's; the draw of negatives."""
+"""Contrastive distillation: objective and memory against torchdistill; sampling of negatives."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_objective_against_the_formula(memory, batch, generator):
     assert crd(student, teacher, ours, theirs, ROWS).item() == pytest.approx(total, rel=1e-6)
 
 
-def test_the_objective_pairs_each_row_with_its_own(memory, batch, generator):
+def test_the_objective_pairs_the_embeddings_of_each_sample(memory, batch, generator):
     rows, _, _ = batch
     ours, theirs = memory.candidates(rows, NEGATIVES, generator)
     own = ours[:, 0], theirs[:, 0]
@@ -78,7 +78,7 @@ def test_the_objective_pairs_each_row_with_its_own(memory, batch, generator):
     assert right < wrong
 
 
-def test_the_objective_is_finite_in_float32_at_a_cold_temperature(memory, batch, generator):
+def test_the_objective_is_finite_in_float32_at_a_low_temperature(memory, batch, generator):
     rows, student, teacher = batch
     candidates = (side.float() for side in memory.candidates(rows, NEGATIVES, generator))
     student = student.float().requires_grad_()

@@ -15,7 +15,7 @@ RAW = torch.full((5,), features.RAW_VARIANCE, dtype=torch.float64)
 
 
 def layered(student, teacher):
-    """Three layers of each side, made of one."""
+    """Three layers of student and teacher, derived from one."""
     sides = [[side, side.tanh(), 2 * side.roll(1, 1)] for side in (student, teacher)]
     return graph.graph(*sides, edge_move=1.0)
 
@@ -67,7 +67,7 @@ def gradient(name, student, teacher):
 
 
 @every
-def test_it_is_least_where_the_student_is_the_teacher(name):
+def test_the_minimum_is_where_the_student_equals_the_teacher(name):
     student = draw(name, 0)
     teacher = as_teacher(name, student)
     least = LOSSES[name](student, teacher).item()
@@ -82,7 +82,7 @@ def test_it_is_least_where_the_student_is_the_teacher(name):
 
 
 @every
-def test_the_order_of_images_is_not_seen(name):
+def test_the_order_of_samples_does_not_matter(name):
     student, teacher = draw(name, 0), as_teacher(name, draw(name, 1))
     order = torch.randperm(7, generator=torch.Generator().manual_seed(2))
     loss = LOSSES[name](student, teacher).item()
@@ -91,15 +91,15 @@ def test_the_order_of_images_is_not_seen(name):
 
 
 @every
-def test_its_gradient_is_the_numeric_one_at_both_sides(name):
-    """Losses detach nothing: who wants no gradient at the teacher passes it without."""
+def test_gradients_of_student_and_teacher_are_the_numeric_ones(name):
+    """Losses detach nothing; for no gradient at the teacher, pass tensors that do not require one."""
     student, teacher = draw(name, 0, batch=4), as_teacher(name, draw(name, 1, batch=4))
     assert torch.autograd.gradcheck(LOSSES[name], (student.requires_grad_(), teacher.requires_grad_()))
 
 
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_it_keeps_the_precision_it_is_given(name, dtype):
+def test_the_dtype_of_the_inputs_is_kept(name, dtype):
     student, teacher = draw(name, 0), as_teacher(name, draw(name, 1))
     found = gradient(name, student.to(dtype), teacher.to(dtype))
     assert found.dtype == dtype
@@ -109,7 +109,7 @@ def test_it_keeps_the_precision_it_is_given(name, dtype):
 
 
 def one_hot(name, drawn):
-    """The teacher is sure; as features, all but one of each image's are zero."""
+    """A one-hot teacher; as features, all but one of each sample are zero."""
     return F.one_hot(drawn.flatten(1).argmax(-1), drawn.flatten(1).shape[1]).to(drawn).view_as(drawn)
 
 
@@ -127,7 +127,7 @@ HARD = {
     "all rows alike at both": lambda n, s, t: (s[:1].expand_as(s), as_teacher(n, t[:1].expand_as(t))),
     "a student of zeros": lambda n, s, t: (torch.zeros_like(s), as_teacher(n, t)),
     "one row of zeros": lambda n, s, t: (torch.cat([torch.zeros_like(s[:1]), s[1:]]), as_teacher(n, t)),
-    "a sure student who errs": lambda n, s, t: (100 * one_hot(n, s), one_hot(n, t)),
+    "a certain student that is wrong": lambda n, s, t: (100 * one_hot(n, s), one_hot(n, t)),
     "a batch of one": lambda n, s, t: (s[:1], as_teacher(n, t[:1])),
     "two classes": lambda n, s, t: (s[:, :2], t[:, :2].softmax(-1)) if n in ANSWERS else (s, t),
 }
@@ -135,7 +135,7 @@ HARD = {
 
 @every
 @pytest.mark.parametrize("case", HARD)
-def test_the_gradient_is_finite_and_no_explosion(name, case):
+def test_the_gradient_is_finite_and_bounded(name, case):
     """`normalize` and `cosine_similarity` are finite at zero too, with gradients of 1e8 to 1e12."""
     student, teacher = HARD[case](name, draw(name, 0, torch.float32), draw(name, 1, torch.float32))
     found = gradient(name, student, teacher)
@@ -153,7 +153,7 @@ def test_lengths_and_directions_at_zero():
         assert found[1:].eq(0).all()
 
 
-def test_standard_takes_a_constant_for_what_it_is():
+def test_standard_of_a_constant_is_zero():
     values = torch.full((3, 1000), 0.1) * torch.tensor([[1.0], [7.0], [1e4]])
     assert (values - values.mean(-1, keepdim=True)).abs().max() > 0  # rounding
     assert standard(values).eq(0).all()

@@ -65,14 +65,14 @@ def test_dkd_against_the_formula(pair, generator):
     assert dkd(student, probs).item() == pytest.approx(expected, **CLOSE)
 
 
-def test_dkd_weighed_by_the_teachers_doubt_is_kl(pair):
+def test_dkd_with_beta_of_the_other_classes_probability_is_kl(pair):
     """KD = TCKD + (1 - p_target) NCKD, image by image (Zhao et al., 2022)."""
     student, teacher = pair
     for s, p in zip(student.split(1), teacher.softmax(-1).split(1), strict=True):
         assert dkd(s, p, beta=1 - p.max().item()).item() == pytest.approx(kl(s, p).item(), **CLOSE)
 
 
-def test_dkd_learns_nothing_of_other_classes_from_a_one_hot_teacher(pair):
+def test_dkd_ignores_the_other_classes_of_a_one_hot_teacher(pair):
     probs = F.one_hot(pair[1].argmax(-1), 5).double()
     assert dkd(pair[0], probs).item() == pytest.approx(kl(pair[0], probs).item(), **CLOSE)
 
@@ -123,7 +123,7 @@ def test_multi_level_against_the_formula(pair, heat):
 
 
 @pytest.mark.parametrize("name", ["rkd", "similarity", "correlation", "pkt"])
-def test_relations_of_answers_are_those_of_the_rows_beside_kl(pair, name):
+def test_relations_of_outputs_are_those_of_the_rows_plus_kl(pair, name):
     student, probs = pair[0], pair[1].softmax(-1)
     options = {key: p.default for key, p in inspect.signature(getattr(output_relations, name)).parameters.items()}
     weight = options["weight"]
@@ -144,8 +144,8 @@ def test_options_of_relations_reach_them(pair):
         assert ours.item() == pytest.approx(5 * expected, **CLOSE)
 
 
-def test_a_relation_alone_does_not_know_which_class_is_which(pair):
-    """Why `answers` holds on to kl."""
+def test_a_relation_does_not_change_when_classes_are_permuted(pair):
+    """The reason why `output_relations` adds kl."""
     student, probs = pair[0], pair[1].softmax(-1)
     moved = student.roll(1, dims=1)
     for name in ("rkd", "similarity", "correlation", "pkt"):
@@ -177,6 +177,6 @@ def test_options_are_read_from_the_command_line(pair):
         "pkt:weight=nan",
     ],
 )
-def test_options_that_do_not_fit_are_refused(text):
+def test_invalid_options_are_refused(text):
     with pytest.raises(UsageError):
         specs.bind("loss", text)

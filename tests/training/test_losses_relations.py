@@ -19,7 +19,7 @@ PATHS = {"student_output_path": "x", "teacher_output_path": "x"}
 
 @pytest.fixture
 def pair(generator):
-    """Features of other widths and scales."""
+    """Features of different widths and scales."""
     student = torch.randn(7, 5, generator=generator, dtype=torch.float64)
     return student, 3 * torch.randn(7, 2, 3, 2, generator=generator, dtype=torch.float64)
 
@@ -39,7 +39,7 @@ def huber(x):
 
 
 def by_hand_rkd(student, teacher):
-    """Distances and angles in loops; what coincides has neither."""
+    """Distances and angles in loops; both are zero for rows that coincide."""
     sides = [side.flatten(1).numpy() for side in (student, teacher)]
     n = len(sides[0])
     scaled, cosines = [], []
@@ -63,7 +63,7 @@ def test_rkd_against_the_formula_where_rows_coincide(pair):
     assert rkd(student, teacher, distance=2.0, angle=3.0).item() == pytest.approx(2 * distance + 3 * angle, **CLOSE)
 
 
-def test_rkd_does_not_see_scale_shift_or_rotation(pair, generator):
+def test_rkd_does_not_depend_on_scale_shift_or_rotation(pair, generator):
     student, teacher = pair
     rotation = torch.linalg.qr(torch.randn(5, 5, generator=generator, dtype=torch.float64))[0]
     assert rkd(3 * student @ rotation + 2, teacher).item() == pytest.approx(rkd(student, teacher).item(), **CLOSE)
@@ -164,7 +164,7 @@ def test_graph_of_one_layer_has_no_moves(generator):
     assert graph(student, teacher, edge_move=1.0).item() == pytest.approx(expected, **CLOSE)
 
 
-def test_graph_takes_maps_and_does_not_see_scale_or_width_in_edges(generator):
+def test_graph_accepts_maps_and_its_edges_do_not_depend_on_scale_or_width(generator):
     student, teacher = layers(generator, 8, 4), layers(generator, 3, 9)
     edges = {"vertex": 0.0, "vertex_move": 0.0}
     loss = graph([student[0].view(6, 2, 2, 2), 5 * student[1]], teacher, **edges).item()
@@ -178,8 +178,8 @@ def test_graph_keeps_digits_far_from_zero(generator):
     assert graph([shifted], [teacher[0].float()], vertex=0.0).item() == pytest.approx(exact, rel=1e-5)
 
 
-def test_graph_takes_rows_that_differ_by_rounding_for_alike(generator):
-    """Else their noise is blown up to mean distance one, and its gradient with it."""
+def test_graph_treats_rows_that_differ_by_rounding_as_equal(generator):
+    """Else their noise would be scaled to mean distance one, and its gradient too."""
     rows = torch.tensor([0.1, 0.7, 1.3, 2.9]).expand(6, 4).clone().requires_grad_()
     noisy = rows * (1 + 1e-7 * torch.tensor([0.0, 1, 2, 0, 1, 2])[:, None])
     teacher = [layer.float() for layer in layers(generator, 4)]
@@ -189,7 +189,7 @@ def test_graph_takes_rows_that_differ_by_rounding_for_alike(generator):
     assert torch.autograd.grad(loss, rows)[0].eq(0).all()
 
 
-def test_graph_refuses_what_it_cannot_compare(generator):
+def test_graph_refuses_layers_that_cannot_be_compared(generator):
     wide, narrow = layers(generator, 4, 4), layers(generator, 4, 3)
     for student, teacher, options in (
         (wide, wide[:1], {}),
