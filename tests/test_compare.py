@@ -10,7 +10,8 @@ from statistics import fmean, stdev
 
 import pytest
 
-from fedkd.compare import compare, distilled, opened, simulated as merged
+from fedkd.compare import compare, distilled, opened
+from fedkd.compare import simulated as merged
 from fedkd.core.errors import UsageError
 from fedkd.distill import distill
 from fedkd.distill.config import DistillConfig
