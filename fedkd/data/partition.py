@@ -25,9 +25,9 @@ class Partition(Sequence["Rows"]):
     @staticmethod
     def of(parts: Iterable[Rows]) -> Partition:
         """A partition from one array of indices per client."""
-        held = list(parts)
-        rows = np.concatenate([np.zeros(0, np.int64), *held]).astype(np.int64)
-        return Partition(rows, np.cumsum([len(part) for part in held], dtype=np.int64))
+        arrays = list(parts)
+        rows = np.concatenate([np.zeros(0, np.int64), *arrays]).astype(np.int64)
+        return Partition(rows, np.cumsum([len(part) for part in arrays], dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.ends)

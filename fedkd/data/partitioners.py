@@ -192,8 +192,8 @@ def assign(text: str, labels: Rows, clients: int, seed: int) -> Partition:
     recipe: Recipe = specs.call("partitioner", text)
     if recipe.direct is not None:
         return recipe.direct(_shuffled(labels, seed), clients).sorted()
-    dealers = [np.__version__, version("flwr-datasets")]
-    described = json.dumps([3, text, clients, seed, dealers, hashlib.sha256(labels.tobytes()).hexdigest()])
+    versions = [np.__version__, version("flwr-datasets")]
+    described = json.dumps([3, text, clients, seed, versions, hashlib.sha256(labels.tobytes()).hexdigest()])
     path = cache.directory() / "partitions" / f"{hashlib.sha256(described.encode()).hexdigest()[:24]}.npz"
     if (cached := _cached(path)) is None:
         cached = _checked(_by_flower(recipe, text, labels, clients, seed), len(labels), clients, text, UsageError)
@@ -223,10 +223,10 @@ def _by_flower(recipe: Recipe, text: str, labels: Rows, clients: int, seed: int)
     table = Dataset.from_dict({"index": order, "label": labels[order]})
     try:
         with warnings.catch_warnings(action="ignore"):  # what it warns of is checked or shown by fedkd
-            dealer = getattr(flower, recipe.kind)(**options)
-            dealer.dataset = table
-            _require_count(dealer.num_partitions, clients, text, UsageError)
-            return [dealer.load_partition(i)["index"][:] for i in range(clients)]
+            partitioner = getattr(flower, recipe.kind)(**options)
+            partitioner.dataset = table
+            _require_count(partitioner.num_partitions, clients, text, UsageError)
+            return [partitioner.load_partition(i)["index"][:] for i in range(clients)]
     except (ValueError, TypeError, IndexError, OverflowError, ZeroDivisionError) as error:
         reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
         raise UsageError(
@@ -242,27 +242,27 @@ def _by_plugin(text: str, labels: Rows, clients: int, seed: int) -> object:
         if not inspect.isclass(bound.func):
             return bound(labels.copy(), clients, seeds.rng(seed, "partition"))
         parameters = inspect.signature(bound.func).parameters
-        given = {"num_partitions": clients, "seed": seeds.derive(seed, "partition") % 2**32, "partition_by": "label"}
-        dealer = bound(**{k: v for k, v in given.items() if k in parameters})
-        return _by_subclass(dealer, text, labels, clients)
+        offered = {"num_partitions": clients, "seed": seeds.derive(seed, "partition") % 2**32, "partition_by": "label"}
+        partitioner = bound(**{k: v for k, v in offered.items() if k in parameters})
+        return _by_subclass(partitioner, text, labels, clients)
     except FedkdError:
         raise
     except Exception as error:  # anything that user-defined code raises
         raise PluginError(f"--partitioner {text} failed: {type(error).__name__}: {error}.") from error
 
 
-def _by_subclass(dealer: Any, text: str, labels: Rows, clients: int) -> list[Any]:
+def _by_subclass(partitioner: Any, text: str, labels: Rows, clients: int) -> list[Any]:
     from datasets import Dataset
     from flwr_datasets.partitioner import Partitioner
 
-    if not isinstance(dealer, Partitioner):
+    if not isinstance(partitioner, Partitioner):
         raise PluginError(
             f"--partitioner {text} is neither a subclass of flwr_datasets.partitioner.Partitioner "
             "nor a function (labels, clients, rng)."
         )
-    dealer.dataset = Dataset.from_dict({"index": np.arange(len(labels)), "label": labels})
-    _require_count(dealer.num_partitions, clients, text, PluginError)
-    return [dealer.load_partition(i)["index"][:] for i in range(clients)]
+    partitioner.dataset = Dataset.from_dict({"index": np.arange(len(labels)), "label": labels})
+    _require_count(partitioner.num_partitions, clients, text, PluginError)
+    return [partitioner.load_partition(i)["index"][:] for i in range(clients)]
 
 
 def _require_count(count: int, clients: int, text: str, kind: type[FedkdError]) -> None:
@@ -289,30 +289,30 @@ def _checked(parts: object, rows: int, clients: int, text: str, kind: type[Fedkd
             raise wrong(f"gave client {client} no samples; every client needs at least one")
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise wrong(f"gave client {client} {array.dtype} of shape {array.shape}, not a row of integer indices")
-    dealt = Partition.of(arrays)
-    outside = (dealt.rows < 0) | (dealt.rows >= rows)
+    partition = Partition.of(arrays)
+    outside = (partition.rows < 0) | (partition.rows >= rows)
     if outside.any():
-        client = dealt.owners[outside.argmax()]
+        client = partition.owners[outside.argmax()]
         raise wrong(f"gave client {client} an index out of range: there are {rows} samples, counted from 0")
-    values, counts = np.unique(dealt.rows, return_counts=True)
-    if len(values) < len(dealt.rows):
+    values, counts = np.unique(partition.rows, return_counts=True)
+    if len(values) < len(partition.rows):
         raise wrong(f"assigned sample {values[counts > 1][0]} more than once; shares may not overlap")
-    return dealt.sorted()
+    return partition.sorted()
 
 
 def _cached(path: Any) -> Partition | None:
     try:
-        with np.load(path, allow_pickle=False) as held:
-            return Partition(held["rows"], held["ends"])
+        with np.load(path, allow_pickle=False) as arrays:
+            return Partition(arrays["rows"], arrays["ends"])
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None  # missing or damaged: assigned again
 
 
-def _keep(dealt: Partition, path: Any) -> None:
+def _keep(partition: Partition, path: Any) -> None:
     part = path.with_name(f"{path.stem}.{os.getpid()}.part.npz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(part, rows=dealt.rows, ends=dealt.ends)
+        np.savez(part, rows=partition.rows, ends=partition.ends)
         part.replace(path)
     except OSError:  # only takes time at the next start
         part.unlink(missing_ok=True)

@@ -91,10 +91,10 @@ def _cached(path: Path) -> Images | None:
     if not path.is_file():
         return None
     try:
-        held = tensors.load(path)
-        names = json.loads(held["names"].numpy().tobytes())
-        mean, std = held["scaling"].tolist()
-        return Images(held["pixels"], held["labels"], int(held["classes"]), (*names,), Scaling((*mean,), (*std,)))
+        arrays = tensors.load(path)
+        names = json.loads(arrays["names"].numpy().tobytes())
+        mean, std = arrays["scaling"].tolist()
+        return Images(arrays["pixels"], arrays["labels"], int(arrays["classes"]), (*names,), Scaling((*mean,), (*std,)))
     except Exception:  # a damaged or foreign file is replaced
         return None
 
@@ -102,7 +102,7 @@ def _cached(path: Path) -> Images | None:
 def _keep(images: Images, path: Path) -> None:
     assert images.scaling is not None
     names = np.frombuffer(json.dumps(images.names).encode(), np.uint8)
-    held = {
+    arrays = {
         "pixels": images.pixels,
         "labels": images.labels,
         "classes": torch.tensor(images.classes),
@@ -111,7 +111,7 @@ def _keep(images: Images, path: Path) -> None:
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors.save(held, path)
+        tensors.save(arrays, path)
     except OSError:  # a full or read-only disk only takes time at the next start
         return
 

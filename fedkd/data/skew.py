@@ -25,24 +25,24 @@ class Skew:
     coverage: float
 
 
-def counts(labels: NDArray[np.int64], dealt: Partition, classes: int) -> NDArray[np.int64]:
+def counts(labels: NDArray[np.int64], partition: Partition, classes: int) -> NDArray[np.int64]:
     """The number of samples per client and class [clients, classes]."""
-    cells = np.bincount(dealt.owners * classes + labels[dealt.rows], minlength=len(dealt) * classes)
-    return cells.reshape(len(dealt), classes)
+    cells = np.bincount(partition.owners * classes + labels[partition.rows], minlength=len(partition) * classes)
+    return cells.reshape(len(partition), classes)
 
 
-def measure(labels: NDArray[np.int64], dealt: Partition, classes: int, rows: int) -> Skew:
+def measure(labels: NDArray[np.int64], partition: Partition, classes: int, rows: int) -> Skew:
     """The skew of a partition of ``rows`` samples."""
-    table = counts(labels, dealt, classes)
+    table = counts(labels, partition, classes)
     sizes = table.sum(1)
-    mixes = table / sizes[:, None]
-    everybody = table.sum(0) / table.sum()
-    entropies = -(mixes * np.log(np.where(mixes > 0, mixes, 1))).sum(1)
+    distributions = table / sizes[:, None]
+    overall = table.sum(0) / table.sum()
+    entropies = -(distributions * np.log(np.where(distributions > 0, distributions, 1))).sum(1)
     return Skew(
         smallest=int(sizes.min()),
         median=int(np.median(sizes)),
         largest=int(sizes.max()),
-        distance=float(0.5 * np.abs(mixes - everybody).sum(1).mean()),
+        distance=float(0.5 * np.abs(distributions - overall).sum(1).mean()),
         classes=float(np.exp(entropies).mean()),
         coverage=float(sizes.sum() / rows),
     )

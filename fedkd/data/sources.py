@@ -124,10 +124,10 @@ def parquet_files(source: Source, split: str, data_dir: str) -> list[Path]:
 
 def _require_all(files: list[Path], split: str) -> None:
     """Refuse a split with missing files: each file name states how many there are."""
-    said = {int(found[1]) for file in files if (found := re.search(r"-of-(\d+)", file.name))}
-    if said and len(files) != max(said):
+    counts = {int(match[1]) for file in files if (match := re.search(r"-of-(\d+)", file.name))}
+    if counts and len(files) != max(counts):
         raise DataError(
-            f"{files[0].parent} holds {len(files)} of {max(said)} parquet files of {split}; fetch the rest."
+            f"{files[0].parent} holds {len(files)} of {max(counts)} parquet files of {split}; fetch the rest."
         )
 
 

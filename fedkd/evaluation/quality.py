@@ -1,4 +1,4 @@
-"""How good a classifier is: what it knows, how well it knows that, what hard images do to it, and what it costs."""
+"""The quality of a classifier: accuracy, calibration, robustness to corrupted and shifted images, and cost."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from fedkd.data.readers import Images
 from fedkd.data.scaling import Scaling
 from fedkd.training import loop
 
-TEACHER = "teacher"  # the candidate whose answers the others are held against
-BATCHES = (1, 64)  # images a forward pass whose time is taken
+TEACHER = "teacher"  # the candidate to whose predictions those of the others are compared
+BATCHES = (1, 64)  # images per forward pass, for the latency
 
-Verdict = dict[str, Any]  # what is found about one candidate, as JSON can hold it
+Verdict = dict[str, Any]  # the results of one candidate; can be written as JSON
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A classifier [B, 3, H, W] -> logits [B, C], how pixels become its input, and the file it lies in, if any."""
+    """A classifier [B, 3, H, W] -> logits [B, C], the scaling of its input, and its file, if any."""
 
     module: nn.Module
     scaling: Scaling
@@ -36,7 +36,7 @@ class Candidate:
 
 
 class Reliability(NamedTuple):
-    """Of each bin: the share of the images, their mean confidence and accuracy; None where there is no image."""
+    """For each bin: the fraction of the images, their mean confidence and accuracy; None for an empty bin."""
 
     share: list[float]
     confidence: list[float | None]
@@ -44,7 +44,7 @@ class Reliability(NamedTuple):
 
 
 def agreement(logits: Tensor, other: Tensor) -> float:
-    """The share of images [N, C] for which both name the same class (Stanton et al., 2021: top-1 agreement)."""
+    """The fraction of images [N, C] for which both predict the same class (Stanton et al., 2021: top-1 agreement)."""
     return (logits.argmax(-1) == other.argmax(-1)).double().mean().item()
 
 
@@ -54,7 +54,7 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> Reliability:
     Bin m of M holds the probabilities in ((m - 1) / M, m / M] (Guo et al., 2017).
     """
     confidence, predicted = logits.double().softmax(-1).max(-1)
-    places = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)  # rounding may lead beyond one
+    places = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)  # rounding may exceed 1
     counts = torch.bincount(places, minlength=bins)
 
     def means(values: Tensor) -> list[float | None]:
@@ -74,47 +74,47 @@ def ece(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
 
 
 def parameters(module: nn.Module) -> int:
-    """How many numbers are trained; buffers are none of them."""
+    """The number of trainable parameters, without buffers."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def multiply_adds(module: nn.Module, pixels: int) -> int:
-    """Multiplications with an addition for one image of ``pixels`` a side: convolutions and matrix products alone.
+    """Multiply-adds for one image of ``pixels`` x ``pixels``: convolutions and matrix products only.
 
-    Counted on a CPU copy that is kept from fused kernels (cuDNN's and oneDNN's recurrent networks, flash attention),
-    since what happens inside of those is not seen.
+    Counted on a copy on the CPU without fused kernels (recurrent networks of cuDNN and oneDNN, flash attention),
+    whose operations the counter does not see.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    alone = copy.deepcopy(module).cpu().eval()
+    unfused = copy.deepcopy(module).cpu().eval()
     image = torch.zeros(1, 3, pixels, pixels)
     counter = FlopCounterMode(display=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the flag of oneDNN speaks of GPUs that nobody has
+        warnings.simplefilter("ignore")  # the flag of oneDNN warns about GPUs
         with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH), torch.inference_mode(), counter:
-            alone(image)
+            unfused(image)
     return int(counter.get_total_flops()) // 2
 
 
 def latency(call: Callable[[], object], repeats: int = 30) -> dict[str, float]:
-    """Median and quartiles of the seconds a call takes, after calls that warm up.
+    """Median and quartiles of the duration of a call in seconds, after warm-up calls.
 
     On a GPU ``call`` must wait for its result.
     """
     for _ in range(max(3, repeats // 5)):
         call()
-    taken = torch.empty(repeats, dtype=torch.float64)
+    durations = torch.empty(repeats, dtype=torch.float64)
     for index in range(repeats):
         start = time.perf_counter()
         call()
-        taken[index] = time.perf_counter() - start
-    low, median, high = taken.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+        durations[index] = time.perf_counter() - start
+    low, median, high = durations.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
     return {"median": median, "low": low, "high": high}
 
 
 def size(path: Path) -> int:
-    """The bytes of a file on disk."""
+    """The size of a file in bytes."""
     return path.stat().st_size
 
 
@@ -130,43 +130,43 @@ def judge(
     bins: int = 15,
     repeats: int = 30,
 ) -> dict[str, Verdict]:
-    """What each candidate knows and costs; shares in [0, 1], NLL in nats, latency in milliseconds, keys all text.
+    """The quality and cost of each candidate: fractions in [0, 1], NLL in nats, latency in ms; keys are text.
 
-    All but the latency is the same for the same seed. The first ``count`` test images are corrupted, since twenty
-    copies of all would take minutes. Without a shifted set the test images, rotated and moved, are one.
+    All but the latency is the same for the same seed. Only the first ``count`` test images are corrupted, since twenty
+    copies of all take minutes. Without ``shifted``, the test images are rotated and moved.
     """
     hard = test.first(count)
-    harmed: dict[str, dict[str, dict[str, float]]] = {name: {kind: {} for kind in kinds} for name in candidates}
+    corrupted: dict[str, dict[str, dict[str, float]]] = {name: {kind: {} for kind in kinds} for name in candidates}
     for kind in kinds:
         for strength in strengths:
             pixels = corruptions.corrupt(hard.pixels, kind, strength, seed)  # once for all candidates
             for name, candidate in candidates.items():
-                harmed[name][kind][str(strength)] = loop.score(_answer(candidate, pixels), hard.labels)[0]
-    elsewhere = shifted or dataclasses.replace(test, pixels=corruptions.moved(test.pixels, seed))
-    logits = {name: _answer(candidate, test.pixels) for name, candidate in candidates.items()}
+                corrupted[name][kind][str(strength)] = loop.score(_predict(candidate, pixels), hard.labels)[0]
+    shifted_set = shifted or dataclasses.replace(test, pixels=corruptions.moved(test.pixels, seed))
+    logits = {name: _predict(candidate, test.pixels) for name, candidate in candidates.items()}
     verdicts = {}
     for name, candidate in candidates.items():
-        values = [value for row in harmed[name].values() for value in row.values()]
+        values = [value for row in corrupted[name].values() for value in row.values()]
         verdicts[name] = {
-            **_knows(logits[name], test.labels, None if name == TEACHER else logits.get(TEACHER), bins),
+            **_quality(logits[name], test.labels, None if name == TEACHER else logits.get(TEACHER), bins),
             "corrupted_images": len(hard),
             "uncorrupted_accuracy": loop.score(logits[name][:count], hard.labels)[0],
-            "corruptions": harmed[name],
+            "corruptions": corrupted[name],
             "corruption_accuracy": fmean(values) if values else None,
             "shifted": "given" if shifted else "moved",
-            "shifted_images": len(elsewhere),
-            "shifted_accuracy": loop.score(_answer(candidate, elsewhere.pixels), elsewhere.labels)[0],
-            **_costs(candidate, test.pixels, repeats),
+            "shifted_images": len(shifted_set),
+            "shifted_accuracy": loop.score(_predict(candidate, shifted_set.pixels), shifted_set.labels)[0],
+            **_cost(candidate, test.pixels, repeats),
         }
     return verdicts
 
 
-def _answer(candidate: Candidate, pixels: Tensor) -> Tensor:
+def _predict(candidate: Candidate, pixels: Tensor) -> Tensor:
     return loop.predict(candidate.module, pixels, candidate.scaling)
 
 
-def _knows(logits: Tensor, labels: Tensor, teacher: Tensor | None, bins: int) -> Verdict:
-    """What the clean test images tell."""
+def _quality(logits: Tensor, labels: Tensor, teacher: Tensor | None, bins: int) -> Verdict:
+    """The results on the clean test images."""
     accuracy, nll = loop.score(logits, labels)
     return {
         "images": len(labels),
@@ -178,16 +178,16 @@ def _knows(logits: Tensor, labels: Tensor, teacher: Tensor | None, bins: int) ->
     }
 
 
-def _costs(candidate: Candidate, pixels: Tensor, repeats: int) -> Verdict:
-    """Size and time, from pixels in memory to logits in memory."""
+def _cost(candidate: Candidate, pixels: Tensor, repeats: int) -> Verdict:
+    """Size, and latency from pixels in memory to logits in memory."""
     module = candidate.module.eval()
     device = next(module.parameters()).device
 
     def timed(batch: int) -> dict[str, float]:
         images = pixels[torch.arange(batch) % len(pixels)]
         with torch.inference_mode():
-            taken = latency(lambda: module(candidate.scaling(images.to(device))).cpu(), repeats)
-        return {key: 1000 * value for key, value in taken.items()}
+            durations = latency(lambda: module(candidate.scaling(images.to(device))).cpu(), repeats)
+        return {key: 1000 * value for key, value in durations.items()}
 
     return {
         "parameters": parameters(module),

@@ -85,9 +85,9 @@ def load(path: Path, model: str = "") -> Student:
 
     """
     path = path / "student.safetensors" if path.is_dir() else path
-    weights, held = _read_safetensors(path)
+    weights, metadata = _read_safetensors(path)
     try:
-        about = json.loads(held[KEY])
+        about = json.loads(metadata[KEY])
         mean, std = (tuple(float(value) for value in about[key]) for key in ("mean", "std"))
         named = str(about["model"])
         student = Student(
@@ -126,17 +126,21 @@ def read_weights(path: Path) -> Tensors:
     if not path.is_file():
         raise DataError(f"There is no file {path}.")
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, RuntimeError and UnpicklingError among them
         raise DataError(
             f"{path} is damaged or holds more than tensors, which is refused; save a state dict or safetensors."
         ) from error
     for key in ("state_dict", "model"):  # as training scripts nest it
-        if isinstance(held, dict) and isinstance(held.get(key), dict):
-            held = held[key]
-    if not isinstance(held, dict) or not held or not all(isinstance(value, torch.Tensor) for value in held.values()):
+        if isinstance(contents, dict) and isinstance(contents.get(key), dict):
+            contents = contents[key]
+    if (
+        not isinstance(contents, dict)
+        or not contents
+        or not all(isinstance(value, torch.Tensor) for value in contents.values())
+    ):
         raise DataError(f"{path} holds no state dict (names and tensors).")
-    return {str(name).removeprefix("module."): tensor.detach() for name, tensor in held.items()}
+    return {str(name).removeprefix("module."): tensor.detach() for name, tensor in contents.items()}
 
 
 def fill(module: nn.Module, weights: Tensors, whose: str) -> None:

@@ -1,4 +1,4 @@
-"""The learning curves as a picture: over rounds, and over bytes."""
+"""The learning curves as a figure: over rounds, and over bytes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
     from fedkd.evaluation.report.table import Curves
 
-# Okabe and Ito's colors, told apart by everyone; the teacher and the clients share their method's.
+# Okabe and Ito's colors, which color-blind readers can distinguish; teacher and clients have that of their method.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", ":", "-.")  # of further methods, once the colors are used up
+STYLES = ("-", "--", ":", "-.")  # of further methods, after the last color
 
 
 def draw(curves: Curves, title: str, out: Path) -> None:

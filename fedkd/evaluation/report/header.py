@@ -21,7 +21,7 @@ def lines(experiment: Experiment, fallback: str) -> list[tuple[str, str]]:
     """Titles and texts that apply to all methods of a comparison; ``fallback`` is why it is not on CIFAR-10."""
     setup, config = experiment.setup, experiment.config
     height, width = setup.proxy.images.shape[1:3]
-    found = [("notice", f"CIFAR-10 is not available, so this run uses digits. {fallback}")] if fallback else []
+    notices = [("notice", f"CIFAR-10 is not available, so this run uses digits. {fallback}")] if fallback else []
     data = (
         f"{config.dataset}: {plain(len(experiment.partition.rows), 'private sample')}, "
         f"{len(setup.proxy.images):,} proxy ({config.proxy}), {len(experiment.test):,} test, "
@@ -36,7 +36,7 @@ def lines(experiment: Experiment, fallback: str) -> list[tuple[str, str]]:
         f"{size(weights)}; break-even proxy size: {equal:,} samples"
     )
     return [
-        *found,
+        *notices,
         ("data", data),
         ("partition", f"{config.partitioner}, {plain(config.clients, 'client')} {_skew(experiment)}"),
         ("models", ", ".join(f"{name} ({count:,} numbers)" for name, count in parameters.items())),
@@ -73,9 +73,9 @@ def _skew(experiment: Experiment) -> str:
         return "that bring their own data"
     held_out = 0 if experiment.proxy_rows is None else len(experiment.proxy_rows)
     private = len(experiment.train) - held_out
-    found = skew.measure(experiment.train.labels.numpy(), experiment.partition, experiment.setup.classes, private)
+    result = skew.measure(experiment.train.labels.numpy(), experiment.partition, experiment.setup.classes, private)
     return (
-        f"with {found.smallest:,} to {found.largest:,} samples (median {found.median:,}); effective number of classes "
-        f"per client {found.classes:.1f}; mean total-variation distance to the global label distribution "
-        f"{found.distance:.2f}; {percent(found.coverage, 0)} of the samples are assigned"
+        f"with {result.smallest:,} to {result.largest:,} samples (median {result.median:,}); effective number of classes "
+        f"per client {result.classes:.1f}; mean total-variation distance to the global label distribution "
+        f"{result.distance:.2f}; {percent(result.coverage, 0)} of the samples are assigned"
     )
