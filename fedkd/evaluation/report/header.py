@@ -75,7 +75,7 @@ def _skew(experiment: Experiment) -> str:
     private = len(experiment.train) - held_out
     result = skew.measure(experiment.train.labels.numpy(), experiment.partition, experiment.setup.classes, private)
     return (
-        f"with {result.smallest:,} to {result.largest:,} samples (median {result.median:,}); effective number of classes "
-        f"per client {result.classes:.1f}; mean total-variation distance to the global label distribution "
+        f"with {result.smallest:,} to {result.largest:,} samples (median {result.median:,}); effective number of "
+        f"classes per client {result.classes:.1f}; mean total-variation distance to the global label distribution "
         f"{result.distance:.2f}; {percent(result.coverage, 0)} of the samples are assigned"
     )
