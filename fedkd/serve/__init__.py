@@ -50,14 +50,14 @@ def serve(
     loaded = network.load(file, threads)
     limits = web.Limits(max_bytes, backlog, timeout, max_batch, max_wait)
     with http.listen(host, port) as listening:
-        shown = f"[{host}]" if ":" in host else host
+        address = f"[{host}]" if ":" in host else host
         print(
-            f"{file} is served at http://{shown}:{listening.getsockname()[1]}/ "
+            f"{file} is served at http://{address}:{listening.getsockname()[1]}/ "
             f"({loaded.about['classes']} classes, {loaded.pixels} x {loaded.pixels} pixels). Press Ctrl-C to stop.",
             flush=True,
         )
         try:
             http.server(web.app(loaded, limits), timeout).run(sockets=[listening])
-        except KeyboardInterrupt:  # cli.run speaks of rounds
+        except KeyboardInterrupt:  # the message of cli.run is about rounds
             print("fedkd: interrupted; accepted requests are finished.", file=sys.stderr)
             sys.exit(130)

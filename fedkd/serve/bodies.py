@@ -13,25 +13,25 @@ from starlette.requests import Request
 
 from fedkd.serve.images import Refused
 
-FILES = 16  # of a form, and as many fields beside them, which nobody reads
-DISCARD = 8  # times the limit: so much is read and thrown away, so that the sender gets to hear why
+FILES = 16  # of a form, at most, and the same number of other fields, which are ignored
+DISCARD = 8  # times the limit: up to this size the body is read and discarded, so that the sender receives the error
 
 
 class _InMemory(MultiPartParser):
-    spool_max_size = sys.maxsize  # nothing is written to disk; the body as a whole is limited
+    spool_max_size = sys.maxsize  # nothing is written to disk; the size of the body is limited
 
 
-async def images(request: Request, largest: int, seconds: float) -> list[bytes]:
-    """The encoded images of a body: itself, or the files of a form. At least one.
+async def images(request: Request, max_bytes: int, seconds: float) -> list[bytes]:
+    """The encoded images of a request: the body itself, or the files of a form. At least one.
 
-    ``largest`` is in bytes, of the whole body.
+    ``max_bytes`` is the size of the whole body.
 
     Raises:
-        Refused: there is none (400), too much (413), the wrong thing (415), or it took too long (408).
+        Refused: there is no image (400), too many bytes (413), another content type (415), or a timeout (408).
 
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    body = await _body(request, largest, seconds)
+    body = await _body(request, max_bytes, seconds)
     if kind == "multipart/form-data":
         return await _files(request, body)
     if not body:
@@ -41,25 +41,25 @@ async def images(request: Request, largest: int, seconds: float) -> list[bytes]:
     return [body]
 
 
-async def _body(request: Request, largest: int, seconds: float) -> bytes:
-    too_much = Refused(413, f"The request is larger than {largest:,} bytes.")
+async def _body(request: Request, max_bytes: int, seconds: float) -> bytes:
+    too_large = Refused(413, f"The request is larger than {max_bytes:,} bytes.")
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > DISCARD * largest:
-        raise too_much
+    if length.isdecimal() and int(length[:20]) > DISCARD * max_bytes:
+        raise too_large
     body = bytearray()
     size = 0
     try:
         async with asyncio.timeout(seconds):
-            async for chunk in request.stream():  # counted: what Content-Length says is a promise
+            async for chunk in request.stream():  # counted, since Content-Length may be wrong
                 size += len(chunk)
-                if size <= largest:
+                if size <= max_bytes:
                     body += chunk
-                elif size > DISCARD * largest:
+                elif size > DISCARD * max_bytes:
                     break
     except TimeoutError as error:
         raise Refused(408, f"The request did not arrive within {seconds:g} seconds.") from error
-    if size > largest:
-        raise too_much
+    if size > max_bytes:
+        raise too_large
     return bytes(body)
 
 
@@ -74,8 +74,8 @@ async def _files(request: Request, body: bytes) -> list[bytes]:
         raise Refused(status, f"The form cannot be used: {error.message}") from error
     except FormParserError as error:
         raise Refused(400, "The form is damaged.") from error
-    found = [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
+    contents = [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
     await form.close()
-    if not found:
+    if not contents:
         raise Refused(400, "There is no file in the form.")
-    return found
+    return contents

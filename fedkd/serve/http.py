@@ -1,4 +1,4 @@
-"""The server: uvicorn, less patient."""
+"""The server: uvicorn with timeouts for connections."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections; a port of 0 is any that is free.
+    """A listening socket; port 0 is any free port.
 
     Raises:
         UsageError: the port is in use, or there is no such address on this machine.
 
     """
     try:
-        # With its protocol named, since asyncio turns off Nagle's algorithm for such only: else an answer takes 40 ms.
+        # asyncio turns off Nagle's algorithm only if the protocol is given; with it a response takes 40 ms.
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
         )[0]
         listening = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:  # the latter for names that cannot be
+    except (OSError, UnicodeError) as error:  # UnicodeError for invalid host names
         raise _unusable(host, port, error) from error
     try:
-        if sys.platform != "win32":  # where it would let two servers share a port
+        if sys.platform != "win32":  # on Windows it lets two servers share a port
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen(1024)
@@ -49,20 +49,20 @@ def _unusable(host: str, port: int, error: Exception) -> UsageError:
 
 
 def server(app: Starlette, timeout: float) -> uvicorn.Server:
-    """A server that runs until Ctrl-C or SIGTERM, then answers what it has accepted, and only then obeys."""
+    """A server that stops on Ctrl-C or SIGTERM, after all accepted requests have been answered."""
 
-    class Impatient(H11Protocol):
-        """A connection on which a request must begin within the timeout, or twice that; uvicorn waits for ever."""
+    class TimedProtocol(H11Protocol):
+        """A connection that is closed if no request begins within one to two timeouts; uvicorn has no such limit."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self.timer = self.loop.call_later(timeout, self.look)
+            self.timer = self.loop.call_later(timeout, self.close_if_idle)
 
-        def look(self, seen: object = None) -> None:
-            if (self.cycle is None or self.cycle.response_complete) and self.cycle is seen:
+        def close_if_idle(self, last_cycle: object = None) -> None:
+            if (self.cycle is None or self.cycle.response_complete) and self.cycle is last_cycle:
                 self.transport.close()
             else:
-                self.timer = self.loop.call_later(timeout, self.look, self.cycle)
+                self.timer = self.loop.call_later(timeout, self.close_if_idle, self.cycle)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self.timer.cancel()
@@ -70,10 +70,10 @@ def server(app: Starlette, timeout: float) -> uvicorn.Server:
 
     config = uvicorn.Config(
         app,
-        http=Impatient,
+        http=TimedProtocol,
         ws="none",
         loop="asyncio",
-        log_level="error",  # a bug of ours, and nothing that others can cause
+        log_level="error",  # requests of clients cannot cause messages of this level
         access_log=False,
         proxy_headers=False,
         server_header=False,

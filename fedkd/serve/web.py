@@ -1,4 +1,4 @@
-"""The routes: images in, classes and probabilities out, and a page to try it by hand."""
+"""The routes: prediction, health, metadata, and a web page."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from starlette.routing import Route
 
 from fedkd.serve import bodies
 from fedkd.serve.batches import Batches
-from fedkd.serve.images import FORMATS, LARGEST, Refused, pixels
+from fedkd.serve.images import FORMATS, MAX_PIXELS, Refused, pixels
 from fedkd.serve.network import Network
 
-TOP = 10  # classes of an answer
-DECODERS = 2  # threads; each may hold an image of the largest size
+TOP = 10  # classes in a response, at most
+DECODERS = 2  # threads; each needs memory for one image of the maximum size
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on: bytes of a request, requests at once, seconds for a request to arrive; and batching."""
+    """Limits of a server: bytes per request, concurrent requests, seconds until a request has arrived; and batching."""
 
     max_bytes: int = 5_000_000
     backlog: int = 128
@@ -42,16 +42,16 @@ class Limits:
 
 
 class Service:
-    """What the routes share. Nothing of a request outlives its answer."""
+    """The state that the routes share. Nothing of a request is stored after its response."""
 
     def __init__(self, network: Network, limits: Limits) -> None:
         self.network, self.limits = network, limits
-        self.inside = 0  # requests that are being read or answered: their bodies are in memory
-        self.batches: Batches  # made within the event loop
+        self.active = 0  # requests whose bodies are in memory
+        self.batches: Batches  # created within the event loop
 
     @asynccontextmanager
     async def running(self, app: Starlette) -> AsyncGenerator[None, None]:
-        """The threads and the task that answer, for as long as the server runs."""
+        """Start the threads and the batching task, and stop them when the server stops."""
         self.batches = Batches(self.network.logits, self.limits.max_batch, self.limits.max_wait / 1000)
         self.decoders = ThreadPoolExecutor(DECODERS, "decoder")
         yield
@@ -59,48 +59,48 @@ class Service:
         self.decoders.shutdown()
 
     async def predict(self, request: Request) -> Response:
-        """One answer for an image that is the body; for a form, one for each of its files, in their order."""
-        if self.inside >= self.limits.backlog:
-            raise Refused(503, "Too many requests at once; try again in a second.")
-        self.inside += 1
+        """The prediction for the image in the body; for a form, a list with one for each file, in their order."""
+        if self.active >= self.limits.backlog:
+            raise Refused(503, "Too many concurrent requests; try again in a second.")
+        self.active += 1
         try:
-            sent = await bodies.images(request, self.limits.max_bytes, self.limits.timeout)
-            answers = await asyncio.gather(*map(self._answer, sent), return_exceptions=True)
+            contents = await bodies.images(request, self.limits.max_bytes, self.limits.timeout)
+            answers = await asyncio.gather(*map(self._predict_one, contents), return_exceptions=True)
         finally:
-            self.inside -= 1
-        for place, answer in enumerate(answers):
+            self.active -= 1
+        for index, answer in enumerate(answers):
             if isinstance(answer, Refused) and len(answers) > 1:
-                raise Refused(answer.status, f"File {place + 1} of {len(answers)}: {answer}")
+                raise Refused(answer.status, f"File {index + 1} of {len(answers)}: {answer}")
             if isinstance(answer, BaseException):
                 raise answer
         is_form = request.headers.get("content-type", "").lower().startswith("multipart/")
         return JSONResponse({"answers": answers} if is_form else answers[0], headers=HEADERS)
 
-    async def _answer(self, content: bytes) -> dict[str, Any]:
+    async def _predict_one(self, content: bytes) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
         image = await loop.run_in_executor(self.decoders, pixels, content, self.network.pixels)
-        return ranked(await self.batches.ask(image), self.network.about["names"])
+        return prediction(await self.batches.logits(image), self.network.about["names"])
 
     async def health(self, request: Request) -> Response:
-        """That it answers, and how much it has answered."""
+        """The status, and the numbers of images and of batches so far."""
         counts = {"images": self.batches.images, "runs": self.batches.runs}
         return JSONResponse({"status": "ok", **counts}, headers=HEADERS)
 
     async def model(self, request: Request) -> Response:
-        """What the file says about itself, and what a request may be."""
-        limits = {**asdict(self.limits), "pixels": LARGEST, "files": bodies.FILES, "formats": FORMATS}
+        """The metadata of the file and the limits of a request."""
+        limits = {**asdict(self.limits), "pixels": MAX_PIXELS, "files": bodies.FILES, "formats": FORMATS}
         return JSONResponse({**self.network.about, "limits": limits}, headers=HEADERS)
 
 
-def ranked(logits: np.ndarray, names: list[str]) -> dict[str, Any]:
-    """The likeliest class of logits [C], and the probabilities of the ten likeliest; a name is null if there is none.
+def prediction(logits: np.ndarray, names: list[str]) -> dict[str, Any]:
+    """The class with the highest logit [C], and the probabilities of the top ten; a name is None if there is none.
 
     Raises:
-        Refused: they are not all finite (422).
+        Refused: the logits are not finite (422).
 
     """
     if not np.isfinite(logits).all():
-        raise Refused(422, "The network gives no finite answer to this image.")
+        raise Refused(422, "The network returns no finite logits for this image.")
     exponentials = np.exp(logits.astype(np.float64) - logits.max())
     probs = exponentials / exponentials.sum()
     order = np.argsort(-logits, kind="stable")[:TOP].tolist()
@@ -109,7 +109,7 @@ def ranked(logits: np.ndarray, names: list[str]) -> dict[str, Any]:
 
 
 def app(network: Network, limits: Limits) -> Starlette:
-    """The application; its state has the `Service`."""
+    """The application; its state contains the `Service`."""
     service = Service(network, limits)
     page = files("fedkd.serve").joinpath("page.html").read_text(encoding="utf-8")
     headers = {**HEADERS, "Content-Security-Policy": policy(page), "Referrer-Policy": "no-referrer"}
@@ -124,7 +124,7 @@ def app(network: Network, limits: Limits) -> Starlette:
             Route("/health", service.health),
             Route("/model", service.model),
         ],
-        exception_handlers={Refused: _refused, HTTPException: _no_route, ClientDisconnect: _gone},
+        exception_handlers={Refused: _refused, HTTPException: _http_error, ClientDisconnect: _disconnected},
         lifespan=service.running,
     )
     application.state.service = service
@@ -132,7 +132,7 @@ def app(network: Network, limits: Limits) -> Starlette:
 
 
 def policy(page: str) -> str:
-    """The Content-Security-Policy of a page: its own style and script, by their hashes, and nothing else."""
+    """The Content-Security-Policy of a page: only its own style and script, by their hashes."""
 
     def hashes(tag: str) -> str:
         parts = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
@@ -147,16 +147,16 @@ def policy(page: str) -> str:
 
 def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
-    # What was not read would be taken for the next request, or be read for ever.
+    # Without closing, the unread rest of the body would be read as the next request.
     headers = {**HEADERS, "Connection": "close"} | ({"Retry-After": "1"} if error.status == 503 else {})
     return JSONResponse({"error": str(error)}, error.status, headers)
 
 
-def _no_route(request: Request, error: Exception) -> Response:
+def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = "GET /, /health and /model, and POST /predict, are all there is."
+    message = "The routes are GET /, GET /health, GET /model and POST /predict."
     return JSONResponse({"error": message}, error.status_code, {**HEADERS, **(error.headers or {})})
 
 
-def _gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=400)  # nobody reads it
+def _disconnected(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)  # the client has disconnected

@@ -1,4 +1,4 @@
-"""The page, in a real browser: Debian's Chromium, or whichever is on the PATH."""
+"""The web page in a real browser: Debian's Chromium, or any other one on the PATH."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
 
 IMAGE = encoded(noise(5))
-HIDDEN = "<img src=x onerror='document.title=1'>"  # of the class that is the likeliest
+HIDDEN = "<img src=x onerror='document.title=1'>"  # the name of the predicted class
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +37,22 @@ def browser():
 
 @pytest.fixture
 def page(browser, file):
-    """The page as somebody finds it, and a test that fails if the browser had something to complain about."""
+    """The page as it opens; the test fails if the browser reports an error."""
     with serving(file, max_bytes=100_000) as (url, _):
         context = browser.new_context(viewport={"width": 360, "height": 700})
         opened = context.new_page()
         opened.set_default_timeout(120_000)
-        complaints, asked = [], []
-        opened.on("console", lambda message: complaints.append(message.text))
-        opened.on("pageerror", lambda error: complaints.append(str(error)))
-        opened.on("request", lambda request: asked.append(request.url))
+        errors, requests = [], []
+        opened.on("console", lambda message: errors.append(message.text))
+        opened.on("pageerror", lambda error: errors.append(str(error)))
+        opened.on("request", lambda request: requests.append(request.url))
         opened.goto(url)
         opened.get_by_text("10 classes").wait_for()
         yield opened
         context.close()
-        # What was refused or lost the browser reports by itself; a breach of the policy would be among the rest.
-        assert [text for text in complaints if not text.startswith("Failed to load resource")] == []
-        assert all(address.startswith((url, "blob:", "data:")) for address in asked), asked
+        # The browser itself reports refused and lost requests. Violations of the policy are among the other errors.
+        assert [text for text in errors if not text.startswith("Failed to load resource")] == []
+        assert all(address.startswith((url, "blob:", "data:")) for address in requests), requests
 
 
 def choose(page, content=IMAGE, name="a.png", kind="image/png"):
@@ -60,9 +60,9 @@ def choose(page, content=IMAGE, name="a.png", kind="image/png"):
 
 
 def drop(page, content):
-    """What a browser tells a page when a file is dropped on it."""
-    script = """(held) => {
-        const bytes = Uint8Array.from(atob(held), (letter) => letter.charCodeAt(0));
+    """Dispatch the events of a file that is dropped on the page."""
+    script = """(content) => {
+        const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
         const transfer = new DataTransfer();
         transfer.items.add(new File([bytes], "a.png", { type: "image/png" }));
         return transfer;
@@ -72,8 +72,8 @@ def drop(page, content):
         page.dispatch_event("#drop", event, {"dataTransfer": transfer})
 
 
-def seen(page, file):
-    """Wait for the answer, and hold what is shown against ONNX Runtime's."""
+def check_prediction(page, file):
+    """Wait for the prediction and compare it with ONNX Runtime's."""
     page.locator("#answer").wait_for()
     wanted = direct(file, noise(5))
     assert page.locator("#best").inner_text() == HIDDEN
@@ -91,18 +91,18 @@ def seen(page, file):
     assert widths[0] == max(widths) <= track
 
 
-def test_an_image_that_is_chosen_is_shown_and_answered(page, file):
+def test_a_chosen_image_is_shown_and_classified(page, file):
     assert page.locator("#answer").is_hidden()
     choose(page)
-    seen(page, file)
+    check_prediction(page, file)
     assert page.locator("#picture").evaluate("image => image.complete && image.naturalWidth") == toy.SIDE
-    assert page.get_by_role("status").inner_text().startswith(f"{HIDDEN}, ")  # what a screen reader says
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out of a narrow window
+    assert page.get_by_role("status").inner_text().startswith(f"{HIDDEN}, ")  # read by screen readers
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # no overflow in a narrow window
 
 
-def test_an_image_that_is_dropped_is_answered(page, file):
+def test_a_dropped_image_is_classified(page, file):
     drop(page, IMAGE)
-    seen(page, file)
+    check_prediction(page, file)
 
 
 def test_names_are_text(page):
@@ -119,14 +119,14 @@ def direct_best(page):
     return page.evaluate("fetch('model').then(r => r.json()).then(m => m.names.findIndex(n => n.startsWith('<')))")
 
 
-def test_what_is_not_an_image_is_answered_by_words_and_the_next_one_counts(page, file):
+def test_a_file_that_is_no_image_gets_a_message_and_the_next_one_is_classified(page, file):
     choose(page, b"hello", "a.png")
     alert = page.get_by_role("alert")
     alert.wait_for()
-    assert alert.inner_text() == "This is not an image that is understood; PNG, JPEG, WebP, GIF and BMP are."
+    assert alert.inner_text() == "This is not a supported image; use PNG, JPEG, WebP, GIF or BMP."
     assert page.locator("#picture").is_hidden()
     drop(page, IMAGE)
-    seen(page, file)
+    check_prediction(page, file)
     assert alert.is_hidden()
 
 
@@ -135,11 +135,11 @@ def test_a_file_that_is_too_large_is_not_sent(page):
     page.get_by_text("larger than 0.1 MB").wait_for()
 
 
-def test_a_keyboard_is_enough(page, file):
+def test_the_page_works_with_the_keyboard_only(page, file):
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "file"
     assert page.locator("#drop").evaluate("field => getComputedStyle(field).outlineStyle") == "solid"
-    # The window in which files are chosen is the system's, and a busy browser may lose it; a click would open it.
+    # A click opens the system's file dialog, which tests cannot use, so it is prevented.
     page.evaluate(
         """document.activeElement.addEventListener("click", (event) => {
             event.preventDefault();
@@ -149,10 +149,10 @@ def test_a_keyboard_is_enough(page, file):
     page.keyboard.press("Space")
     page.wait_for_function("window.opens")
     choose(page)
-    seen(page, file)
+    check_prediction(page, file)
 
 
-def test_a_server_that_is_gone_is_told(page):
+def test_an_unreachable_server_is_reported(page):
     page.route("**/predict", lambda route: route.abort())
     choose(page)
     page.get_by_text("The server did not answer").wait_for()

@@ -1,4 +1,4 @@
-"""The server: right answers, limits, and words for every mistake."""
+"""The server: predictions, limits and error messages."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def url(file):
         yield address
 
 
-def test_an_answer_is_that_of_the_network(url, file):
+def test_a_prediction_is_that_of_the_network(url, file):
     pixels = noise()
     answer = post(f"{url}/predict", content=encoded(pixels), headers=PNG).json()
     wanted = direct(file, pixels)
@@ -57,7 +57,7 @@ def test_an_answer_is_that_of_the_network(url, file):
     assert shares == sorted(shares, reverse=True)
 
 
-def test_a_form_is_answered_in_its_order(url, file):
+def test_a_form_gets_predictions_in_its_order(url, file):
     sent = [("image", (f"{seed}.png", encoded(noise(seed)))) for seed in range(5)]
     response = post(f"{url}/predict", files=sent)
     assert [probs(answer) for answer in response.json()["answers"]] == [
@@ -74,10 +74,10 @@ def test_formats(kind):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_is_turned_upright(orientation):
+def test_a_photograph_is_rotated_upright(orientation):
     upright = Image.fromarray(noise(4, (30, 18)))
     undo = {None: None} | {5: 5, 6: 8, 7: 7, 8: 6}
-    stored = upright if orientation == 1 else upright.transpose(images.TURNS[undo.get(orientation, orientation)])
+    stored = upright if orientation == 1 else upright.transpose(images.ORIENTATIONS[undo.get(orientation, orientation)])
     exif = Image.Exif()
     exif[images.ORIENTATION] = orientation
     got = images.pixels(encoded(stored, exif=exif), 6)
@@ -86,14 +86,14 @@ def test_a_photograph_is_turned_upright(orientation):
     np.testing.assert_allclose(got.astype(int), wanted, atol=1)  # rows and columns are rounded in turn
 
 
-def test_the_middle_square_is_taken():
+def test_the_central_square_is_used():
     wide = np.zeros((8, 20, 3), np.uint8)
     wide[:, 6:14] = noise()
     np.testing.assert_array_equal(images.pixels(encoded(wide), 8), noise())
     np.testing.assert_array_equal(images.pixels(encoded(wide.swapaxes(0, 1)), 8), noise().swapaxes(0, 1))
 
 
-def test_a_large_image_is_averaged_and_not_picked():
+def test_a_large_image_is_averaged_and_not_subsampled():
     board = (np.indices((400, 400)).sum(0) % 2 * 255).astype(np.uint8)
     for kind in ("PNG", "JPEG"):
         got = images.pixels(encoded(board, kind, **({"quality": 95} if kind == "JPEG" else {})), 8)
@@ -101,7 +101,7 @@ def test_a_large_image_is_averaged_and_not_picked():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
-def test_modes_are_seen_as_people_see_them(mode):
+def test_modes_are_converted_to_rgb_on_white(mode):
     """A square that is half white, half transparent or black."""
     if mode == "I;16":
         image = Image.fromarray(np.full((8, 8), 40_000, np.uint16))
@@ -118,7 +118,7 @@ def test_modes_are_seen_as_people_see_them(mode):
     assert (got[:, 4:] == 0).all()
 
 
-def test_of_what_moves_the_first_picture():
+def test_the_first_frame_of_an_animation_is_used():
     frames = [Image.fromarray(noise(seed, channels=1)) for seed in (1, 2)]
     content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     np.testing.assert_array_equal(images.pixels(content, toy.SIDE)[:, :, 0], noise(1, channels=1))
@@ -138,11 +138,16 @@ def flat(width, height):
 REFUSED = {
     "empty": (b"", PNG, 400, "There is no image"),
     "nothing": (b"", {}, 400, "There is no image"),
-    "text": (b"hello", PNG, 415, "not an image"),
-    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", {"Content-Type": "image/svg+xml"}, 415, "not an image"),
-    "sound": (b"RIFF\x24\0\0\0WAVEfmt ", PNG, 415, "not an image"),
-    "tiff": (encoded(noise(), "TIFF"), {"Content-Type": "image/tiff"}, 415, "not an image"),
-    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", PNG, 415, "not an image"),
+    "text": (b"hello", PNG, 415, "not a supported image"),
+    "svg": (
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        {"Content-Type": "image/svg+xml"},
+        415,
+        "not a supported image",
+    ),
+    "sound": (b"RIFF\x24\0\0\0WAVEfmt ", PNG, 415, "not a supported image"),
+    "tiff": (encoded(noise(), "TIFF"), {"Content-Type": "image/tiff"}, 415, "not a supported image"),
+    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", PNG, 415, "not a supported image"),
     "type": (encoded(noise()), {"Content-Type": "application/json"}, 415, "Content-Type"),
     "no type": (encoded(noise()), {}, 415, "Content-Type"),
     "cut": (encoded(noise(0, (200, 200)))[:-5000], PNG, 422, "damaged"),
@@ -163,15 +168,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused_and_how(url, case):
-    content, headers, status, says = REFUSED[case]
+def test_refused_requests(url, case):
+    content, headers, status, message = REFUSED[case]
     response = post(f"{url}/predict", content=content, headers=headers)
     assert response.status_code == status, response.text
     assert list(response.json()) == ["error"]
-    assert says in response.json()["error"]
+    assert message in response.json()["error"]
 
 
-def test_what_is_just_allowed(url):
+def test_requests_at_the_limits_are_accepted(url):
     assert post(f"{url}/predict", content=flat(5_000, 4_000), headers=PNG).status_code == 200
     bmp = encoded(noise(0, (810, 820)), "BMP")
     assert 1_990_000 < len(bmp) <= 2_000_000
@@ -179,19 +184,19 @@ def test_what_is_just_allowed(url):
     assert images.pixels(scans(20), 8).shape == (8, 8, 3)
 
 
-def test_forms_have_limits_and_say_which_file(url):
+def test_forms_have_limits_and_errors_name_the_file(url):
     good = ("image", ("a.png", encoded(noise())))
     many = post(f"{url}/predict", files=[good] * (bodies.FILES + 1))
     assert (many.status_code, "Too many files" in many.json()["error"]) == (413, True)
     assert len(post(f"{url}/predict", files=[good] * bodies.FILES).json()["answers"]) == bodies.FILES
     second = post(f"{url}/predict", files=[good, ("image", ("b.txt", b"hello")), good])
     assert second.status_code == 415
-    assert second.json()["error"].startswith("File 2 of 3: This is not an image")
+    assert second.json()["error"].startswith("File 2 of 3: This is not a supported image")
     empty = post(f"{url}/predict", files={"image": ("a.png", b"")})
     assert (empty.status_code, empty.json()["error"]) == (400, "The image is empty.")
 
 
-def test_damage_is_never_an_error_of_the_server(url):
+def test_damaged_requests_never_cause_a_server_error(url):
     rng = np.random.default_rng(0)
     seen = set()
     form = httpx.Request("POST", url, files={"image": ("a.png", encoded(noise()))})
@@ -212,7 +217,7 @@ def test_damage_is_never_an_error_of_the_server(url):
 
 def test_nothing_is_written_to_disk(url, monkeypatch):
     def refuse(self):
-        raise AssertionError("on its way to the disk")
+        raise AssertionError("written to disk")
 
     monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", refuse)
     large = encoded(noise(0, (700, 700)), "BMP")
@@ -220,7 +225,7 @@ def test_nothing_is_written_to_disk(url, monkeypatch):
     assert post(f"{url}/predict", files={"image": ("a.bmp", large)}).status_code == 200
 
 
-# --- what arrives slowly, or never ends
+# --- slow and endless requests
 
 
 def connect(url):
@@ -229,7 +234,7 @@ def connect(url):
 
 
 def receive(connection):
-    """All that comes until the other side closes."""
+    """All bytes until the server closes the connection."""
     got = b""
     while chunk := connection.recv(65536):
         got += chunk
@@ -253,13 +258,13 @@ def test_an_endless_body_is_cut_off(url):
     assert sent < 100_000_000
 
 
-def test_a_body_that_promises_too_much_is_not_waited_for(url):
+def test_a_too_large_content_length_is_refused_at_once(url):
     with connect(url) as connection:
         connection.sendall(HEAD + b"Content-Length: 99999999999\r\n\r\n")
         assert receive(connection).startswith(b"HTTP/1.1 413 ")
 
 
-def test_slow_clients_are_cut_off_and_others_are_answered(file):
+def test_slow_clients_are_disconnected_and_others_are_served(file):
     with serving(file, timeout=0.4) as (url, _):
 
         def cut_off(sent):
@@ -283,20 +288,20 @@ def test_slow_clients_are_cut_off_and_others_are_answered(file):
         assert b"did not arrive within 0.4 seconds" in answers[-1]
 
 
-def test_who_leaves_disturbs_nobody(file, capfd):
+def test_a_disconnected_client_does_not_affect_others(file, capfd):
     with serving(file) as (url, service):
         for _ in range(3):
             with connect(url) as connection:
                 connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\nabc")
         assert post(f"{url}/predict", content=encoded(noise()), headers=PNG).status_code == 200
-        wait_for(lambda: service.inside == 0)
+        wait_for(lambda: service.active == 0)
     assert capfd.readouterr().err == ""
 
 
 # --- batches
 
 
-def test_fifty_at_once_are_answered_together_and_each_by_its_own(file):
+def test_fifty_concurrent_requests_are_batched_and_each_gets_its_own_prediction(file):
     async def ask(url):
         async with httpx.AsyncClient(limits=httpx.Limits(max_connections=50), timeout=120) as client:
             sent = (client.post(f"{url}/predict", content=encoded(noise(i)), headers=PNG) for i in range(50))
@@ -312,7 +317,7 @@ def test_fifty_at_once_are_answered_together_and_each_by_its_own(file):
 
 
 def run_batches(run, count, **options):
-    """The sizes of the runs for `count` images at once, and the answers."""
+    """The sizes of the batches for `count` concurrent images, and their logits."""
     sizes = []
 
     def counted(pixels):
@@ -321,7 +326,7 @@ def run_batches(run, count, **options):
 
     async def ask():
         batches = Batches(counted, **options)
-        asked = (batches.ask(np.full((1, 1, 3), i, np.uint8)) for i in range(count))
+        asked = (batches.logits(np.full((1, 1, 3), i, np.uint8)) for i in range(count))
         try:
             return await asyncio.gather(*asked, return_exceptions=True)
         finally:
@@ -330,29 +335,29 @@ def run_batches(run, count, **options):
     return sizes, asyncio.run(asyncio.wait_for(ask(), 120))
 
 
-def test_a_batch_is_never_larger_than_it_may_be_and_a_full_one_does_not_wait():
-    sizes, answers = run_batches(lambda pixels: pixels[:, 0, 0].astype(float), 20, largest=5, patience=3600)
+def test_batches_have_a_maximum_size_and_a_full_batch_does_not_wait():
+    sizes, answers = run_batches(lambda pixels: pixels[:, 0, 0].astype(float), 20, max_batch=5, max_wait=3600)
     assert sizes == [5, 5, 5, 5]
     assert [answer.tolist() for answer in answers] == [[i] * 3 for i in range(20)]
-    assert run_batches(lambda pixels: pixels[:, 0, 0], 7, largest=5, patience=0.0)[0] == [5, 2]
+    assert run_batches(lambda pixels: pixels[:, 0, 0], 7, max_batch=5, max_wait=0.0)[0] == [5, 2]
 
 
-def test_a_run_that_fails_is_answered_by_words_and_the_next_one_is_tried():
+def test_a_failed_batch_gets_status_503_and_the_next_one_is_processed():
     def run(pixels):
         if pixels.min() == 0:
             raise MemoryError
         return pixels[:, 0, 0]
 
-    _, answers = run_batches(run, 4, largest=2, patience=0.01)
+    _, answers = run_batches(run, 4, max_batch=2, max_wait=0.01)
     assert [getattr(answer, "status", 200) for answer in answers] == [503, 503, 200, 200]
 
 
-def test_too_many_at_once_are_told_to_come_again(file):
+def test_too_many_concurrent_requests_get_status_503(file):
     with serving(file, backlog=2) as (url, service), connect(url) as first, connect(url) as second:
         content = encoded(noise())
         for connection in (first, second):
             connection.sendall(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(content))
-        wait_for(lambda: service.inside == 2)
+        wait_for(lambda: service.active == 2)
         busy = post(f"{url}/predict", content=content, headers=PNG)
         assert (busy.status_code, busy.headers["Retry-After"]) == (503, "1")
         for connection in (first, second):
@@ -361,21 +366,21 @@ def test_too_many_at_once_are_told_to_come_again(file):
         assert post(f"{url}/predict", content=content, headers=PNG).status_code == 200
 
 
-def test_the_ten_likeliest_and_no_number_that_is_none():
-    answer = web.ranked(np.arange(100, dtype=np.float32) * 100, [])
+def test_the_top_ten_classes_and_no_logits_that_are_not_finite():
+    answer = web.prediction(np.arange(100, dtype=np.float32) * 100, [])
     assert [one["class"] for one in answer["probabilities"]] == list(range(99, 89, -1))
     assert answer["name"] is None
     assert answer["probabilities"][0]["probability"] == pytest.approx(1.0)
     for bad in (np.nan, np.inf, -np.inf):
-        with pytest.raises(Refused, match="no finite answer") as caught:
-            web.ranked(np.array([0, bad], np.float32), [])
+        with pytest.raises(Refused, match="no finite logits") as caught:
+            web.prediction(np.array([0, bad], np.float32), [])
         assert caught.value.status == 422
 
 
 # --- the page and the other routes
 
 
-def test_the_page_is_whole_and_may_run_its_own_script_only(url):
+def test_the_page_is_self_contained_and_may_run_only_its_own_script(url):
     response = get(url)
     assert response.headers["Content-Type"] == "text/html; charset=utf-8"
     assert response.headers["X-Content-Type-Options"] == "nosniff"
@@ -390,7 +395,7 @@ def test_the_page_is_whole_and_may_run_its_own_script_only(url):
     assert "innerHTML" not in response.text
 
 
-def test_what_it_says_about_itself(url):
+def test_metadata_and_limits(url):
     about = get(f"{url}/model").json()
     limits = about.pop("limits")
     assert about == toy.ABOUT
@@ -405,36 +410,36 @@ def test_what_it_says_about_itself(url):
 
 
 def external(location):
-    made = toy.model()
-    tensor = made.graph.initializer[1]
+    created = toy.model()
+    tensor = created.graph.initializer[1]
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
     entry = tensor.external_data.add()
     entry.key, entry.value = "location", location
-    return made
+    return created
 
 
 def hidden():
-    """A constant in a branch of a function's node that lies elsewhere."""
-    made = toy.model()
+    """A constant with external data, in a branch of a node of a function."""
+    created = toy.model()
     tensor = external("secret").graph.initializer[1]
     body = helper.make_graph([helper.make_node("Constant", [], ["c"], value=tensor)], "branch", [], [])
     node = helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body)
-    made.functions.append(helper.make_function("own", "F", ["c"], ["y"], [node], [helper.make_opsetid("", 18)]))
-    return made
+    created.functions.append(helper.make_function("own", "F", ["c"], ["y"], [node], [helper.make_opsetid("", 18)]))
+    return created
 
 
 def foreign():
-    made = toy.model()
-    made.graph.node[3].domain = "somebody"
-    made.opset_import.append(helper.make_opsetid("somebody", 1))
-    return made
+    created = toy.model()
+    created.graph.node[3].domain = "somebody"
+    created.opset_import.append(helper.make_opsetid("somebody", 1))
+    return created
 
 
 BAD = {
-    "external": (lambda: external("weights.bin"), "keeps tensors in other files"),
-    "absolute": (lambda: external("/etc/hostname"), "keeps tensors in other files"),
-    "hidden": (hidden, "keeps tensors in other files"),
+    "external": (lambda: external("weights.bin"), "stores tensors in other files"),
+    "absolute": (lambda: external("/etc/hostname"), "stores tensors in other files"),
+    "hidden": (hidden, "stores tensors in other files"),
     "own operation": (foreign, "ONNX Runtime cannot use .*somebody"),
     "no metadata": (lambda: toy.model({}), "was not written by fedkd.export"),
     "names": (lambda: toy.model({**toy.ABOUT, "names": ["a"]}), "was not written by fedkd.export"),
@@ -450,11 +455,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_files_that_are_not_of_the_contract_are_refused(case, tmp_path):
-    make, says = BAD[case]
+def test_files_of_another_form_are_refused(case, tmp_path):
+    make, message = BAD[case]
     (tmp_path / "bad.onnx").write_bytes(make().SerializeToString())
     (tmp_path / "weights.bin").write_bytes(bytes(100_000))
-    with pytest.raises(DataError, match=says) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         network.load(tmp_path / "bad.onnx")
     assert "\n" not in str(caught.value)
 
@@ -475,7 +480,7 @@ def test_damaged_files_are_refused(file, tmp_path):
     assert refused >= 20
 
 
-def test_names_are_text_that_can_be_sent(tmp_path):
+def test_names_are_valid_text(tmp_path):
     names = ["\ud800", "\x1b[31m", "</script>", "", "é", "日本", "a" * 5000, "null", "\u202e", "&amp;"]
     loaded = network.load(toy.write(tmp_path / "names.onnx", about={**toy.ABOUT, "names": names}))
     assert loaded.about["names"] == ["?", *names[1:]]
@@ -490,11 +495,11 @@ def command(*arguments):
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=240, check=False)
 
 
-def test_mistakes_at_the_start_are_sentences(file, tmp_path):
+def test_mistakes_at_the_start_are_reported_in_one_sentence(file, tmp_path):
     (tmp_path / "text.onnx").write_text("hello")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        for arguments, code, says in (
+        for arguments, code, message in (
             ([tmp_path / "none.onnx"], 3, "There is no file"),
             ([tmp_path / "text.onnx"], 3, "not an ONNX file"),
             ([file, "--port", port], 2, f"Cannot listen on port {port} of 127.0.0.1 (address already in use)"),
@@ -503,18 +508,18 @@ def test_mistakes_at_the_start_are_sentences(file, tmp_path):
         ):
             done = command(*arguments)
             assert (done.returncode, done.stdout) == (code, ""), done.stderr
-            assert says in done.stderr
+            assert message in done.stderr
             assert done.stderr.startswith("fedkd: ")
             assert done.stderr.count("\n") == 1
 
 
-def test_hosts_that_are_not_here():
+def test_an_address_of_another_machine_is_refused():
     with pytest.raises(UsageError, match=r"Cannot listen on port 0 of 203\.0\.113\.1"):
         http.listen("203.0.113.1", 0)
 
 
-def test_answers_are_not_held_back_for_those_that_follow():
-    """Without its protocol asyncio leaves Nagle's algorithm on, and a connection that is kept waits 40 ms an answer."""
+def test_responses_are_not_delayed_by_nagles_algorithm():
+    """asyncio turns it off only for a socket with a protocol; with it a kept connection waits 40 ms per response."""
     with http.listen("localhost", 0) as listening:
         assert listening.proto == socket.IPPROTO_TCP
 
@@ -537,7 +542,7 @@ def test_pytorch_is_not_loaded(file):
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_it_when_what_was_accepted_is_answered(file, sent, code):
+def test_a_signal_stops_the_server_after_all_accepted_requests(file, sent, code):
     line = [sys.executable, "-m", "fedkd.serve", str(file), "--port", "0"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(line, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": ""}, **pipes) as server:

@@ -55,20 +55,20 @@ def model(
         [helper.make_tensor_value_info(output, TensorProto.FLOAT, [batch, classes])],
         constants,
     )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    helper.set_model_props(made, {"fedkd": json.dumps(about)})
-    return made
+    created = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(created, {"fedkd": json.dumps(about)})
+    return created
 
 
 def write(path: Path, **changes: Any) -> Path:
-    """The path, where a toy network now lies."""
+    """Write a toy network and return its path."""
     onnx.save(model(**changes), path)
     return path
 
 
 @contextmanager
 def serving(file, **limits):
-    """The address of a server in a thread, and what its routes share."""
+    """The address of a server in a thread, and the state of its routes."""
     limits = web.Limits(**{"timeout": 120.0} | limits)  # a slow machine is no slow client
     app = web.app(network.load(file), limits)
     with http.listen("127.0.0.1", 0) as listening:
