@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from fedkd.models.checkpoint import Student
 
 app = cli.new("export")
-CALIBRATION = 512  # training images that show the ranges of activations
-LARGEST = 1024  # pixels: no data set has larger images
+CALIBRATION = 512  # training images for the ranges of activations
+MAX_PIXELS = 1024  # side length of images; no data set has larger ones
 
 
 @app.default
@@ -57,26 +57,26 @@ def export(
     Every file takes pixels uint8 [N, P, P, 3] and returns logits float32 [N, C]; the scaling is included. export.json
     and MODEL_CARD.md are written beside the files. Either everything is written or nothing.
     """
-    wanted = formats.chosen(to)
+    selected = formats.select(to)
     file = _file(run)
     if dataset:
-        sources.named(dataset)  # before torch is imported: a mistake is answered within a second
+        sources.named(dataset)  # before torch is imported, so that a mistake is reported within a second
     from fedkd.export import card
     from fedkd.export.check import grid
     from fedkd.models import checkpoint
 
     student = checkpoint.load(file, model)
-    _try(student)
+    _check_student(student)
     test = _test(student, dataset, data_dir, images) if check else None
-    training = _training(student, dataset, data_dir) if any(held.calibrated for held in wanted) else None
+    training = _training(student, dataset, data_dir) if any(one.calibrated for one in selected) else None
     screen = Screen(Console(stderr=json))
     place, prefix = out or file.parent, "" if file.stem == "student" else f"{file.stem}-"
     with _staged(place) as folder:
-        for held in wanted:
-            screen.say(f"writing {place / (file.stem + held.ending)}")
-            _write(held, student, folder / (file.stem + held.ending), training)
-        report = _report(file, student, wanted, folder, test, dataset or student.dataset)
-        report["files"] = _kept(place / f"{prefix}export.json", report) | report["files"]
+        for one in selected:
+            screen.say(f"writing {place / (file.stem + one.ending)}")
+            _write(one, student, folder / (file.stem + one.ending), training)
+        report = _report(file, student, selected, folder, test, dataset or student.dataset)
+        report["files"] = _earlier_entries(place / f"{prefix}export.json", report) | report["files"]
         run_directory.write_json(folder / f"{prefix}export.json", report)
         run_directory.write(folder / f"{prefix}MODEL_CARD.md", card.card(report, card.trained(file)))
     if test is not None:
@@ -89,7 +89,7 @@ def _file(run: Path) -> Path:
     """The student's file.
 
     Raises:
-        DataError: it is not there.
+        DataError: there is none.
 
     """
     if not run.is_dir():
@@ -101,35 +101,35 @@ def _file(run: Path) -> Path:
         return file
     if (run / "config.toml").is_file():
         method = cli.from_file(run / "config.toml").get("algorithm", "its method")
-        raise DataError(f"{run} holds no student: the run did not get so far, or {method} deploys no global model.")
-    raise DataError(f"{run} is not the directory of a run.")
+        raise DataError(f"{run} contains no student: the run was stopped too early, or {method} has no global model.")
+    raise DataError(f"{run} is not a run directory.")
 
 
-def _try(student: Student) -> None:
-    """Answer one gray image, so that what cannot be exported says so first.
+def _check_student(student: Student) -> None:
+    """Compute the logits of one gray image, so that an unusable student is reported before anything is written.
 
     Raises:
-        DataError: the student cannot be made of what its file says, or returns no numbers.
+        DataError: the student cannot be built from its file, or its logits are not finite.
 
     """
     import torch
 
-    if not 1 <= student.pixels <= LARGEST:
-        raise DataError(f"The student says it reads images of {student.pixels} pixels, which no data set has.")
+    if not 1 <= student.pixels <= MAX_PIXELS:
+        raise DataError(f"The file of the student has images of {student.pixels} pixels, which no data set has.")
     gray = torch.full((1, student.pixels, student.pixels, 3), 128, dtype=torch.uint8)
     try:
         with torch.inference_mode():
-            logits = formats.served(student)(gray)
+            logits = formats.with_scaling(student)(gray)
     except FedkdError:
         raise
-    except Exception as error:  # whatever a network raises over images that it cannot read
+    except Exception as error:  # a network can raise any error for images of a wrong size
         raise DataError(f"{student.model} cannot be used on {student.pixels} pixels: {_line(error)}.") from error
     if logits.shape != (1, student.classes) or not logits.isfinite().all():
-        raise DataError(f"The student does not return {student.classes} finite logits; was its training cut off?")
+        raise DataError(f"The student does not return {student.classes} finite logits; was its training interrupted?")
 
 
 def _read(student: Student, dataset: str, data_dir: str, split: str) -> Images:
-    """A split of a data set, at the student's size."""
+    """A split of a data set, resized to the student's input."""
     from fedkd.data import readers
 
     if not dataset and specs.parse(student.dataset).is_plugin:
@@ -142,41 +142,43 @@ def _read(student: Student, dataset: str, data_dir: str, split: str) -> Images:
 
 
 def _test(student: Student, dataset: str, data_dir: str, count: int) -> Images:
-    """The test images to check on.
+    """The test images for the check.
 
     Raises:
-        DataError: they cannot be read, or are of other classes.
+        DataError: they cannot be read, or have other classes.
 
     """
     test = _read(student, dataset, data_dir, "test")
     if test.classes > student.classes or (test.names and student.names and test.names != student.names):
-        raise DataError(f"The classes of {dataset or student.dataset} are not the student's; name its own data set.")
+        raise DataError(
+            f"The classes of {dataset or student.dataset} are not those of the student; give its own data set."
+        )
     return test.first(count) if count else test
 
 
 def _training(student: Student, dataset: str, data_dir: str) -> Tensor:
-    """Training images [M, P, P, 3] drawn at random, for calibration."""
+    """Random training images [M, P, P, 3] for calibration."""
     import torch
 
     pixels = _read(student, dataset, data_dir, "train").pixels
     return pixels[torch.randperm(len(pixels), generator=seeds.generator(0, "calibration"))[:CALIBRATION]]
 
 
-def _write(held: Format, student: Student, path: Path, training: Tensor | None) -> None:
-    """Write one file; whatever a library raises over a network it cannot take is one sentence."""
+def _write(chosen: Format, student: Student, path: Path, training: Tensor | None) -> None:
+    """Write one file; errors of the exporting library are reported in one sentence."""
     try:
-        held.write(student, path, training)
+        chosen.write(student, path, training)
     except (FedkdError, OSError):
         raise
     except Exception as error:
         kind = PluginError if specs.parse(student.model).is_plugin else UsageError
-        raise kind(f"{student.model} cannot be exported to {held.name}: {_line(error)}.") from error
+        raise kind(f"{student.model} cannot be exported to {chosen.name}: {_line(error)}.") from error
 
 
 def _report(
-    file: Path, student: Student, wanted: list[Format], folder: Path, test: Images | None, dataset: str
+    file: Path, student: Student, selected: list[Format], folder: Path, test: Images | None, dataset: str
 ) -> dict[str, Any]:
-    """What ``export.json`` holds: the student, each file, and how they compare where there are test images."""
+    """The content of ``export.json``: the student, each file, and their comparison if there are test images."""
     import torch
 
     parameters = sum(parameter.numel() for parameter in student.module().parameters())
@@ -184,7 +186,7 @@ def _report(
         "student": {**student.about(), **_entry(file), "parameters": parameters},
         "input": {"name": "pixels", "type": "uint8", "shape": ["batch", student.pixels, student.pixels, 3]},
         "output": {"name": "logits", "type": "float32", "shape": ["batch", student.classes]},
-        "files": {held.name: _about(held, folder / (file.stem + held.ending)) for held in wanted},
+        "files": {one.name: _about(one, folder / (file.stem + one.ending)) for one in selected},
         "environment": {
             "fedkd": fedkd.__version__,
             "torch": torch.__version__,
@@ -193,50 +195,52 @@ def _report(
             "threads": 1,
         },
     }
-    return report if test is None else report | _checked(file, student, wanted, folder, test, dataset, report["files"])
+    return (
+        report if test is None else report | _checked(file, student, selected, folder, test, dataset, report["files"])
+    )
 
 
 def _checked(
     file: Path,
     student: Student,
-    wanted: list[Format],
+    selected: list[Format],
     folder: Path,
     test: Images,
     dataset: str,
     entries: dict[str, Any],
 ) -> dict[str, Any]:
-    """The original's entry, and those of the files with what their own runtimes answered."""
+    """The entries of the student and of the files, with the results of the check."""
     import torch
 
     from fedkd.core.runtime import settle
     from fedkd.export import check
 
     settle(1)
-    ours = formats.served(student)
+    module = formats.with_scaling(student)
 
     def plain(pixels: Tensor) -> Tensor:
         with torch.inference_mode():
-            logits: Tensor = ours(pixels)
+            logits: Tensor = module(pixels)
             return logits
 
-    opened = [held.open(folder / entries[held.name]["file"]) for held in wanted]
-    original, answers = check.original(file, plain, test)
-    for held, run in zip(wanted, opened, strict=True):
-        found = check.compare(held, answers, check.logits(run, test.pixels), test.labels)
-        entries[held.name]["check"] = {"dataset": dataset, **found}
-    timed = check.latency([plain, *opened], test.pixels)
-    for entry, times in zip([original, *(entries[held.name] for held in wanted)], timed, strict=True):
+    opened = [one.open(folder / entries[one.name]["file"]) for one in selected]
+    original, expected = check.original(file, plain, test)
+    for one, run in zip(selected, opened, strict=True):
+        comparison = check.compare(one, expected, check.logits(run, test.pixels), test.labels)
+        entries[one.name]["check"] = {"dataset": dataset, **comparison}
+    latencies = check.latency([plain, *opened], test.pixels)
+    for entry, times in zip([original, *(entries[one.name] for one in selected)], latencies, strict=True):
         entry["milliseconds"] = times
     return {"original": original, "files": entries}
 
 
-def _about(held: Format, path: Path) -> dict[str, Any]:
-    """The entry of a written file, not checked yet."""
+def _about(chosen: Format, path: Path) -> dict[str, Any]:
+    """The entry of a written file before the check."""
     return {
         **_entry(path),
-        "runtime": f"{held.runtime} {version(held.runtime)}",
-        "batch": held.batch,
-        "calibration_images": CALIBRATION if held.calibrated else 0,
+        "runtime": f"{chosen.runtime} {version(chosen.runtime)}",
+        "batch": chosen.batch,
+        "calibration_images": CALIBRATION if chosen.calibrated else 0,
         "check": None,
     }
 
@@ -246,8 +250,8 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"file": path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _kept(path: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier export of the same student says of files that still lie there, unchanged."""
+def _earlier_entries(path: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """The entries of files that an earlier export of the same student wrote and that have not changed."""
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
         if earlier["student"]["sha256"] != report["student"]["sha256"]:
@@ -263,7 +267,7 @@ def _kept(path: Path, report: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _staged(place: Path) -> Iterator[Path]:
-    """A folder whose files move to ``place`` when the block ends, in the order written, and are gone if it fails."""
+    """A temporary folder. Its files move to ``place`` at the end of the block; after an error they are deleted."""
     is_new = not place.exists()
     place.mkdir(parents=True, exist_ok=True)
     try:
@@ -279,6 +283,6 @@ def _staged(place: Path) -> Iterator[Path]:
 
 
 def _line(error: Exception) -> str:
-    """An error in one line."""
+    """Type and message of an error on one line."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first[:200].rstrip('.')}" if first else type(error).__name__

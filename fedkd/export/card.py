@@ -1,4 +1,4 @@
-"""``MODEL_CARD.md``: what a student is, how it was made, what was measured. Nothing that is not on record."""
+"""``MODEL_CARD.md``: a student's architecture, training and measurements, from recorded files only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRIVACY = "Only logits being shared is *not* a privacy guarantee. No formal priv
 
 
 def card(report: dict[str, Any], trained: list[str]) -> str:
-    """The model card of a report, as Markdown; ``trained`` are lines on how it was trained."""
+    """The model card of a report as Markdown; ``trained`` are lines about the training."""
     about = report["student"]
     pixels, classes = about["pixels"], about["classes"]
     named = f": {', '.join(about['names'])}, in this order" if about["names"] else ", numbered from 0"
@@ -38,16 +38,16 @@ def card(report: dict[str, Any], trained: list[str]) -> str:
             "",
             *trained,
             "",
-            "## What it takes and returns",
+            "## Input and output",
             "",
-            f"- Input `pixels`: uint8 [N, {pixels}, {pixels}, 3], RGB, 0 to 255, as read; rows from the top.",
-            f"- Pictures of another size are scaled to {pixels} x {pixels} first (bicubic, in Pillow).",
-            "- Inside the file, and not to be done again: `(pixels - mean) / std` by channel, with mean "
+            f"- Input `pixels`: uint8 [N, {pixels}, {pixels}, 3], RGB, 0 to 255, not scaled; rows from the top.",
+            f"- Images of another size are resized to {pixels} x {pixels} first (bicubic, in Pillow).",
+            "- The file includes the scaling `(pixels - mean) / std` by channel, with mean "
             f"{about['mean']} and std {about['std']}.",
-            f"- Output `logits`: float32 [N, {classes}]; their softmax are probabilities, the largest is the class.",
-            *[f"- `{entry['file']}` takes one image a call." for entry in report["files"].values() if entry["batch"]],
+            f"- Output `logits`: float32 [N, {classes}]; softmax gives probabilities, the largest logit is the class.",
+            *[f"- `{entry['file']}` takes one image per call." for entry in report["files"].values() if entry["batch"]],
             "",
-            "## What was measured",
+            "## Measurements",
             "",
             *_measured(report),
             "",
@@ -58,8 +58,8 @@ def card(report: dict[str, Any], trained: list[str]) -> str:
             "## Limits",
             "",
             f"- {PRIVACY}",
-            f"- It knows the {classes} classes of {about['dataset']} and answers every picture with one of them.",
-            "- Probabilities are not calibrated, and no picture from elsewhere was tried.",
+            f"- It assigns every image to one of the {classes} classes of {about['dataset']}.",
+            "- Probabilities are not calibrated, and no images from other sources were tested.",
             "- The publisher of the weights must state their license; the terms of the data set may apply.",
             "",
         ]
@@ -67,16 +67,16 @@ def card(report: dict[str, Any], trained: list[str]) -> str:
 
 
 def _measured(report: dict[str, Any]) -> list[str]:
-    """The table, where anything was checked, and what it was measured on."""
+    """The table of the check, if there was one, with the data and the machine."""
     if "original" not in report:
-        return ["Nothing: the files were written without a check (`--no-check`)."]
+        return ["None: the files were written without a check (`--no-check`)."]
     checks = [entry["check"] for entry in report["files"].values() if entry["check"]]
     images = " or ".join(sorted({f"{check['images']:,} test images of {check['dataset']}" for check in checks}))
     environment = report["environment"]
-    where = f"{environment['processor']}, one thread, PyTorch {environment['torch']}"
+    machine = f"{environment['processor']}, one thread, PyTorch {environment['torch']}"
     calibrated = [e for e in report["files"].values() if e["calibration_images"]]
     return [
-        f"On {images}; times on {where}.",
+        f"On {images}; latency on {machine}.",
         *(f"`{e['file']}` was calibrated on {e['calibration_images']} training images." for e in calibrated),
         "",
         grid(report).markdown(),
@@ -84,24 +84,24 @@ def _measured(report: dict[str, Any]) -> list[str]:
 
 
 def trained(file: Path) -> list[str]:
-    """How the student in a file was trained, by the records of the run beside it; as far as there are any."""
+    """Lines about a student's training, from the run directory of its file if there is one."""
     try:
         config = tomllib.loads((file.parent / "config.toml").read_text(encoding="utf-8"))
         result = json.loads((file.parent / "result.json").read_text(encoding="utf-8"))
         return (_distilled if "teacher" in config else _simulated)(config, result, file.name)
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
-        return ["Not on record: there is no finished run beside the student."]
+        return ["Unknown: the student is not in the directory of a finished run."]
 
 
 def _simulated(config: dict[str, Any], result: dict[str, Any], name: str) -> list[str]:
-    """By a run of ``fedkd.simulate``."""
-    played = result["runs"]
-    entry = next(run for run in played if run["evaluated_model"] == "student" and _is_of(run, played, name))
+    """For a run of ``fedkd.simulate``."""
+    runs = result["runs"]
+    entry = next(run for run in runs if run["evaluated_model"] == "student" and _wrote(run, runs, name))
     return [
         f"- Method: `{entry['algorithm']}`, simulated by fedkd, {entry['rounds']} rounds, seed {entry['seed']}.",
-        f"- Clients: {entry['clients']}, {percent(config['participation'], 0)} of them in a round, "
+        f"- Clients: {entry['clients']}, {percent(config['participation'], 0)} of them sampled per round, "
         f"partition `{config['partitioner']}`.",
-        f"- Their models: `{config['model']}`, {config['local-epochs']} local epochs a round.",
+        f"- Their models: `{config['model']}`, {config['local-epochs']} local epochs per round.",
         f"- Proxy set: `{config['proxy']}`.",
         f"- Accuracy after the last round, as the run measured it on its test images: "
         f"{percent(entry['test_accuracy'], 2)}.",
@@ -109,7 +109,7 @@ def _simulated(config: dict[str, Any], result: dict[str, Any], name: str) -> lis
 
 
 def _distilled(config: dict[str, Any], result: dict[str, Any], name: str) -> list[str]:
-    """By a run of ``fedkd.distill``: ``student.safetensors`` is the first seed's, the others name theirs."""
+    """For a run of ``fedkd.distill``: ``student.safetensors`` is that of the first seed; other names have the seed."""
     model, _, seed = name.removesuffix(".safetensors").partition("-seed")
     entry = next(run for run in result["runs"] if run["seed"] == int(seed or config["seed"]))
     objective = f"by `{config['loss']}`" + (f" from {', '.join(result['teachers'])}" if result["teachers"] else "")
@@ -121,8 +121,8 @@ def _distilled(config: dict[str, Any], result: dict[str, Any], name: str) -> lis
     ]
 
 
-def _is_of(run: dict[str, Any], played: list[dict[str, Any]], name: str) -> bool:
-    """Whether a run left the student of this name."""
-    first = next(other for other in played if other["evaluated_model"] == "student")
-    wanted = "student.safetensors" if run is first else run_directory.student_file(run["algorithm"], run["seed"])
-    return name == wanted
+def _wrote(run: dict[str, Any], runs: list[dict[str, Any]], name: str) -> bool:
+    """Whether a run wrote the student file of this name."""
+    first = next(other for other in runs if other["evaluated_model"] == "student")
+    expected = "student.safetensors" if run is first else run_directory.student_file(run["algorithm"], run["seed"])
+    return name == expected

@@ -1,4 +1,4 @@
-"""A written file against the student it was written from: the same answers, at what size and in what time."""
+"""Comparison of a written file with its student: logits, size and latency."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ if TYPE_CHECKING:
     from fedkd.data.readers import Images
     from fedkd.export.formats import Format, Run
 
-SLACK = 1e-3  # of the largest logit: how far float arithmetic in another order may lead
+TOLERANCE = 1e-3  # relative to the largest logit: for float arithmetic in another order
 BATCHES = (1, 64)
-WARM, REPEATS, SECONDS = 3, 200, 3.0  # calls before the clock runs, calls timed at most, for about so long
+WARM, REPEATS, SECONDS = 3, 200, 3.0  # warm-up calls, timed calls at most, seconds at most
 
 
 def logits(run: Run, pixels: Tensor) -> Tensor:
-    """What a runtime returns for images [N, P, P, 3], by parts: logits [N, C]."""
+    """The logits [N, C] of a runtime for images [N, P, P, 3], computed in chunks."""
     return torch.cat([run(part.contiguous()) for part in torch.split(pixels, CPU_CHUNK)])
 
 
-def compare(held: Format, ours: Tensor, theirs: Tensor, labels: Tensor) -> dict[str, Any]:
-    """The file's logits ``theirs`` [N, C] beside the original's.
+def compare(chosen: Format, expected: Tensor, actual: Tensor, labels: Tensor) -> dict[str, Any]:
+    """The comparison of a file's logits ``actual`` [N, C] with those of the student.
 
     Raises:
-        RunError: they are no numbers, or a file of floats is not the same function.
+        RunError: they are not finite, or a float file computes another function.
 
     """
-    difference = (theirs - ours).abs().max().item()
-    allowed = math.inf if held.calibrated else SLACK * max(1.0, ours.abs().max().item())
-    if not difference < allowed:  # nor where it is no number
+    difference = (actual - expected).abs().max().item()
+    allowed = math.inf if chosen.calibrated else TOLERANCE * max(1.0, expected.abs().max().item())
+    if not difference < allowed:  # also refuses NaN
         raise RunError(
-            f"The {held.name} file's logits differ by {difference:.2g} from the original's, so nothing is written; "
-            f"{held.runtime} does not compute this model faithfully."
+            f"The logits of the {chosen.name} file differ by {difference:.2g} from the student's, so nothing is "
+            f"written. {chosen.runtime} does not compute this model faithfully."
         )
     return {
         "images": len(labels),
-        "accuracy": _share(theirs.argmax(-1) == labels),
-        "accuracy_original": _share(ours.argmax(-1) == labels),
-        "equal_classes": _share(theirs.argmax(-1) == ours.argmax(-1)),
+        "accuracy": _share(actual.argmax(-1) == labels),
+        "accuracy_original": _share(expected.argmax(-1) == labels),
+        "equal_classes": _share(actual.argmax(-1) == expected.argmax(-1)),
         "logit_difference": difference,
     }
 
@@ -62,37 +62,37 @@ def latency(runs: Sequence[Run], pixels: Tensor) -> list[dict[str, list[float]]]
 
     Runtimes are timed alternately, so that other load on the machine affects all of them.
     """
-    timed: list[dict[str, list[float]]] = [{} for _ in runs]
+    latencies: list[dict[str, list[float]]] = [{} for _ in runs]
     for batch in BATCHES:
         images = pixels[torch.arange(batch) % len(pixels)].contiguous()
-        taken: list[list[float]] = [[] for _ in runs]
-        for turn in range(WARM + REPEATS):
-            for run, own in zip(runs, taken, strict=True):
+        times: list[list[float]] = [[] for _ in runs]
+        for repeat in range(WARM + REPEATS):
+            for run, measured in zip(runs, times, strict=True):
                 start = time.perf_counter()
                 run(images)
-                own.append(1000 * (time.perf_counter() - start))
-            if turn >= 2 * WARM and sum(map(sum, taken)) > 1000 * SECONDS * len(runs):
+                measured.append(1000 * (time.perf_counter() - start))
+            if repeat >= 2 * WARM and sum(map(sum, times)) > 1000 * SECONDS * len(runs):
                 break
-        for own, cells in zip(taken, timed, strict=True):
-            quartiles = torch.tensor(own[WARM:]).quantile(torch.tensor([0.25, 0.5, 0.75]))
+        for measured, cells in zip(times, latencies, strict=True):
+            quartiles = torch.tensor(measured[WARM:]).quantile(torch.tensor([0.25, 0.5, 0.75]))
             cells[str(batch)] = [round(value, 4) for value in quartiles.tolist()]
-    return timed
+    return latencies
 
 
 def original(file: Path, run: Run, images: Images) -> tuple[dict[str, Any], Tensor]:
-    """The entry of the student itself, and its logits [N, C]."""
-    answers = logits(run, images.pixels)
-    entry = {"file": file.name, "bytes": file.stat().st_size, "accuracy": _share(answers.argmax(-1) == images.labels)}
-    return entry, answers
+    """The entry of the student, and its logits [N, C]."""
+    expected = logits(run, images.pixels)
+    entry = {"file": file.name, "bytes": file.stat().st_size, "accuracy": _share(expected.argmax(-1) == images.labels)}
+    return entry, expected
 
 
 def grid(report: dict[str, Any]) -> Grid:
-    """A row for the student and each file: accuracy, agreement, size, time of a call."""
+    """A row for the student and for each file: accuracy, agreement, size and latency."""
     rows = [_row("PyTorch", report["original"], {})]
     rows += [_row(name, entry, entry.get("check") or {}) for name, entry in report["files"].items()]
-    titles = ["", "test acc", "same class", "logits off by", "size", *(f"{batch} at once" for batch in BATCHES)]
-    said = "same class, logits off by: against PyTorch; at once: median milliseconds of a call (quartiles), one thread."
-    return Grid(titles, rows, said)
+    titles = ["", "test acc", "agreement", "max logit diff", "size", *(f"batch {batch}" for batch in BATCHES)]
+    caption = "agreement, max logit diff: with PyTorch; batch: median milliseconds of a call (quartiles) on one thread."
+    return Grid(titles, rows, caption)
 
 
 def _row(name: str, entry: dict[str, Any], check: dict[str, Any]) -> list[str]:

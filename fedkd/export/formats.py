@@ -1,4 +1,4 @@
-"""The formats by name: how each is written, and how the file is run. Libraries are imported when one is used."""
+"""The formats by name: writing and running a file. Libraries are imported only when they are used."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 Run = Callable[["Tensor"], "Tensor"]  # pixels uint8 [N, P, P, 3] -> logits float32 [N, C]
 OPSET = 20  # of ONNX: the first with GELU as one operator
-BATCH = 64  # images the quantizer looks at together
+BATCH = 64  # images per calibration batch of the quantizer
 
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of file: how it is named and made, what runs it, what both need.
+    """A file format: its name and ending, its runtime, the modules it needs, and functions to write and to open it.
 
-    ``write(student, path, training)`` gets training images [M, P, P, 3] where the format is ``calibrated``;
-    ``batch`` is the number of images a call takes, 0 for any.
+    ``write(student, path, training)`` gets training images [M, P, P, 3] if the format is ``calibrated``;
+    ``batch`` is the number of images per call, 0 for any.
     """
 
     name: str
@@ -46,28 +46,28 @@ class Format:
     batch: int = 0
 
 
-def chosen(names: tuple[str, ...]) -> list[Format]:
-    """The formats of these names, each once, in the order given.
+def select(names: tuple[str, ...]) -> list[Format]:
+    """The formats of these names, without repetitions, in the given order.
 
     Raises:
-        UsageError: none is named, one is unknown, or what it needs is not installed.
+        UsageError: there are no names, a name is unknown, or a required module is not installed.
 
     """
     if not names:
-        raise UsageError(f"Name what to export to: --to {', --to '.join(FORMATS)}.")
+        raise UsageError(f"Name a format: --to {', --to '.join(FORMATS)}.")
     formats = []
     for name in dict.fromkeys(names):
         if name not in FORMATS:
             raise UsageError(unknown("format", name, FORMATS))
-        held = FORMATS[name]
-        if missing := [module for module in held.needs if find_spec(module) is None]:
-            raise UsageError(f"--to {name} needs {', '.join(missing)}: pip install 'fedkd[{held.extra}]'.")
-        formats.append(held)
+        chosen = FORMATS[name]
+        if missing := [module for module in chosen.needs if find_spec(module) is None]:
+            raise UsageError(f"--to {name} needs {', '.join(missing)}: pip install 'fedkd[{chosen.extra}]'.")
+        formats.append(chosen)
     return formats
 
 
 def write_onnx(student: Student, path: Path, training: Tensor | None = None) -> None:
-    """Write an ONNX file of opset `OPSET`, with what the student says of itself among its metadata."""
+    """Write an ONNX file of opset `OPSET` with the student's metadata."""
     import torch
 
     with _quiet():
@@ -85,13 +85,13 @@ def write_onnx(student: Student, path: Path, training: Tensor | None = None) -> 
     assert program is not None
     program.model.metadata_props.update(_about(student))
     for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()  # the exporter's notes on itself
+        node.metadata_props.clear()  # notes of the exporter
         node.doc_string = None
     program.save(path)
 
 
 def write_int8(student: Student, path: Path, training: Tensor | None = None) -> None:
-    """Write an ONNX file of 8-bit weights, one scale a channel, and activations, whose ranges ``training`` shows."""
+    """Write an ONNX file with 8-bit weights (one scale per channel) and activations, calibrated on ``training``."""
     import onnx
     from onnxruntime.quantization import quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -101,14 +101,14 @@ def write_int8(student: Student, path: Path, training: Tensor | None = None) -> 
         whole, folded, quantized = (Path(folder) / name for name in ("whole.onnx", "folded.onnx", "int8.onnx"))
         write_onnx(student, whole)
         quant_pre_process(whole, folded)
-        quantize_static(folded, quantized, _Shown(training), per_channel=True)
+        quantize_static(folded, quantized, _CalibrationImages(training), per_channel=True)
         model = onnx.load(quantized)
-    onnx.helper.set_model_props(model, _about(student))  # the quantizer adds to them
+    onnx.helper.set_model_props(model, _about(student))  # the quantizer adds to the metadata
     onnx.save(model, path)
 
 
 def write_pt2(student: Student, path: Path, training: Tensor | None = None) -> None:
-    """Write an exported program of PyTorch's; ``extra/fedkd`` in it is what the student says of itself."""
+    """Write an exported program of PyTorch; the student's metadata is its extra file ``fedkd``."""
     import torch
 
     with _quiet():
@@ -116,10 +116,10 @@ def write_pt2(student: Student, path: Path, training: Tensor | None = None) -> N
 
 
 def write_pte(student: Student, path: Path, training: Tensor | None = None) -> None:
-    """Write a program for ExecuTorch, its convolutions and products done by XNNPACK.
+    """Write a program for ExecuTorch with the XNNPACK backend.
 
-    For one image a call: memory is planned when the file is written, for as many images as it may ever take.
-    The method ``fedkd`` returns what the student says of itself.
+    It takes one image per call, since memory is planned at export for the maximum batch. Its method ``fedkd`` returns
+    the student's metadata.
     """
     import torch
 
@@ -127,7 +127,9 @@ def write_pte(student: Student, path: Path, training: Tensor | None = None) -> N
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
-        module = served(student).to(memory_format=torch.contiguous_format)  # XNNPACK refuses weights in channels_last
+        module = with_scaling(student).to(
+            memory_format=torch.contiguous_format
+        )  # XNNPACK refuses weights in channels_last
         program = to_edge_transform_and_lower(
             torch.export.export(module, (_images(student, 1),)),
             partitioner=[XnnpackPartitioner()],
@@ -152,7 +154,7 @@ def open_onnx(path: Path) -> Run:
 
 
 def open_pt2(path: Path) -> Run:
-    """PyTorch, by what the file holds and no code of ours."""
+    """PyTorch, from the file only, without code of fedkd."""
     import torch
 
     with _quiet():
@@ -174,20 +176,22 @@ def open_pte(path: Path) -> Run:
         from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
         from executorch.runtime import Runtime
 
-    _unsafe_reset_threadpool(1)  # unsafe while a program runs; there is no other way to say it
+    _unsafe_reset_threadpool(1)  # unsafe only while a program runs; there is no other function for this
     content = path.read_bytes()
     program = Runtime.get().load_program(content)
     forward = program.load_method("forward")
 
-    def run(pixels: Tensor, _alive: object = (content, program)) -> Tensor:  # a method does not keep them
+    def run(
+        pixels: Tensor, _references: object = (content, program)
+    ) -> Tensor:  # keeps them alive, which a method does not
         return torch.cat([forward.execute([image[None]])[0] for image in pixels])
 
     return run
 
 
 FORMATS = {
-    held.name: held
-    for held in (
+    one.name: one
+    for one in (
         Format("onnx", ".onnx", "onnxruntime", ("onnx", "onnxscript", "onnxruntime"), "export", write_onnx, open_onnx),
         Format("pt2", ".pt2", "torch", (), "", write_pt2, open_pt2),
         Format("pte", ".pte", "executorch", ("executorch",), "mobile", write_pte, open_pte, batch=1),
@@ -205,26 +209,28 @@ FORMATS = {
 }
 
 
-def served(student: Student) -> WithScaling:
-    """The network of every format."""
+def with_scaling(student: Student) -> WithScaling:
+    """The network that is written in every format."""
     from fedkd.export.with_scaling import WithScaling
 
     return WithScaling(student.module(), student.scaling).eval()
 
 
 def _traced(student: Student) -> ExportedProgram:
-    """The network as a graph, for any number of images."""
+    """The exported program of the network, for any batch size."""
     import torch
 
     shapes = {"pixels": {0: torch.export.Dim("batch")}}
-    program = torch.export.export(served(student), (_images(student, 2),), dynamic_shapes=shapes)  # 0 and 1 are special
+    program = torch.export.export(
+        with_scaling(student), (_images(student, 2),), dynamic_shapes=shapes
+    )  # sizes 0 and 1 would be specialized
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of whoever exports
+        node.meta.pop("stack_trace", None)  # contains local paths
     return program
 
 
 def _about(student: Student) -> dict[str, str]:
-    """What the student says of itself, under the name that its own file has for it."""
+    """The student's metadata as JSON, under the same key as in its own file."""
     from fedkd.models.checkpoint import KEY
 
     return {KEY: json.dumps(student.about())}
@@ -236,25 +242,25 @@ def _images(student: Student, count: int) -> Tensor:
     return torch.zeros(count, student.pixels, student.pixels, 3, dtype=torch.uint8)
 
 
-class _Shown:
-    """Training images, as ONNX Runtime's quantizer asks for them."""
+class _CalibrationImages:
+    """Training images in batches, in the form of ONNX Runtime's calibration data readers."""
 
     def __init__(self, images: Tensor) -> None:
-        self.parts: Iterator[Tensor] = iter([images[start : start + BATCH] for start in range(0, len(images), BATCH)])
+        self.batches: Iterator[Tensor] = iter([images[start : start + BATCH] for start in range(0, len(images), BATCH)])
 
     def get_next(self) -> dict[str, Any] | None:
-        part = next(self.parts, None)
-        return None if part is None else {"pixels": part.numpy()}
+        batch = next(self.batches, None)
+        return None if batch is None else {"pixels": batch.numpy()}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the libraries warn of: their own future, and layouts that the check answers for."""
-    held = logging.root.manager.disable
+    """Suppress warnings of the libraries: deprecations, and memory layouts, which the check covers."""
+    level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(held)
+        logging.disable(level)

@@ -1,4 +1,4 @@
-"""What every exported file computes: bytes in, logits out, the scaling inside."""
+"""The module of every exported file: a network that includes the scaling of its input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedkd.data.scaling import Scaling
 class WithScaling(nn.Module):
     """A network that takes pixels uint8 [N, P, P, 3] and returns logits float32 [N, C].
 
-    The same arithmetic as `Scaling`, whose cached tensors must stay out of a trace.
+    It has the arithmetic of `Scaling`, whose cached tensors cannot be traced.
     """
 
     mean: Tensor

@@ -1,4 +1,4 @@
-"""``python -m fedkd.export``: files of other runtimes that answer what the student answers."""
+"""``python -m fedkd.export``: files for other runtimes with the same outputs as the student."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def student(model: str = "cnn:width=4", norm: models.Norm = "group", dataset: st
 
 @pytest.fixture
 def saved(tmp_path):
-    """A directory that holds a student, which was not trained."""
+    """A directory with an untrained student."""
     (tmp_path / "run").mkdir()
     student().save(tmp_path / "run" / "student.safetensors")
     return tmp_path / "run"
 
 
 @pytest.fixture
-def hasty(monkeypatch):
-    """Times are taken once."""
+def one_repeat(monkeypatch):
+    """Latency is measured once."""
     monkeypatch.setattr(check, "REPEATS", 1)
 
 
@@ -53,56 +53,58 @@ def listed(folder) -> list[str]:
 
 @pytest.mark.parametrize("name", ["onnx", "pt2", "pte"])
 @pytest.mark.parametrize("model", MODELS)
-def test_a_file_answers_what_the_student_answers(model, name, tmp_path):
+def test_a_file_has_the_same_outputs_as_the_student(model, name, tmp_path):
     if name == "pte":
         pytest.importorskip("executorch")
-    held, path = student(model), tmp_path / "a"
-    formats.FORMATS[name].write(held, path, None)
+    original, path = student(model), tmp_path / "a"
+    formats.FORMATS[name].write(original, path, None)
     run = formats.FORMATS[name].open(path)
     with torch.inference_mode():
-        wanted = held.module()(held.scaling(IMAGES))
+        expected = original.module()(original.scaling(IMAGES))
     for count in (1, 5):
         logits = run(IMAGES[:count])
         assert logits.dtype == torch.float32
-        assert torch.allclose(logits, wanted[:count], atol=1e-4)
-        assert torch.equal(logits.argmax(-1), wanted[:count].argmax(-1))
+        assert torch.allclose(logits, expected[:count], atol=1e-4)
+        assert torch.equal(logits.argmax(-1), expected[:count].argmax(-1))
 
 
-def test_a_file_says_what_it_is_and_not_where_it_was_made(tmp_path):
+def test_a_file_has_the_metadata_of_the_student_and_no_local_paths(tmp_path):
     import onnx
 
-    held = student("resnet8:width=8", "batch")
+    original = student("resnet8:width=8", "batch")
     for name, ending in (("onnx", "a.onnx"), ("int8", "b.onnx"), ("pt2", "a.pt2")):
-        formats.FORMATS[name].write(held, tmp_path / ending, IMAGES)
+        formats.FORMATS[name].write(original, tmp_path / ending, IMAGES)
     for ending in ("a.onnx", "b.onnx"):
         props = {prop.key: prop.value for prop in onnx.load(tmp_path / ending).metadata_props}
-        assert json.loads(props["fedkd"]) == held.about()
+        assert json.loads(props["fedkd"]) == original.about()
     extra = {"fedkd": ""}
     torch.export.load(tmp_path / "a.pt2", extra_files=extra)
-    assert json.loads(extra["fedkd"]) == held.about()
+    assert json.loads(extra["fedkd"]) == original.about()
     for path in tmp_path.iterdir():
         assert b"with_scaling.py" not in path.read_bytes(), path.name
 
 
-def test_the_server_takes_them(tmp_path):
+def test_the_server_loads_exported_files(tmp_path):
     from fedkd.serve import network
 
-    held = student()
+    original = student()
     for name in ("onnx", "int8"):
-        formats.FORMATS[name].write(held, tmp_path / name, IMAGES)
+        formats.FORMATS[name].write(original, tmp_path / name, IMAGES)
         found = network.load(tmp_path / name)
         assert found.pixels == 32
-        wanted = {key: value for key, value in held.about().items() if key != "held_out"}  # which a server does not ask
-        assert {key: found.about[key] for key in wanted} == wanted
+        expected = {
+            key: value for key, value in original.about().items() if key != "held_out"
+        }  # not needed by the server
+        assert {key: found.about[key] for key in expected} == expected
         assert found.logits(IMAGES.numpy()).shape == (5, 10)
 
 
-def test_int8_holds_weights_of_eight_bits_one_scale_a_channel(tmp_path):
+def test_int8_has_weights_of_eight_bits_with_one_scale_per_channel(tmp_path):
     import onnx
 
-    held = student("cnn:width=32")
+    original = student("cnn:width=32")
     for name in ("onnx", "int8"):
-        formats.FORMATS[name].write(held, tmp_path / name, IMAGES)
+        formats.FORMATS[name].write(original, tmp_path / name, IMAGES)
     assert (tmp_path / "int8").stat().st_size < 0.6 * (tmp_path / "onnx").stat().st_size
     graph = onnx.load(tmp_path / "int8").graph
     assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in graph.node}
@@ -114,7 +116,7 @@ def test_int8_holds_weights_of_eight_bits_one_scale_a_channel(tmp_path):
     assert [scales[name] for name in by_channel] == [[kernels[0].dims[0]]]
 
 
-def test_a_run_is_exported(tmp_path, hasty, capsys):
+def test_a_run_is_exported(tmp_path, one_repeat, capsys):
     simulated(tmp_path / "run", rounds=1)
     before = listed(tmp_path / "run")
     capsys.readouterr()
@@ -139,42 +141,42 @@ def test_a_run_is_exported(tmp_path, hasty, capsys):
     assert "No formal privacy is claimed" in card
 
 
-def test_calibration_never_reads_test_images(saved, monkeypatch):
-    asked = []
+def test_calibration_uses_no_test_images(saved, monkeypatch):
+    splits = []
     read = readers.read
 
     def watched(source, split, *rest):
-        asked.append(split)
+        splits.append(split)
         return read(source, split, *rest)
 
     monkeypatch.setattr(readers, "read", watched)
     command.export(saved, to=("int8",), check=False)
-    assert asked == ["train"]
-    shown = command._training(checkpoint.load(saved), "", "")
+    assert splits == ["train"]
+    images = command._training(checkpoint.load(saved), "", "")
     train = read(dataclasses.replace(specs.call("dataset", "digits"), pixels=32), "train", "")
     rows = {image.numpy().tobytes() for image in train.pixels}
-    assert len(shown) == command.CALIBRATION
-    assert all(image.numpy().tobytes() in rows for image in shown)
-    assert torch.equal(shown, command._training(checkpoint.load(saved), "", ""))
+    assert len(images) == command.CALIBRATION
+    assert all(image.numpy().tobytes() in rows for image in images)
+    assert torch.equal(images, command._training(checkpoint.load(saved), "", ""))
 
 
 def test_without_a_check(saved):
     command.export(saved, to=("onnx",), check=False)
     assert json.loads((saved / "export.json").read_text())["files"]["onnx"]["check"] is None
-    assert "Nothing: the files were written without a check" in (saved / "MODEL_CARD.md").read_text()
+    assert "None: the files were written without a check" in (saved / "MODEL_CARD.md").read_text()
 
 
 def broken(folder, **changes):
-    held = student()
+    original = student()
     save_file(
-        {name: tensor.contiguous() for name, tensor in held.weights.items()},
+        {name: tensor.contiguous() for name, tensor in original.weights.items()},
         folder / "student.safetensors",
-        {"fedkd": json.dumps({**held.about(), **changes})},
+        {"fedkd": json.dumps({**original.about(), **changes})},
     )
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"pixels": 0}, "0 pixels"),
         ({"pixels": 10**9}, "1000000000 pixels"),
@@ -183,36 +185,36 @@ def broken(folder, **changes):
         ({"std": [0.0, 0.0, 0.0]}, "finite"),
         ({"dataset": "./theirs.py:read"}, "user-defined"),
         ({"model": "./theirs.py:Net"}, "user-defined"),
-        ({"names": list("abcdefghij")}, "not the student's"),
+        ({"names": list("abcdefghij")}, "not those of the student"),
     ],
 )
-def test_a_student_that_cannot_be_used(changes, said, saved):
+def test_a_student_that_cannot_be_used(changes, message, saved):
     broken(saved, **changes)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         command.export(saved, to=("pt2",))
     assert listed(saved) == ["student.safetensors"]
 
 
-def test_no_student_there(saved, tmp_path):
+def test_a_missing_student_is_reported(saved, tmp_path):
     with pytest.raises(DataError, match="no run or student"):
         command.export(tmp_path / "none", to=("pt2",))
     (saved / "student.safetensors").write_bytes(b"{}" * 50)
     with pytest.raises(DataError, match="damaged"):
         command.export(saved, to=("pt2",))
     (saved / "student.safetensors").unlink()
-    with pytest.raises(DataError, match="not the directory of a run"):
+    with pytest.raises(DataError, match="not a run directory"):
         command.export(saved, to=("pt2",))
     (saved / "config.toml").write_text('algorithm = "central"\n')
-    with pytest.raises(DataError, match=r"holds no student.*central"):
+    with pytest.raises(DataError, match=r"contains no student.*central"):
         command.export(saved, to=("pt2",))
 
 
 @pytest.mark.parametrize(
-    ("to", "said"), [((), "Name what to export to"), (("onx",), "Did you mean 'onnx'"), (("pte",), "fedkd\\[mobile\\]")]
+    ("to", "message"), [((), "Name a format"), (("onx",), "Did you mean 'onnx'"), (("pte",), "fedkd\\[mobile\\]")]
 )
-def test_a_format_that_cannot_be_had(to, said, saved, monkeypatch):
+def test_a_format_that_cannot_be_used(to, message, saved, monkeypatch):
     monkeypatch.setattr(formats, "find_spec", lambda module: None)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         command.export(saved, to=to)
     assert listed(saved) == ["student.safetensors"]
 
@@ -220,16 +222,16 @@ def test_a_format_that_cannot_be_had(to, said, saved, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "code"), [(["none", "--to", "onnx"], 3), (["none", "--to", "x"], 2), (["none", "--images", "-1"], 2)]
 )
-def test_a_mistake_is_one_sentence_and_a_code(argv, code, capsys):
-    with pytest.raises(SystemExit) as ended:
+def test_a_mistake_is_reported_in_one_sentence_with_an_exit_code(argv, code, capsys):
+    with pytest.raises(SystemExit) as exited:
         cli.run(command.app, argv)
-    assert ended.value.code == code
-    said = capsys.readouterr().err
-    assert said.startswith("fedkd: ")
-    assert "Traceback" not in said
+    assert exited.value.code == code
+    printed = capsys.readouterr().err
+    assert printed.startswith("fedkd: ")
+    assert "Traceback" not in printed
 
 
-def test_a_runtime_that_answers_otherwise_leaves_nothing(saved, monkeypatch):
+def test_nothing_is_written_if_a_runtime_computes_other_logits(saved, monkeypatch):
     wrong = dataclasses.replace(formats.FORMATS["pt2"], open=lambda path: lambda pixels: torch.ones(len(pixels), 10))
     monkeypatch.setitem(formats.FORMATS, "pt2", wrong)
     with pytest.raises(RunError, match="differ by"):
@@ -238,10 +240,10 @@ def test_a_runtime_that_answers_otherwise_leaves_nothing(saved, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ValueError("no such operator\nand more"), KeyboardInterrupt()])
-def test_a_failure_leaves_what_was_there(error, saved, monkeypatch):
-    (saved / "student.onnx").write_text("of before")
+def test_a_failure_keeps_earlier_files(error, saved, monkeypatch):
+    (saved / "student.onnx").write_text("earlier")
 
-    def fails(held, path, training):
+    def fails(student, path, training):
         path.write_text("half")
         raise error
 
@@ -251,18 +253,18 @@ def test_a_failure_leaves_what_was_there(error, saved, monkeypatch):
     if isinstance(error, ValueError):
         assert "cannot be exported to pt2: ValueError: no such operator." in str(raised.value)
     assert listed(saved) == ["student.onnx", "student.safetensors"]
-    assert (saved / "student.onnx").read_text() == "of before"
+    assert (saved / "student.onnx").read_text() == "earlier"
 
 
 @pytest.mark.real
 def test_real_cifar10_all_classes_are_equal(data_dir, tmp_path):
-    held = student("cnn", dataset="cifar10")
-    formats.write_onnx(held, tmp_path / "a.onnx")
+    original = student("cnn", dataset="cifar10")
+    formats.write_onnx(original, tmp_path / "a.onnx")
     test = readers.read(dataclasses.replace(specs.call("dataset", "cifar10"), pixels=32), "test", data_dir)
     assert len(test.pixels) == 10_000
-    ours = formats.served(held)
+    module = formats.with_scaling(original)
     with torch.inference_mode():
-        wanted = check.logits(ours, test.pixels)
-    found = check.logits(formats.open_onnx(tmp_path / "a.onnx"), test.pixels)
-    assert torch.equal(found.argmax(-1), wanted.argmax(-1))
-    assert (found - wanted).abs().max() < 1e-4
+        expected = check.logits(module, test.pixels)
+    actual = check.logits(formats.open_onnx(tmp_path / "a.onnx"), test.pixels)
+    assert torch.equal(actual.argmax(-1), expected.argmax(-1))
+    assert (actual - expected).abs().max() < 1e-4
