@@ -151,7 +151,7 @@ def architecture_picture() -> str:
         arrow([(672, 387), (692, 387)]),
         arrow([(672, 457), (692, 457)]),
     ]
-    return svg(920, 564, "The way of a round through the files of fedkd", parts)
+    return svg(920, 564, "How a round is executed, file by file", parts)
 
 
 PICTURES = {"round.svg": round_picture, "architecture.svg": architecture_picture}

@@ -110,7 +110,7 @@ def spectral(logits: Tensor, weights: Tensor, *, fraction: Fraction = 0.2, varia
 
 
 def vote(logits: Tensor, weights: Tensor) -> Tensor:
-    """The weighted share of clients that predict each class (CFD with one bit: Sattler et al., 2022).
+    """The weighted share of clients that predict each class (CFD with one bit: Sattler et al., 2020).
 
     If several classes of a client tie for the largest logit, its weight is divided among them.
     """

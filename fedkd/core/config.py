@@ -81,16 +81,16 @@ class Config(Options):
         "Methods",
         "The algorithm. Soft labels on a proxy set: ensemble, fedmd, nfdp, dsfl, cronus, cfd, selective-fd, density, "
         "scarlet, comet, kt-pfl, fedgems, fedema; no proxy set: fd, fedproto; weights: fedavg, fedprox, fedavgm, "
-        "mentor, scaffold, feddf, fedbe, fed-et; lower and upper bound: local, central. `python -m fedkd.list "
+        "mentor, scaffold, feddf, fedbe, fed-et; reference points: local, central. `python -m fedkd.list "
         "algorithm` lists their options.",
     )
     compare: Several = option(
-        "", "Methods", "Further algorithms to run on the same data, students and seeds (several).", several=True
+        "", "Methods", "Further algorithms to compare on the same data, initial models and seeds.", several=True
     )
     aggregator: str = option(
         "mean-probs",
         "Methods",
-        "How client logits become the ensemble teacher: mean-logits, mean-probs, era, beta-era, entropy, variance, "
+        "How client logits are aggregated into the teacher: mean-logits, mean-probs, era, beta-era, entropy, variance, "
         "median, trimmed-mean, geometric-median, spectral, vote.",
     )
     loss: str = option(
@@ -111,15 +111,15 @@ class Config(Options):
     partitioner: str = option(
         "dirichlet:alpha=0.5",
         "Federation",
-        "How samples are assigned to clients: iid, dirichlet:alpha=A, pathological:classes=N, shard:shards=N, ..., "
-        "./mine.py:Name.",
+        "How samples are assigned to clients: iid, dirichlet:alpha=A, pathological:classes=N, shard:shards=N, or "
+        "./mine.py:Name; `python -m fedkd.list partitioner` lists all.",
     )
 
     uplink_codec: str = option(
         "float32",
         "Federation",
         "How updates are encoded: float32, float16, bfloat16; soft labels also uint8, bits:bits=1, top:k=3; each "
-        "with coder=zstd (soft labels also range) and delta=true.",
+        "optionally with coder=zstd (soft labels also coder=range) and delta=true.",
     )
     downlink_codec: str = option("float32", "Federation", "How messages to clients are encoded, as --uplink-codec.")
 
@@ -144,7 +144,8 @@ class Config(Options):
     model: str = option(
         "cnn",
         "Models",
-        "The clients' model: cnn, resnet8, resnet20, torchvision:NAME; models of a comma list are assigned in turn.",
+        "The clients' model: cnn, resnet8, resnet20, resnet32, resnet56, vit-tiny, row-gru, torchvision:NAME, "
+        "or ./mine.py:Name; a comma-separated list is assigned round-robin.",
     )
     student: str = option("", "Models", "The server's global student; by default the clients' (first) model.")
     norm: Literal["group", "batch"] = option("group", "Models", "Normalization layers of the built-in models.")
@@ -169,14 +170,16 @@ class Config(Options):
     seeds: PositiveInt = option(1, "Run", "Repetitions, with seed, seed + 1, ...")
     device: str = option("auto", "Run", "auto, cpu, cuda, cuda:N.")
     engine: Literal["local", "ray"] = option(
-        "local", "Run", "What runs the clients: local processes, or Flower's simulation runtime on Ray."
+        "local", "Run", "The simulation backend: local processes, or Flower's simulation runtime on Ray."
     )
-    threads: PositiveInt = option(1, "Run", "Threads of PyTorch in each process; results depend on it bitwise.")
+    threads: PositiveInt = option(
+        1, "Run", "Threads of PyTorch in each process; changing it can change the last bits of results."
+    )
     workers: Annotated[str, BeforeValidator(str), Field(pattern=r"^(auto|[1-9]\d*)$")] = option(
         "auto", "Run", "Processes that run clients in parallel; auto: as many as fit the cores."
     )
     client_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = option(
-        0.0, "Run", "Seconds after which a local update is ended and repeated once; 0: no limit."
+        0.0, "Run", "Time limit of a local update in seconds; it is retried once, then the client fails; 0: no limit."
     )
     ray_address: str = option(
         "", "Run", "With --engine ray: a running cluster (auto, HOST:PORT); by default one is started."

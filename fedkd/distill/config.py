@@ -45,8 +45,8 @@ class DistillConfig(Options):
     teacher_weighting: Literal["uniform", "entropy", "agreement"] = option(
         "uniform",
         "Losses",
-        "Weights of several teachers for each image: equal, higher for a certain teacher (entropy), or higher for a "
-        "teacher that fits the label (agreement).",
+        "Weights of several teachers for each image: equal (uniform), higher for a certain teacher (entropy), or "
+        "higher for a teacher that fits the label (agreement).",
     )
 
     dataset: str = option("auto", "Data", "auto (CIFAR-10, else digits), or a data set as in fedkd.simulate.")
