@@ -75,6 +75,7 @@ def test_the_second_time_only_what_changed_is_sent():
     assert torch.allclose(heard.tensors["probs"], down(OTHER))
     assert torch.allclose(got.tensors["probs"], up(OTHER))
     assert same(server, client)
+    assert got.traffic == answer.traffic
     assert sent.traffic == Traffic(24, HEAD + 2 + 8, pytest.approx((3 * 0.9182958 + 2) / 8 + 8))
 
 
@@ -200,6 +201,13 @@ def test_the_receiver_has_limits(monkeypatch):
     monkeypatch.setattr(channels, "MAX_NUMBERS", 5)
     with pytest.raises(ValueError, match=r"^[a-z].*\b5\b"):
         Channel(UInt8(), UInt8()).decode_message(sent, {})
+
+
+def test_an_update_may_be_no_larger_than_declared():
+    answer = DELTA.encode_update({"probs": PROBS}, {}, {}).tensors
+    assert torch.allclose(DELTA.decode_update(answer, {"probs": (3, 2)}, {}).tensors["probs"], up(PROBS))
+    with pytest.raises(ValueError, match=r"^[a-z].*\b5\b"):
+        DELTA.decode_update(answer, {"probs": (5, 1)}, {})
 
 
 def test_one_number_of_a_tensor_that_was_not_declared_is_too_many():

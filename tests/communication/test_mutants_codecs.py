@@ -68,6 +68,12 @@ def test_what_cannot_be_encoded_is_refused_in_one_clause(wrong):
     assert is_a_clause(caught.value), caught.value
 
 
+@pytest.mark.parametrize(("value", "expected"), [(0, b"\x00"), (127, b"\x7f"), (128, b"\x80\x01"), (300, b"\xac\x02")])
+def test_numbers_are_leb128(value, expected):
+    assert entropy.number(value) == expected
+    assert entropy.read_number(BytesIO(expected)) == value
+
+
 def test_a_number_has_at_most_eight_bytes():
     assert entropy.read_number(BytesIO(b"\xff" * 7 + b"\x7f")) == 2**56 - 1
     with pytest.raises(ValueError, match=r"^[a-z]"):
