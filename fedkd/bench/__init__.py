@@ -1,1 +1,1 @@
-"""What a run costs on this machine, beside what it must cost and what others take."""
+"""Benchmark: time and memory of fedkd, of a bare PyTorch loop and of other simulators on this machine."""

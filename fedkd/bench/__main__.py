@@ -28,7 +28,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 @dataclass(frozen=True)
 class Stack:
-    """What is run, and by name the stack whose time it is held against."""
+    """A function that runs a stack, and the name of the reference stack."""
 
     run: Callable[..., Timing]
     against: str = ""
@@ -100,23 +100,23 @@ def plan(work: Work, cores: int) -> dict[str, dict[str, Stack]]:
 
 
 def _own(work: Work, cores: int) -> dict[str, Stack]:
-    held = {}
+    named = {}
     for workers in dict.fromkeys((1, cores)):
         floor = f"bare loop, {workers} process{'es' * (workers > 1)}"
-        held[floor] = Stack(partial(stacks.bare, work, workers))
-        held[_fedkd(workers)] = Stack(partial(stacks.fedkd, work, workers=str(workers)), floor)
-    return held
+        named[floor] = Stack(partial(stacks.bare, work, workers))
+        named[_fedkd(workers)] = Stack(partial(stacks.fedkd, work, workers=str(workers)), floor)
+    return named
 
 
 def _others(work: Work, cores: int) -> dict[str, Stack]:
-    held, ours = {}, _fedkd(cores)
+    named, reference = {}, _fedkd(cores)
     if stacks.is_installed("ray"):
-        held["fedkd on Ray"] = Stack(partial(stacks.fedkd, work, engine="ray"), ours)
-        held["Flower's simulation, as it comes"] = Stack(partial(stacks.flower, work, 2), ours)
-        held["Flower's simulation, 1 CPU a client"] = Stack(partial(stacks.flower, work, 1), ours)
+        named["fedkd on Ray"] = Stack(partial(stacks.fedkd, work, engine="ray"), reference)
+        named["Flower's simulation, default"] = Stack(partial(stacks.flower, work, 2), reference)
+        named["Flower's simulation, 1 CPU per client"] = Stack(partial(stacks.flower, work, 1), reference)
     if stacks.is_installed("pfl"):
-        held[f"pfl-research, {cores} processes"] = Stack(partial(stacks.pfl, work, cores), ours)
-    return held
+        named[f"pfl-research, {cores} processes"] = Stack(partial(stacks.pfl, work, cores), reference)
+    return named
 
 
 def _fedkd(workers: int) -> str:
@@ -124,15 +124,16 @@ def _fedkd(workers: int) -> str:
 
 
 def _measure(measured: dict[str, Stack], repeats: int, console: Console) -> dict[str, Any]:
-    """All timings of each stack. The last run of each is weighed and not timed; by then data is in the cache."""
-    weighs = stacks.is_installed("psutil")
+    """All timings of each stack. The last run of each measures memory and not time; its data is in the cache."""
+    has_psutil = stacks.is_installed("psutil")
     found: dict[str, Any] = {name: {"against": stack.against, "runs": []} for name, stack in measured.items()}
     for repeat in range(repeats + 1):
         for name, stack in measured.items():
             is_last = repeat == repeats
-            timing = stack.run(weigh=weighs and is_last)
+            timing = stack.run(with_memory=has_psutil and is_last)
             console.print(
-                f"{name}: {median(report.warm(timing.rounds)):.4f} s a round, {timing.rest:.1f} s beside", style="dim"
+                f"{name}: {median(report.warm(timing.rounds)):.4f} s per round, {timing.rest:.1f} s outside rounds",
+                style="dim",
             )
             if is_last:
                 found[name] |= {key: getattr(timing, key) for key in ("megabytes", "beyond", "bytes", "messages")}

@@ -1,8 +1,8 @@
-"""The arithmetic of a run and nothing else: the least that any framework can take.
+"""Only the arithmetic of a run: a lower bound on the time of any framework.
 
-The same batches, weights and order of sums as `fedkd.simulate`, written as one would write a script:
-no messages, no memory on disk, no checks, no round loop. It serves two ends: its time is the floor
-(`python -m fedkd.bench`), and its weights are an oracle (tests/test_bench.py).
+A plain script with the same batches, weights and order of sums as `fedkd.simulate`, without messages, client
+memory, checks and protocol. Its time is the reference of `python -m fedkd.bench`, and its weights are an oracle
+(tests/bench/test_bench.py).
 """
 
 from __future__ import annotations
@@ -32,127 +32,130 @@ CHUNK = 64
 
 
 class Script:
-    """One process's share of a run: a module, an optimizer's settings, and the data."""
+    """The state of one process: a module, the config and the data."""
 
     def __init__(self, experiment: Experiment) -> None:
-        self.run, self.config = experiment, experiment.config
+        self.experiment, self.config = experiment, experiment.config
         self.model = models.build(self.config.model, experiment.setup.classes, self.config.norm)
         self.model.to(memory_format=torch.channels_last)
 
     def train(self, client: int, number: int, weights: Weights) -> Weights:
         """A client's local epochs."""
-        config, rows = self.config, torch.from_numpy(self.run.training_partition[client])
-        pixels, labels = self.run.train.pixels[rows], self.run.train.labels[rows]
+        config, indices = self.config, torch.from_numpy(self.experiment.training_partition[client])
+        pixels, labels = self.experiment.train.pixels[indices], self.experiment.train.labels[indices]
         self.model.load_state_dict(weights)
         sgd = torch.optim.SGD(
             self.model.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay, fused=True
         )
         seed = seeds.derive(seeds.derive(config.seed, "client", number, client), "fit")
         loss, epochs, size = functional.cross_entropy, config.local_epochs, config.batch_size
-        self._descend(sgd, pixels, labels, loss, epochs, size, seed, config.augment)
+        self._train(sgd, pixels, labels, loss, epochs, size, seed, config.augment)
         return self._weights()
 
-    def answer(self, weights: Weights) -> Tensor:
-        """Logits on the proxy."""
+    def proxy_logits(self, weights: Weights) -> Tensor:
+        """Logits on the proxy set [P, C]."""
         self.model.load_state_dict(weights)
         self.model.eval()
         with torch.inference_mode():
-            parts = [
-                self.model(self.run.setup.trainer.scaling(part))
-                for part in torch.split(self.run.setup.proxy.images, CHUNK)
+            chunks = [
+                self.model(self.experiment.setup.trainer.scaling(chunk))
+                for chunk in torch.split(self.experiment.setup.proxy.images, CHUNK)
             ]
-            return torch.cat(parts)
+            return torch.cat(chunks)
 
     def distill(self, weights: Weights, probs: Tensor, seed: int) -> Weights:
-        """The server's epochs on the proxy."""
+        """The server's distillation epochs on the proxy set."""
         self.model.load_state_dict(weights)
         adam = torch.optim.Adam(self.model.parameters(), self.config.distill_learning_rate, fused=True)
 
-        def loss(logits: Tensor, wanted: Tensor) -> Tensor:
-            return functional.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean")
+        def loss(logits: Tensor, targets: Tensor) -> Tensor:
+            return functional.kl_div(logits.log_softmax(-1), targets, reduction="batchmean")
 
         epochs, size = self.config.distill_epochs, self.config.distill_batch_size
-        self._descend(adam, self.run.setup.proxy.images, probs, loss, epochs, size, seed, False)
+        self._train(adam, self.experiment.setup.proxy.images, probs, loss, epochs, size, seed, False)
         return self._weights()
 
-    def _descend(self, optimizer, pixels, targets, loss, epochs, size, seed, augment) -> None:  # type: ignore[no-untyped-def]
+    def _train(self, optimizer, pixels, targets, loss, epochs, size, seed, augment) -> None:  # type: ignore[no-untyped-def]
         generator = torch.Generator().manual_seed(seed)
         self.model.train()
         for _ in range(epochs):
             for rows in torch.split(torch.randperm(len(pixels), generator=generator), size):
                 images = pixels[rows]
                 if augment:
-                    images = crop_and_flip(images, self.run.setup.trainer.flip, generator)
+                    images = crop_and_flip(images, self.experiment.setup.trainer.flip, generator)
                 optimizer.zero_grad()
-                loss(self.model(self.run.setup.trainer.scaling(images)), targets[rows]).backward()
+                loss(self.model(self.experiment.setup.trainer.scaling(images)), targets[rows]).backward()
                 optimizer.step()
 
     def _weights(self) -> Weights:
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
 
-def turn(script: Script, client: int, number: int, weights: Weights) -> tuple[Weights, Tensor | None]:
-    """What one client computes in a round."""
+def local_update(script: Script, client: int, number: int, weights: Weights) -> tuple[Weights, Tensor | None]:
+    """A client's weights and proxy logits after its local update."""
     trained = script.train(client, number, weights)
-    return trained, script.answer(trained) if script.config.algorithm == "ensemble" else None
+    return trained, script.proxy_logits(trained) if script.config.algorithm == "ensemble" else None
 
 
 def run(experiment: Experiment, workers: int) -> tuple[Weights, list[float]]:
     """The global student after all rounds of FedAvg or of the ensemble, and the seconds of each round."""
     config, script = experiment.config, Script(experiment)
     student = experiment.setup.trainer.initial_weights(experiment.setup.student)
-    own = dict.fromkeys(range(config.clients), student)
-    helpers = [_Helper(experiment) for _ in range(workers - 1)]
+    client_weights = dict.fromkeys(range(config.clients), student)
+    processes = [_Process(experiment) for _ in range(workers - 1)]
     order = sorted(range(config.clients), key=lambda client: -len(experiment.training_partition[client]))
     seconds = []
     for number in range(1, config.rounds + 1):
         start = time.perf_counter()
-        begin = own if config.algorithm == "ensemble" else dict.fromkeys(own, student)
-        for place, helper in enumerate(helpers, 1):
-            helper.pipe.send([(client, number, begin[client]) for client in order[place::workers]])
-        done = {client: turn(script, client, number, begin[client]) for client in order[::workers]}
-        for helper in helpers:
-            done |= helper.pipe.recv()
-        own = {client: done[client][0] for client in range(config.clients)}
+        begin = client_weights if config.algorithm == "ensemble" else dict.fromkeys(client_weights, student)
+        for offset, process in enumerate(processes, 1):
+            process.pipe.send([(client, number, begin[client]) for client in order[offset::workers]])
+        done = {client: local_update(script, client, number, begin[client]) for client in order[::workers]}
+        for process in processes:
+            done |= process.pipe.recv()
+        client_weights = {client: done[client][0] for client in range(config.clients)}
         if config.algorithm == "ensemble":
-            answers = [done[client][1] for client in own]
-            probs = _mean([answer.double().softmax(-1) for answer in answers if answer is not None], [1] * len(own))
+            logits = [done[client][1] for client in client_weights]
+            probs = _mean([each.double().softmax(-1) for each in logits if each is not None], [1] * len(client_weights))
             student = script.distill(student, probs, seeds.derive(config.seed, "tell", number))
         else:
             sizes = experiment.training_partition.sizes.tolist()
-            student = {name: _mean([own[client][name].double() for client in own], sizes) for name in student}
+            student = {
+                name: _mean([client_weights[client][name].double() for client in client_weights], sizes)
+                for name in student
+            }
         seconds.append(time.perf_counter() - start)
-    for helper in helpers:
-        helper.pipe.send(None)
-        helper.process.join()
+    for process in processes:
+        process.pipe.send(None)
+        process.process.join()
     return student, seconds
 
 
 def _mean(values: list[Tensor], weights: list[int]) -> Tensor:
-    """In float64 and in the order of the clients."""
+    """The weighted mean, summed in float64 in the order of the clients."""
     total = torch.zeros_like(values[0])
     for value, weight in zip(values, weights, strict=True):
         total += value * (weight / sum(weights))
     return total.float()
 
 
-class _Helper:
-    """Another process that takes its share of each round's clients."""
+class _Process:
+    """Another process, which trains a part of the clients of each round."""
 
     def __init__(self, experiment: Experiment) -> None:
-        self.pipe, theirs = multiprocessing.Pipe()
-        self.process = multiprocessing.get_context("fork").Process(target=_help, args=(theirs, experiment), daemon=True)
+        self.pipe, remote = multiprocessing.Pipe()
+        self.process = multiprocessing.get_context("fork").Process(target=_loop, args=(remote, experiment), daemon=True)
         self.process.start()
 
 
-def _help(pipe: Connection, experiment: Experiment) -> None:
+def _loop(pipe: Connection, experiment: Experiment) -> None:
     script = Script(experiment)
     while (jobs := pipe.recv()) is not None:
-        pipe.send({client: turn(script, client, number, weights) for client, number, weights in jobs})
+        pipe.send({client: local_update(script, client, number, weights) for client, number, weights in jobs})
 
 
 def main() -> None:
-    """``python -m fedkd.bench.bare CONFIG WORKERS``: the config as JSON; a JSON object with the seconds."""
+    """``python -m fedkd.bench.bare CONFIG WORKERS``: the config is JSON; print a JSON object with the seconds."""
     config, workers = Config.parse(json.loads(sys.argv[1])), int(sys.argv[2])
     settle(config.threads)
     _, seconds = run(prepare(config), workers)

@@ -1,11 +1,11 @@
-"""Local training of many clients on one GPU: ways to do it, each held against the plain loop.
+"""Local training of many clients on one GPU: implementations, each compared with the plain loop.
 
     python -m fedkd.bench.gpu --model resnet8 --clients 20 --images 512
 
-Small models leave a GPU waiting for Python: a step of a batch of 32 is some ninety kernels of a few
-microseconds. What may help is to record a step once and replay it (CUDA graphs), or to train all
-clients in the same kernels (`torch.func.vmap`). The plain loop, `fedkd.training.loop.train`, is what
-the engine does, and the oracle: a way whose weights are not its weights within rounding is no way.
+With small models a GPU waits for Python: a step with a batch of 32 has about ninety kernels of a few
+microseconds. Two remedies are to capture a step once and replay it (CUDA graphs), and to train all
+clients in the same kernels (`torch.func.vmap`). The engine uses the plain loop, `fedkd.training.loop.train`.
+It is also the oracle: the weights of each implementation must equal its weights up to rounding.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SCALING = Scaling((127.5, 127.5, 127.5), (64.0, 64.0, 64.0))
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One local epoch of clients with equally many images: pixels [K, N, H, W, 3], labels [K, N], one model."""
+    """One local epoch of clients with N images each: pixels [K, N, H, W, 3], labels [K, N], one model."""
 
     module: nn.Module
     pixels: Tensor
@@ -44,7 +44,7 @@ class Job:
 
     @staticmethod
     def of(model: str, clients: int, images: int, device: str) -> Job:
-        """Random images and labels; fresh weights."""
+        """Random images, labels and initial weights."""
         generator = seeds.generator(0, "gpu")
         pixels = torch.randint(256, (clients, images, 32, 32, 3), dtype=torch.uint8, generator=generator)
         labels = torch.randint(10, (clients, images), generator=generator)
@@ -54,39 +54,48 @@ class Job:
         return Job(module, pixels.to(device), labels.to(device))
 
     def batches(self) -> Iterator[Tensor]:
-        """Rows of every client's next batch [K, B], in the order in which the plain loop takes them."""
+        """The indices of every client's next batch [K, B], in the order of the plain loop."""
         clients, images = self.labels.shape
-        own = [loop.batches(images, BATCH, torch.Generator().manual_seed(k)) for k in range(clients)]
-        for rows in zip(*own, strict=True):
+        orders = [loop.batches(images, BATCH, torch.Generator().manual_seed(k)) for k in range(clients)]
+        for rows in zip(*orders, strict=True):
             yield torch.stack(rows).to(self.labels.device)
 
 
 def plain(job: Job) -> Weights:
-    """One client after the other, as the engine does it."""
+    """One client after the other, as in the engine."""
     start = {name: value.clone() for name, value in job.module.state_dict().items()}
-    done = []
+    results = []
     for client, (pixels, labels) in enumerate(zip(job.pixels, job.labels, strict=True)):
         job.module.load_state_dict(start)
-        step = optimizers.sgd(list(job.module.parameters()), RATE, MOMENTUM, DECAY)
+        optimizer = optimizers.sgd(list(job.module.parameters()), RATE, MOMENTUM, DECAY)
         loss, none = nn.functional.cross_entropy, loop.Augmentation()
         loop.train(
-            job.module, step, pixels, labels, loss, SCALING, epochs=1, batch_size=BATCH, augmentation=none, seed=client
+            job.module,
+            optimizer,
+            pixels,
+            labels,
+            loss,
+            SCALING,
+            epochs=1,
+            batch_size=BATCH,
+            augmentation=none,
+            seed=client,
         )
-        done.append({name: value.clone() for name, value in job.module.state_dict().items()})
+        results.append({name: value.clone() for name, value in job.module.state_dict().items()})
     job.module.load_state_dict(start)
-    return {name: torch.stack([weights[name] for weights in done]) for name in start}
+    return {name: torch.stack([weights[name] for weights in results]) for name in start}
 
 
 def stacked(job: Job, half: bool = False, captured: bool = False) -> Weights:
     """All clients in the same kernels; with ``half`` in bfloat16, ``captured`` as a replayed CUDA graph."""
     clients = len(job.pixels)
     weights = {n: p.detach().expand(clients, *p.shape).clone() for n, p in job.module.named_parameters()}
-    speeds = {name: torch.zeros_like(value) for name, value in weights.items()}
+    velocities = {name: torch.zeros_like(value) for name, value in weights.items()}
     numbers = torch.arange(clients, device=job.labels.device)[:, None]
 
-    def loss(own: Weights, images: Tensor, labels: Tensor) -> Tensor:
+    def loss(client_weights: Weights, images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16) if half else nullcontext():
-            logits = functional_call(job.module, own, (images,))
+            logits = functional_call(job.module, client_weights, (images,))
         return nn.functional.cross_entropy(logits.float(), labels)
 
     gradients = vmap(grad(loss))
@@ -94,72 +103,72 @@ def stacked(job: Job, half: bool = False, captured: bool = False) -> Weights:
     def step(rows: Tensor) -> None:
         pixels, labels = job.pixels[numbers, rows], job.labels[numbers, rows]
         images = SCALING(pixels.flatten(0, 1)).view(*pixels.shape[:2], 3, *pixels.shape[2:4])
-        for name, slope in gradients(weights, images, labels).items():
-            speeds[name].mul_(MOMENTUM).add_(slope).add_(weights[name], alpha=DECAY)
-            weights[name].sub_(speeds[name], alpha=RATE)
+        for name, gradient in gradients(weights, images, labels).items():
+            velocities[name].mul_(MOMENTUM).add_(gradient).add_(weights[name], alpha=DECAY)
+            weights[name].sub_(velocities[name], alpha=RATE)
 
     job.module.train()
     orders = list(job.batches())
-    play = _recorded(step, orders[0], [*weights.values(), *speeds.values()]) if captured else step
+    run = _captured(step, orders[0], [*weights.values(), *velocities.values()]) if captured else step
     for rows in orders:
-        play(rows)
+        run(rows)
     return weights
 
 
 def graphed(job: Job) -> Weights:
-    """One client after the other, a step recorded once and replayed for all of them."""
+    """One client after the other, with a step that is captured once and replayed for all of them."""
     start = {name: value.clone() for name, value in job.module.state_dict().items()}
     parameters = list(job.module.parameters())
-    speeds = [torch.zeros_like(p) for p in parameters]
+    velocities = [torch.zeros_like(p) for p in parameters]
     client = torch.zeros((), dtype=torch.int64, device=job.labels.device)
 
     def step(rows: Tensor) -> None:
         pixels, labels = job.pixels[client, rows[0]], job.labels[client, rows[0]]
-        slopes = torch.autograd.grad(nn.functional.cross_entropy(job.module(SCALING(pixels)), labels), parameters)
+        gradients = torch.autograd.grad(nn.functional.cross_entropy(job.module(SCALING(pixels)), labels), parameters)
         with torch.no_grad():
-            for parameter, speed, slope in zip(parameters, speeds, slopes, strict=True):
-                speed.mul_(MOMENTUM).add_(slope).add_(parameter, alpha=DECAY)
-                parameter.sub_(speed, alpha=RATE)
+            for parameter, velocity, gradient in zip(parameters, velocities, gradients, strict=True):
+                velocity.mul_(MOMENTUM).add_(gradient).add_(parameter, alpha=DECAY)
+                parameter.sub_(velocity, alpha=RATE)
 
     job.module.train()
     orders = torch.stack(list(job.batches()), 1)  # [K, steps, B]
-    replay = _recorded(step, orders[0, :1], [*parameters, *speeds])
-    done = []
+    replay = _captured(step, orders[0, :1], [*parameters, *velocities])
+    results = []
     for number, order in enumerate(orders):
         job.module.load_state_dict(start)
         client.fill_(number)
-        for speed in speeds:
-            speed.zero_()
+        for velocity in velocities:
+            velocity.zero_()
         for rows in order:
             replay(rows[None])
-        done.append({name: value.clone() for name, value in job.module.state_dict().items()})
+        results.append({name: value.clone() for name, value in job.module.state_dict().items()})
     job.module.load_state_dict(start)
-    return {name: torch.stack([weights[name] for weights in done]) for name in start}
+    return {name: torch.stack([weights[name] for weights in results]) for name in start}
 
 
-def _recorded(step: Callable[[Tensor], None], rows: Tensor, changed: list[Tensor]) -> Callable[[Tensor], None]:
-    """The step as a CUDA graph. What it ``changed`` while it warmed up and was recorded is put back."""
+def _captured(step: Callable[[Tensor], None], rows: Tensor, changed: list[Tensor]) -> Callable[[Tensor], None]:
+    """The step as a CUDA graph. The tensors ``changed`` by warm-up and capture are restored."""
     before = [tensor.detach().clone() for tensor in changed]
-    place, graph = rows.clone(), torch.cuda.CUDAGraph()
+    static_rows, graph = rows.clone(), torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step(place)
+            step(static_rows)
     torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph):
-        step(place)
+        step(static_rows)
     with torch.no_grad():
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
 
     def replay(rows: Tensor) -> None:
-        place.copy_(rows)
+        static_rows.copy_(rows)
         graph.replay()
 
     return replay
 
 
-WAYS: dict[str, Callable[[Job], Weights]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Job], Weights]] = {
     "plain": plain,
     "graphed": graphed,
     "stacked": stacked,
@@ -178,32 +187,34 @@ def measure(
     images: Annotated[
         int, Parameter(help="Images of each client; a multiple of 32.", validator=Number(gte=32, modulo=32))
     ] = 512,
-    repeats: Annotated[int, Parameter(help="Timed runs of each way, in turn.", validator=Number(gte=1))] = 5,
-    device: Annotated[str, Parameter(help="cuda; on a CPU only the ways without a graph are tried.")] = "cuda",
+    repeats: Annotated[
+        int, Parameter(help="Timed runs of each implementation, in alternation.", validator=Number(gte=1))
+    ] = 5,
+    device: Annotated[str, Parameter(help="cuda; on a CPU only the implementations without a graph are run.")] = "cuda",
 ) -> None:
-    """Time each way of training many clients on a GPU; one JSON object."""
-    from fedkd.core.runtime import device as checked
+    """Time each implementation of training many clients on a GPU, and print a JSON object."""
+    from fedkd.core.runtime import device as resolve_device
 
-    job = Job.of(model, clients, images, checked(device))
+    job = Job.of(model, clients, images, resolve_device(device))
     on_gpu = job.labels.device.type == "cuda"
-    ways = {name: way for name, way in WAYS.items() if on_gpu or "graphed" not in name}
+    selected = {name: train for name, train in IMPLEMENTATIONS.items() if on_gpu or "graphed" not in name}
     oracle = plain(job)
-    found: dict[str, dict[str, float]] = {}
-    for name, way in ways.items():
-        done = way(job)
-        found[name] = {"difference": max((done[n] - oracle[n]).abs().max().item() for n in done)}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    results: dict[str, dict[str, float]] = {}
+    for name, train in selected.items():
+        weights = train(job)
+        results[name] = {"difference": max((weights[n] - oracle[n]).abs().max().item() for n in weights)}
+    seconds: dict[str, list[float]] = {name: [] for name in selected}
     for _ in range(repeats):
-        for name, way in ways.items():
+        for name, train in selected.items():
             start = time.perf_counter()
-            way(job)
+            train(job)
             if on_gpu:
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-    for name, taken in seconds.items():
-        found[name]["images_per_second"] = clients * images / median(taken)
+    for name, times in seconds.items():
+        results[name]["images_per_second"] = clients * images / median(times)
     name = torch.cuda.get_device_name(job.labels.device) if on_gpu else "cpu"
-    print(json.dumps({"device": name, "torch": torch.__version__, "model": model, "ways": found}, indent=2))
+    print(json.dumps({"device": name, "torch": torch.__version__, "model": model, "ways": results}, indent=2))
 
 
 if __name__ == "__main__":

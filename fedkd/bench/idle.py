@@ -17,5 +17,5 @@ if TYPE_CHECKING:
 class Idle(Algorithm):
     """Clients reply at once, with the time in seconds at which the message arrived."""
 
-    def local_update(self, setup: Setup, client: Client, request: Tensors) -> tuple[Update, Tensors]:
+    def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
         return Update({}, len(client.data), {"time": time.time()}), {}

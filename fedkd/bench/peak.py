@@ -1,4 +1,4 @@
-"""The peak of this processor: what its arithmetic can do at most, in GFLOP a second."""
+"""The peak throughput of this processor in GFLOP/s."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from statistics import median
 import torch
 from torch import nn
 
-SECONDS = 1.0  # of measuring, for each number
+SECONDS = 1.0  # duration of each measurement
 
 
 def matrix_product(size: int = 2048) -> float:
-    """Of two square float32 matrices."""
+    """GFLOP/s of the product of two square float32 matrices."""
     left, right = torch.randn(size, size), torch.randn(size, size)
     return 2 * size**3 / _seconds(lambda: left @ right) / 1e9
 
 
 def convolution(channels: int = 64, pixels: int = 8, batch: int = 64) -> float:
-    """Of a 3x3 convolution in float32 and channels_last, of the shape that is fastest in the cnn."""
+    """GFLOP/s of a 3x3 convolution in float32 and channels_last, with the fastest shape of the cnn."""
     layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
     images = torch.randn(batch, channels, pixels, pixels).to(memory_format=torch.channels_last)
     with torch.inference_mode():
@@ -29,10 +29,10 @@ def convolution(channels: int = 64, pixels: int = 8, batch: int = 64) -> float:
 
 
 def _seconds(compute: Callable[[], object]) -> float:
-    """The median time of a call."""
+    """The median time of a call in seconds."""
     times: list[float] = []
-    begun = time.perf_counter()
-    while time.perf_counter() - begun < SECONDS:
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < SECONDS:
         start = time.perf_counter()
         compute()
         times.append(time.perf_counter() - start)
@@ -40,7 +40,7 @@ def _seconds(compute: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """``python -m fedkd.bench.peak THREADS``: a JSON object."""
+    """``python -m fedkd.bench.peak THREADS``: print a JSON object."""
     torch.set_num_threads(int(sys.argv[1]))
     print(json.dumps({"matrix_product": matrix_product(), "convolution": convolution()}))
 

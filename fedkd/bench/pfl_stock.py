@@ -2,8 +2,8 @@
 
     python fedkd/bench/pfl_stock.py --clients 20 --images 512 --rounds 5 --cpus-per-client 1
 
-There are cores / cpus-per-client processes of that many threads each (``--processes`` says otherwise); several are
-started by torchrun, which replaces this process. The last line on stdout is one JSON object.
+By default cores / cpus-per-client processes run, each with cpus-per-client threads. Several processes are started by
+torchrun, which replaces this process. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 
 
 def arguments() -> argparse.Namespace:
-    """What the command line asks for."""
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("clients", 20), ("images", 512), ("rounds", 5), ("cpus-per-client", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -28,7 +28,7 @@ def arguments() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train in this process, one of ``args.processes``; the first one prints the times."""
+    """Train in this process, which is one of ``args.processes``; the first one prints the times."""
     os.environ.setdefault("PFL_PYTORCH_DEVICE", "cpu")
     import numpy as np
     import torch
@@ -57,12 +57,12 @@ def run(args: argparse.Namespace) -> None:
             self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 10))
 
         def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-            """What pfl minimizes."""
+            """The training loss of pfl."""
             self.train()
             return nn.functional.cross_entropy(self.layers(images), labels)
 
         def metrics(self, images: Tensor, labels: Tensor) -> dict[str, object]:
-            """Nothing, without a forward pass: pfl cannot be told not to evaluate before round 1."""
+            """No metrics and no forward pass: pfl always evaluates before round 1."""
             return {}
 
     class Clock(TrainingProcessCallback):  # type: ignore[misc]
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(args.cpus_per_client)
     torch.manual_seed(0)
-    np.random.seed(0)  # every process must draw the same cohorts
+    np.random.seed(0)  # every process must sample the same cohorts
     size = args.images
     images = torch.randint(256, (args.clients * size, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(10, (args.clients * size,))
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
 
     users = FederatedDataset(user, get_user_sampler("minimize_reuse", list(range(args.clients))))
     network = Network()
-    sgd = torch.optim.SGD(network.parameters(), lr=1.0)  # the server's step: the mean as it is
+    sgd = torch.optim.SGD(network.parameters(), lr=1.0)  # with rate 1 the server adopts the mean
     model = PyTorchModel(network, partial(torch.optim.SGD, momentum=0.9), sgd)
     backend = SimulatedBackend(training_data=users, val_data=None, postprocessors=[WeightByDatapoints()])
     plan = NNAlgorithmParams(

@@ -54,11 +54,11 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> Reliability:
     Bin m of M holds the probabilities in ((m - 1) / M, m / M] (Guo et al., 2017).
     """
     confidence, predicted = logits.double().softmax(-1).max(-1)
-    places = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)  # rounding may exceed 1
-    counts = torch.bincount(places, minlength=bins)
+    indices = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)  # rounding may exceed 1
+    counts = torch.bincount(indices, minlength=bins)
 
     def means(values: Tensor) -> list[float | None]:
-        sums = torch.zeros(bins, dtype=torch.float64).index_add_(0, places, values.double())
+        sums = torch.zeros(bins, dtype=torch.float64).index_add_(0, indices, values.double())
         return [total / count if count else None for total, count in zip(sums.tolist(), counts.tolist(), strict=True)]
 
     return Reliability((counts.double() / len(labels)).tolist(), means(confidence), means(predicted == labels))
@@ -135,13 +135,13 @@ def judge(
     All but the latency is the same for the same seed. Only the first ``count`` test images are corrupted, since twenty
     copies of all take minutes. Without ``shifted``, the test images are rotated and moved.
     """
-    hard = test.first(count)
+    subset = test.first(count)
     corrupted: dict[str, dict[str, dict[str, float]]] = {name: {kind: {} for kind in kinds} for name in candidates}
     for kind in kinds:
         for strength in strengths:
-            pixels = corruptions.corrupt(hard.pixels, kind, strength, seed)  # once for all candidates
+            pixels = corruptions.corrupt(subset.pixels, kind, strength, seed)  # once for all candidates
             for name, candidate in candidates.items():
-                corrupted[name][kind][str(strength)] = loop.score(_predict(candidate, pixels), hard.labels)[0]
+                corrupted[name][kind][str(strength)] = loop.score(_predict(candidate, pixels), subset.labels)[0]
     shifted_set = shifted or dataclasses.replace(test, pixels=corruptions.moved(test.pixels, seed))
     logits = {name: _predict(candidate, test.pixels) for name, candidate in candidates.items()}
     verdicts = {}
@@ -149,8 +149,8 @@ def judge(
         values = [value for row in corrupted[name].values() for value in row.values()]
         verdicts[name] = {
             **_quality(logits[name], test.labels, None if name == TEACHER else logits.get(TEACHER), bins),
-            "corrupted_images": len(hard),
-            "uncorrupted_accuracy": loop.score(logits[name][:count], hard.labels)[0],
+            "corrupted_images": len(subset),
+            "uncorrupted_accuracy": loop.score(logits[name][:count], subset.labels)[0],
             "corruptions": corrupted[name],
             "corruption_accuracy": fmean(values) if values else None,
             "shifted": "given" if shifted else "moved",

@@ -1,4 +1,4 @@
-"""The benchmark's floor is an oracle too: the arithmetic of a run, written as a script."""
+"""The benchmark. Its bare loop, the arithmetic of a run as a script, is also an oracle."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.conftest import simulated, tiny
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("algorithm", ["fedavg", "ensemble"])
-def test_a_run_is_its_arithmetic_to_the_bit(tmp_path, algorithm, workers):
-    """Against a loop that knows neither messages nor algorithms, and steps by torch.optim."""
+def test_a_run_equals_the_bare_loop_to_the_bit(tmp_path, algorithm, workers):
+    """Against a loop without messages and algorithms, with torch.optim."""
     changes = {"algorithm": algorithm, "partitioner": "linear", "local_epochs": 2, "augment": True}
     simulated(tmp_path / "run", **changes)
     student, seconds = bare.run(prepare(tiny(**changes)), workers)
@@ -32,7 +32,7 @@ def test_a_run_is_its_arithmetic_to_the_bit(tmp_path, algorithm, workers):
     assert len(seconds) == 2
 
 
-def test_a_step_on_a_cached_teacher_beats_one_that_asks_twenty_teachers(experiment):
+def test_a_step_on_cached_soft_labels_is_cheaper_than_one_with_twenty_teachers(experiment):
     """What FedDF's public code does in every step, against what is done here: at least four times the arithmetic."""
     setup = experiment.setup
     student, *teachers = (models.build("cnn", 10, "group").to(memory_format=torch.channels_last) for _ in range(21))
@@ -40,11 +40,11 @@ def test_a_step_on_a_cached_teacher_beats_one_that_asks_twenty_teachers(experime
     cached = torch.stack([teacher(images).detach() for teacher in teachers]).softmax(-1).mean(0)
     step = optimizers.adam(list(student.parameters()), 1e-3)
 
-    def distill(ask: bool) -> int:
+    def distill(with_teachers: bool) -> int:
         """Floating point operations of a step."""
         with FlopCounterMode(display=False) as counter:
             probs = cached
-            if ask:
+            if with_teachers:
                 with torch.no_grad():
                     probs = torch.stack([teacher(images) for teacher in teachers]).softmax(-1).mean(0)
             kl(student(images), probs).backward()
@@ -54,7 +54,7 @@ def test_a_step_on_a_cached_teacher_beats_one_that_asks_twenty_teachers(experime
     assert distill(True) > 4 * distill(False) > 0
 
 
-def test_the_work_is_what_it_says():
+def test_the_workload_has_the_given_sizes():
     work = Work(clients=4, images=8, rounds=2)
     experiment = prepare(work.config())
     assert [len(part) for part in experiment.training_partition] == [8] * 4
@@ -64,8 +64,8 @@ def test_the_work_is_what_it_says():
     assert many.config.participation * 1000 == 4
 
 
-def test_a_stack_is_run_and_shown():
-    """Fedkd itself and its floor, as the command plays them."""
+def test_stacks_are_run_and_reported():
+    """Fedkd and the bare loop, as the command runs them."""
     work = Work(clients=2, images=16, rounds=2, model="cnn:width=8")
     measured = {
         "bare loop, 1 process": stacks.bare(work, 1),
@@ -77,7 +77,7 @@ def test_a_stack_is_run_and_shown():
         assert timing.rest > 0
     ours = measured["fedkd, 1 worker"]
     assert ours.messages == 2
-    found = {
+    results = {
         "work": {"clients": 2, "images": 16},
         "fedavg": {
             name: {
@@ -91,13 +91,13 @@ def test_a_stack_is_run_and_shown():
             for name, timing in measured.items()
         },
     }
-    table = report.table("fedavg", json.loads(json.dumps(found)))
+    table = report.table("fedavg", json.loads(json.dumps(results)))
     assert table.row_count == 2
     assert set(plan(work, 2)) == {"fedavg", "ensemble", "idle", "many"}
-    assert all(stack.against in held or not stack.against for held in plan(work, 2).values() for stack in held.values())
+    assert all(stack.against in part or not stack.against for part in plan(work, 2).values() for stack in part.values())
 
 
-def test_images_mapped_from_the_cache_are_weighed_apart(tmp_path, monkeypatch):
+def test_images_mapped_from_the_cache_are_measured_separately(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDKD_CACHE", str(tmp_path))
     (tmp_path / "images").write_bytes(bytes(50_000_000))
     before, none = stacks.megabytes_of(os.getpid())
@@ -109,7 +109,7 @@ def test_images_mapped_from_the_cache_are_weighed_apart(tmp_path, monkeypatch):
     assert total - mapped == pytest.approx(before, rel=0.1)
 
 
-def test_an_idle_client_says_when_it_was_asked():
+def test_an_idle_client_reports_when_it_started():
     timing = stacks.fedkd(Work(2, 2, 2, "cnn:width=8", "fedkd.bench.idle:Idle"))
     assert timing.begun is not None
     assert 0 < timing.begun < 120
@@ -119,18 +119,18 @@ def test_an_idle_client_says_when_it_was_asked():
 @pytest.mark.parametrize("model", ["cnn:width=8", "resnet8:width=8"])
 def test_clients_trained_in_the_same_kernels_get_the_weights_of_the_plain_loop(model):
     job = gpu.Job.of(model, clients=3, images=96, device="cpu")
-    alone, together = gpu.plain(job), gpu.stacked(job)
-    assert set(together) == set(alone)
+    separate, together = gpu.plain(job), gpu.stacked(job)
+    assert set(together) == set(separate)
     for name, start in job.module.state_dict().items():
-        assert torch.allclose(together[name], alone[name], rtol=1e-4, atol=1e-5), name
-        assert not torch.allclose(alone[name][0], start, rtol=1e-4, atol=1e-5)
-        assert not torch.equal(alone[name][0], alone[name][1])
+        assert torch.allclose(together[name], separate[name], rtol=1e-4, atol=1e-5), name
+        assert not torch.allclose(separate[name][0], start, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(separate[name][0], separate[name][1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("way", [name for name in gpu.WAYS if "bfloat16" not in name])
-def test_every_way_on_a_gpu_gives_the_weights_of_the_plain_loop(way):
+@pytest.mark.parametrize("implementation", [name for name in gpu.IMPLEMENTATIONS if "bfloat16" not in name])
+def test_every_implementation_on_a_gpu_has_the_weights_of_the_plain_loop(implementation):
     job = gpu.Job.of("cnn:width=8", clients=3, images=96, device="cuda")
-    alone, done = gpu.plain(job), gpu.WAYS[way](job)
-    for name in alone:
-        assert torch.allclose(done[name], alone[name], rtol=1e-3, atol=1e-4), name
+    separate, weights = gpu.plain(job), gpu.IMPLEMENTATIONS[implementation](job)
+    for name in separate:
+        assert torch.allclose(weights[name], separate[name], rtol=1e-3, atol=1e-4), name

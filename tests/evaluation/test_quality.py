@@ -18,7 +18,7 @@ from fedkd.evaluation.quality import TEACHER, Candidate, agreement, ece, judge, 
 SCALING = Scaling((120.0, 125.0, 130.0), (60.0, 61.0, 62.0))
 
 
-def sure(classes: torch.Tensor, probability: float, among: int = 2) -> torch.Tensor:
+def confident(classes: torch.Tensor, probability: float, among: int = 2) -> torch.Tensor:
     """Logits [N, C] that give ``probability`` to these classes and share the rest equally."""
     probs = torch.full((len(classes), among), (1 - probability) / (among - 1), dtype=torch.float64)
     return probs.scatter_(1, classes[:, None], probability).log()
@@ -33,17 +33,17 @@ def test_agreement_is_that_of_classes_not_of_logits():
 
 def test_ece_by_hand():
     zeros = torch.zeros(10, dtype=torch.int64)
-    assert ece(sure(zeros, 1 - 1e-12), zeros + 1) == pytest.approx(1), "always sure and wrong"
-    assert ece(sure(zeros, 1 - 1e-12), zeros) == pytest.approx(0, abs=1e-9)
+    assert ece(confident(zeros, 1 - 1e-12), zeros + 1) == pytest.approx(1), "always certain and wrong"
+    assert ece(confident(zeros, 1 - 1e-12), zeros) == pytest.approx(0, abs=1e-9)
     half = torch.tensor([0, 1] * 5)
-    assert ece(sure(zeros, 0.7), half) == pytest.approx(0.2)
-    # Two bins whose errors do not cancel: 0.9 sure and always right, 0.7 sure and right half of the time.
-    both = torch.cat([sure(zeros, 0.9), sure(zeros, 0.7)])
+    assert ece(confident(zeros, 0.7), half) == pytest.approx(0.2)
+    # Two bins whose errors do not cancel: confidence 0.9 and always correct, 0.7 and correct half of the time.
+    both = torch.cat([confident(zeros, 0.9), confident(zeros, 0.7)])
     assert ece(both, torch.cat([zeros, half])) == pytest.approx((0.1 + 0.2) / 2)
     assert ece(both, torch.cat([zeros, half]), bins=1) == pytest.approx(0.8 - 0.75)
 
 
-def test_who_is_right_as_often_as_said_is_calibrated(generator):
+def test_labels_drawn_from_the_probabilities_are_calibrated(generator):
     logits = 2 * torch.randn(200_000, 5, generator=generator)
     labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
     assert ece(logits, labels) < 0.005
@@ -53,14 +53,14 @@ def test_who_is_right_as_often_as_said_is_calibrated(generator):
 def slow_ece(logits, labels, bins):
     total = 0.0
     for number in range(bins):
-        inside = []
+        members = []
         for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
             exponents = [math.exp(value) for value in row]
             confidence = max(exponents) / sum(exponents)
             if number / bins < confidence <= (number + 1) / bins:
-                inside.append((confidence, row.index(max(row)) == label))
-        if inside:
-            confidences, right = zip(*inside, strict=True)
+                members.append((confidence, row.index(max(row)) == label))
+        if members:
+            confidences, right = zip(*members, strict=True)
             total += abs(sum(right) - sum(confidences)) / len(labels)
     return total
 
@@ -70,17 +70,17 @@ def test_ece_against_a_slow_loop(bins, generator):
     logits = 3 * torch.randn(300, 4, generator=generator)
     labels = torch.randint(4, (300,), generator=generator)
     assert ece(logits, labels, bins) == pytest.approx(slow_ece(logits, labels, bins), abs=1e-12)
-    drawn = reliability(logits, labels, bins)
-    assert sum(drawn.share) == pytest.approx(1)
-    mean = sum(s * a for s, a in zip(drawn.share, drawn.accuracy, strict=True) if a is not None)
+    diagram = reliability(logits, labels, bins)
+    assert sum(diagram.share) == pytest.approx(1)
+    mean = sum(s * a for s, a in zip(diagram.share, diagram.accuracy, strict=True) if a is not None)
     assert mean == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
 
 
-def test_a_bin_holds_its_upper_edge():
-    drawn = reliability(torch.zeros(3, 2), torch.tensor([0, 0, 1]), 4)  # 0.5 of 1, which is the end of the second bin
-    assert drawn.share == [0, 1, 0, 0]
-    assert drawn.confidence == [None, 0.5, None, None]
-    assert drawn.accuracy[1] == pytest.approx(2 / 3)
+def test_a_bin_includes_its_upper_edge():
+    diagram = reliability(torch.zeros(3, 2), torch.tensor([0, 0, 1]), 4)  # 0.5 of 1, which is the end of the second bin
+    assert diagram.share == [0, 1, 0, 0]
+    assert diagram.confidence == [None, 0.5, None, None]
+    assert diagram.accuracy[1] == pytest.approx(2 / 3)
 
 
 def cnn_by_hand() -> int:
@@ -102,7 +102,7 @@ def vit_by_hand() -> int:
 
 
 def gru_by_hand() -> int:
-    return 2 * 32 * 3 * 128 * (96 + 128) + 256 * 10  # both ways, rows, gates, width, what each reads; the head
+    return 2 * 32 * 3 * 128 * (96 + 128) + 256 * 10  # directions, rows, gates, width, inputs; the head
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ class Reading(nn.Module):
         return self.read(x.permute(0, 2, 3, 1).flatten(2))[0][:, -1]
 
 
-def test_multiply_adds_see_into_fused_kernels_and_grow_with_the_image():
+def test_multiply_adds_include_fused_kernels_and_grow_with_the_image():
     assert multiply_adds(Reading(), 32) == 32 * 4 * 16 * (96 + 16)
     small, large = (multiply_adds(nn.Conv2d(3, 5, 3, padding=1), pixels) for pixels in (8, 16))
     assert (small, large) == (8 * 8 * 9 * 15, 16 * 16 * 9 * 15)
@@ -150,9 +150,9 @@ def test_parameters_are_those_of_the_models_docstrings():
 
 def test_latency_counts_calls_and_orders_quartiles():
     calls = []
-    taken = quality.latency(lambda: calls.append(1), 20)
-    assert len(calls) > 20, "some warm up"
-    assert 0 < taken["low"] <= taken["median"] <= taken["high"]
+    times = quality.latency(lambda: calls.append(1), 20)
+    assert len(calls) > 20, "with warm-up calls"
+    assert 0 < times["low"] <= times["median"] <= times["high"]
 
 
 @pytest.fixture(scope="module")
@@ -166,21 +166,21 @@ def test_images() -> Images:
 def candidates(tmp_path, *names: str) -> dict[str, Candidate]:
     path = tmp_path / "student.safetensors"
     path.write_bytes(bytes(1234))
-    made = {}
+    created = {}
     for index, name in enumerate(names):
         with seeds.seeded(index):
-            made[name] = Candidate(models.build("cnn:width=8", 10, "group"), SCALING, None if index else path)
-    return made
+            created[name] = Candidate(models.build("cnn:width=8", 10, "group"), SCALING, None if index else path)
+    return created
 
 
 def untimed(verdicts):
     return {name: {k: v for k, v in verdict.items() if k != "latency_ms"} for name, verdict in verdicts.items()}
 
 
-def test_judge_says_what_it_should(tmp_path, test_images):
-    found = judge(candidates(tmp_path, "student", TEACHER), test_images, seed=0, count=40, repeats=2)
-    assert json.loads(json.dumps(found)) == found, "keys are text"
-    student, teacher = found["student"], found[TEACHER]
+def test_the_verdict_has_all_measurements(tmp_path, test_images):
+    verdicts = judge(candidates(tmp_path, "student", TEACHER), test_images, seed=0, count=40, repeats=2)
+    assert json.loads(json.dumps(verdicts)) == verdicts, "keys are strings"
+    student, teacher = verdicts["student"], verdicts[TEACHER]
     assert student.keys() == teacher.keys()
     assert list(student["corruptions"]) == ["noise", "blur", "contrast", "pixelate"]
     assert all(list(row) == ["1", "2", "3", "4", "5"] for row in student["corruptions"].values())
@@ -197,23 +197,23 @@ def test_judge_says_what_it_should(tmp_path, test_images):
 
 
 def test_judge_agrees_with_its_parts(tmp_path, test_images):
-    made = candidates(tmp_path, "student", TEACHER)
-    found = judge(made, test_images, seed=3, kinds=["noise"], strengths=[5], count=40, repeats=1)
+    created = candidates(tmp_path, "student", TEACHER)
+    verdicts = judge(created, test_images, seed=3, kinds=["noise"], strengths=[5], count=40, repeats=1)
     seen = SCALING(test_images.pixels)
     with torch.no_grad():
-        mine, theirs = (made[name].module(seen) for name in ("student", TEACHER))
-        noisy = made["student"].module(SCALING(corruptions.corrupt(test_images.pixels[:40], "noise", 5, 3)))
+        mine, theirs = (created[name].module(seen) for name in ("student", TEACHER))
+        noisy = created["student"].module(SCALING(corruptions.corrupt(test_images.pixels[:40], "noise", 5, 3)))
     right = (mine.argmax(-1) == test_images.labels).double()
-    assert found["student"]["accuracy"] == pytest.approx(right.mean().item())
-    assert found["student"]["uncorrupted_accuracy"] == pytest.approx(right[:40].mean().item())
-    assert found["student"]["agreement"] == agreement(mine, theirs)
-    assert found["student"]["ece"] == pytest.approx(ece(mine, test_images.labels), abs=1e-5)
-    harmed = (noisy.argmax(-1) == test_images.labels[:40]).double().mean().item()
-    assert found["student"]["corruptions"] == {"noise": {"5": pytest.approx(harmed)}}
+    assert verdicts["student"]["accuracy"] == pytest.approx(right.mean().item())
+    assert verdicts["student"]["uncorrupted_accuracy"] == pytest.approx(right[:40].mean().item())
+    assert verdicts["student"]["agreement"] == agreement(mine, theirs)
+    assert verdicts["student"]["ece"] == pytest.approx(ece(mine, test_images.labels), abs=1e-5)
+    accuracy = (noisy.argmax(-1) == test_images.labels[:40]).double().mean().item()
+    assert verdicts["student"]["corruptions"] == {"noise": {"5": pytest.approx(accuracy)}}
 
 
 class Sum(nn.Module):
-    """A class for the last digit of the sum of all pixels: it notices any change."""
+    """The class is the last digit of the sum of all pixels, so that any change of the image changes it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,37 +223,37 @@ class Sum(nn.Module):
         return nn.functional.one_hot(x.double().sum((1, 2, 3)).long() % 10, 10).float()
 
 
-def test_judge_shows_the_images_that_the_seed_makes(test_images):
+def test_judge_uses_the_corruptions_of_the_seed(test_images):
     bare, pixels = Scaling((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), test_images.pixels
-    asked = {"kinds": ["noise"], "strengths": [4, 5], "repeats": 1}
+    options = {"kinds": ["noise"], "strengths": [4, 5], "repeats": 1}
     noisy = Sum()(bare(corruptions.corrupt(pixels, "noise", 5, 3))).argmax(-1)
-    found = judge({"a": Candidate(Sum(), bare)}, Images(pixels, noisy, 10), seed=3, **asked)["a"]
-    assert found["corruptions"]["noise"]["5"] == 1
-    assert max(found["corruptions"]["noise"]["4"], found["accuracy"], found["shifted_accuracy"]) < 0.5
-    turned = Sum()(bare(corruptions.moved(pixels, 3))).argmax(-1)
-    found = judge({"a": Candidate(Sum(), bare)}, Images(pixels, turned, 10), seed=3, **asked)["a"]
-    assert found["shifted_accuracy"] == 1
-    assert found["accuracy"] < 0.5
+    verdicts = judge({"a": Candidate(Sum(), bare)}, Images(pixels, noisy, 10), seed=3, **options)["a"]
+    assert verdicts["corruptions"]["noise"]["5"] == 1
+    assert max(verdicts["corruptions"]["noise"]["4"], verdicts["accuracy"], verdicts["shifted_accuracy"]) < 0.5
+    moved = Sum()(bare(corruptions.moved(pixels, 3))).argmax(-1)
+    verdicts = judge({"a": Candidate(Sum(), bare)}, Images(pixels, moved, 10), seed=3, **options)["a"]
+    assert verdicts["shifted_accuracy"] == 1
+    assert verdicts["accuracy"] < 0.5
 
 
-def test_judge_is_the_same_twice_but_for_the_time(tmp_path, test_images):
-    made = candidates(tmp_path, "student", TEACHER)
+def test_judge_is_reproducible_except_for_the_latency(tmp_path, test_images):
+    created = candidates(tmp_path, "student", TEACHER)
     options = {"count": 40, "strengths": [1, 5], "repeats": 1}
-    first = untimed(judge(made, test_images, seed=0, **options))
-    assert untimed(judge(made, test_images, seed=0, **options)) == first
-    shuffled = untimed(judge(dict(reversed(made.items())), test_images, seed=0, **options))
-    assert shuffled == first, "who else is judged, and when, is no matter"
+    first = untimed(judge(created, test_images, seed=0, **options))
+    assert untimed(judge(created, test_images, seed=0, **options)) == first
+    shuffled = untimed(judge(dict(reversed(created.items())), test_images, seed=0, **options))
+    assert shuffled == first, "the order of candidates does not matter"
 
 
-def test_judge_takes_a_shifted_set_and_needs_no_teacher(tmp_path, test_images):
-    made = candidates(tmp_path, "baseline")
-    seen = made["baseline"].module(SCALING(test_images.pixels)).argmax(-1)
+def test_judge_accepts_a_shifted_set_and_needs_no_teacher(tmp_path, test_images):
+    created = candidates(tmp_path, "baseline")
+    seen = created["baseline"].module(SCALING(test_images.pixels)).argmax(-1)
     wrong = Images(test_images.pixels[:30], (seen[:30] + 1) % 10, 10)
-    found = judge(made, test_images, wrong, seed=0, strengths=[], repeats=1)["baseline"]
-    assert (found["shifted"], found["shifted_images"], found["shifted_accuracy"]) == ("given", 30, 0)
-    assert found["agreement"] is None
-    assert found["corruption_accuracy"] is None
+    verdicts = judge(created, test_images, wrong, seed=0, strengths=[], repeats=1)["baseline"]
+    assert (verdicts["shifted"], verdicts["shifted_images"], verdicts["shifted_accuracy"]) == ("given", 30, 0)
+    assert verdicts["agreement"] is None
+    assert verdicts["corruption_accuracy"] is None
     right = Images(test_images.pixels, seen, 10)
-    here = judge(made, right, seed=0, strengths=[], repeats=1)["baseline"]
+    here = judge(created, right, seed=0, strengths=[], repeats=1)["baseline"]
     assert (here["shifted"], here["accuracy"]) == ("moved", 1)
     assert here["shifted_accuracy"] < 1

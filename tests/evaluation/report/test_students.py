@@ -12,7 +12,7 @@ from fedkd.evaluation.report import students
 
 
 def verdict(accuracy: float, **changes: object) -> dict:
-    """As `fedkd.evaluation.quality.judge` has it."""
+    """A verdict in the form of `fedkd.evaluation.quality.judge`."""
     return {
         "images": 1000,
         "accuracy": accuracy,
@@ -55,11 +55,11 @@ def row(grid, name: str) -> list[str]:
     return next(list(cells) for cells in grid.rows if cells[0] == name)
 
 
-def test_seeds_are_joined_into_mean_and_deviation():
-    found = seeds()
-    before = copy.deepcopy(found)
-    joined = students.joined(found)
-    assert found == before
+def test_seeds_are_combined_into_mean_and_standard_deviation():
+    verdicts = seeds()
+    before = copy.deepcopy(verdicts)
+    joined = students.joined(verdicts)
+    assert verdicts == before
     assert joined["student"]["accuracy"] == {"mean": pytest.approx(0.55), "std": pytest.approx(0.1 / 2**0.5)}
     assert joined["student"]["corruptions"]["blur"]["5"]["mean"] == pytest.approx(0.35)
     assert joined["student"]["reliability"]["accuracy"][1]["mean"] == pytest.approx(0.55)
@@ -68,14 +68,14 @@ def test_seeds_are_joined_into_mean_and_deviation():
     assert json.loads(json.dumps(joined)) == joined
 
 
-def test_a_bin_that_is_empty_for_one_seed_is_that_of_the_other():
-    found = seeds()
-    found[0]["student"]["reliability"]["accuracy"][0] = None
-    found[1]["student"]["reliability"]["accuracy"][0] = 0.25
-    assert students.joined(found)["student"]["reliability"]["accuracy"][0] == {"mean": 0.25, "std": None}
+def test_empty_bins_are_left_out_of_the_mean():
+    verdicts = seeds()
+    verdicts[0]["student"]["reliability"]["accuracy"][0] = None
+    verdicts[1]["student"]["reliability"]["accuracy"][0] = 0.25
+    assert students.joined(verdicts)["student"]["reliability"]["accuracy"][0] == {"mean": 0.25, "std": None}
 
 
-def test_what_it_knows():
+def test_the_table_of_quality():
     grid = students.quality_table(students.joined(seeds()))
     assert row(grid, "student") == [
         "student", "55.0% ±7.1", "1.450 ±0.071", "5.0% ±0.0", "80.0% ±0.0", "40.0% ±7.1", "50.0% ±7.1"
@@ -83,12 +83,12 @@ def test_what_it_knows():
     assert row(grid, "teacher")[4] == "–"
     assert "200 images each" in grid.caption
     assert "rotated and moved" in grid.caption
-    alone = students.quality_table(students.joined([{"student": verdict(0.5, shifted="given")}]))
-    assert row(alone, "student")[1:3] == ["50.0%", "1.500"]
-    assert "of another data set" in alone.caption
+    single = students.quality_table(students.joined([{"student": verdict(0.5, shifted="given")}]))
+    assert row(single, "student")[1:3] == ["50.0%", "1.500"]
+    assert "of another data set" in single.caption
 
 
-def test_what_it_costs():
+def test_the_table_of_cost():
     grid = students.cost_table(students.joined(seeds()))
     assert row(grid, "student")[1:] == ["66,730", "8.0 M", "267 kB", "0.500 (0.400–0.625)", "12.0 (11.0–14.0)"]
     assert row(grid, "teacher")[3] == "–"
@@ -99,7 +99,7 @@ def test_what_it_costs():
     assert on_gpu.caption.endswith("from pixels to logits, cuda.")
 
 
-def test_the_figure_is_the_same_twice_and_names_everybody(tmp_path: Path):
+def test_the_figure_is_reproducible_and_names_all_candidates(tmp_path: Path):
     joined = students.joined(seeds())
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -111,14 +111,14 @@ def test_the_figure_is_the_same_twice_and_names_everybody(tmp_path: Path):
         assert f"<!-- {word} -->" in text, word
 
 
-def test_the_panels_of_the_corruptions_share_an_axis_that_holds_all_of_them(monkeypatch, tmp_path):
+def test_the_panels_of_the_corruptions_share_one_axis_for_all_values(monkeypatch, tmp_path):
     from matplotlib import pyplot as plt
 
-    found = seeds()
-    for each in found:
-        each["student"]["corruptions"]["fog"]["5"] = 0.1  # far below all that comes before
+    verdicts = seeds()
+    for each in verdicts:
+        each["student"]["corruptions"]["fog"]["5"] = 0.1  # far below all other values
     monkeypatch.setattr(plt, "close", lambda figure: None)
-    students.draw(students.joined(found), "", tmp_path)
+    students.draw(students.joined(verdicts), "", tmp_path)
     figure = plt.gcf()
     monkeypatch.undo()
     panels = {axes.get_title(): axes for axes in figure.axes}
@@ -133,7 +133,7 @@ def test_the_panels_of_the_corruptions_share_an_axis_that_holds_all_of_them(monk
     plt.close(figure)
 
 
-def test_few_images_and_no_corruption_can_be_drawn(tmp_path):
+def test_a_figure_with_few_images_and_no_corruptions(tmp_path):
     reliability = {"share": [1.0], "confidence": [0.5], "accuracy": [0.5]}
     few = verdict(0.5, images=5, corruptions={}, reliability=reliability)
     students.draw(students.joined([{"student": few}]), "", tmp_path)
