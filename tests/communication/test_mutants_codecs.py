@@ -44,6 +44,7 @@ def is_a_clause(error):
         (UInt8(coder="zstd"), wire(0, 1, 2, body=zstandard.ZstdCompressor().compress(bytes(7)))),  # too large a frame
         (UInt8(coder="range"), wire(0, 1, 2, 3)),  # a symbol that comes more often than there are symbols
         (UInt8(coder="range"), wire(0, 1, 2, 1, 1, 0)),  # no words of the range code
+        (UInt8(coder="range"), wire(0, 1, 2, 1, 0, 253, 1, 1, body=b"\xff" * 4)),  # words that make other symbols
     ],
 )
 def test_what_cannot_be_decoded_is_refused_in_one_clause(codec, sent):
@@ -110,6 +111,15 @@ def test_the_largest_are_near_and_never_below_the_others(width):
         largest = probs.topk(k).values
         assert (top - largest).abs().max() < 2 / 255
         assert (top[:, -1:] >= rest - 1e-7).all()
+
+
+@pytest.mark.parametrize("codec", [Top(k=2), Top(k=5), Bits(bits=3), UInt8()])
+def test_rows_are_encoded_each_by_itself(codec):
+    logits = torch.randn(60, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    probs = (logits * torch.linspace(0.0, 0.3, 60, dtype=torch.float64)[:, None]).softmax(1).float()  # near uniform
+    together = codec.decode(codec.encode(probs, None), None, probs.numel())
+    for row, decoded in zip(probs, together, strict=True):
+        assert torch.equal(codec.decode(codec.encode(row, None), None, 8), decoded)
 
 
 def test_symbols_are_of_sixteen_bits():

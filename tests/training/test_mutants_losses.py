@@ -58,7 +58,12 @@ def test_edges_are_squared_distances_in_units_of_their_mean(scale, moved):
 
 
 def test_small_distances_of_images_far_away_are_no_noise():
-    sides = [[1.0 + 1e-7 * features] for features in (STUDENT, TEACHER)]
+    sides = [[1.0 + 1e-8 * features] for features in (STUDENT, TEACHER)]
+    assert graph(*sides, vertex=0.0).item() == pytest.approx(EDGE, rel=1e-4)
+
+
+def test_small_features_in_single_precision_are_no_noise():
+    sides = [[1e-4 * features.float()] for features in (STUDENT, TEACHER)]
     assert graph(*sides, vertex=0.0).item() == pytest.approx(EDGE, rel=1e-4)
 
 
