@@ -63,21 +63,21 @@ def bench(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {out} cannot be made: {error.strerror}.") from error
+        raise UsageError(f"--out {out} cannot be created: {error.strerror}.") from error
     work, count = Work(clients, images, rounds), cores()
     machine = {key: value for key, value in run_directory.environment("cpu", "noise", "").items() if key != "command"}
-    found: dict[str, Any] = {"machine": machine, "cores": count, "options": sys.argv[1:]}
-    found |= {"work": dataclasses.asdict(work), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    results: dict[str, Any] = {"machine": machine, "cores": count, "options": sys.argv[1:]}
+    results |= {"work": dataclasses.asdict(work), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     if "peak" in parts:
-        found["peak"] = {str(threads): stacks.peak(threads) for threads in dict.fromkeys((1, count))}
-        found["import_torch"] = median(stacks.importing("torch") for _ in range(repeats))
+        results["peak"] = {str(threads): stacks.peak(threads) for threads in dict.fromkeys((1, count))}
+        results["import_torch"] = median(stacks.importing("torch") for _ in range(repeats))
     for part, measured in plan(work, count).items():
         if part in parts:
-            found[part] = _measure(measured, repeats, console)
-            console.print(report.table(part, found))
-            run_directory.write_json(out / "bench.json", found)
-    if "fedavg" in found:
-        report.draw(found, out / "bench.png")
+            results[part] = _measure(measured, repeats, console)
+            console.print(report.table(part, results))
+            run_directory.write_json(out / "bench.json", results)
+    if "fedavg" in results:
+        report.draw(results, out / "bench.png")
     console.print(f"{out / 'bench.json'}")
 
 
@@ -126,7 +126,7 @@ def _fedkd(workers: int) -> str:
 def _measure(measured: dict[str, Stack], repeats: int, console: Console) -> dict[str, Any]:
     """All timings of each stack. The last run of each measures memory and not time; its data is in the cache."""
     has_psutil = stacks.is_installed("psutil")
-    found: dict[str, Any] = {name: {"against": stack.against, "runs": []} for name, stack in measured.items()}
+    results: dict[str, Any] = {name: {"against": stack.against, "runs": []} for name, stack in measured.items()}
     for repeat in range(repeats + 1):
         for name, stack in measured.items():
             is_last = repeat == repeats
@@ -136,10 +136,10 @@ def _measure(measured: dict[str, Stack], repeats: int, console: Console) -> dict
                 style="dim",
             )
             if is_last:
-                found[name] |= {key: getattr(timing, key) for key in ("megabytes", "beyond", "bytes", "messages")}
+                results[name] |= {key: getattr(timing, key) for key in ("megabytes", "beyond", "bytes", "messages")}
             else:
-                found[name]["runs"].append({"rounds": timing.rounds, "rest": timing.rest, "begun": timing.begun})
-    return found
+                results[name]["runs"].append({"rounds": timing.rounds, "rest": timing.rest, "begun": timing.begun})
+    return results
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def network() -> nn.Sequential:
 
 @cache
 def dataset(size: int) -> tuple[Tensor, Tensor]:
-    """All clients' images (bytes) and labels, made once in every process."""
+    """All clients' images (bytes) and labels, created once in every process."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return images, torch.randint(10, (size,), generator=generator)
@@ -50,7 +50,7 @@ def dataset(size: int) -> tuple[Tensor, Tensor]:
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
-    """One local epoch from the weights that came; the new weights go back."""
+    """One local epoch from the received weights; the reply has the new weights."""
     part, parts = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
     size = cast(int, message.content.config_records["config"]["images"])
     images, labels = (tensor[part * size : (part + 1) * size] for tensor in dataset(parts * size))

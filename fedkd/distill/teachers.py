@@ -171,12 +171,12 @@ def frozen(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def rescale(module: nn.Module, given: Scaling, wanted: Scaling) -> None:
-    """Convert a network's input from the scaling ``given`` to the scaling ``wanted`` that it was trained with.
+def rescale(module: nn.Module, source: Scaling, target: Scaling) -> None:
+    """Convert a network's input from the scaling ``source`` to the scaling ``target`` that it was trained with.
 
     This is a forward pre-hook, so that the names of the layers do not change.
     """
-    mean, std = (torch.tensor([getattr(s, key) for s in (given, wanted)]) for key in ("mean", "std"))
+    mean, std = (torch.tensor([getattr(s, key) for s in (source, target)]) for key in ("mean", "std"))
     factor, offset = (std[0] / std[1])[:, None, None], ((mean[0] - mean[1]) / std[1])[:, None, None]
     module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor.to(inputs[0]) + offset.to(inputs[0]),))
 

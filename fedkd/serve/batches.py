@@ -44,7 +44,7 @@ class Batches:
         return await future
 
     async def close(self) -> None:
-        """End the task; all requests have been answered before."""
+        """Stop the task. The server calls this after its last response."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._thread.shutdown()

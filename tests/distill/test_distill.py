@@ -62,7 +62,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("name", "expected"),
     [
         ("resnet8", ["layer1", "layer2", "layer3"]),
         ("vit-tiny", ["norm"]),
@@ -71,8 +71,8 @@ LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
         ("torchvision:convnext_tiny", ["features.2.0", "features.4.0", "features.6.0"]),
     ],
 )
-def test_the_feature_maps_of_a_network(name, wanted):
-    assert layers.maps(layers.shapes(built(name), IMAGES)) == wanted
+def test_the_feature_maps_of_a_network(name, expected):
+    assert layers.maps(layers.shapes(built(name), IMAGES)) == expected
 
 
 def test_watched_layers_return_the_outputs_of_these_layers():
@@ -136,9 +136,9 @@ TERMS = [
 def objective(
     student: str, teacher_models: list[str], *texts: str, weighting: str = "uniform"
 ) -> DistillationObjective:
-    known = [teachers.frozen(built(name)) for name in teacher_models]
+    frozen_teachers = [teachers.frozen(built(name)) for name in teacher_models]
     terms = [specs.call("distillation", text) for text in texts]
-    return DistillationObjective(built(student), known, terms, IMAGES, LABELS, weighting)
+    return DistillationObjective(built(student), frozen_teachers, terms, IMAGES, LABELS, weighting)
 
 
 def loss_of(one: DistillationObjective) -> torch.Tensor:
@@ -241,14 +241,14 @@ def test_the_loss_of_exits_equals_its_formula():
     first = model.layer1(model.stem(IMAGES).relu())
     maps = [first, model.layer2(first)]
     deep, logits = model.layer3(maps[1]).mean((2, 3)), model(IMAGES)
-    wanted = F.cross_entropy(logits, LABELS)
+    expected = F.cross_entropy(logits, LABELS)
     for features, neck, head in zip(maps, exits.necks, exits.heads, strict=True):
         embedding = neck(features.mean((2, 3))).relu()
         early = head(embedding)
         soft = F.kl_div((early / 2).log_softmax(-1), (logits / 2).softmax(-1), reduction="batchmean")
         near = ((embedding - deep) ** 2).sum(1).mean()
-        wanted = wanted + 0.6 * F.cross_entropy(early, LABELS) + 0.4 * 4 * soft + 0.1 * near
-    assert torch.allclose(loss_of(one), wanted, atol=1e-5)
+        expected = expected + 0.6 * F.cross_entropy(early, LABELS) + 0.4 * 4 * soft + 0.1 * near
+    assert torch.allclose(loss_of(one), expected, atol=1e-5)
 
 
 def test_exits_give_no_gradient_to_the_last_classifier():
@@ -270,8 +270,8 @@ def test_a_term_of_weight_zero_changes_no_bit():
     for terms in ([], ["logits:weight=0"]):
         module = train.build_untrained(task, config(), "cnn:width=4")
         built_terms = [specs.call("distillation", text) for text in terms]
-        known = [teachers.frozen(built("cnn:width=8"))] if terms else []
-        list(train.train(module, task, config(), epochs=1, seed=0, terms=built_terms, teachers=known))
+        frozen_teachers = [teachers.frozen(built("cnn:width=8"))] if terms else []
+        list(train.train(module, task, config(), epochs=1, seed=0, terms=built_terms, teachers=frozen_teachers))
         digests.append(tensors.digest(module.state_dict()))
     assert digests[0] == digests[1]
 
@@ -384,9 +384,9 @@ def test_ranks_are_computed_among_competitive_teachers(tmp_path):
         module = train.build_untrained(task, config(), f"cnn:width={width}")
         list(train.train(module, task, config(), epochs=epochs, seed=0))
         teachers.student_of(task, config(), f"cnn:width={width}", module).save(tmp_path / f"{name}.safetensors")
-    known = teachers.obtain(task, config(), [str(p) for p in sorted(tmp_path.glob("*.safetensors"))], print)
-    ranking = teachers.rank(task, config(), known[:2], 4.0)
-    assert [row for row in teachers.rank(task, config(), known, 4.0) if row["is_competitive"]] == [
+    candidates = teachers.obtain(task, config(), [str(p) for p in sorted(tmp_path.glob("*.safetensors"))], print)
+    ranking = teachers.rank(task, config(), candidates[:2], 4.0)
+    assert [row for row in teachers.rank(task, config(), candidates, 4.0) if row["is_competitive"]] == [
         row for row in ranking if row["is_competitive"]
     ]
 
@@ -405,10 +405,10 @@ def test_a_teacher_ensemble_has_the_weighted_mean_probabilities():
     members = [teachers.frozen(member) for member in members]
     outputs = [Outputs(member(IMAGES), {}) for member in members]
     for weighting in ("uniform", "entropy"):
-        wanted = aggregators.mean_probs(
+        expected = aggregators.mean_probs(
             torch.stack([one.logits for one in outputs]), teacher_weights(outputs, LABELS, weighting)
         )
-        assert torch.allclose(teachers.TeacherEnsemble(members, weighting)(IMAGES).softmax(-1), wanted, atol=1e-6)
+        assert torch.allclose(teachers.TeacherEnsemble(members, weighting)(IMAGES).softmax(-1), expected, atol=1e-6)
 
 
 def test_divergence_is_reported(tmp_path):
@@ -437,9 +437,9 @@ def test_another_scaling_is_converted():
     model = built("cnn:width=4").eval()
     other = type(task.scaling)((10.0, 20.0, 30.0), (40.0, 50.0, 60.0))
     pixels = task.test.pixels[:4]
-    wanted, names = model(other(pixels)), list(layers.shapes(model, IMAGES))
+    expected, names = model(other(pixels)), list(layers.shapes(model, IMAGES))
     teachers.rescale(model, task.scaling, other)
-    assert torch.allclose(model(task.scaling(pixels)), wanted, atol=1e-5)
+    assert torch.allclose(model(task.scaling(pixels)), expected, atol=1e-5)
     assert list(layers.shapes(model, IMAGES)) == names
 
 
@@ -564,7 +564,7 @@ def test_a_user_defined_loss(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("resnet8", ("resnet8", None)),
         ("resnet8:pretrained=a.pth", ("resnet8", "a.pth")),
@@ -572,9 +572,9 @@ def test_a_user_defined_loss(tmp_path):
         ("resnet8:width=8,pretrained=a.pth,norm=batch", ("resnet8:width=8,norm=batch", "a.pth")),
     ],
 )
-def test_pretrained_is_separated_from_the_options_of_the_model(text, wanted):
+def test_pretrained_is_separated_from_the_options_of_the_model(text, expected):
     spec, path = teacher_names.pretrained(text)
-    assert (spec, None if path is None else str(path)) == wanted
+    assert (spec, None if path is None else str(path)) == expected
 
 
 def test_teachers_are_separated_by_commas_or_spaces():

@@ -106,7 +106,7 @@ def gru_by_hand() -> int:
 
 
 @pytest.mark.parametrize(
-    ("model", "wanted"),
+    ("model", "expected"),
     [
         ("cnn", cnn_by_hand()),
         ("resnet20", resnet20_by_hand()),
@@ -114,9 +114,9 @@ def gru_by_hand() -> int:
         ("row-gru", gru_by_hand()),
     ],
 )
-def test_multiply_adds_by_hand(model, wanted):
+def test_multiply_adds_by_hand(model, expected):
     for norm in ("group", "batch"):
-        assert multiply_adds(models.build(model, 10, norm), 32) == wanted
+        assert multiply_adds(models.build(model, 10, norm), 32) == expected
 
 
 class Reading(nn.Module):

@@ -90,13 +90,13 @@ def test_the_server_loads_exported_files(tmp_path):
     original = student()
     for name in ("onnx", "int8"):
         formats.FORMATS[name].write(original, tmp_path / name, IMAGES)
-        found = network.load(tmp_path / name)
-        assert found.pixels == 32
+        loaded = network.load(tmp_path / name)
+        assert loaded.pixels == 32
         expected = {
             key: value for key, value in original.about().items() if key != "held_out"
         }  # not needed by the server
-        assert {key: found.about[key] for key in expected} == expected
-        assert found.logits(IMAGES.numpy()).shape == (5, 10)
+        assert {key: loaded.about[key] for key in expected} == expected
+        assert loaded.logits(IMAGES.numpy()).shape == (5, 10)
 
 
 def test_int8_has_weights_of_eight_bits_with_one_scale_per_channel(tmp_path):
@@ -129,11 +129,11 @@ def test_a_run_is_exported(tmp_path, one_repeat, capsys):
     )
     assert set(report["files"]) == {"onnx", "pt2", "int8"}  # an earlier export is kept
     for name in ("onnx", "pt2"):
-        found = report["files"][name]["check"]
-        assert found["images"] == 50
-        assert found["equal_classes"] == 1
-        assert found["logit_difference"] < 1e-4
-        assert found["accuracy"] == found["accuracy_original"]
+        comparison = report["files"][name]["check"]
+        assert comparison["images"] == 50
+        assert comparison["equal_classes"] == 1
+        assert comparison["logit_difference"] < 1e-4
+        assert comparison["accuracy"] == comparison["accuracy_original"]
         assert set(report["files"][name]["milliseconds"]) == {"1", "64"}
     card = (tmp_path / "run" / "MODEL_CARD.md").read_text()
     assert report["files"]["int8"]["sha256"] in card

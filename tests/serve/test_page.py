@@ -75,18 +75,18 @@ def drop(page, content):
 def check_prediction(page, file):
     """Wait for the prediction and compare it with ONNX Runtime's."""
     page.locator("#answer").wait_for()
-    wanted = direct(file, noise(5))
+    expected = direct(file, noise(5))
     assert page.locator("#best").inner_text() == HIDDEN
     rows = page.get_by_role("listitem")
     assert rows.count() == 10
     shares = [float(text.rstrip("%")) for text in rows.locator(".share").all_inner_texts()]
-    assert shares == pytest.approx(sorted((100 * wanted).tolist(), reverse=True), abs=0.051)
+    assert shares == pytest.approx(sorted((100 * expected).tolist(), reverse=True), abs=0.051)
     widths = [box.bounding_box()["width"] for box in rows.locator(".bar").all()]
     track = rows.first.locator(".track").bounding_box()["width"]
     page.wait_for_function(
         "(share) => { const bar = document.querySelector('.bar');"
         " return Math.abs(bar.offsetWidth / bar.parentElement.offsetWidth - share) < 0.02; }",
-        arg=float(wanted.max()),
+        arg=float(expected.max()),
     )
     assert widths[0] == max(widths) <= track
 

@@ -49,9 +49,9 @@ def url(file):
 def test_a_prediction_is_that_of_the_network(url, file):
     pixels = noise()
     answer = post(f"{url}/predict", content=encoded(pixels), headers=PNG).json()
-    wanted = direct(file, pixels)
-    assert probs(answer) == pytest.approx(wanted.tolist(), rel=1e-5)
-    assert answer["class"] == wanted.argmax() == answer["probabilities"][0]["class"]
+    expected = direct(file, pixels)
+    assert probs(answer) == pytest.approx(expected.tolist(), rel=1e-5)
+    assert answer["class"] == expected.argmax() == answer["probabilities"][0]["class"]
     assert answer["name"] == toy.NAMES[answer["class"]]
     shares = [one["probability"] for one in answer["probabilities"]]
     assert shares == sorted(shares, reverse=True)
@@ -81,9 +81,9 @@ def test_a_photograph_is_rotated_upright(orientation):
     exif = Image.Exif()
     exif[images.ORIENTATION] = orientation
     got = images.pixels(encoded(stored, exif=exif), 6)
-    wanted = images.pixels(encoded(upright), 6)
-    assert len(np.unique(wanted)) > 50
-    np.testing.assert_allclose(got.astype(int), wanted, atol=1)  # rows and columns are rounded in turn
+    expected = images.pixels(encoded(upright), 6)
+    assert len(np.unique(expected)) > 50
+    np.testing.assert_allclose(got.astype(int), expected, atol=1)  # rows and columns are rounded in turn
 
 
 def test_the_central_square_is_used():
@@ -324,15 +324,15 @@ def run_batches(run, count, **options):
         sizes.append(len(pixels))
         return run(pixels)
 
-    async def ask():
+    async def classify():
         batches = Batches(counted, **options)
-        asked = (batches.logits(np.full((1, 1, 3), i, np.uint8)) for i in range(count))
+        futures = (batches.logits(np.full((1, 1, 3), i, np.uint8)) for i in range(count))
         try:
-            return await asyncio.gather(*asked, return_exceptions=True)
+            return await asyncio.gather(*futures, return_exceptions=True)
         finally:
             await batches.close()
 
-    return sizes, asyncio.run(asyncio.wait_for(ask(), 120))
+    return sizes, asyncio.run(asyncio.wait_for(classify(), 120))
 
 
 def test_batches_have_a_maximum_size_and_a_full_batch_does_not_wait():
@@ -391,7 +391,7 @@ def test_the_page_is_self_contained_and_may_run_only_its_own_script(url):
     assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
     assert len(script) > 1000
     outside = re.findall(r"""(?:src|href)=["']([^"']*)|url\(([^)]*)|@import""", response.text)
-    assert all(found[0].startswith("data:") for found in outside), outside
+    assert all(url[0].startswith("data:") for url in outside), outside
     assert "innerHTML" not in response.text
 
 
@@ -431,8 +431,8 @@ def hidden():
 
 def foreign():
     created = toy.model()
-    created.graph.node[3].domain = "somebody"
-    created.opset_import.append(helper.make_opsetid("somebody", 1))
+    created.graph.node[3].domain = "foreign"
+    created.opset_import.append(helper.make_opsetid("foreign", 1))
     return created
 
 
@@ -440,7 +440,7 @@ BAD = {
     "external": (lambda: external("weights.bin"), "stores tensors in other files"),
     "absolute": (lambda: external("/etc/hostname"), "stores tensors in other files"),
     "hidden": (hidden, "stores tensors in other files"),
-    "own operation": (foreign, "ONNX Runtime cannot use .*somebody"),
+    "foreign operation": (foreign, "ONNX Runtime cannot use .*foreign"),
     "no metadata": (lambda: toy.model({}), "was not written by fedkd.export"),
     "names": (lambda: toy.model({**toy.ABOUT, "names": ["a"]}), "was not written by fedkd.export"),
     "mean": (lambda: toy.model({**toy.ABOUT, "mean": [0.5, float("nan"), 0.5]}), "was not written by fedkd.export"),
@@ -497,8 +497,8 @@ def command(*arguments):
 
 def test_mistakes_at_the_start_are_reported_in_one_sentence(file, tmp_path):
     (tmp_path / "text.onnx").write_text("hello")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as occupied:
+        port = occupied.getsockname()[1]
         for arguments, code, message in (
             ([tmp_path / "none.onnx"], 3, "There is no file"),
             ([tmp_path / "text.onnx"], 3, "not an ONNX file"),

@@ -95,7 +95,7 @@ def encoded(pixels, kind="PNG", **options):
 
 
 def direct(file, pixels):
-    """Probabilities [C] by ONNX Runtime alone."""
+    """Probabilities [C] by ONNX Runtime only."""
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"pixels": pixels[None]})
     powers = np.exp(logits[0].astype(float))
