@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,10 @@ from fedkd.core.config import Config
 from fedkd.core.runtime import settle
 from fedkd.simulate import simulate
 from fedkd.simulate.experiment import Experiment, prepare
+
+# A shell that starts the tests in the background makes them ignore SIGINT, and so would every process they interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = {
     "dataset": "digits",
