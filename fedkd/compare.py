@@ -65,17 +65,8 @@ def compare(
 IGNORED = {"algorithm", "compare", "seed", "seeds", "out", "json", "device", "engine", "workers", "client-timeout"}
 IGNORED |= {"ray-address", "client-cpus", "client-gpus", "data-dir", "evaluate-every", "uplink-codec", "downlink-codec"}
 #: The same for two distillations: the teachers and the loss.
-IGNORED_DISTILLATION = {
-    "loss",
-    "teacher",
-    "teachers-from",
-    "teacher-epochs",
-    "teacher-weighting",
-    "judge",
-    "out",
-    "json",
-}
-IGNORED_DISTILLATION |= {"data-dir"}
+IGNORED_DISTILLATION = {"loss", "teacher", "teachers-from", "teacher-epochs", "teacher-weighting", "judge"}
+IGNORED_DISTILLATION |= {"out", "json", "data-dir"}
 
 
 @dataclass(frozen=True)
