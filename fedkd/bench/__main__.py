@@ -24,6 +24,9 @@ from fedkd.core.runtime import cores
 
 Part = Literal["peak", "fedavg", "ensemble", "idle", "many"]
 PARTS: tuple[Part, ...] = get_args(Part)
+# Fields of `stacks.Timing` in bench.json: of each timed run, and of the run that measures memory.
+TIMES = ("rounds", "seconds_outside_rounds", "seconds_to_first_client")
+MEMORY_AND_BYTES = ("megabytes", "megabytes_without_images", "bytes", "messages")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Stack:
     """A function that runs a stack, and the name of the reference stack."""
 
     run: Callable[..., Timing]
-    against: str = ""
+    reference: str = ""
 
 
 app = cli.new("bench")
@@ -50,7 +53,8 @@ def bench(
         Parameter(help="Timed runs of each stack, in turn; memory is measured in one more.", validator=Number(gte=1)),
     ] = 3,
     parts: Annotated[
-        tuple[Part, ...], Parameter(help="The parts to measure.", consume_multiple=True, negative=())
+        tuple[Part, ...],
+        Parameter(help="The parts to measure.", consume_multiple=True, negative=(), show_default="all"),
     ] = PARTS,
     out: Annotated[Path, Parameter(help="Directory of bench.json and bench.png.")] = Path("bench"),
 ) -> None:
@@ -126,19 +130,20 @@ def _fedkd(workers: int) -> str:
 def _measure(measured: dict[str, Stack], repeats: int, console: Console) -> dict[str, Any]:
     """All timings of each stack. The last run of each measures memory and not time; its data is in the cache."""
     has_psutil = stacks.is_installed("psutil")
-    results: dict[str, Any] = {name: {"against": stack.against, "runs": []} for name, stack in measured.items()}
+    results: dict[str, Any] = {name: {"reference": stack.reference, "runs": []} for name, stack in measured.items()}
     for repeat in range(repeats + 1):
         for name, stack in measured.items():
             is_last = repeat == repeats
             timing = stack.run(with_memory=has_psutil and is_last)
             console.print(
-                f"{name}: {median(report.warm(timing.rounds)):.4f} s per round, {timing.rest:.1f} s outside rounds",
+                f"{name}: {median(report.warm(timing.rounds)):.4f} s per round, "
+                f"{timing.seconds_outside_rounds:.1f} s outside rounds",
                 style="dim",
             )
             if is_last:
-                results[name] |= {key: getattr(timing, key) for key in ("megabytes", "beyond", "bytes", "messages")}
+                results[name] |= {key: getattr(timing, key) for key in MEMORY_AND_BYTES}
             else:
-                results[name]["runs"].append({"rounds": timing.rounds, "rest": timing.rest, "begun": timing.begun})
+                results[name]["runs"].append({key: getattr(timing, key) for key in TIMES})
     return results
 
 

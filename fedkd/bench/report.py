@@ -25,9 +25,10 @@ def typical(stack: Mapping[str, Any]) -> float:
 
 def overhead(stack: Mapping[str, Any]) -> float:
     """Seconds of a process outside its rounds (start, end), plus the excess of the first round over the median."""
-    overheads = [
-        run["rest"] + sum(run["rounds"]) - len(run["rounds"]) * median(warm(run["rounds"])) for run in stack["runs"]
-    ]
+    overheads = []
+    for run in stack["runs"]:
+        rounds = run["rounds"]
+        overheads.append(run["seconds_outside_rounds"] + sum(rounds) - len(rounds) * median(warm(rounds)))
     return float(median(overheads))
 
 
@@ -65,14 +66,14 @@ def _memory(megabytes: float | None) -> str:
 
 
 def _memory_without_images(stack: Mapping[str, Any], results: Mapping[str, Any], stacks: Mapping[str, Any]) -> str:
-    return _memory(stack["beyond"])
+    return _memory(stack["megabytes_without_images"])
 
 
 def _ratio(stack: Mapping[str, Any], results: Mapping[str, Any], stacks: Mapping[str, Any]) -> str:
     """The best round relative to that of the reference stack."""
-    if stack["against"] not in stacks:
+    if stack["reference"] not in stacks:
         return "–"
-    return f"{best(stack) / best(stacks[stack['against']]):.2f} x {stack['against']}"
+    return f"{best(stack) / best(stacks[stack['reference']]):.2f} x {stack['reference']}"
 
 
 def _speed(stack: Mapping[str, Any], results: Mapping[str, Any], stacks: Mapping[str, Any]) -> str:
@@ -85,7 +86,7 @@ def _per_message(stack: Mapping[str, Any], results: Mapping[str, Any], stacks: M
 
 def _first_step(stack: Mapping[str, Any], results: Mapping[str, Any], stacks: Mapping[str, Any]) -> str:
     """Seconds until the first client starts, and how many of them are not the import of PyTorch."""
-    start = median(run["begun"] for run in stack["runs"])
+    start = median(run["seconds_to_first_client"] for run in stack["runs"])
     return f"{start:.1f} s" + (f" ({start - results['import_torch']:+.1f})" if "import_torch" in results else "")
 
 

@@ -60,12 +60,12 @@ class Timing:
     """One run of a stack: seconds of each round and of the rest, and the peak memory of its processes."""
 
     rounds: Sequence[float]
-    rest: float
+    seconds_outside_rounds: float
     megabytes: float | None = None
-    beyond: float | None = None  # peak memory without images mapped from the cache on disk
+    megabytes_without_images: float | None = None  # peak memory without images mapped from the cache on disk
     bytes: int | None = None  # of the arrays per round, uplink and downlink
     messages: int | None = None  # per round
-    begun: float | None = None  # seconds from the start of the process to the first client
+    seconds_to_first_client: float | None = None  # seconds from the start of the process to the first client
 
 
 def fedkd(work: Work, *, with_memory: bool = False, **changes: Any) -> Timing:

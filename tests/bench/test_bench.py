@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,19 +75,25 @@ def test_stacks_are_run_and_reported():
     for timing in measured.values():
         assert len(timing.rounds) == 2
         assert min(timing.rounds) > 0
-        assert timing.rest > 0
+        assert timing.seconds_outside_rounds > 0
     ours = measured["fedkd, 1 worker"]
     assert ours.messages == 2
     results = {
         "work": {"clients": 2, "images": 16},
         "fedavg": {
             name: {
-                "against": "bare loop, 1 process" if "fedkd" in name else "",
+                "reference": "bare loop, 1 process" if "fedkd" in name else "",
                 "megabytes": 9.0,
-                "beyond": None,
+                "megabytes_without_images": None,
                 "bytes": timing.bytes,
                 "messages": timing.messages,
-                "runs": [{"rounds": timing.rounds, "rest": timing.rest, "begun": timing.begun}],
+                "runs": [
+                    {
+                        "rounds": timing.rounds,
+                        "seconds_outside_rounds": timing.seconds_outside_rounds,
+                        "seconds_to_first_client": timing.seconds_to_first_client,
+                    }
+                ],
             }
             for name, timing in measured.items()
         },
@@ -94,7 +101,18 @@ def test_stacks_are_run_and_reported():
     table = report.table("fedavg", json.loads(json.dumps(results)))
     assert table.row_count == 2
     assert set(plan(work, 2)) == {"fedavg", "ensemble", "idle", "many"}
-    assert all(stack.against in part or not stack.against for part in plan(work, 2).values() for stack in part.values())
+    assert all(
+        stack.reference in part or not stack.reference for part in plan(work, 2).values() for stack in part.values()
+    )
+
+
+@pytest.mark.parametrize("name", ["bench", "idle-many"])
+def test_the_published_results_have_the_keys_of_the_report(name):
+    results = json.loads((Path(__file__).parents[2] / "simulations" / "bench" / f"{name}.json").read_text())
+    parts = report.TITLES.keys() & results.keys()
+    assert parts
+    for part in parts:
+        assert report.table(part, results).row_count == len(results[part])
 
 
 def test_images_mapped_from_the_cache_are_measured_separately(tmp_path, monkeypatch):
@@ -111,8 +129,8 @@ def test_images_mapped_from_the_cache_are_measured_separately(tmp_path, monkeypa
 
 def test_an_idle_client_reports_when_it_started():
     timing = stacks.fedkd(Work(2, 2, 2, "cnn:width=8", "fedkd.bench.idle:Idle"))
-    assert timing.begun is not None
-    assert 0 < timing.begun < 120
+    assert timing.seconds_to_first_client is not None
+    assert 0 < timing.seconds_to_first_client < 120
     assert timing.bytes == 0
 
 
