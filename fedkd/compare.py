@@ -38,16 +38,16 @@ def compare(
     """
     if not runs:
         raise UsageError("Give at least one run directory.")
-    held = [opened(path) for path in runs]
-    curves: dict[tuple[str, int], list[Row]] = {}
-    if len({one.is_distilled for one in held}) == 2:
+    files = [read_run(path) for path in runs]
+    if len({one.is_distilled for one in files}) == 2:
         raise UsageError("Name runs of fedkd.simulate or of fedkd.distill, not of both.")
-    if held[0].is_distilled:
+    curves: table.Curves = {}
+    if files[0].is_distilled:
         if out is not None:
             raise UsageError("--out is for curves of fedkd.simulate; runs of fedkd.distill have none.")
-        grids = [students.side_by_side(distilled(held))]
+        grids = [students.side_by_side(distilled(files))]
     else:
-        finished, curves = simulated(held)
+        finished, curves = simulated(files)
         grids = [table.side_by_side(finished, curves), table.ledger(finished)]
     for grid in grids:
         if markdown:
@@ -56,7 +56,7 @@ def compare(
             Screen(Console()).show(grid.rich())
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        config = held[0].config
+        config = files[0].config
         setting = f"{config['dataset']}, {config['clients']} clients, {config['partitioner']}, {config['model']}"
         figure.draw(curves, setting, out)
 
@@ -65,7 +65,7 @@ def compare(
 IGNORED = {"algorithm", "compare", "seed", "seeds", "out", "json", "device", "engine", "workers", "client-timeout"}
 IGNORED |= {"ray-address", "client-cpus", "client-gpus", "data-dir", "evaluate-every", "uplink-codec", "downlink-codec"}
 #: The same for two distillations: the teachers and the loss.
-IGNORED_DISTILLATION = {"loss", "teacher", "teachers-from", "teacher-epochs", "teacher-weighting", "judge"}
+IGNORED_DISTILLATION = {"loss", "teacher", "teachers-from", "teacher-epochs", "teacher-weighting", "corrupted-images"}
 IGNORED_DISTILLATION |= {"out", "json", "data-dir"}
 
 
@@ -83,7 +83,7 @@ class RunFiles:
         return "teacher-epochs" in self.config
 
 
-def opened(path: Path) -> RunFiles:
+def read_run(path: Path) -> RunFiles:
     """The contents of a run directory.
 
     Raises:
@@ -104,19 +104,19 @@ def _readable(path: Path) -> Iterator[None]:
         raise UsageError(f"{path} is not the directory of a run that has ended ({type(error).__name__}).") from error
 
 
-def _alike(held: Sequence[RunFiles], free: set[str]) -> None:
+def _check_settings(files: Sequence[RunFiles], ignored: set[str]) -> None:
     """Refuse runs that differ in other options than these."""
-    settings: dict[str, object] = {}
-    for one in held:
-        kept = {key: value for key, value in one.config.items() if key not in free}
-        different = sorted(key for key in kept if settings.setdefault(key, kept[key]) != kept[key])
+    first: dict[str, object] = {}
+    for one in files:
+        options = {key: value for key, value in one.config.items() if key not in ignored}
+        different = sorted(key for key, value in options.items() if first.setdefault(key, value) != value)
         if different:
             raise UsageError(
-                f"{one.path} and {held[0].path} differ in {', '.join(different)}; compare runs of one setting."
+                f"{one.path} and {files[0].path} differ in {', '.join(different)}; compare runs of one setting."
             )
 
 
-def simulated(held: Sequence[RunFiles]) -> tuple[list[Row], dict[tuple[str, int], list[Row]]]:
+def simulated(files: Sequence[RunFiles]) -> tuple[list[Row], dict[tuple[str, int], list[Row]]]:
     """The summaries of the finished methods of runs of fedkd.simulate, and their rounds by method and seed.
 
     Raises:
@@ -124,22 +124,24 @@ def simulated(held: Sequence[RunFiles]) -> tuple[list[Row], dict[tuple[str, int]
             and seed is in two runs.
 
     """
-    _alike(held, IGNORED)
+    _check_settings(files, IGNORED)
     finished: list[Row] = []
     curves: dict[tuple[str, int], list[Row]] = {}
     partitions: dict[int, str] = {}
-    for one in held:
-        path = one.path
-        with _readable(path):
-            rounds = [json.loads(line) for line in (path / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+    for one in files:
+        with _readable(one.path):
             runs = {(run["algorithm"], run["seed"]): run for run in one.result["runs"]}
-            own = {key: [row for row in rounds if (row["algorithm"], row["seed"]) == key] for key in runs}
+            own: dict[tuple[str, int], list[Row]] = {key: [] for key in runs}
+            for line in (one.path / "rounds.jsonl").read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                if (key := (row["algorithm"], row["seed"])) in own:  # else of a run that has not ended
+                    own[key].append(row)
         if not runs or not all(own.values()):
-            raise UsageError(f"{path} finished no method; it was interrupted or failed.")
+            raise UsageError(f"{one.path} finished no method; it was interrupted or failed.")
         for (_, seed), run in runs.items():
             if partitions.setdefault(seed, run.get("partition_sha256")) != run.get("partition_sha256"):
                 raise UsageError(
-                    f"{path} has another partition than {held[0].path} with seed {seed}; they cannot be paired."
+                    f"{one.path} has another partition than {files[0].path} with seed {seed}; they cannot be paired."
                 )
         if twice := sorted(runs.keys() & curves.keys()):
             raise UsageError(f"{twice[0][0]} with seed {twice[0][1]} is in two of the runs; name one of them.")
@@ -153,29 +155,30 @@ def _teacher(name: str) -> str:
     return "/".join(Path(name).with_suffix("").parts[-2:]) if teacher_names.is_path(name) else name
 
 
-def distilled(held: Sequence[RunFiles]) -> list[tuple[str, str, Sequence[students.Judged]]]:
+def distilled(files: Sequence[RunFiles]) -> list[tuple[str, str, Sequence[students.Evaluation]]]:
     """The loss, the teachers and the evaluation by seed of each run of fedkd.distill.
 
     Raises:
         UsageError: one has not ended, or they differ in more than `IGNORED_DISTILLATION` or in the baseline students.
 
     """
-    _alike(held, IGNORED_DISTILLATION)
-    found: list[tuple[str, str, Sequence[students.Judged]]] = []
-    for one in held:
+    _check_settings(files, IGNORED_DISTILLATION)
+    rows: list[tuple[str, str, Sequence[students.Evaluation]]] = []
+    for one in files:
         if one.result.get("status") != "ok":
             raise UsageError(f"{one.path} has not finished; it was interrupted or failed.")
         with _readable(one.path):
-            judged = [run["judged"] for run in one.result["runs"]]
+            evaluations = [run["evaluation"] for run in one.result["runs"]]
             teachers = ", ".join(_teacher(name) for name in one.result["teachers"]) or "itself"
-            found.append((one.config["loss"], teachers, judged))
+            rows.append((one.config["loss"], teachers, evaluations))
     baselines = [
-        [seed[students.BASELINE][key] for seed in judged for key in ("accuracy", "nll")] for _, _, judged in found
+        [seed[students.BASELINE][key] for seed in evaluations for key in ("accuracy", "nll")]
+        for _, _, evaluations in rows
     ]
-    for one, mine in zip(held, baselines, strict=True):
+    for one, mine in zip(files, baselines, strict=True):
         if mine != baselines[0]:
-            raise UsageError(f"{one.path} has other baseline students than {held[0].path}; run both on one machine.")
-    return found
+            raise UsageError(f"{one.path} has other baseline students than {files[0].path}; run both on one machine.")
+    return rows
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from fedkd.compare import compare, distilled, opened
+from fedkd.compare import compare, distilled, read_run
 from fedkd.compare import simulated as merged
 from fedkd.core.errors import UsageError
 from fedkd.distill import distill
@@ -39,7 +39,13 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def distillations(tmp_path_factory):
     root = tmp_path_factory.mktemp("distillations")
-    common = {"dataset": "digits", "student": "cnn:width=4", "teacher": "cnn:width=8", "epochs": 1, "judge": 0}
+    common = {
+        "dataset": "digits",
+        "student": "cnn:width=4",
+        "teacher": "cnn:width=8",
+        "epochs": 1,
+        "corrupted-images": 0,
+    }
     for name, changes in {
         "logits": {"seeds": 2},
         "itself": {"seeds": 2, "loss": "self:generations=2", "teacher": ""},
@@ -52,13 +58,13 @@ def distillations(tmp_path_factory):
         if change == "status":
             result["status"] = "interrupted"
         else:
-            result["runs"][1]["judged"]["baseline"]["accuracy"] += 0.01
+            result["runs"][1]["evaluation"]["baseline"]["accuracy"] += 0.01
         (root / name / "result.json").write_text(json.dumps(result))
     return root
 
 
 def read(paths):
-    return merged([opened(path) for path in paths])
+    return merged([read_run(path) for path in paths])
 
 
 def steady(row):
@@ -86,7 +92,7 @@ def test_the_command_writes_markdown_and_a_figure(runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "says"),
+    ("names", "expected"),
     [
         (("first", "both"), "is in two of the runs"),
         (("first", "elsewhere"), "differ in partitioner"),
@@ -96,8 +102,8 @@ def test_the_command_writes_markdown_and_a_figure(runs, tmp_path):
         (("first", "nowhere"), "is not the directory of a run"),
     ],
 )
-def test_runs_that_do_not_go_together(runs, names, says):
-    with pytest.raises(UsageError, match=says):
+def test_runs_that_do_not_go_together(runs, names, expected):
+    with pytest.raises(UsageError, match=expected):
         read(tuple(runs / name for name in names))
 
 
@@ -109,7 +115,7 @@ def test_distillations_side_by_side(distillations):
     assert rows[0][:4] == ["loss", "teacher", "test acc", "Δ baseline"]
     for (loss, teacher, accuracy, gain), name in zip([row[:4] for row in rows[3:]], ("logits", "itself"), strict=True):
         runs = json.loads((distillations / name / "result.json").read_text())["runs"]
-        own, baseline = ([100 * run["judged"][who]["accuracy"] for run in runs] for who in ("student", "baseline"))
+        own, baseline = ([100 * run["evaluation"][who]["accuracy"] for run in runs] for who in ("student", "baseline"))
         gains = [mine - bare for mine, bare in zip(own, baseline, strict=True)]
         assert loss.split(":")[0] == ("logits" if name == "logits" else "self")
         assert teacher == ("cnn:width=8" if name == "logits" else "itself")
@@ -119,16 +125,16 @@ def test_distillations_side_by_side(distillations):
 
 
 @pytest.mark.parametrize(
-    ("names", "says"),
+    ("names", "expected"),
     [
         (("logits", "longer"), "differ in epochs"),
         (("logits", "other"), "has other baseline students than"),
         (("logits", "stopped"), "has not finished"),
     ],
 )
-def test_distillations_that_do_not_go_together(distillations, names, says):
-    with pytest.raises(UsageError, match=says):
-        distilled([opened(distillations / name) for name in names])
+def test_distillations_that_do_not_go_together(distillations, names, expected):
+    with pytest.raises(UsageError, match=expected):
+        distilled([read_run(distillations / name) for name in names])
 
 
 def test_a_federation_is_not_compared_with_a_distillation(runs, distillations):

@@ -99,8 +99,8 @@ def published(grid):
     return all(text in lines for text in grid.markdown().splitlines() if text.startswith("|"))
 
 
-def opened(directory):
-    return [compare.opened(path) for path in sorted(directory.iterdir()) if path.is_dir()]
+def run_files(directory):
+    return [compare.read_run(path) for path in sorted(directory.iterdir()) if path.is_dir()]
 
 
 COMPARED = [ROOT / "simulations" / "main", *sorted((ROOT / "simulations" / "family").iterdir())]
@@ -109,11 +109,11 @@ COMPARED = [ROOT / "simulations" / "main", *sorted((ROOT / "simulations" / "fami
 @pytest.mark.parametrize("runs", COMPARED, ids=lambda path: path.name)
 def test_the_tables_of_the_results_are_those_of_the_rounds_beside_them(runs):
     """Which seeds and methods there are is read off the files."""
-    assert published(table.side_by_side(*compare.simulated(opened(runs))))
+    assert published(table.side_by_side(*compare.simulated(run_files(runs))))
 
 
 def test_the_table_of_distillations_is_that_of_the_results_beside_it():
-    assert published(students.side_by_side(compare.distilled(opened(ROOT / "simulations" / "distill"))))
+    assert published(students.side_by_side(compare.distilled(run_files(ROOT / "simulations" / "distill"))))
 
 
 def test_the_pictures_are_those_that_their_script_draws():

@@ -38,8 +38,9 @@ class DistillConfig(Options):
     loss: Several = option(
         "logits",
         "Losses",
-        "Terms of the distillation loss, added (several): logits, features, relations, graph, contrastive, self; each "
-        "with kind=, weight= and more, such as logits:temperature=4,weight=0.9 or features:layers=layer2+layer3.",
+        "Terms of the distillation loss, added (several): logits, features, relations, graph, contrastive, self, "
+        "exits; each with options, such as logits:temperature=4,weight=0.9 or features:layers=layer2+layer3 "
+        "(all: python -m fedkd.list distillation).",
         several=True,
     )
     teacher_weighting: Literal["uniform", "entropy", "agreement"] = option(
@@ -72,7 +73,7 @@ class DistillConfig(Options):
 
     seed: Annotated[int, Field(ge=0)] = option(0, "Run", "Seed of the first repetition.")
     seeds: PositiveInt = option(1, "Run", "Repetitions, with seed, seed + 1, ...; all use the same teachers.")
-    judge: Annotated[int, Field(ge=0)] = option(
+    corrupted_images: Annotated[int, Field(ge=0)] = option(
         2000, "Run", "Test images for each corruption and strength in the evaluation; 0 for no corruptions."
     )
     device: str = option("auto", "Run", "auto, cpu, cuda, cuda:N.")

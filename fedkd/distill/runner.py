@@ -28,7 +28,7 @@ from fedkd.evaluation.report import students as report
 from fedkd.evaluation.report.screen import Screen
 from fedkd.evaluation.report.students import BASELINE, STUDENT
 from fedkd.evaluation.report.table import Grid
-from fedkd.evaluation.report.text import percent, plain, seconds, spread
+from fedkd.evaluation.report.text import percent, plain, points, seconds
 from fedkd.training.terms import BornAgain, Logits, Term
 
 if TYPE_CHECKING:
@@ -45,14 +45,14 @@ def run(config: DistillConfig, terms: Sequence[Term]) -> None:
     """
     settle(config.threads)
     out, screen = Path(config.out), Screen(Console(stderr=config.json))
-    screen.say(f"run directory: {out}")
+    screen.print(f"run directory: {out}")
     result: dict[str, Any] = {"status": "failed", "out": str(out), "dataset": config.dataset, "runs": []}
     try:
         task, fallback = prepare(config)
         result |= {"dataset": task.dataset, "dataset_fallback": fallback}
         run_directory.write_json(out / "env.json", run_directory.environment(task.device, task.dataset, fallback))
         for line in _header(task, config, fallback):
-            screen.say(line)
+            screen.print(line)
         _check_training_step(task, config, terms)
         watch = partial(_report_epoch, out, screen)
         with _attributing(config):
@@ -63,14 +63,15 @@ def run(config: DistillConfig, terms: Sequence[Term]) -> None:
         for seed in range(config.seed, config.seed + config.seeds):
             seed_config = dataclasses.replace(config, seed=seed, seeds=1)
             with _attributing(config):
-                judged = _run_seed(task, seed_config, terms, obtained, watch, out)
-            result["runs"].append({"seed": seed, "judged": judged})
-        judged = report.joined([run["judged"] for run in result["runs"]])
-        for grid in (report.quality_table(judged), report.cost_table(judged)):
+                evaluation = _run_seed(task, seed_config, terms, obtained, watch, out)
+            result["runs"].append({"seed": seed, "evaluation": evaluation})
+        joined = report.joined([run["evaluation"] for run in result["runs"]])
+        for grid in (report.quality_table(joined), report.cost_table(joined)):
             screen.show(grid.rich())
-        result["gain"] = _gain(result["runs"])
-        screen.say(f"{STUDENT} - {BASELINE}, paired by seed: {spread(result['gain']['mean'], result['gain']['std'])}")
-        report.draw(judged, f"{config.student} on {task.dataset}", out)
+        gains = report.gains([run["evaluation"] for run in result["runs"]])
+        result["gain"] = {"mean": fmean(gains), "std": stdev(gains) if len(gains) > 1 else None}
+        screen.print(f"{STUDENT} - {BASELINE} in percentage points, paired by seed: {points(gains)}")
+        report.draw(joined, f"{config.student} on {task.dataset}", out)
         result["status"] = "ok"
     except FedkdError as error:
         result |= {"code": error.code, "message": str(error)}
@@ -80,7 +81,7 @@ def run(config: DistillConfig, terms: Sequence[Term]) -> None:
         raise
     finally:
         run_directory.write_json(out / "result.json", result)
-    screen.say(f"run directory: {out}")
+    screen.print(f"run directory: {out}")
 
 
 def _attributing(config: DistillConfig) -> AbstractContextManager[None]:
@@ -106,16 +107,10 @@ def _header(task: Task, config: DistillConfig, fallback: str) -> Iterator[str]:
 def _report_epoch(out: Path, screen: Screen, name: str, epoch: Epoch) -> None:
     """Append an epoch to ``epochs.jsonl`` and print it."""
     run_directory.append(out / "epochs.jsonl", {"network": name, **dataclasses.asdict(epoch)})
-    screen.say(
+    screen.print(
         f"{name:>24}  epoch {epoch.number:>3}  validation {percent(epoch.accuracy):>6}  "
         f"loss {epoch.loss:6.3f}  {seconds(epoch.seconds):>8}"
     )
-
-
-def _gain(runs: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Mean and standard deviation over seeds of the student's accuracy minus the baseline's, in [-1, 1]."""
-    gains = report.gains([run["judged"] for run in runs])
-    return {"mean": fmean(gains), "std": stdev(gains) if len(gains) > 1 else None}
 
 
 def _check_training_step(task: Task, config: DistillConfig, terms: Sequence[Term]) -> None:
@@ -213,7 +208,7 @@ def _run_seed(
     obtained: Sequence[Teacher],
     watch: teachers.Watch,
     out: Path,
-) -> dict[str, quality.Verdict]:
+) -> dict[str, quality.Results]:
     """Train the baseline and the student of one seed, save both, and evaluate them with the teacher."""
     suffix = f"seed{config.seed}"
     baseline = teachers.trained(
@@ -237,8 +232,9 @@ def _run_seed(
     candidates = {
         name: Candidate(teachers.frozen(module), task.scaling, paths.get(name)) for name, module in networks.items()
     }
-    kinds = tuple(corruptions.KINDS) if config.judge else ()
-    return quality.judge(candidates, task.test, task.shifted, seed=config.seed, kinds=kinds, count=max(1, config.judge))
+    count = config.corrupted_images
+    kinds = tuple(corruptions.KINDS) if count else ()
+    return quality.evaluate(candidates, task.test, task.shifted, seed=config.seed, kinds=kinds, count=max(1, count))
 
 
 def _distilled_student(

@@ -23,7 +23,7 @@ from fedkd.training import loop
 TEACHER = "teacher"  # the candidate to whose predictions those of the others are compared
 BATCHES = (1, 64)  # images per forward pass, for the latency
 
-Verdict = dict[str, Any]  # the results of one candidate; can be written as JSON
+Results = dict[str, Any]  # the results of one candidate; can be written as JSON
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ def size(path: Path) -> int:
     return path.stat().st_size
 
 
-def judge(
+def evaluate(
     candidates: Mapping[str, Candidate],
     test: Images,
     shifted: Images | None = None,
@@ -129,11 +129,11 @@ def judge(
     count: int = 2000,
     bins: int = 15,
     repeats: int = 30,
-) -> dict[str, Verdict]:
+) -> dict[str, Results]:
     """The quality and cost of each candidate: fractions in [0, 1], NLL in nats, latency in ms; keys are text.
 
     All but the latency is the same for the same seed. Only the first ``count`` test images are corrupted, since twenty
-    copies of all take minutes. Without ``shifted``, the test images are rotated and moved.
+    copies of all take minutes. Without ``shifted``, the test images are rotated and translated.
     """
     subset = test.first(count)
     corrupted: dict[str, dict[str, dict[str, float]]] = {name: {kind: {} for kind in kinds} for name in candidates}
@@ -144,10 +144,10 @@ def judge(
                 corrupted[name][kind][str(strength)] = loop.score(_predict(candidate, pixels), subset.labels)[0]
     shifted_set = shifted or dataclasses.replace(test, pixels=corruptions.moved(test.pixels, seed))
     logits = {name: _predict(candidate, test.pixels) for name, candidate in candidates.items()}
-    verdicts = {}
+    results = {}
     for name, candidate in candidates.items():
         values = [value for row in corrupted[name].values() for value in row.values()]
-        verdicts[name] = {
+        results[name] = {
             **_quality(logits[name], test.labels, None if name == TEACHER else logits.get(TEACHER), bins),
             "corrupted_images": len(subset),
             "uncorrupted_accuracy": loop.score(logits[name][:count], subset.labels)[0],
@@ -158,14 +158,14 @@ def judge(
             "shifted_accuracy": loop.score(_predict(candidate, shifted_set.pixels), shifted_set.labels)[0],
             **_cost(candidate, test.pixels, repeats),
         }
-    return verdicts
+    return results
 
 
 def _predict(candidate: Candidate, pixels: Tensor) -> Tensor:
     return loop.predict(candidate.module, pixels, candidate.scaling)
 
 
-def _quality(logits: Tensor, labels: Tensor, teacher: Tensor | None, bins: int) -> Verdict:
+def _quality(logits: Tensor, labels: Tensor, teacher: Tensor | None, bins: int) -> Results:
     """The results on the clean test images."""
     accuracy, nll = loop.score(logits, labels)
     return {
@@ -178,7 +178,7 @@ def _quality(logits: Tensor, labels: Tensor, teacher: Tensor | None, bins: int) 
     }
 
 
-def _cost(candidate: Candidate, pixels: Tensor, repeats: int) -> Verdict:
+def _cost(candidate: Candidate, pixels: Tensor, repeats: int) -> Results:
     """Size, and latency from pixels in memory to logits in memory."""
     module = candidate.module.eval()
     device = next(module.parameters()).device

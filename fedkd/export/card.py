@@ -117,7 +117,7 @@ def _distilled(config: dict[str, Any], result: dict[str, Any], name: str) -> lis
         f"- Trained by fedkd {'on labels only' if model == 'baseline' else objective}, "
         f"{config['epochs']} epochs, seed {entry['seed']}.",
         f"- Accuracy after the last epoch, as the run measured it on its test images: "
-        f"{percent(entry['judged'][model]['accuracy'], 2)}.",
+        f"{percent(entry['evaluation'][model]['accuracy'], 2)}.",
     ]
 
 

@@ -74,7 +74,7 @@ class Service:
             if isinstance(answer, BaseException):
                 raise answer
         is_form = request.headers.get("content-type", "").lower().startswith("multipart/")
-        return JSONResponse({"answers": answers} if is_form else answers[0], headers=HEADERS)
+        return JSONResponse({"predictions": answers} if is_form else answers[0], headers=HEADERS)
 
     async def _predict_one(self, content: bytes) -> dict[str, Any]:
         loop = asyncio.get_running_loop()

@@ -81,14 +81,14 @@ def _prepare(runs: list[Config], fallback: str, out: Path, screen: Screen) -> No
     run_directory.write_json(out / "env.json", environment)
     _save_partitions(out / "partition.npz", experiments)
     for title, text in header.lines(first, fallback):
-        screen.say(f"{title:>13}  {text}")
+        screen.print(f"{title:>13}  {text}")
 
 
 def _run(run: Config, exchange: partial[Iterable[Reply]], out: Path, screen: Screen, rows: list[Row]) -> Row:
     """One algorithm with one seed: its rows as the rounds end, its student, its summary."""
     experiment = prepared(run)
     round_ = None
-    screen.say(f"\n{run.algorithm}, seed {run.seed}; {header.uplink(experiment)}\n{HEAD}")
+    screen.print(f"\n{run.algorithm}, seed {run.seed}; {header.uplink(experiment)}\n{HEAD}")
     watched = screen.watch(exchange, run, experiment.training_partition.sizes.tolist())
     for round_, seconds in _timed(
         _attributed(

@@ -29,7 +29,7 @@ TINY = {
     "student": "cnn:width=4",
     "teacher": "cnn:width=8",
     "epochs": 1,
-    "judge": 0,
+    "corrupted_images": 0,
     "device": "cpu",
 }
 
@@ -299,10 +299,10 @@ def test_all_losses_train_a_student(changes, tmp_path):
     result = run_distill(tmp_path / "run", **changes)
     assert result["status"] == "ok"
     for run in result["runs"]:
-        judged = run["judged"]
-        assert judged["student"]["accuracy"] > 0.15
-        assert judged["student"]["nll"] < 2.5
-        assert ("teacher" in judged) == (changes.get("loss") != "exits:layers=0+3")
+        evaluation = run["evaluation"]
+        assert evaluation["student"]["accuracy"] > 0.15
+        assert evaluation["student"]["nll"] < 2.5
+        assert ("teacher" in evaluation) == (changes.get("loss") != "exits:layers=0+3")
     saved = checkpoint.load(tmp_path / "run")
     assert (saved.model, saved.dataset) == ("cnn:width=4", "digits")
     assert len(list((tmp_path / "run").glob("student*.safetensors"))) == len(result["runs"])
@@ -315,7 +315,7 @@ def test_a_second_run_gives_the_same_and_uses_cached_teachers(tmp_path):
     assert epochs[1] == ["student seed0"]
     weights = [checkpoint.load(tmp_path / name).weights for name in ("a", "b")]
     assert tensors.equal(*weights)
-    accuracies = [result["runs"][0]["judged"]["student"]["accuracy"] for result in results]
+    accuracies = [result["runs"][0]["evaluation"]["student"]["accuracy"] for result in results]
     assert accuracies[0] == accuracies[1]
 
 
@@ -333,11 +333,11 @@ def test_a_user_defined_network_is_not_cached(tmp_path):
 
 
 def test_a_distilled_student_agrees_with_its_teacher(tmp_path):
-    judged = run_distill(tmp_path / "run", epochs=4, teacher_epochs=6, loss="logits:temperature=2,hard=0,soft=1")[
+    evaluation = run_distill(tmp_path / "run", epochs=4, teacher_epochs=6, loss="logits:temperature=2,hard=0,soft=1")[
         "runs"
-    ][0]["judged"]
-    assert judged["teacher"]["accuracy"] > 0.8
-    assert judged["student"]["agreement"] > 0.6
+    ][0]["evaluation"]
+    assert evaluation["teacher"]["accuracy"] > 0.8
+    assert evaluation["student"]["agreement"] > 0.6
 
 
 def test_teachers_are_ranked(tmp_path):
@@ -393,8 +393,8 @@ def test_ranks_are_computed_among_competitive_teachers(tmp_path):
 
 def test_a_teacher_of_the_same_model_is_not_the_baseline(tmp_path):
     result = run_distill(tmp_path / "run", teacher="cnn:width=4", epochs=2)
-    judged = result["runs"][0]["judged"]
-    assert judged["baseline"]["agreement"] < 1
+    evaluation = result["runs"][0]["evaluation"]
+    assert evaluation["baseline"]["agreement"] < 1
     networks = [json.loads(line)["network"] for line in (tmp_path / "run" / "epochs.jsonl").open()]
     assert {"cnn:width=4", "student seed0"} <= set(networks)
 
@@ -427,7 +427,9 @@ def test_a_teacher_from_a_file(tmp_path):
     assert not any("cnn:width=8" in line for line in (tmp_path / "run" / "epochs.jsonl").open())
     tensors.save(built("cnn:width=8").state_dict(), tmp_path / "a.safetensors")
     same = run_distill(tmp_path / "same", teacher=f"cnn:width=8,pretrained={tmp_path}/a.safetensors")
-    assert same["runs"][0]["judged"]["student"]["accuracy"] == result["runs"][0]["judged"]["student"]["accuracy"]
+    assert (
+        same["runs"][0]["evaluation"]["student"]["accuracy"] == result["runs"][0]["evaluation"]["student"]["accuracy"]
+    )
     again = run_distill(tmp_path / "again", teacher=str(tmp_path / "run"))
     assert again["teachers"] == [str(tmp_path / "run")]
 
@@ -607,7 +609,7 @@ def test_a_model_card_describes_the_distillation(tmp_path):
         ("baseline-seed4.safetensors", "on labels only, 1 epochs, seed 4."),
     ):
         model, seed = name.removesuffix(".safetensors").split("-seed") if "-" in name else ("student", "3")
-        accuracy = next(run for run in result["runs"] if run["seed"] == int(seed))["judged"][model]["accuracy"]
+        accuracy = next(run for run in result["runs"] if run["seed"] == int(seed))["evaluation"][model]["accuracy"]
         first, second = card.trained(tmp_path / "run" / name)
         assert text in first
         assert f"{100 * accuracy:.2f}%" in second

@@ -13,7 +13,16 @@ from fedkd.data import corruptions
 from fedkd.data.readers import Images
 from fedkd.data.scaling import Scaling
 from fedkd.evaluation import quality
-from fedkd.evaluation.quality import TEACHER, Candidate, agreement, ece, judge, multiply_adds, parameters, reliability
+from fedkd.evaluation.quality import (
+    TEACHER,
+    Candidate,
+    agreement,
+    ece,
+    evaluate,
+    multiply_adds,
+    parameters,
+    reliability,
+)
 
 SCALING = Scaling((120.0, 125.0, 130.0), (60.0, 61.0, 62.0))
 
@@ -173,14 +182,14 @@ def candidates(tmp_path, *names: str) -> dict[str, Candidate]:
     return created
 
 
-def untimed(verdicts):
-    return {name: {k: v for k, v in verdict.items() if k != "latency_ms"} for name, verdict in verdicts.items()}
+def untimed(results):
+    return {name: {k: v for k, v in result.items() if k != "latency_ms"} for name, result in results.items()}
 
 
-def test_the_verdict_has_all_measurements(tmp_path, test_images):
-    verdicts = judge(candidates(tmp_path, "student", TEACHER), test_images, seed=0, count=40, repeats=2)
-    assert json.loads(json.dumps(verdicts)) == verdicts, "keys are strings"
-    student, teacher = verdicts["student"], verdicts[TEACHER]
+def test_the_evaluation_has_all_measurements(tmp_path, test_images):
+    results = evaluate(candidates(tmp_path, "student", TEACHER), test_images, seed=0, count=40, repeats=2)
+    assert json.loads(json.dumps(results)) == results, "keys are strings"
+    student, teacher = results["student"], results[TEACHER]
     assert student.keys() == teacher.keys()
     assert list(student["corruptions"]) == ["noise", "blur", "contrast", "pixelate"]
     assert all(list(row) == ["1", "2", "3", "4", "5"] for row in student["corruptions"].values())
@@ -196,20 +205,20 @@ def test_the_verdict_has_all_measurements(tmp_path, test_images):
     assert student["latency_ms"]["64"].keys() == {"median", "low", "high"}
 
 
-def test_judge_agrees_with_its_parts(tmp_path, test_images):
+def test_the_evaluation_agrees_with_its_parts(tmp_path, test_images):
     created = candidates(tmp_path, "student", TEACHER)
-    verdicts = judge(created, test_images, seed=3, kinds=["noise"], strengths=[5], count=40, repeats=1)
+    results = evaluate(created, test_images, seed=3, kinds=["noise"], strengths=[5], count=40, repeats=1)
     seen = SCALING(test_images.pixels)
     with torch.no_grad():
         mine, theirs = (created[name].module(seen) for name in ("student", TEACHER))
         noisy = created["student"].module(SCALING(corruptions.corrupt(test_images.pixels[:40], "noise", 5, 3)))
     right = (mine.argmax(-1) == test_images.labels).double()
-    assert verdicts["student"]["accuracy"] == pytest.approx(right.mean().item())
-    assert verdicts["student"]["uncorrupted_accuracy"] == pytest.approx(right[:40].mean().item())
-    assert verdicts["student"]["agreement"] == agreement(mine, theirs)
-    assert verdicts["student"]["ece"] == pytest.approx(ece(mine, test_images.labels), abs=1e-5)
+    assert results["student"]["accuracy"] == pytest.approx(right.mean().item())
+    assert results["student"]["uncorrupted_accuracy"] == pytest.approx(right[:40].mean().item())
+    assert results["student"]["agreement"] == agreement(mine, theirs)
+    assert results["student"]["ece"] == pytest.approx(ece(mine, test_images.labels), abs=1e-5)
     accuracy = (noisy.argmax(-1) == test_images.labels[:40]).double().mean().item()
-    assert verdicts["student"]["corruptions"] == {"noise": {"5": pytest.approx(accuracy)}}
+    assert results["student"]["corruptions"] == {"noise": {"5": pytest.approx(accuracy)}}
 
 
 class Sum(nn.Module):
@@ -223,37 +232,37 @@ class Sum(nn.Module):
         return nn.functional.one_hot(x.double().sum((1, 2, 3)).long() % 10, 10).float()
 
 
-def test_judge_uses_the_corruptions_of_the_seed(test_images):
+def test_the_evaluation_uses_the_corruptions_of_the_seed(test_images):
     bare, pixels = Scaling((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), test_images.pixels
     options = {"kinds": ["noise"], "strengths": [4, 5], "repeats": 1}
     noisy = Sum()(bare(corruptions.corrupt(pixels, "noise", 5, 3))).argmax(-1)
-    verdicts = judge({"a": Candidate(Sum(), bare)}, Images(pixels, noisy, 10), seed=3, **options)["a"]
-    assert verdicts["corruptions"]["noise"]["5"] == 1
-    assert max(verdicts["corruptions"]["noise"]["4"], verdicts["accuracy"], verdicts["shifted_accuracy"]) < 0.5
+    results = evaluate({"a": Candidate(Sum(), bare)}, Images(pixels, noisy, 10), seed=3, **options)["a"]
+    assert results["corruptions"]["noise"]["5"] == 1
+    assert max(results["corruptions"]["noise"]["4"], results["accuracy"], results["shifted_accuracy"]) < 0.5
     moved = Sum()(bare(corruptions.moved(pixels, 3))).argmax(-1)
-    verdicts = judge({"a": Candidate(Sum(), bare)}, Images(pixels, moved, 10), seed=3, **options)["a"]
-    assert verdicts["shifted_accuracy"] == 1
-    assert verdicts["accuracy"] < 0.5
+    results = evaluate({"a": Candidate(Sum(), bare)}, Images(pixels, moved, 10), seed=3, **options)["a"]
+    assert results["shifted_accuracy"] == 1
+    assert results["accuracy"] < 0.5
 
 
-def test_judge_is_reproducible_except_for_the_latency(tmp_path, test_images):
+def test_the_evaluation_is_reproducible_except_for_the_latency(tmp_path, test_images):
     created = candidates(tmp_path, "student", TEACHER)
     options = {"count": 40, "strengths": [1, 5], "repeats": 1}
-    first = untimed(judge(created, test_images, seed=0, **options))
-    assert untimed(judge(created, test_images, seed=0, **options)) == first
-    shuffled = untimed(judge(dict(reversed(created.items())), test_images, seed=0, **options))
+    first = untimed(evaluate(created, test_images, seed=0, **options))
+    assert untimed(evaluate(created, test_images, seed=0, **options)) == first
+    shuffled = untimed(evaluate(dict(reversed(created.items())), test_images, seed=0, **options))
     assert shuffled == first, "the order of candidates does not matter"
 
 
-def test_judge_accepts_a_shifted_set_and_needs_no_teacher(tmp_path, test_images):
+def test_the_evaluation_accepts_a_shifted_set_and_needs_no_teacher(tmp_path, test_images):
     created = candidates(tmp_path, "baseline")
     seen = created["baseline"].module(SCALING(test_images.pixels)).argmax(-1)
     wrong = Images(test_images.pixels[:30], (seen[:30] + 1) % 10, 10)
-    verdicts = judge(created, test_images, wrong, seed=0, strengths=[], repeats=1)["baseline"]
-    assert (verdicts["shifted"], verdicts["shifted_images"], verdicts["shifted_accuracy"]) == ("given", 30, 0)
-    assert verdicts["agreement"] is None
-    assert verdicts["corruption_accuracy"] is None
+    results = evaluate(created, test_images, wrong, seed=0, strengths=[], repeats=1)["baseline"]
+    assert (results["shifted"], results["shifted_images"], results["shifted_accuracy"]) == ("given", 30, 0)
+    assert results["agreement"] is None
+    assert results["corruption_accuracy"] is None
     right = Images(test_images.pixels, seen, 10)
-    here = judge(created, right, seed=0, strengths=[], repeats=1)["baseline"]
+    here = evaluate(created, right, seed=0, strengths=[], repeats=1)["baseline"]
     assert (here["shifted"], here["accuracy"]) == ("moved", 1)
     assert here["shifted_accuracy"] < 1

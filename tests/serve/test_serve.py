@@ -60,7 +60,7 @@ def test_a_prediction_is_that_of_the_network(url, file):
 def test_a_form_gets_predictions_in_its_order(url, file):
     sent = [("image", (f"{seed}.png", encoded(noise(seed)))) for seed in range(5)]
     response = post(f"{url}/predict", files=sent)
-    assert [probs(answer) for answer in response.json()["answers"]] == [
+    assert [probs(answer) for answer in response.json()["predictions"]] == [
         pytest.approx(direct(file, noise(seed)).tolist(), rel=1e-5) for seed in range(5)
     ]
 
@@ -188,7 +188,7 @@ def test_forms_have_limits_and_errors_name_the_file(url):
     good = ("image", ("a.png", encoded(noise())))
     many = post(f"{url}/predict", files=[good] * (bodies.FILES + 1))
     assert (many.status_code, "Too many files" in many.json()["error"]) == (413, True)
-    assert len(post(f"{url}/predict", files=[good] * bodies.FILES).json()["answers"]) == bodies.FILES
+    assert len(post(f"{url}/predict", files=[good] * bodies.FILES).json()["predictions"]) == bodies.FILES
     second = post(f"{url}/predict", files=[good, ("image", ("b.txt", b"hello")), good])
     assert second.status_code == 415
     assert second.json()["error"].startswith("File 2 of 3: This is not a supported image")

@@ -112,7 +112,7 @@ class Screen:
     _task: TaskID | None = None
     _estimate: Estimate = field(default_factory=lambda: Estimate(1, 0.0))
 
-    def say(self, text: str = "") -> None:
+    def print(self, text: str = "") -> None:
         """Print a line; a terminal may wrap it."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -161,7 +161,7 @@ class Screen:
                 self._advance(f"{where}: {doing}", kind, fraction)
                 if self._bar is None and self.clock() - last_line > QUIET:
                     last_line = self.clock()
-                    self.say(f"         round {number}: {doing}{self._left()}")
+                    self.print(f"         round {number}: {doing}{self._left()}")
                 yield reply
 
         return watched
@@ -182,16 +182,16 @@ class Screen:
         """One line of numbers for a round, and one for each client that failed."""
         self._estimate.end_round(self.clock())
         loss = "–" if row["test_loss"] is None else f"{row['test_loss']:.3f}"
-        self.say(
+        self.print(
             f"{row['round']:>3}/{rounds:<3}  {percent(row['test_accuracy']):>8}  {loss:>6}  "
             f"{percent(row['teacher_accuracy']):>8}  {percent(row['client_accuracy']):>8}  "
             f"{size(row['uplink_serialized_bytes']):>8}  {size(row['downlink_serialized_bytes']):>8}  "
             f"{seconds(row['training_seconds']):>8}  {seconds(row['evaluation_seconds']):>10}"
         )
         for client, reason in row["failures"].items():
-            self.say(f"         client {client} failed: {reason}")
+            self.print(f"         client {client} failed: {reason}")
         for client, reason in row["evaluation_failures"].items():
-            self.say(f"         client {client} is not in the evaluated ensemble: {reason}")
+            self.print(f"         client {client} is not in the evaluated ensemble: {reason}")
 
 
 def duration(left: float) -> str:

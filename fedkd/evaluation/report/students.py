@@ -1,4 +1,4 @@
-"""The verdicts of `evaluation.quality.judge` as two tables and a figure: predictive quality and cost."""
+"""The results of `evaluation.quality.evaluate` as two tables and a figure: predictive quality and cost."""
 
 from __future__ import annotations
 
@@ -14,24 +14,22 @@ from fedkd.evaluation.report.text import plain, points, size, spread
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BASELINE, STUDENT = (
-    "baseline",
-    "student",
-)  # names of two candidates: the student trained without a teacher, and with one
+# Names of two candidates: the student trained without a teacher, and with one.
+BASELINE, STUDENT = "baseline", "student"
 
-Judged = Mapping[str, Mapping[str, Any]]  # candidate -> its verdict
-Joined = Mapping[str, Mapping[str, Any]]  # candidate -> its verdicts, combined over seeds by `joined`
+Evaluation = Mapping[str, Mapping[str, Any]]  # candidate -> its results
+Joined = Mapping[str, Mapping[str, Any]]  # candidate -> its results, combined over seeds by `joined`
 
 MIN_IMAGES = 10  # in a bin; the accuracy of bins with fewer images is too noisy to be drawn
 
 
-def joined(verdicts: Sequence[Judged]) -> dict[str, dict[str, Any]]:
-    """The verdicts of several seeds, combined: numbers as {"mean", "std"}, all else as in the first seed.
+def joined(results: Sequence[Evaluation]) -> dict[str, dict[str, Any]]:
+    """The results of several seeds, combined: numbers as {"mean", "std"}, all else as in the first seed.
 
     Missing values, such as the accuracy of an empty bin, are left out. With one value std is None.
     """
     return {
-        name: {key: _join([each[name][key] for each in verdicts]) for key in verdicts[0][name]} for name in verdicts[0]
+        name: {key: _join([each[name][key] for each in results]) for key in results[0][name]} for name in results[0]
     }
 
 
@@ -47,57 +45,57 @@ def _join(values: Sequence[Any]) -> Any:
     return {"mean": fmean(numbers), "std": stdev(numbers) if len(numbers) > 1 else None}
 
 
-def gains(verdicts: Sequence[Judged]) -> list[float]:
+def gains(results: Sequence[Evaluation]) -> list[float]:
     """The difference in accuracy between the distilled student and the baseline for each seed, in [-1, 1]."""
-    return [seed[STUDENT]["accuracy"] - seed[BASELINE]["accuracy"] for seed in verdicts]
+    return [seed[STUDENT]["accuracy"] - seed[BASELINE]["accuracy"] for seed in results]
 
 
-def quality_table(verdicts: Joined) -> Grid:
+def quality_table(results: Joined) -> Grid:
     """A row for each candidate: accuracy, calibration and agreement on clean, corrupted and shifted images."""
     titles = ["model", "test acc", "NLL", "ECE", "agreement", "corrupted", "shifted"]
     rows = [
         [
             name,
-            _share(verdict["accuracy"]),
-            _plain(verdict["nll"]),
-            *(_share(verdict[key]) for key in ("ece", "agreement", "corruption_accuracy", "shifted_accuracy")),
+            _share(result["accuracy"]),
+            _plain(result["nll"]),
+            *(_share(result[key]) for key in ("ece", "agreement", "corruption_accuracy", "shifted_accuracy")),
         ]
-        for name, verdict in verdicts.items()
+        for name, result in results.items()
     ]
-    first = next(iter(verdicts.values()))
+    first = next(iter(results.values()))
     images, corrupted, shifted = (
         f"{first[key]['mean']:,.0f}" for key in ("images", "corrupted_images", "shifted_images")
     )
-    is_given = first["shifted"] == "given"
+    origin = "another data set" if first["shifted"] == "given" else "the test set, rotated and translated"
     caption = [
         f"on {images} test images; NLL in nats; ECE: expected calibration error; agreement: with the teacher's class;",
         f"corrupted: mean accuracy over {', '.join(first['corruptions'])} at all strengths, {corrupted} images each;",
-        f"shifted: {shifted} images {'of another data set' if is_given else 'of the test set, rotated and moved'}.",
+        f"shifted: {shifted} images of {origin}.",
     ]
     if first["corruption_accuracy"] is None:
         del caption[1]
     return Grid(titles, rows, "\n".join(caption))
 
 
-def side_by_side(runs: Sequence[tuple[str, str, Sequence[Judged]]]) -> Grid:
-    """A row for the baseline and for each run (loss, teachers, verdicts by seed)."""
+def side_by_side(runs: Sequence[tuple[str, str, Sequence[Evaluation]]]) -> Grid:
+    """A row for the baseline and for each run (loss, teachers, results by seed)."""
     titles = ["loss", "teacher", "test acc", f"Δ {BASELINE}", "NLL", "ECE", "agreement", "shifted"]
     rows = []
-    for title, teacher, name, judged in [
+    for title, teacher, name, evaluations in [
         (BASELINE, "–", BASELINE, runs[0][2]),
         *((*run[:2], STUDENT, run[2]) for run in runs),
     ]:
-        verdict = joined(judged)[name]
+        result = joined(evaluations)[name]
         rows.append(
             [
                 title,
                 teacher,
-                _share(verdict["accuracy"]),
-                "–" if name == BASELINE else points(gains(judged)),
-                _plain(verdict["nll"]),
-                _share(verdict["ece"]),
-                "–" if name == BASELINE else _share(verdict["agreement"]),
-                _share(verdict["shifted_accuracy"]),
+                _share(result["accuracy"]),
+                "–" if name == BASELINE else points(gains(evaluations)),
+                _plain(result["nll"]),
+                _share(result["ece"]),
+                "–" if name == BASELINE else _share(result["agreement"]),
+                _share(result["shifted_accuracy"]),
             ]
         )
     caption = (
@@ -107,20 +105,20 @@ def side_by_side(runs: Sequence[tuple[str, str, Sequence[Judged]]]) -> Grid:
     return Grid(titles, rows, caption)
 
 
-def cost_table(verdicts: Joined) -> Grid:
+def cost_table(results: Joined) -> Grid:
     """A row for each candidate: parameters, multiply-adds, bytes on disk and latency."""
-    first = next(iter(verdicts.values()))
+    first = next(iter(results.values()))
     batches = list(first["latency_ms"])
     titles = ["model", "parameters", "multiply-adds", "on disk", *(_images(batch) for batch in batches)]
     rows = [
         [
             name,
-            f"{verdict['parameters']['mean']:,.0f}",
-            f"{verdict['multiply_adds']['mean'] / 1e6:,.1f} M",
-            size(verdict["bytes"] and verdict["bytes"]["mean"]),
-            *(_latency(verdict["latency_ms"][batch]) for batch in batches),
+            f"{result['parameters']['mean']:,.0f}",
+            f"{result['multiply_adds']['mean'] / 1e6:,.1f} M",
+            size(result["bytes"] and result["bytes"]["mean"]),
+            *(_latency(result["latency_ms"][batch]) for batch in batches),
         ]
-        for name, verdict in verdicts.items()
+        for name, result in results.items()
     ]
     threads = first["threads"]["mean"]
     device = f"on {threads:.0f} thread{'' if threads == 1 else 's'}" if first["device"] == "cpu" else first["device"]
@@ -150,14 +148,14 @@ def _latency(value: Mapping[str, Mapping[str, float]]) -> str:
     return f"{median} ({low}–{high})"
 
 
-def draw(verdicts: Joined, title: str, out: Path) -> None:
+def draw(results: Joined, title: str, out: Path) -> None:
     """Write ``quality.png`` and ``quality.svg``: a panel for each corruption, then reliability and confidence."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    kinds = list(next(iter(verdicts.values()))["corruptions"])
+    kinds = list(next(iter(results.values()))["corruptions"])
     columns = (len(kinds) + 1) // 2
     # A fixed salt and no date, so that the same numbers give the same file.
     with plt.rc_context(
@@ -170,11 +168,11 @@ def draw(verdicts: Joined, title: str, out: Path) -> None:
         for axes in panels[1 : len(kinds)]:
             axes.sharey(panels[0])
         for axes, kind in zip(panels, kinds, strict=False):
-            _corruption(axes, verdicts, kind)
+            _corruption(axes, results, kind)
         for axes in panels[len(kinds) :]:
             axes.set_axis_off()
-        _reliability(grid[0, columns], verdicts)
-        _confidence(grid[1, columns], verdicts)
+        _reliability(grid[0, columns], results)
+        _confidence(grid[1, columns], results)
         handles, labels = grid[1, columns].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=8)
         for axes in grid.flat:
@@ -196,10 +194,10 @@ def _style(index: int) -> dict[str, Any]:
     }
 
 
-def _corruption(axes: Axes, verdicts: Joined, kind: str) -> None:
+def _corruption(axes: Axes, results: Joined, kind: str) -> None:
     """Accuracy over strength, where 0 is uncorrupted; the band is the standard deviation over seeds."""
-    for index, (name, verdict) in enumerate(verdicts.items()):
-        points = [("0", verdict["uncorrupted_accuracy"]), *verdict["corruptions"][kind].items()]
+    for index, (name, result) in enumerate(results.items()):
+        points = [("0", result["uncorrupted_accuracy"]), *result["corruptions"][kind].items()]
         strengths = [int(strength) for strength, _ in points]
         means = [100 * value["mean"] for _, value in points]
         axes.plot(strengths, means, label=name, **_style(index))
@@ -212,25 +210,25 @@ def _corruption(axes: Axes, verdicts: Joined, kind: str) -> None:
     axes.set_xticks(strengths)
 
 
-def _reliability(axes: Axes, verdicts: Joined) -> None:
+def _reliability(axes: Axes, results: Joined) -> None:
     """The reliability diagram: accuracy over confidence; a calibrated model lies on the diagonal."""
     axes.plot([0, 100], [0, 100], color="0.6", linewidth=1)
-    for index, (name, verdict) in enumerate(verdicts.items()):
-        share, confidence, accuracy = (verdict["reliability"][key] for key in ("share", "confidence", "accuracy"))
+    for index, (name, result) in enumerate(results.items()):
+        share, confidence, accuracy = (result["reliability"][key] for key in ("share", "confidence", "accuracy"))
         points = [
             (100 * mean_confidence["mean"], 100 * mean_accuracy["mean"])
             for part, mean_confidence, mean_accuracy in zip(share, confidence, accuracy, strict=True)
-            if part["mean"] * verdict["images"]["mean"] >= MIN_IMAGES
+            if part["mean"] * result["images"]["mean"] >= MIN_IMAGES
         ]
         axes.plot(*zip(*points, strict=True), label=name, **_style(index))
     axes.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 102), ylim=(0, 102))
     axes.set_title("reliability, clean images", fontsize=9)
 
 
-def _confidence(axes: Axes, verdicts: Joined) -> None:
+def _confidence(axes: Axes, results: Joined) -> None:
     """The share of images in each bin of confidence."""
-    for index, (name, verdict) in enumerate(verdicts.items()):
-        heights = [100 * part["mean"] for part in verdict["reliability"]["share"]]
+    for index, (name, result) in enumerate(results.items()):
+        heights = [100 * part["mean"] for part in result["reliability"]["share"]]
         middles = [100 * (index + 0.5) / len(heights) for index in range(len(heights))]
         axes.plot(middles, heights, label=name, **_style(index))
     axes.set(xlabel="confidence (%)", ylabel="images (%)", xlim=(0, 102))

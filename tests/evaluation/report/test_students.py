@@ -11,8 +11,8 @@ from rich.console import Console
 from fedkd.evaluation.report import students
 
 
-def verdict(accuracy: float, **changes: object) -> dict:
-    """A verdict in the form of `fedkd.evaluation.quality.judge`."""
+def results_of(accuracy: float, **changes: object) -> dict:
+    """Results in the form of `fedkd.evaluation.quality.evaluate`."""
     return {
         "images": 1000,
         "accuracy": accuracy,
@@ -42,7 +42,7 @@ def verdict(accuracy: float, **changes: object) -> dict:
 
 def seeds() -> list[dict]:
     teacher = {"agreement": None, "bytes": None}
-    return [{"student": verdict(0.5 + 0.1 * seed), "teacher": verdict(0.7, **teacher)} for seed in range(2)]
+    return [{"student": results_of(0.5 + 0.1 * seed), "teacher": results_of(0.7, **teacher)} for seed in range(2)]
 
 
 def shown(grid) -> str:
@@ -56,10 +56,10 @@ def row(grid, name: str) -> list[str]:
 
 
 def test_seeds_are_combined_into_mean_and_standard_deviation():
-    verdicts = seeds()
-    before = copy.deepcopy(verdicts)
-    joined = students.joined(verdicts)
-    assert verdicts == before
+    evaluations = seeds()
+    before = copy.deepcopy(evaluations)
+    joined = students.joined(evaluations)
+    assert evaluations == before
     assert joined["student"]["accuracy"] == {"mean": pytest.approx(0.55), "std": pytest.approx(0.1 / 2**0.5)}
     assert joined["student"]["corruptions"]["blur"]["5"]["mean"] == pytest.approx(0.35)
     assert joined["student"]["reliability"]["accuracy"][1]["mean"] == pytest.approx(0.55)
@@ -69,10 +69,10 @@ def test_seeds_are_combined_into_mean_and_standard_deviation():
 
 
 def test_empty_bins_are_left_out_of_the_mean():
-    verdicts = seeds()
-    verdicts[0]["student"]["reliability"]["accuracy"][0] = None
-    verdicts[1]["student"]["reliability"]["accuracy"][0] = 0.25
-    assert students.joined(verdicts)["student"]["reliability"]["accuracy"][0] == {"mean": 0.25, "std": None}
+    evaluations = seeds()
+    evaluations[0]["student"]["reliability"]["accuracy"][0] = None
+    evaluations[1]["student"]["reliability"]["accuracy"][0] = 0.25
+    assert students.joined(evaluations)["student"]["reliability"]["accuracy"][0] == {"mean": 0.25, "std": None}
 
 
 def test_the_table_of_quality():
@@ -82,8 +82,8 @@ def test_the_table_of_quality():
     ]  # fmt: skip
     assert row(grid, "teacher")[4] == "–"
     assert "200 images each" in grid.caption
-    assert "rotated and moved" in grid.caption
-    single = students.quality_table(students.joined([{"student": verdict(0.5, shifted="given")}]))
+    assert "rotated and translated" in grid.caption
+    single = students.quality_table(students.joined([{"student": results_of(0.5, shifted="given")}]))
     assert row(single, "student")[1:3] == ["50.0%", "1.500"]
     assert "of another data set" in single.caption
 
@@ -95,7 +95,7 @@ def test_the_table_of_cost():
     assert "on 1 thread." in grid.caption
     assert "multiply-adds" in shown(grid)
     assert "| student | 66,730 |" in grid.markdown()
-    on_gpu = students.cost_table(students.joined([{"student": verdict(0.5, device="cuda")}]))
+    on_gpu = students.cost_table(students.joined([{"student": results_of(0.5, device="cuda")}]))
     assert on_gpu.caption.endswith("from pixels to logits, cuda.")
 
 
@@ -114,11 +114,11 @@ def test_the_figure_is_reproducible_and_names_all_candidates(tmp_path: Path):
 def test_the_panels_of_the_corruptions_share_one_axis_for_all_values(monkeypatch, tmp_path):
     from matplotlib import pyplot as plt
 
-    verdicts = seeds()
-    for each in verdicts:
+    evaluations = seeds()
+    for each in evaluations:
         each["student"]["corruptions"]["fog"]["5"] = 0.1  # far below all other values
     monkeypatch.setattr(plt, "close", lambda figure: None)
-    students.draw(students.joined(verdicts), "", tmp_path)
+    students.draw(students.joined(evaluations), "", tmp_path)
     figure = plt.gcf()
     monkeypatch.undo()
     panels = {axes.get_title(): axes for axes in figure.axes}
@@ -135,6 +135,6 @@ def test_the_panels_of_the_corruptions_share_one_axis_for_all_values(monkeypatch
 
 def test_a_figure_with_few_images_and_no_corruptions(tmp_path):
     reliability = {"share": [1.0], "confidence": [0.5], "accuracy": [0.5]}
-    few = verdict(0.5, images=5, corruptions={}, reliability=reliability)
+    few = results_of(0.5, images=5, corruptions={}, reliability=reliability)
     students.draw(students.joined([{"student": few}]), "", tmp_path)
     assert (tmp_path / "quality.png").stat().st_size > 1000
