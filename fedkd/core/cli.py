@@ -97,8 +97,9 @@ def new(name: str) -> App:
         help_flags=["--help", "-h"],
         version_flags=[],
         result_action="return_value",
-        help_format="plaintext",
+        help_format="markdown",
         suppress_keyboard_interrupt=False,  # `run` handles it
+        default_parameter=Parameter(show_default=_shown),
     )
 
 
@@ -194,15 +195,10 @@ def _flags(options: type[Options]) -> list[inspect.Parameter]:
         name = extra["group"]
         group = groups.setdefault(name, Group(name, sort_key=len(groups) + 1))
         several = extra["several"]
-        shown = (
-            ""
-            if default == "" or default is False
-            else f" [default: {str(default).lower() if default is True else default}]"
-        )
         parameter = Parameter(
-            help=f"{field.default.description}{shown}",  # type: ignore[union-attr]
+            help=field.default.description,  # type: ignore[union-attr]
             group=group,
-            show_default=False,
+            show_default=_shown(default) or False,
             consume_multiple=several,
             negative=() if default is False or several else None,
         )
@@ -213,6 +209,13 @@ def _flags(options: type[Options]) -> list[inspect.Parameter]:
             )
         )
     return flags
+
+
+def _shown(default: Any) -> str | None:
+    """A default as ``--help`` shows it; None for an option that is off or empty by default."""
+    if default in ("", (), None) or default is False:
+        return None
+    return str(default).lower() if default is True else str(default)
 
 
 def from_file(path: Path | None) -> dict[str, Any]:

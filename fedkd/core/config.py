@@ -81,8 +81,8 @@ class Config(Options):
         "Methods",
         "The algorithm. Soft labels on a proxy set: ensemble, fedmd, nfdp, dsfl, cronus, cfd, selective-fd, density, "
         "scarlet, comet, kt-pfl, fedgems, fedema; no proxy set: fd, fedproto; weights: fedavg, fedprox, fedavgm, "
-        "mentor, scaffold, feddf, fedbe, fed-et; reference points: local, central. `python -m fedkd.list "
-        "algorithm` lists their options.",
+        "mentor, scaffold, feddf, fedbe, fed-et; reference points: local, central (their options: "
+        "python -m fedkd.list algorithm).",
     )
     compare: Several = option(
         "", "Methods", "Further algorithms to compare on the same data, initial models and seeds.", several=True
@@ -112,7 +112,7 @@ class Config(Options):
         "dirichlet:alpha=0.5",
         "Federation",
         "How samples are assigned to clients: iid, dirichlet:alpha=A, pathological:classes=N, shard:shards=N, or "
-        "./mine.py:Name; `python -m fedkd.list partitioner` lists all.",
+        "./mine.py:Name (all: python -m fedkd.list partitioner).",
     )
 
     uplink_codec: str = option(

@@ -39,15 +39,16 @@ MAX_PIXELS = 1024  # side length of images; no data set has larger ones
 @app.default
 def export(
     run: Annotated[Path, Parameter(help="A run directory, or a student's .safetensors file.")],
+    /,
     *,
     to: Annotated[
         tuple[str, ...],
-        Parameter(help=f"What to write: {', '.join(formats.FORMATS)}.", consume_multiple=True, negative=()),
+        Parameter(help=f"What to write (several): {formats.LISTING}.", consume_multiple=True, negative=()),
     ] = (),
     out: Annotated[Path | None, Parameter(help="Output directory; by default that of the student.")] = None,
     model: Annotated[str, Parameter(help="The model, if it is user-defined: naming it runs its code.")] = "",
     dataset: Annotated[str, Parameter(help="Another data set than that of the student.")] = "",
-    data_dir: Annotated[str, Parameter(help="Directory of the data set [default: FEDKD_DATA].")] = "",
+    data_dir: Annotated[str, Parameter(help="Directory of the data set; also FEDKD_DATA.")] = "",
     images: Annotated[int, Parameter(help="Check on the first N test images; 0 for all.", validator=Number(gte=0))] = 0,
     check: Annotated[bool, Parameter(help="Run each file on test images and compare it with the student.")] = True,
     json: Annotated[bool, Parameter(help="Print export.json on standard output.", negative=())] = False,
@@ -73,7 +74,7 @@ def export(
     place, prefix = out or file.parent, "" if file.stem == "student" else f"{file.stem}-"
     with _staged(place) as folder:
         for one in selected:
-            screen.say(f"writing {place / (file.stem + one.ending)}")
+            screen.print(f"writing {place / (file.stem + one.ending)}")
             _write(one, student, folder / (file.stem + one.ending), training)
         report = _report(file, student, selected, folder, test, dataset or student.dataset)
         report["files"] = _earlier_entries(place / f"{prefix}export.json", report) | report["files"]

@@ -264,3 +264,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+#: All formats, with the extra of fedkd that each one needs, if any.
+LISTING = ", ".join(f"{one.name} (needs fedkd[{one.extra}])" if one.extra else one.name for one in FORMATS.values())
