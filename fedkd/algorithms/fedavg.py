@@ -76,11 +76,8 @@ class FedAvgM(FedAvg):
         return take("student", state)
 
     def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
-        mean, old, last = (
-            super().aggregate(setup, state, updates, seed),
-            take("student", state),
-            take("velocity", state),
-        )
+        mean = super().aggregate(setup, state, updates, seed)
+        old, last = take("student", state), take("velocity", state)
         # Buffers are averaged: a running variance with momentum could overshoot below zero.
         steps = {name: self.beta * v.double() + (old[name].double() - mean[name].double()) for name, v in last.items()}
         student = {**mean, **{name: (old[name].double() - step).float() for name, step in steps.items()}}

@@ -48,10 +48,8 @@ class FedProto(Algorithm):
         return state
 
     def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
-        prototypes, is_known = (
-            message["prototypes"].to(setup.trainer.device),
-            (message["counts"] > 0).to(setup.trainer.device),
-        )
+        prototypes = message["prototypes"].to(setup.trainer.device)
+        is_known = (message["counts"] > 0).to(setup.trainer.device)
 
         def objective(output: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
             logits, embedding = output

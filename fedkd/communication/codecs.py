@@ -52,16 +52,16 @@ class Codec:
         head = b"".join(entropy.number(n) for n in (is_delta, values.dim(), *values.shape))
         return torch.frombuffer(bytearray(head + entropy.write(self.coder, streams)), dtype=torch.uint8)
 
-    def decode(self, wire: Tensor, reference: Tensor | None, limit: int) -> Tensor:
+    def decode(self, encoding: Tensor, reference: Tensor | None, limit: int) -> Tensor:
         """The values, float32 and in their shape.
 
         Raises:
             ValueError: they cannot be decoded, or are more than ``limit`` numbers.
 
         """
-        if wire.dtype != torch.uint8 or wire.dim() != 1:
+        if encoding.dtype != torch.uint8 or encoding.dim() != 1:
             raise ValueError("an encoded tensor is a one-dimensional uint8 tensor")
-        body = BytesIO(wire.numpy().tobytes())
+        body = BytesIO(encoding.numpy().tobytes())
         is_delta, shape = _head(body, limit)
         count, width = _extent(shape)
         plan = self._plan(width)
@@ -130,8 +130,8 @@ class _Floats(Codec):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype."""
-        held: torch.dtype = getattr(torch, self.kind)
-        return held
+        dtype: torch.dtype = getattr(torch, self.kind)
+        return dtype
 
     def __post_init__(self) -> None:
         if self.coder == "range":
@@ -161,12 +161,12 @@ class Float32(_Floats):
     def encode(self, values: Tensor, reference: Tensor | None) -> Tensor:
         return values if self == Float32() else super().encode(values, reference)
 
-    def decode(self, wire: Tensor, reference: Tensor | None, limit: int) -> Tensor:
+    def decode(self, encoding: Tensor, reference: Tensor | None, limit: int) -> Tensor:
         if self != Float32():
-            return super().decode(wire, reference, limit)
-        if not wire.is_floating_point() or wire.numel() > limit:
+            return super().decode(encoding, reference, limit)
+        if not encoding.is_floating_point() or encoding.numel() > limit:
             raise ValueError(f"it is not a tensor of at most {limit} floats")
-        return wire.float()
+        return encoding.float()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 
-class _Later:
+class _LazyModule:
     """A module that is imported when an attribute of it is first read."""
 
     def __init__(self, name: str) -> None:
@@ -20,4 +20,4 @@ class _Later:
 if TYPE_CHECKING:
     import torch as torch
 else:
-    torch = _Later("torch")
+    torch = _LazyModule("torch")

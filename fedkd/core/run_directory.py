@@ -95,18 +95,18 @@ def toml(config: Options) -> str:
 def record_failure(out: Path, error: FedkdError) -> None:
     """Record in ``result.json`` what ended a run: Flower's engines exit with 0 even after a failure."""
     path = out / "result.json"
-    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"status": "failed", "out": str(out)}
-    write_json(path, {**held, "code": error.code, "message": str(error)})
+    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"status": "failed", "out": str(out)}
+    write_json(path, {**result, "code": error.code, "message": str(error)})
 
 
 def read_failure(out: Path) -> FedkdError | None:
     """The error that ended a run, read from ``result.json``; None if there is none."""
     path = out / "result.json"
-    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if "code" not in held:
+    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if "code" not in result:
         return None
-    error = FedkdError(held["message"])
-    error.code = held["code"]
+    error = FedkdError(result["message"])
+    error.code = result["code"]
     return error
 
 

@@ -70,11 +70,8 @@ def train(
         sums = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in _floats(model)} if average else {}
         for _ in range(epochs):
             for indices in batches(len(pixels), batch_size, generator):
-                images, batch_targets = (
-                    augmentation(pixels[indices].to(device), indices, generator),
-                    targets[indices].to(device),
-                )
-                loss = objective(model(scaling(images)), batch_targets)
+                images = augmentation(pixels[indices].to(device), indices, generator)
+                loss = objective(model(scaling(images)), targets[indices].to(device))
                 if penalty is not None:
                     loss = loss + penalty(model)
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -152,8 +152,8 @@ def test_the_contrastive_term_is_zero_on_one_class():
     client = experiment.client(0, 1, {})
     assert len(client.data.labels.unique()) == 1
     plain, _ = call("fedavg").local_update(setup, client, start)
-    taught, _ = call("mentor:model=cnn:width=4,term=contrastive").local_update(setup, client, start)
-    assert equal(taught.tensors, plain.tensors)
+    with_teacher, _ = call("mentor:model=cnn:width=4,term=contrastive").local_update(setup, client, start)
+    assert equal(with_teacher.tensors, plain.tensors)
 
 
 def test_a_mentor_of_the_same_architecture_is_another_network():
@@ -301,11 +301,11 @@ def test_cfd_sets_the_codecs():
     channel = prepare(tiny(algorithm="cfd:uplink_bits=1,downlink_bits=32", uplink_codec="float16")).channel
     assert (channel.uplink.bits, channel.uplink.coder, channel.uplink.delta) == (1, "range", True)
     assert type(channel.downlink).__name__ == "Float32"
-    for wrong, says in (
+    for wrong, expected in (
         ("cfd:uplink_bits=9", "uplink_bits and downlink_bits are 1 to 8, or 32"),
         ("cfd:downlink=student", "labels"),
     ):
-        with pytest.raises(UsageError, match=says):
+        with pytest.raises(UsageError, match=expected):
             call(wrong)
 
 

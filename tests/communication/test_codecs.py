@@ -346,7 +346,7 @@ def test_whatever_comes_is_a_tensor_or_a_value_error(name, coder, seed, cut, jun
 
 
 @pytest.mark.parametrize(
-    ("codec", "body", "said"),
+    ("codec", "body", "expected"),
     [
         (codecs.Bits(), [0, 2, 2, 10, 0x3A], "alphabet"),
         (codecs.Bits(), [2, 2, 2, 10, 0x37], "header"),
@@ -366,8 +366,8 @@ def test_whatever_comes_is_a_tensor_or_a_value_error(name, coder, seed, cut, jun
         (codecs.Bits(coder="zstd"), [0, 2, 2, 4, 1, 2], "zstd"),
     ],
 )
-def test_a_malformed_encoding_is_an_error_with_the_reason(codec, body, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_malformed_encoding_is_an_error_with_the_reason(codec, body, expected):
+    with pytest.raises(ValueError, match=expected):
         codec.decode(torch.tensor(body, dtype=torch.uint8), None, 1000)
 
 

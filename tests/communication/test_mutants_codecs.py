@@ -48,7 +48,7 @@ def is_a_clause(error):
     ],
 )
 def test_what_cannot_be_decoded_is_refused_in_one_clause(codec, sent):
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - what it says is checked below
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - its message is checked below
         codec.decode(sent, None, 50)
     assert is_a_clause(caught.value), caught.value
 
@@ -64,7 +64,7 @@ def test_what_cannot_be_decoded_is_refused_in_one_clause(codec, sent):
     ],
 )
 def test_what_cannot_be_encoded_is_refused_in_one_clause(wrong):
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - what it says is checked below
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - its message is checked below
         wrong()
     assert is_a_clause(caught.value), caught.value
 

@@ -64,7 +64,7 @@ def test_a_file_is_imported_once(own):
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "says"),
+    ("kind", "text", "expected"),
     [
         ("algorithm", "fedav", "Did you mean 'fedavg'"),
         ("algorithm", "dsfl:temprature=1", "Did you mean 'temperature'"),
@@ -77,8 +77,8 @@ def test_a_file_is_imported_once(own):
         ("partitioner", "dirichlet:alpha=nan", "finite"),
     ],
 )
-def test_a_mistake_is_one_sentence_that_helps(kind, text, says):
-    with pytest.raises(UsageError, match=says):
+def test_a_mistake_is_one_sentence_that_helps(kind, text, expected):
+    with pytest.raises(UsageError, match=expected):
         specs.bind(kind, text)
 
 

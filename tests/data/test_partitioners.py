@@ -103,7 +103,7 @@ def test_skew_of_known_shares():
 
 
 @pytest.mark.parametrize(
-    ("text", "clients", "says"),
+    ("text", "clients", "expected"),
     [
         ("iid", 3000, "3000 clients cannot share 2000 images; use --clients 2000 or fewer"),
         ("dirichlet:alpha=0.001", 200, "cannot assign 2000 samples to 200 clients"),
@@ -113,8 +113,8 @@ def test_skew_of_known_shares():
         ("size:sizes=a", 3, "positive integers separated by"),
     ],
 )
-def test_an_impossible_partition_is_one_sentence(text, clients, says):
-    with pytest.raises(UsageError, match=says) as caught:
+def test_an_impossible_partition_is_one_sentence(text, clients, expected):
+    with pytest.raises(UsageError, match=expected) as caught:
         deal(text, clients)
     assert "\n" not in str(caught.value)
 
@@ -170,7 +170,7 @@ def test_ones_own_function_and_subclass(own, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "expected"),
     [
         ("overlapping", "assigned sample 0 more than once"),
         ("out_of_range", "index out of range: there are 2000 samples"),
@@ -185,8 +185,8 @@ def test_ones_own_function_and_subclass(own, name):
         ("Foreign", "neither a subclass of"),
     ],
 )
-def test_a_broken_contract_is_named(own, name, says):
-    with pytest.raises(PluginError, match=says):
+def test_a_broken_contract_is_named(own, name, expected):
+    with pytest.raises(PluginError, match=expected):
         deal(f"{own}:{name}")
 
 

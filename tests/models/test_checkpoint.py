@@ -90,12 +90,12 @@ def test_weights_that_do_not_fit():
         checkpoint.fill(module, {**module.state_dict(), "x": torch.zeros(1)}, "the weights of a.pth")
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"", "damaged"), (b"{}" * 50, "damaged"), (None, "no file")])
+@pytest.mark.parametrize(("content", "expected"), [(b"", "damaged"), (b"{}" * 50, "damaged"), (None, "no file")])
 @pytest.mark.parametrize("name", ["student.safetensors", "student.pth"])
-def test_no_student_there(content, said, name, tmp_path):
+def test_no_student_there(content, expected, name, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=expected):
         checkpoint.read_weights(tmp_path / name)
 
 
@@ -106,15 +106,15 @@ def test_weights_that_do_not_say_whose_they_are(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("about", "says"),
+    ("about", "expected"),
     [
         ('{"model": "cnn", "norm": "batch", "classes": Infinity}', "without a description of their model"),
         ("[" * 100_000, "without a description of their model"),
     ],
 )
-def test_what_a_file_says_of_itself_may_be_nonsense(about, says, tmp_path):
+def test_what_a_file_says_of_itself_may_be_nonsense(about, expected, tmp_path):
     tensors.save({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {checkpoint.KEY: about})
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=expected):
         checkpoint.load(tmp_path / "a.safetensors")
 
 

@@ -44,17 +44,17 @@ def test_the_how_to_word_for_word(tmp_path):
     done = subprocess.run(
         ["bash", str(tmp_path / "script.sh")], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
-    said = done.stdout[-3000:] + done.stderr[-3000:]
+    shown = done.stdout[-3000:] + done.stderr[-3000:]
     work = tmp_path / "work"
     own = json.loads((work / "result" / "result.json").read_text())
-    assert own["status"] == "ok", said
+    assert own["status"] == "ok", shown
     assert own["runs"][0]["test_accuracy"] > 0.15
     assert own["runs"][0]["failures"] == 0
     assert tensors.numel(tensors.load(work / "result" / "student.safetensors")) == 66_730
 
     rows = simulated(tmp_path / "local", clients=3, algorithm="ensemble:downlink=labels")
     deployed = [json.loads(line) for line in (work / "dealt" / "rounds.jsonl").read_text().splitlines()]
-    assert [{k: v for k, v in row.items() if "seconds" not in k} for row in deployed] == rows, said
+    assert [{k: v for k, v in row.items() if "seconds" not in k} for row in deployed] == rows, shown
     students = [tensors.load(path / "student.safetensors") for path in (work / "dealt", tmp_path / "local")]
     assert tensors.equal(*students)
 

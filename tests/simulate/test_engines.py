@@ -99,13 +99,13 @@ def test_ray_survives_its_clients(tmp_path, how, code):
 @ray
 @pytest.mark.slow
 def test_what_ray_cannot_do_is_one_sentence(tmp_path):
-    for flags, says in (
+    for flags, expected in (
         (["--ray-address", "127.0.0.1:1"], "cannot be reached"),
         (["--client-gpus", "64"], "Ray has 0 of them"),
     ):
         process = run(*FLAGS, "--engine", "ray", *flags, "--json", "--out", tmp_path / "run")
         assert process.returncode == 2
-        assert says in json.loads(process.stdout)["message"]
+        assert expected in json.loads(process.stdout)["message"]
         assert not (tmp_path / "run").exists()
 
 

@@ -344,7 +344,7 @@ def test_what_ended_the_engine_ends_the_command(child, error):
 def test_an_engine_that_says_nothing_failed_as_a_run_or_could_not_write(child):
     run_directory.write_json(child.out / "result.json", {"status": "failed"})
     log = child.out / "ray.log"
-    for script, kind, says in (
+    for script, kind, expected in (
         ("exit 1", RunError, f"Flower's simulation ended with 1; its log is {log}."),
         ("exit 73", RunError, "ended with 73"),
         ("kill -9 $$", RunError, "ended with -9"),
@@ -353,7 +353,7 @@ def test_an_engine_that_says_nothing_failed_as_a_run_or_could_not_write(child):
         with pytest.raises(FedkdError) as raised:
             child(script)
         assert type(raised.value) is kind
-        assert says in str(raised.value)
+        assert expected in str(raised.value)
     assert (RunError.code, StorageError.code) == (4, 74)
 
 
@@ -369,9 +369,9 @@ def test_the_command_exits_with_what_ended_the_engine(child, tmp_path, monkeypat
     with pytest.raises(SystemExit) as raised:
         cli.run(cli.command(simulate, Config))
     assert raised.value.code == error.code
-    said = capfd.readouterr()
-    assert json.loads(said.out) == {"status": "error", "code": error.code, "message": str(error)}
-    assert f"fedkd: {error}\n" in said.err
+    shown = capfd.readouterr()
+    assert json.loads(shown.out) == {"status": "error", "code": error.code, "message": str(error)}
+    assert f"fedkd: {error}\n" in shown.err
     assert out.exists() is keeps
 
 
@@ -406,7 +406,7 @@ def test_an_interrupt_is_passed_on_and_the_engine_may_write_what_it_has(child, m
     assert (child.out / "wrote").read_text() == "done\n"
 
 
-# --- what the engine's process itself says, and ends with
+# --- what the engine's process itself prints, and its exit code
 
 
 def forked(out: Path, error: BaseException | None, monkeypatch) -> int:

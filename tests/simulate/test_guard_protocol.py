@@ -41,7 +41,7 @@ def beside(value: float, toward: float) -> float:
 
 
 @pytest.mark.parametrize(
-    ("sent", "declared", "says"),
+    ("sent", "declared", "expected"),
     [
         ({}, {}, ""),
         ({"b": PROBS, "a": PROBS}, {"a": (2, 3), "b": (2, 3)}, ""),
@@ -107,10 +107,10 @@ def beside(value: float, toward: float) -> float:
         ({"scores": PROBS * 3 - 1}, {"scores": (2, 3)}, ""),
     ],
 )
-def test_tensors_are_those_declared_or_refused_with_the_reason(sent, declared, says):
+def test_tensors_are_those_declared_or_refused_with_the_reason(sent, declared, expected):
     found = validate_update(Update(sent, 1, {"loss": 0.5}), declared)
-    assert found.startswith(says)
-    assert bool(found) == bool(says)
+    assert found.startswith(expected)
+    assert bool(found) == bool(expected)
 
 
 @pytest.mark.parametrize(
@@ -346,9 +346,9 @@ def setup(experiment):
 
 def test_each_round_asks_admits_tells_and_passes_the_state_on(setup):
     algorithm, nodes = Adding(), Nodes(PLAIN, fails=[(1, 2)], silent=[(2, 0)])
-    played = list(rounds.run_rounds(algorithm, setup(rounds=3, seed=5), nodes, 4, PLAIN))
+    results = list(rounds.run_rounds(algorithm, setup(rounds=3, seed=5), nodes, 4, PLAIN))
     assert algorithm.inits == 1
-    assert [round_.number for round_ in played] == [1, 2, 3]
+    assert [round_.number for round_ in results] == [1, 2, 3]
     assert nodes.kinds == [("train", number, [0, 1, 2, 3]) for number in (1, 2, 3)]
     calls = [(100.0, [0, 1, 3]), (103.0, [1, 2, 3]), (106.0, [0, 1, 2, 3])]
     assert algorithm.calls == [
@@ -356,19 +356,19 @@ def test_each_round_asks_admits_tells_and_passes_the_state_on(setup):
     ]
     assert [float(nodes.requests[number, 1]["s"]) for number in (1, 2, 3)] == [100.0, 103.0, 106.0]
     assert [float(nodes.requests[2, client]["mine"]) for client in range(4)] == [0.0, 1.0, 2.0, 3.0]
-    assert [float(round_.state["s"]) for round_ in played] == [103.0, 106.0, 110.0]
-    assert [list(round_.updates) for round_ in played] == [[0, 1, 3], [1, 2, 3], [0, 1, 2, 3]]
-    assert [dict(round_.failures) for round_ in played] == [{2: "failed 1"}, {0: "no reply"}, {}]
-    assert torch.equal(played[1].updates[2].tensors["probs"], nodes.labels(2, 2))
+    assert [float(round_.state["s"]) for round_ in results] == [103.0, 106.0, 110.0]
+    assert [list(round_.updates) for round_ in results] == [[0, 1, 3], [1, 2, 3], [0, 1, 2, 3]]
+    assert [dict(round_.failures) for round_ in results] == [{2: "failed 1"}, {0: "no reply"}, {}]
+    assert torch.equal(results[1].updates[2].tensors["probs"], nodes.labels(2, 2))
     # Serialized bytes are of all that replied; the downlink is of all sampled, the uplink of accepted updates.
-    assert [round_.serialized for round_ in played] == [
+    assert [round_.serialized for round_ in results] == [
         SerializedBytes(3 * 2 + 1, 3 * 3, 3 * 20 + 10, 3 * 30),
         SerializedBytes(3 * 2, 3 * 3, 3 * 20, 3 * 30),
         SerializedBytes(4 * 2, 4 * 3, 4 * 20, 4 * 30),
     ]
-    assert {round_.downlink for round_ in played} == {Traffic(4 * 8, 4 * 8, 4 * 8)}
-    assert [round_.uplink for round_ in played] == [Traffic(n * 48, n * 48, n * 48) for n in (3, 3, 4)]
-    assert all(round_.channel_memory == {} for round_ in played)
+    assert {round_.downlink for round_ in results} == {Traffic(4 * 8, 4 * 8, 4 * 8)}
+    assert [round_.uplink for round_ in results] == [Traffic(n * 48, n * 48, n * 48) for n in (3, 3, 4)]
+    assert all(round_.channel_memory == {} for round_ in results)
 
 
 def test_bytes_of_a_refused_update_count_as_serialized_but_not_as_traffic(setup):
@@ -390,10 +390,10 @@ def test_only_those_drawn_are_asked(setup):
 
 def test_a_round_without_any_update_names_the_first_client_and_logs_all(setup):
     nodes = Nodes(PLAIN, fails=[(2, 1)], silent=[(2, 0), (2, 2)])
-    played = rounds.run_rounds(Adding(), setup(rounds=3), nodes, 3, PLAIN)
-    next(played)
+    results = rounds.run_rounds(Adding(), setup(rounds=3), nodes, 3, PLAIN)
+    next(results)
     with pytest.raises(RunError) as raised:
-        next(played)
+        next(results)
     assert str(raised.value) == "Round 2: none of 3 clients sent a usable update; client 0: no reply."
     assert raised.value.details == "client 0\nno reply\nclient 1\nfailed 2\nclient 2\nno reply"
 
@@ -403,7 +403,7 @@ def remembering() -> Channel:
 
 
 def is_delta(coded: torch.Tensor) -> bool:
-    """The first byte of a coded tensor says so."""
+    """Whether an encoded tensor is a delta, by its first byte."""
     return int(coded[0]) == 1
 
 
@@ -411,7 +411,7 @@ def test_what_is_common_is_that_of_the_last_update_that_was_counted(setup):
     """Who fails or is silent is sent the whole; who is not drawn keeps what it has."""
     link = remembering()
     nodes = Nodes(link, fails=[(2, 0)], silent=[(2, 1)])
-    played = list(rounds.run_rounds(Adding(), setup(rounds=4), nodes, 3, link))
+    results = list(rounds.run_rounds(Adding(), setup(rounds=4), nodes, 3, link))
     turns = {key: int(arrays["last"]) for key, arrays in nodes.requests.items()}
     assert turns == {
         **dict.fromkeys([(1, 0), (1, 1), (1, 2)], 0),
@@ -422,13 +422,13 @@ def test_what_is_common_is_that_of_the_last_update_that_was_counted(setup):
     }
     for (number, client), arrays in nodes.requests.items():
         assert is_delta(arrays["mine~"]) == (turns[number, client] > 0)
-    assert [sorted(round_.channel_memory) for round_ in played] == [[0, 1, 2], [2], [0, 1, 2], [0, 1, 2]]
-    held = played[-1].channel_memory[1]
+    assert [sorted(round_.channel_memory) for round_ in results] == [[0, 1, 2], [2], [0, 1, 2], [0, 1, 2]]
+    held = results[-1].channel_memory[1]
     assert set(held) == {"round", "downlink/s", "downlink/mine", "uplink/probs"}
     assert held["round"] == 4
     assert torch.equal(held["uplink/probs"], nodes.labels(4, 1))
     assert float(held["downlink/mine"]) == 1.0
-    for round_ in played:
+    for round_ in results:
         for client, update in round_.updates.items():
             assert torch.equal(update.tensors["probs"], nodes.labels(round_.number, client))
 
@@ -437,11 +437,11 @@ def test_who_is_not_drawn_keeps_what_it_remembers(setup, monkeypatch):
     link = remembering()
     nodes = Nodes(link)
     monkeypatch.setattr(rounds, "sample", lambda clients, share, seed, number: [0, 1] if number in (1, 4) else [0])
-    played = list(rounds.run_rounds(Adding(), setup(rounds=4), nodes, 2, link))
+    results = list(rounds.run_rounds(Adding(), setup(rounds=4), nodes, 2, link))
     assert int(nodes.requests[4, 1]["last"]) == 1
     assert is_delta(nodes.requests[4, 1]["mine~"])
     assert int(nodes.requests[4, 0]["last"]) == 3
-    assert [int(round_.channel_memory[1]["round"]) for round_ in played] == [1, 1, 1, 4]
+    assert [int(round_.channel_memory[1]["round"]) for round_ in results] == [1, 1, 1, 4]
 
 
 def test_a_run_goes_on_exactly_where_it_stopped(setup):

@@ -37,7 +37,7 @@ PROBS = torch.full((4, 5), 0.2)
 
 
 @pytest.mark.parametrize(
-    ("update", "says"),
+    ("update", "expected"),
     [
         (Update({}, 3), "instead of"),
         (Update({"probs": PROBS, "labels": PROBS}, 3), "instead of"),
@@ -54,10 +54,10 @@ PROBS = torch.full((4, 5), 0.2)
         (Update({"probs": PROBS}, 3, {"loss": 1.0}), ""),
     ],
 )
-def test_the_server_checks_every_reply(update, says):
+def test_the_server_checks_every_reply(update, expected):
     found = validate_update(update, {"logits" if "logits" in update.tensors else "probs": (4, 5)})
-    assert says in found
-    assert bool(found) == bool(says)
+    assert expected in found
+    assert bool(found) == bool(expected)
 
 
 def test_a_failure_without_words_has_a_line():

@@ -74,7 +74,7 @@ def test_a_run_over_foreign_nodes_gives_the_bits_of_ours(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "expected"),
     [
         ({"late": 10**9}, "3 nodes are needed and 1 are connected"),
         ({"numbers": {2: 0}}, r"have the client numbers \[0, 1\]"),
@@ -82,11 +82,11 @@ def test_a_run_over_foreign_nodes_gives_the_bits_of_ours(tmp_path):
         ({"lost": (1,)}, r"have the client numbers \[0, 2\]"),
     ],
 )
-def test_nodes_that_are_not_those_wanted_end_the_run(more, says, monkeypatch):
+def test_nodes_that_are_not_those_wanted_end_the_run(more, expected, monkeypatch):
     if "late" in more:  # they never come
         monkeypatch.setattr(server_app, "START", 0.3)
     config = tiny()
-    with pytest.raises(RunError, match=says):
+    with pytest.raises(RunError, match=expected):
         server_app.client_nodes(foreign(config, **more), config)
 
 

@@ -89,7 +89,7 @@ def test_json_is_one_object_on_standard_output(finished):
 
 def test_the_screen_shows_header_rows_table_and_path(finished):
     out, process = finished
-    said = process.stderr
+    shown = process.stderr
     for words in (
         "proxy",
         "partition",
@@ -101,9 +101,9 @@ def test_the_screen_shows_header_rows_table_and_path(finished):
         "to ",
         f"run directory: {out}",
     ):
-        assert words in said
-    assert "Traceback" not in said
-    assert "\x1b" not in said, "no control codes where there is no terminal"
+        assert words in shown
+    assert "Traceback" not in shown
+    assert "\x1b" not in shown, "no control codes where there is no terminal"
 
 
 def test_the_run_directory(finished):
@@ -243,11 +243,11 @@ def test_with_json_the_output_of_user_code_goes_to_standard_error(tmp_path, caps
             cli.command(simulate, Config),
             [*given, "--algorithm", f"{tmp_path}/mine.py:Mine", "--json", "--out", f"{tmp_path}/out"],
         )
-    said = capsys.readouterr()
+    shown = capsys.readouterr()
     assert ended.value.code == 0
-    assert json.loads(said.out)["status"] == "ok"
-    assert "imported" in said.err
-    assert "trains" in said.err
+    assert json.loads(shown.out)["status"] == "ok"
+    assert "imported" in shown.err
+    assert "trains" in shown.err
 
 
 def test_a_participation_below_one(tmp_path):
@@ -301,8 +301,8 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("code", "flags", "says"), BAD, ids=[" ".join(flags) for _, flags, _ in BAD])
-def test_bad_input_is_one_sentence_and_a_code(code, flags, says, own, tmp_path, capsys):
+@pytest.mark.parametrize(("code", "flags", "expected"), BAD, ids=[" ".join(flags) for _, flags, _ in BAD])
+def test_bad_input_is_one_sentence_and_a_code(code, flags, expected, own, tmp_path, capsys):
     """In this process, where hundreds of them cost nothing; one as a process follows."""
     from fedkd.core import cli
 
@@ -314,14 +314,14 @@ def test_bad_input_is_one_sentence_and_a_code(code, flags, says, own, tmp_path, 
     assert ended.value.code == code, error
     assert len(error) == 1
     assert error[0].startswith("fedkd: ")
-    assert re.search(says, error[0]), error[0]
+    assert re.search(expected, error[0]), error[0]
     assert (tmp_path / "out").exists() is (code == 4), "a name is taken only by a run that started"
     if code == 4:
         assert "Traceback" in (tmp_path / "out" / "errors.log").read_text()
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "says"),
+    ("changes", "error", "expected"),
     [
         ({"uplink_codec": "top:k=10"}, UsageError, "with 10 classes, k is at most 9"),
         ({"downlink_codec": "{own}:notcodec"}, PluginError, "is not a subclass of fedkd.communication.codecs.Codec"),
@@ -337,7 +337,7 @@ def test_bad_input_is_one_sentence_and_a_code(code, flags, says, own, tmp_path, 
         ({"model": "cnn:width=8,resnet8:width=8", "compare": "fedproto"}, UsageError, "embeddings of one width"),
     ],
 )
-def test_what_cannot_work_is_one_sentence(tmp_path, changes, error, says):
+def test_what_cannot_work_is_one_sentence(tmp_path, changes, error, expected):
     (tmp_path / "own.py").write_text(
         "def notcodec():\n    return 3\n"
         "def narrow(logits, weights):\n    return logits[0, :, :3].softmax(-1)\n"
@@ -350,7 +350,7 @@ def test_what_cannot_work_is_one_sentence(tmp_path, changes, error, says):
         "    def global_model(self, setup, state): raise KeyError('oops')\n"
     )
     named = {k: v.replace("{own}", f"{tmp_path}/own.py") if isinstance(v, str) else v for k, v in changes.items()}
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=expected):
         simulated(tmp_path / "run", **named)
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
 

@@ -371,7 +371,7 @@ def test_fedbe_averages_its_student_over_epochs_and_feddf_does_not():
 # -- a teacher beside a client ------------------------------------------------------------------
 
 
-def taught(setup, client, start, model, teacher, term):
+def with_teacher(setup, client, start, model, teacher, term):
     """One step beside a teacher in evaluation mode: (1 - 0.9) CE + 0.9 T^2 KL."""
     images = setup.trainer.scaling(client.data.pixels)
     probs = (logits_of(setup, model, teacher, client.data.pixels) / term.temperature).softmax(-1)
@@ -397,7 +397,7 @@ def test_a_mentor_teaches_in_evaluation_mode(model):
     before = {name: tensor.clone() for name, tensor in mentor.items()}
     ours, adapters = setup.trainer.train_with_teacher(client, start, (model, mentor), Logits(), {})
     assert adapters == {}
-    assert_close(ours, taught(setup, client, start, model, mentor, Logits()), start, atol=1e-5)
+    assert_close(ours, with_teacher(setup, client, start, model, mentor, Logits()), start, atol=1e-5)
     assert equal(mentor, before)
 
 

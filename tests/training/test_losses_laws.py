@@ -21,7 +21,7 @@ def layered(student, teacher):
 
 
 # Each takes a student and a teacher of one shape; those of the catalog take the teacher's probabilities.
-ANSWERS = {name: specs.bind("loss", name) for name in CATALOG["loss"]}
+ON_PROBS = {name: specs.bind("loss", name) for name in CATALOG["loss"]}
 ROWS = {
     "logit_mae": logits.logit_mae,
     "logit_mse": logits.logit_mse,
@@ -41,7 +41,7 @@ MAPS = {
     "rkd of maps": relations.rkd,
     "graph of maps": layered,
 }
-LOSSES = {**ANSWERS, **ROWS, **MAPS}
+LOSSES = {**ON_PROBS, **ROWS, **MAPS}
 LEAST = {"vid": RAW.exp().add(1).log().add(1e-5).log().mean().item() / 2}  # log(5) / 2
 LEAST["vid of maps"] = LEAST["vid"]
 
@@ -54,7 +54,7 @@ def draw(name, seed, dtype=torch.float64, batch=7):
 
 
 def as_teacher(name, drawn):
-    return drawn.softmax(-1) if name in ANSWERS else drawn
+    return drawn.softmax(-1) if name in ON_PROBS else drawn
 
 
 def gradient(name, student, teacher):
@@ -129,7 +129,7 @@ HARD = {
     "one row of zeros": lambda n, s, t: (torch.cat([torch.zeros_like(s[:1]), s[1:]]), as_teacher(n, t)),
     "a certain student that is wrong": lambda n, s, t: (100 * one_hot(n, s), one_hot(n, t)),
     "a batch of one": lambda n, s, t: (s[:1], as_teacher(n, t[:1])),
-    "two classes": lambda n, s, t: (s[:, :2], t[:, :2].softmax(-1)) if n in ANSWERS else (s, t),
+    "two classes": lambda n, s, t: (s[:, :2], t[:, :2].softmax(-1)) if n in ON_PROBS else (s, t),
 }
 
 

@@ -25,11 +25,8 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """Run the algorithm's local update; keep the new memory in the context and reply with the update."""
     experiment, client = _client(message, context)
-    channel, arrays, channel_memory = (
-        experiment.channel,
-        from_record(_arrays(message.content)),
-        take("channel", client.memory),
-    )
+    channel, channel_memory = experiment.channel, take("channel", client.memory)
+    arrays = from_record(_arrays(message.content))
     received = channel.decode_message(arrays, channel_memory)
     update, memory = experiment.algorithm.local_update(experiment.setup, client, received.tensors)
     sent = channel.encode_update(update.tensors, arrays, channel_memory)

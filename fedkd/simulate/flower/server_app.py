@@ -65,7 +65,7 @@ def client_nodes(grid: Grid, config: Config) -> Sequence[int]:
     for node, reply in _send(grid, "query", 0, queries, START):
         if reply.has_error():
             reason = reply.error.reason or f"error {reply.error.code}"
-            raise RunError(f"A node did not tell its client number: {last_line(reason)}.", reason)
+            raise RunError(f"A node did not report its client number: {last_line(reason)}.", reason)
         node_of[int(reply.content.metric_records[METRICS]["client"])] = node  # type: ignore[arg-type]
     if sorted(node_of) != list(range(config.clients)):
         raise RunError(

@@ -1,0 +1,42 @@
+"""The names that `fedkd` exports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import fedkd
+
+
+def declared() -> dict[str, tuple[str, str]]:
+    """What type checkers see: each name, the module that it is imported from, and its name there."""
+    tree = ast.parse(Path(fedkd.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    return {
+        str(alias.asname): (str(node.module), alias.name)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+def test_the_exported_names_are_those_that_type_checkers_see():
+    assert sorted(declared()) == sorted(fedkd.__all__)
+    for name, (module, attribute) in declared().items():
+        assert getattr(fedkd, name) is getattr(import_module(module), attribute)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'simulation'"):
+        fedkd.simulation  # noqa: B018
+
+
+def test_importing_fedkd_imports_nothing_heavy():
+    code = "import sys, fedkd; print([name for name in ('torch', 'flwr', 'pydantic', 'numpy') if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
