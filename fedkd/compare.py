@@ -33,8 +33,8 @@ def compare(
 ) -> None:
     """Put methods and seeds of several runs into one table, as if they were one run.
 
-    The runs must have the same setting, except for methods, seeds, codecs and the machine. Runs of fedkd.distill may
-    differ in losses and teachers, and must have the same seeds.
+    The runs must have the same options, except for methods, seeds, codecs and the options of the machine (device,
+    engine, workers). Runs of fedkd.distill may differ in losses and teachers, and must have the same seeds.
     """
     if not runs:
         raise UsageError("Give at least one run directory.")
@@ -105,7 +105,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _check_settings(files: Sequence[RunFiles], ignored: set[str]) -> None:
-    """Refuse runs that differ in other options than these."""
+    """Refuse runs that differ in any option that is not ignored."""
     first: dict[str, object] = {}
     for one in files:
         options = {key: value for key, value in one.config.items() if key not in ignored}

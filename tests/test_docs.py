@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedkd import compare, distill
@@ -15,7 +17,8 @@ from fedkd.core.cli import from_file
 from fedkd.core.config import Config
 from fedkd.distill.config import DistillConfig
 from fedkd.evaluation.report import students, table
-from fedkd.simulate import experiment
+from fedkd.simulate import experiment, simulate
+from tests.conftest import tiny
 
 ROOT = Path(__file__).parents[1]
 RECIPES = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
@@ -25,9 +28,6 @@ COMMANDS = re.findall(
 
 
 def test_the_recipes_are_short_and_work(tmp_path):
-    from fedkd.simulate import simulate
-    from tests.conftest import tiny
-
     assert len(RECIPES) == 3
     assert all(len(recipe.strip().splitlines()) <= 15 for recipe in RECIPES)
     for name, recipe in zip(("algorithm", "partitioner", "loss"), RECIPES, strict=True):
@@ -91,6 +91,49 @@ def test_links_lead_somewhere(path):
     for link in re.findall(r"\]\(([^)#]+)", path.read_text()):
         if not link.startswith("http"):
             assert (path.parent / link).exists(), link
+
+
+def documented(title):
+    """The keys that a section of the page on output files lists, and all names in its text."""
+    page = (ROOT / "docs" / "output-files.md").read_text()
+    (section,) = (part for part in page.split("\n## ") if part.startswith(f"{title}\n"))
+    listed = [line.split("|")[1] for line in section.splitlines() if line.startswith("|")]
+    return {name for cell in listed for name in re.findall(r"`(\w+)`", cell)}, set(re.findall(r"`(\w+)`", section))
+
+
+def test_every_key_of_a_run_is_documented_and_every_documented_key_is_there(tmp_path):
+    simulate(tiny(out=str(tmp_path / "run"), rounds=1))
+    result, environment = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("result", "env"))
+    row = json.loads((tmp_path / "run" / "rounds.jsonl").read_text())
+    only_after_an_error = {"code", "message"}
+    keys = result.keys() | result["runs"][0].keys()
+    assert keys == documented("result.json of fedkd.simulate")[0] - only_after_an_error
+    assert row.keys() == documented("rounds.jsonl")[0]
+    assert environment.keys() == documented("env.json")[0]
+    with np.load(tmp_path / "run" / "partition.npz") as arrays:
+        assert {name.replace("seed0", "seedN") for name in arrays} == documented("partition.npz")[0]
+
+
+def keys_of(value):
+    """All keys of a JSON value that are names of fields, not of corruptions, batch sizes or stacks."""
+    if isinstance(value, list):
+        return set().union(*map(keys_of, value))
+    if not isinstance(value, dict):
+        return set()
+    return value.keys() | set().union(*(keys_of(each) for name, each in value.items() if name not in NAMED))
+
+
+NAMED = {"corruptions", "latency_ms", "machine", "work"}  # objects whose keys are names
+
+
+def test_every_key_of_the_published_results_is_documented():
+    results = json.loads((ROOT / "simulations" / "distill" / "logits" / "result.json").read_text())
+    assert keys_of(results) <= documented("result.json of fedkd.distill")[1]
+    for name in ("bench", "idle-many"):
+        bench = json.loads((ROOT / "simulations" / "bench" / f"{name}.json").read_text())
+        stacks = set().union(*(bench[part].keys() for part in ("fedavg", "ensemble", "idle", "many") if part in bench))
+        threads = set(bench.get("peak", {}))
+        assert keys_of(bench) - stacks - threads <= documented("bench.json")[1]
 
 
 def published(grid):

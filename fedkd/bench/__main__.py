@@ -50,7 +50,7 @@ def bench(
     ] = 5,
     repeats: Annotated[
         int,
-        Parameter(help="Timed runs of each stack, in turn; memory is measured in one more.", validator=Number(gte=1)),
+        Parameter(help="Timed runs of each stack; one more run measures memory.", validator=Number(gte=1)),
     ] = 3,
     parts: Annotated[
         tuple[Part, ...],
@@ -58,10 +58,13 @@ def bench(
     ] = PARTS,
     out: Annotated[Path, Parameter(help="Directory of bench.json and bench.png.")] = Path("bench"),
 ) -> None:
-    """Measure fedkd, a bare PyTorch loop and other simulators in one run on this machine.
+    """Measure the speed and memory of fedkd, of a bare PyTorch loop and of other simulators on this machine.
 
-    Stacks run in turn, so that a machine that slows down affects all of them. Libraries that are not installed are left
-    out: pip install 'fedkd[bench]' installs Ray, psutil and pfl-research.
+    Each of these is called a stack. Stacks run alternately, so that a machine that slows down affects all of them.
+    Libraries that are not installed are left out: pip install 'fedkd[bench]' installs Ray, psutil and pfl-research.
+
+    Parts: peak (arithmetic of the machine), fedavg, ensemble, idle (rounds in which clients compute nothing) and many
+    (few participants out of more and more clients).
     """
     console = Console(width=160)
     try:

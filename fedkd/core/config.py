@@ -81,7 +81,7 @@ class Config(Options):
         "Methods",
         "The algorithm. Soft labels on a proxy set: ensemble, fedmd, nfdp, dsfl, cronus, cfd, selective-fd, density, "
         "scarlet, comet, kt-pfl, fedgems, fedema; no proxy set: fd, fedproto; weights: fedavg, fedprox, fedavgm, "
-        "mentor, scaffold, feddf, fedbe, fed-et; reference points: local, central (their options: "
+        "mentor, scaffold, feddf, fedbe, fed-et; baselines: local, central (options of each: "
         "python -m fedkd.list algorithm).",
     )
     compare: Several = option(
@@ -167,7 +167,7 @@ class Config(Options):
     seed: Annotated[int, Field(ge=0)] = option(
         0, "Run", "Seed of the first repetition; all random numbers are derived from it."
     )
-    seeds: PositiveInt = option(1, "Run", "Repetitions, with seed, seed + 1, ...")
+    seeds: PositiveInt = option(1, "Run", "Number of repetitions, with seed, seed + 1, ...")
     device: str = option("auto", "Run", "auto, cpu, cuda, cuda:N.")
     engine: Literal["local", "ray"] = option(
         "local", "Run", "The simulation backend: local processes, or Flower's simulation runtime on Ray."

@@ -22,7 +22,7 @@ NOISE = (0.04, 0.06, 0.08, 0.09, 0.10)  # standard deviation, of a range of one
 BLUR = (0.4, 0.6, 0.7, 0.8, 1.0)  # standard deviation, in pixels
 CONTRAST = (0.75, 0.5, 0.4, 0.3, 0.15)  # the fraction that is left
 PIXELATE = (0.95, 0.9, 0.85, 0.75, 0.65)  # pixels per side, as a fraction
-ROTATION, SHIFT = 15.0, 2.0  # the largest rotation (degrees) and shift (pixels) of `moved`; our choice
+ROTATION, SHIFT = 15.0, 2.0  # the largest rotation (degrees) and shift (pixels) of `transformed`; our choice
 
 Change = Callable[[Tensor, float, torch.Generator], Tensor]  # [B, H, W, 3] float32, 0 to 255 -> the same, unrounded
 
@@ -45,7 +45,7 @@ def corrupt(pixels: Tensor, kind: str, strength: int, seed: int) -> Tensor:
     return _by_chunks(pixels, lambda part, _: change(part, constants[strength - 1], generator))
 
 
-def moved(pixels: Tensor, seed: int, *, rotation: float = ROTATION, shift: float = SHIFT) -> Tensor:
+def transformed(pixels: Tensor, seed: int, *, rotation: float = ROTATION, shift: float = SHIFT) -> Tensor:
     """Each image [N, H, W, 3] rotated by up to ``rotation`` degrees and shifted by up to ``shift`` pixels on each axis.
 
     Both are uniform, of either sign, and not rounded. The border is mirrored, so that there are no black corners.

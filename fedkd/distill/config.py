@@ -20,13 +20,13 @@ class DistillConfig(Options):
         "",
         "Models",
         "Teachers (several, or a comma list): MODEL is trained here and cached; MODEL:pretrained=FILE is read from a "
-        "state dict or safetensors; a run directory or a student's file is used as it is. By default resnet20.",
+        "state dict or safetensors; a run directory or a student's file is loaded, not trained. By default resnet20.",
         several=True,
     )
     teachers_from: str = option(
         "",
         "Models",
-        "A directory of students and runs, which are ranked before training; the first one is the teacher.",
+        "A directory of student files and run directories: they are ranked, and the best one is the teacher.",
     )
     student: str = option(
         "resnet8",
@@ -46,8 +46,8 @@ class DistillConfig(Options):
     teacher_weighting: Literal["uniform", "entropy", "agreement"] = option(
         "uniform",
         "Losses",
-        "Weights of several teachers for each image: equal (uniform), higher for a certain teacher (entropy), or "
-        "higher for a teacher that fits the label (agreement).",
+        "Weights of several teachers for each image: equal (uniform), higher for a lower entropy of the prediction "
+        "(entropy), or higher for a lower cross-entropy to the label (agreement).",
     )
 
     dataset: str = option("auto", "Data", "auto (CIFAR-10, else digits), or a data set as in fedkd.simulate.")
@@ -58,7 +58,10 @@ class DistillConfig(Options):
     )
     data_dir: str = option("", "Data", "Directory of the data: torchvision's files or parquet; also FEDKD_DATA.")
     validation: PositiveInt = option(
-        1000, "Data", "Training images held out of all training, at most a tenth; teachers are ranked on them."
+        1000,
+        "Data",
+        "Number of training images used for validation and for the ranking of teachers, not for training; at most a "
+        "tenth of the training set.",
     )
 
     epochs: PositiveInt = option(30, "Training", "Epochs of a student, with a teacher or without.")
@@ -72,11 +75,11 @@ class DistillConfig(Options):
     augment: bool = option(True, "Training", "Random crops, and flips if the data set allows them.")
 
     seed: Annotated[int, Field(ge=0)] = option(0, "Run", "Seed of the first repetition.")
-    seeds: PositiveInt = option(1, "Run", "Repetitions, with seed, seed + 1, ...; all use the same teachers.")
+    seeds: PositiveInt = option(1, "Run", "Number of repetitions, with seed, seed + 1, ...; all use the same teachers.")
     corrupted_images: Annotated[int, Field(ge=0)] = option(
-        2000, "Run", "Test images for each corruption and strength in the evaluation; 0 for no corruptions."
+        2000, "Run", "Number of test images that are corrupted for the evaluation; 0 for none."
     )
     device: str = option("auto", "Run", "auto, cpu, cuda, cuda:N.")
-    threads: PositiveInt = option(1, "Run", "Threads of PyTorch; the bits of the results depend on it.")
+    threads: PositiveInt = option(1, "Run", "Threads of PyTorch; changing it can change the last bits of results.")
     out: str = option("", "Run", "Run directory; by default runs/NAME-TIME-HASH.")
-    json: bool = option(False, "Run", "One JSON object on standard output, everything else on standard error.")
+    json: bool = option(False, "Run", "Print result.json on standard output, and everything else on standard error.")

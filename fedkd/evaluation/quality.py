@@ -142,7 +142,7 @@ def evaluate(
             pixels = corruptions.corrupt(subset.pixels, kind, strength, seed)  # once for all candidates
             for name, candidate in candidates.items():
                 corrupted[name][kind][str(strength)] = loop.score(_predict(candidate, pixels), subset.labels)[0]
-    shifted_set = shifted or dataclasses.replace(test, pixels=corruptions.moved(test.pixels, seed))
+    shifted_set = shifted or dataclasses.replace(test, pixels=corruptions.transformed(test.pixels, seed))
     logits = {name: _predict(candidate, test.pixels) for name, candidate in candidates.items()}
     results = {}
     for name, candidate in candidates.items():
@@ -153,7 +153,7 @@ def evaluate(
             "uncorrupted_accuracy": loop.score(logits[name][:count], subset.labels)[0],
             "corruptions": corrupted[name],
             "corruption_accuracy": fmean(values) if values else None,
-            "shifted": "given" if shifted else "moved",
+            "shifted": "given" if shifted else "transformed",
             "shifted_images": len(shifted_set),
             "shifted_accuracy": loop.score(_predict(candidate, shifted_set.pixels), shifted_set.labels)[0],
             **_cost(candidate, test.pixels, repeats),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fedkd.core.errors import UsageError
 from fedkd.data import corruptions
-from fedkd.data.corruptions import KINDS, STRENGTHS, corrupt, moved
+from fedkd.data.corruptions import KINDS, STRENGTHS, corrupt, transformed
 
 
 @pytest.fixture
@@ -53,9 +53,9 @@ def test_chunks_are_seamless(kind, pixels, monkeypatch):
 
 
 def test_chunks_of_moved_images_are_seamless(pixels, monkeypatch):
-    whole = moved(pixels, 0)
+    whole = transformed(pixels, 0)
     monkeypatch.setattr(corruptions, "CHUNK", 8)
-    assert (moved(pixels, 0).int() - whole.int()).abs().max() <= 1
+    assert (transformed(pixels, 0).int() - whole.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("byte", [0, 255])
@@ -103,7 +103,7 @@ def test_what_is_not_known_is_refused(kind, strength, pixels):
 
 
 def test_images_that_do_not_move_are_left_alone(pixels):
-    assert torch.equal(moved(pixels, 0, rotation=0, shift=0), pixels)
+    assert torch.equal(transformed(pixels, 0, rotation=0, shift=0), pixels)
 
 
 def test_a_quarter_turn_and_whole_pixels_are_exact(pixels):
@@ -134,8 +134,8 @@ def test_moving_against_scipy():
 
 def test_moves_follow_the_seed(pixels):
     before = pixels.clone()
-    assert torch.equal(moved(pixels, 0), moved(pixels, 0))
-    assert not torch.equal(moved(pixels, 0), moved(pixels, 1))
+    assert torch.equal(transformed(pixels, 0), transformed(pixels, 0))
+    assert not torch.equal(transformed(pixels, 0), transformed(pixels, 1))
     assert torch.equal(pixels, before)
 
 
@@ -144,7 +144,7 @@ def test_moves_stay_within_what_is_stated():
     # The middle of a bright spot tells how far an image was shifted.
     spot = torch.zeros(300, 33, 33, 3, dtype=torch.uint8)
     spot[:, 14:19, 14:19] = 200
-    light = moved(spot, 0, rotation=0)[..., 0].double()
+    light = transformed(spot, 0, rotation=0)[..., 0].double()
     for axis in (1, 2):
         offsets = (light.sum(3 - axis) @ places) / light.sum((1, 2))
         assert offsets.abs().max() < 2.02
@@ -153,7 +153,7 @@ def test_moves_stay_within_what_is_stated():
     # The long axis of a bright bar tells how far it was turned.
     bar = torch.zeros(300, 33, 33, 3, dtype=torch.uint8)
     bar[:, 15:18, 6:27] = 200
-    light = moved(bar, 0, shift=0)[..., 0].double()
+    light = transformed(bar, 0, shift=0)[..., 0].double()
     xx, yy, xy = (torch.einsum("nhw,hw->n", light, m) for m in (
         places.square().expand(33, 33), places.square()[:, None].expand(33, 33), places[:, None] * places
     ))  # fmt: skip

@@ -239,7 +239,7 @@ def test_the_evaluation_uses_the_corruptions_of_the_seed(test_images):
     results = evaluate({"a": Candidate(Sum(), bare)}, Images(pixels, noisy, 10), seed=3, **options)["a"]
     assert results["corruptions"]["noise"]["5"] == 1
     assert max(results["corruptions"]["noise"]["4"], results["accuracy"], results["shifted_accuracy"]) < 0.5
-    moved = Sum()(bare(corruptions.moved(pixels, 3))).argmax(-1)
+    moved = Sum()(bare(corruptions.transformed(pixels, 3))).argmax(-1)
     results = evaluate({"a": Candidate(Sum(), bare)}, Images(pixels, moved, 10), seed=3, **options)["a"]
     assert results["shifted_accuracy"] == 1
     assert results["accuracy"] < 0.5
@@ -264,5 +264,5 @@ def test_the_evaluation_accepts_a_shifted_set_and_needs_no_teacher(tmp_path, tes
     assert results["corruption_accuracy"] is None
     right = Images(test_images.pixels, seen, 10)
     here = evaluate(created, right, seed=0, strengths=[], repeats=1)["baseline"]
-    assert (here["shifted"], here["accuracy"]) == ("moved", 1)
+    assert (here["shifted"], here["accuracy"]) == ("transformed", 1)
     assert here["shifted_accuracy"] < 1

@@ -24,7 +24,7 @@ def results_of(accuracy: float, **changes: object) -> dict:
         "uncorrupted_accuracy": accuracy,
         "corruptions": {kind: {"1": accuracy - 0.1, "5": accuracy - 0.2} for kind in ("noise", "blur", "fog")},
         "corruption_accuracy": accuracy - 0.15,
-        "shifted": "moved",
+        "shifted": "transformed",
         "shifted_images": 1000,
         "shifted_accuracy": accuracy - 0.05,
         "parameters": 66730,
@@ -63,7 +63,7 @@ def test_seeds_are_combined_into_mean_and_standard_deviation():
     assert joined["student"]["accuracy"] == {"mean": pytest.approx(0.55), "std": pytest.approx(0.1 / 2**0.5)}
     assert joined["student"]["corruptions"]["blur"]["5"]["mean"] == pytest.approx(0.35)
     assert joined["student"]["reliability"]["accuracy"][1]["mean"] == pytest.approx(0.55)
-    assert joined["student"]["shifted"] == "moved"
+    assert joined["student"]["shifted"] == "transformed"
     assert joined["teacher"]["agreement"] is None
     assert json.loads(json.dumps(joined)) == joined
 
