@@ -75,6 +75,18 @@ def test_commands_of_distillation_are_understood(command):
     distill.check(DistillConfig.parse({words[i].removeprefix("--"): words[i + 1] for i in range(0, len(words), 2)}))
 
 
+NAMED_FILES = [ROOT / name for name in (".ci/run", "Makefile", "pyproject.toml", "README.md", "CONTRIBUTING.md")]
+NAMED_FILES += [*(ROOT / "docs").glob("*.md"), *(ROOT / "fedkd").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+
+
+def test_files_that_are_named_exist():
+    """A command that ignores a file which is not there ignores nothing, without an error."""
+    pattern = re.compile(r"(?<![\w/.])(?:fedkd|tests|docs|simulations)/[\w/.-]+\.(?:py|md|toml|json|html|png|svg)\b")
+    named = [(path.name, name) for path in NAMED_FILES for name in pattern.findall(path.read_text())]
+    assert len(named) > 20
+    assert not [each for each in named if not (ROOT / each[1]).exists()]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "simulations").glob("*.toml")), ids=lambda path: path.name)
 def test_scenarios_are_understood(path):
     values = tomllib.loads(path.read_text())

@@ -18,11 +18,13 @@ PAGES = [
     ROOT / "CHANGELOG.md",
     ROOT / "simulations" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "simulations").glob("*.toml")),
 ]
 
 #: Home-made words, and what to write instead.
 FORBIDDEN = {
     r"\b(?:is|are|be|been|were|was) played\b|\bplays? (?:a|the) (?:client|method|run)|\bplayed apart\b": "is run",
+    r"\bcounted apart\b": "counted separately",
     r"(?<!in )\bturns?\b(?! (?:a|the|it|off|on|into|names))": "a local update, a round",
     r"\b(?:is|are|was|were) told\b|\btells? apart\b": "receives, sends",
     r"\b(?:is|are) heard by\b|\bhears?\b": "applies to, uses",

@@ -58,7 +58,7 @@ def evaluate_student(experiment: Experiment, round_: Round) -> tuple[float, floa
 def evaluate_clients(experiment: Experiment, exchange: Exchange, round_: Round) -> ClientEvaluation:
     """Evaluate the participants' own models and their ensemble on the test set.
 
-    This measures the simulation and is not part of a method, so its bytes are counted apart.
+    This measures the simulation and is not part of a method, so its bytes are counted separately.
     """
     declared = {"logits": (len(experiment.test), experiment.setup.classes)}
     messages: dict[int, Tensors] = {client: {} for client in round_.updates}
