@@ -44,7 +44,7 @@ def test_the_recipes_are_short_and_work(tmp_path):
     assert (tmp_path / "run" / "student.safetensors").exists()
 
 
-def test_the_readmes_commands_are_understood(monkeypatch):
+def test_the_readmes_commands_are_valid(monkeypatch):
     assert len(COMMANDS) >= 6
     for command in COMMANDS:
         words = shlex.split(command)
@@ -70,7 +70,7 @@ DISTILLED = re.findall(
 
 
 @pytest.mark.parametrize("command", DISTILLED)
-def test_commands_of_distillation_are_understood(command):
+def test_commands_of_distillation_are_valid(command):
     words = shlex.split(command)
     distill.check(DistillConfig.parse({words[i].removeprefix("--"): words[i + 1] for i in range(0, len(words), 2)}))
 
@@ -88,7 +88,7 @@ def test_files_that_are_named_exist():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "simulations").glob("*.toml")), ids=lambda path: path.name)
-def test_scenarios_are_understood(path):
+def test_scenarios_are_valid(path):
     values = tomllib.loads(path.read_text())
     if "epochs" in values:
         distill.check(DistillConfig.parse(values))
@@ -99,7 +99,7 @@ def test_scenarios_are_understood(path):
 @pytest.mark.parametrize(
     "path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "simulations/README.md"]
 )
-def test_links_lead_somewhere(path):
+def test_links_exist(path):
     for link in re.findall(r"\]\(([^)#]+)", path.read_text()):
         if not link.startswith("http"):
             assert (path.parent / link).exists(), link

@@ -39,7 +39,7 @@ SAME = {"fedavg", "fedprox", "fedavgm", "mentor", "scaffold", "fedbe", "fedema",
 PERSONAL = {"fedmd", "nfdp", "comet", "kt-pfl", "fd", "fedproto", "local", "central"}  # without a global student
 
 
-def turns(experiment, algorithm, number, state, memories, clients=None):
+def one_round(experiment, algorithm, number, state, memories, clients=None):
     """One round without communication."""
     setup = experiment.setup
     updates, new = {}, dict(memories)
@@ -54,15 +54,15 @@ def two_rounds(request):
     """Two rounds of a method."""
     experiment = prepare(tiny(algorithm=request.param, model="cnn:width=8", clients=3))
     algorithm, setup = experiment.algorithm, experiment.setup
-    first = turns(experiment, algorithm, 1, algorithm.initial_state(setup), {})
-    second = turns(experiment, algorithm, 2, first[2], first[1])
+    first = one_round(experiment, algorithm, 1, algorithm.initial_state(setup), {})
+    second = one_round(experiment, algorithm, 2, first[2], first[1])
     return experiment, first, second
 
 
 def test_repeating_a_round_gives_bitwise_equal_results(two_rounds):
     experiment, first, second = two_rounds
     torch.manual_seed(1234)  # the process-wide stream must not matter
-    updates, memories, state = turns(experiment, experiment.algorithm, 2, first[2], first[1])
+    updates, memories, state = one_round(experiment, experiment.algorithm, 2, first[2], first[1])
     assert all(tensors.equal(updates[k].tensors, second[0][k].tensors) for k in updates)
     assert all(tensors.equal(memories[k], second[1][k]) for k in memories)
     assert tensors.equal(state, second[2])
@@ -135,14 +135,14 @@ def test_the_broadcast_changes_the_local_update(two_rounds):
 def test_a_client_may_be_absent(two_rounds):
     experiment, first, _ = two_rounds
     clients = [0] if experiment.clients == 1 else [0, 2]
-    _, memories, state = turns(experiment, experiment.algorithm, 2, first[2], first[1], clients)
-    turns(experiment, experiment.algorithm, 3, state, memories)
+    _, memories, state = one_round(experiment, experiment.algorithm, 2, first[2], first[1], clients)
+    one_round(experiment, experiment.algorithm, 3, state, memories)
 
 
 def test_a_client_may_join_late(two_rounds):
     experiment, first, _ = two_rounds
     memories = {client: memory for client, memory in first[1].items() if client != 0}
-    turns(experiment, experiment.algorithm, 2, first[2], memories)
+    one_round(experiment, experiment.algorithm, 2, first[2], memories)
 
 
 def test_the_memory_holds_the_clients_model(two_rounds):
@@ -342,7 +342,7 @@ def test_clients_may_have_different_architectures(name):
         )
     )
     algorithm, setup = experiment.algorithm, experiment.setup
-    _, memories, state = turns(experiment, algorithm, 1, algorithm.initial_state(setup), {})
-    turns(experiment, algorithm, 2, state, memories)
+    _, memories, state = one_round(experiment, algorithm, 1, algorithm.initial_state(setup), {})
+    one_round(experiment, algorithm, 2, state, memories)
     shapes = [{k: v.shape for k, v in memories[c].items()} for c in range(3)]
     assert shapes[0] == shapes[2] != shapes[1]

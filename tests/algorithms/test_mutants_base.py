@@ -78,7 +78,7 @@ def test_a_client_starts_from_the_initial_weights_and_then_from_its_own():
     assert setup.local_weights(Client(1, 0, "b", None, {"model/w": own, "control/w": initial["w"]})) == {"w": own}
 
 
-def test_proxy_logits_are_the_models_answers_on_the_proxy_samples_of_the_round():
+def test_proxy_logits_are_those_of_the_model_on_the_proxy_samples_of_the_round():
     proxy = SimpleNamespace(
         images=torch.arange(10), subset=lambda number: torch.tensor([number, number + 2]), samples=2
     )
@@ -95,7 +95,7 @@ def test_a_seed_of_a_client_is_named_by_its_purpose():
     assert client.derive("train") != client.derive("distill")
 
 
-def test_a_method_that_says_nothing_sends_nothing_and_keeps_the_state():
+def test_the_defaults_of_a_method_send_nothing_and_keep_the_state():
     method, setup = Silent(), setup_with(distillation=distillation())
     state = {"x": torch.ones(1)}
     update, memory = method.local_update(setup, Client(0, 0, "a", None, {}), {})

@@ -8,7 +8,7 @@ import pytest
 
 from fedkd.core import tensors
 from fedkd.simulate.experiment import prepare
-from tests.algorithms.test_methods import turns
+from tests.algorithms.test_methods import one_round
 from tests.conftest import tiny
 
 #: A value of each option that differs from the one in `tiny`.
@@ -45,7 +45,7 @@ def trained(method: str, **changes: object) -> str:
     algorithm, state, memories = experiment.algorithm, experiment.algorithm.initial_state(experiment.setup), {}
     results = []
     for number in (1, 2):
-        updates, memories, state = turns(experiment, algorithm, number, state, memories)
+        updates, memories, state = one_round(experiment, algorithm, number, state, memories)
         results += [
             tensors.digest(each) for each in (*(u.tensors for u in updates.values()), *memories.values(), state)
         ]

@@ -132,7 +132,7 @@ def _third(probs):
     return torch.stack([first, 1 - first], 1)
 
 
-def test_a_temperature_is_one_if_nobody_says_otherwise():
+def test_the_default_temperature_is_one():
     logits = torch.tensor([[0.0, 4.0]])
     sent = encode(UInt8(), {"logits": logits}, {}, {})
     assert torch.allclose(sent.encoded["logits"].values, logits.softmax(-1))

@@ -55,7 +55,7 @@ def test_values_out_of_range_are_named(values):
         Config.parse(values)
 
 
-def test_an_unknown_key_is_answered_with_the_nearest():
+def test_an_unknown_key_gets_the_nearest_as_a_hint():
     with pytest.raises(UsageError, match="Did you mean 'local-epochs'"):
         Config.parse({"local-epoch": 1})
 

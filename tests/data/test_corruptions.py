@@ -106,7 +106,7 @@ def test_images_that_do_not_move_are_left_alone(pixels):
     assert torch.equal(transformed(pixels, 0, rotation=0, shift=0), pixels)
 
 
-def test_a_quarter_turn_and_whole_pixels_are_exact(pixels):
+def test_a_rotation_by_90_degrees_and_whole_pixels_are_exact(pixels):
     images = pixels.float()
     right, still = torch.full((20,), math.pi / 2), torch.zeros(20, 2)
     assert torch.allclose(corruptions._resample(images, right, still), images.rot90(1, (1, 2)), atol=1e-2)
@@ -157,7 +157,7 @@ def test_moves_stay_within_what_is_stated():
     xx, yy, xy = (torch.einsum("nhw,hw->n", light, m) for m in (
         places.square().expand(33, 33), places.square()[:, None].expand(33, 33), places[:, None] * places
     ))  # fmt: skip
-    turns = torch.rad2deg(0.5 * torch.atan2(2 * xy, xx - yy))
-    assert turns.abs().max() < 15.2
-    assert turns.min() < -14
-    assert turns.max() > 14
+    angles = torch.rad2deg(0.5 * torch.atan2(2 * xy, xx - yy))
+    assert angles.abs().max() < 15.2
+    assert angles.min() < -14
+    assert angles.max() > 14

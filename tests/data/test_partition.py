@@ -45,7 +45,7 @@ def test_counts_are_those_of_a_loop(parts):
 
 
 @pytest.mark.parametrize("clients", [1, 7, 20])
-def test_iid_is_dealt_as_flowers_partitioner_deals_it(clients):
+def test_iid_equals_flowers_partitioner(clients):
     """Without its seconds: by hand here, by the library there."""
     labels = np.random.default_rng(0).integers(0, 10, 103)
     ours = partitioners.assign("iid", labels, clients, seed=3)

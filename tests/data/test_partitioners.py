@@ -30,7 +30,7 @@ def deal(text: str, clients: int = 5, seed: int = 0):
 
 
 @pytest.mark.parametrize("name", CATALOG["partitioner"])
-def test_every_partitioner_deals_each_row_at_most_once(name):
+def test_every_partitioner_assigns_each_sample_at_most_once(name):
     text, clients = SPECS.get(name, (name, 5))
     parts = deal(text, clients)
     together = np.concatenate(parts)
@@ -88,7 +88,7 @@ def test_smaller_alpha_is_more_skewed():
     assert distances[0] < 0.1 < distances[2]
 
 
-def test_pathological_gives_the_classes_it_says():
+def test_pathological_gives_the_requested_number_of_classes():
     parts = deal("pathological:classes=2", clients=10)
     assert all(len(np.unique(LABELS[part])) == 2 for part in parts)
 

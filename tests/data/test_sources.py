@@ -161,7 +161,7 @@ def test_damaged_parquet_is_a_data_error(tmp_path):
         read(sources.cifar10(), "train", str(tmp_path))
 
 
-def test_auto_falls_back_and_says_why(offline, tmp_path):
+def test_auto_falls_back_and_gives_the_reason(offline, tmp_path):
     def load(source):
         return read(source, "train", str(tmp_path))
 
@@ -171,7 +171,7 @@ def test_auto_falls_back_and_says_why(offline, tmp_path):
     assert sources.by_auto(lambda source: None) == ("cifar10", "")
 
 
-def test_a_host_that_does_not_answer_is_not_waited_for(monkeypatch):
+def test_a_host_that_does_not_respond_is_not_waited_for(monkeypatch):
     asked, over = threading.Event(), threading.Event()
 
     def never(*_: object, **__: object) -> None:

@@ -112,7 +112,7 @@ def test_weights_that_do_not_say_whose_they_are(tmp_path):
         ("[" * 100_000, "without a description of their model"),
     ],
 )
-def test_what_a_file_says_of_itself_may_be_nonsense(about, expected, tmp_path):
+def test_the_metadata_of_a_file_may_be_invalid(about, expected, tmp_path):
     tensors.save({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {checkpoint.KEY: about})
     with pytest.raises(DataError, match=expected):
         checkpoint.load(tmp_path / "a.safetensors")

@@ -55,12 +55,12 @@ def test_the_option_of_a_spec_wins_over_the_runs():
     assert not has_batch_norm("resnet8")
 
 
-def test_a_comma_list_is_told_from_options():
+def test_commas_of_a_list_differ_from_those_of_options():
     text = "cnn,resnet8:norm=batch,width=8,torchvision:resnet18,cnn:width=4"
     assert models.split(text) == ["cnn", "resnet8:norm=batch,width=8", "torchvision:resnet18", "cnn:width=4"]
 
 
-def test_group_norm_answers_do_not_depend_on_the_batch():
+def test_logits_with_group_norm_do_not_depend_on_the_batch():
     model = models.build("resnet8", 10, "group")
     images = torch.randn(4, 3, 32, 32)
     assert torch.allclose(model(images)[:1], model(images[:1]), atol=1e-5)

@@ -123,7 +123,7 @@ ENGINES = [{"workers": "1"}, {"workers": "2"}, pytest.param({"engine": "ray"}, m
 @pytest.mark.parametrize("to_all", [False, True], ids=["to the command", "to its group"])
 @pytest.mark.parametrize("engine", ENGINES, ids=["one", "two", "ray"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-def test_nobody_is_left_after_a_signal(tmp_path, engine, number, to_all):
+def test_no_process_is_left_after_a_signal(tmp_path, engine, number, to_all):
     out = tmp_path / "run"
     options = TINY | engine | {"rounds": 100_000, "out": out}
     flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]

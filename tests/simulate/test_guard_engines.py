@@ -1,4 +1,4 @@
-"""Engines: time limits after quick rounds, memories of turns that were cut short, and exit codes that get through."""
+"""Engines: time limits after quick rounds, memories of interrupted local updates, and exit codes."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_one_worker_without_a_time_limit_is_this_process(asked):
 
 @pytest.fixture
 def cut_short(monkeypatch):
-    """A grid of two workers, in which turns can be cut short; its clients have been called once."""
+    """A grid of two workers, in which local updates can be cut short; its clients have been called once."""
     monkeypatch.setattr(grids, "ClientRunner", CutShort)
     monkeypatch.setattr(grids, "SMALL", 0.0)
 
@@ -201,7 +201,7 @@ def test_a_client_whose_process_dies_after_it_left_a_memory_has_the_old_one(aske
 
 
 @pytest.mark.usefixtures("cut_short")
-def test_a_turn_that_is_repeated_starts_from_the_old_memory(asked, tmp_path):
+def test_a_repeated_local_update_starts_from_the_old_memory(asked, tmp_path):
     with LocalGrid(app, 2, {}, workers=2, fork=True) as grid:
         ask(grid, "query", asked("count"), 1, 2)
         (tmp_path / "mark").touch()
@@ -277,7 +277,7 @@ ERRORS = [UsageError("a"), DataError("no data."), RunError("c"), PluginError("d"
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: str(error.code))
-def test_what_ended_a_run_is_read_as_it_was_noted(tmp_path, error):
+def test_the_error_that_ended_a_run_is_read_as_recorded(tmp_path, error):
     run_directory.record_failure(tmp_path, error)
     held = json.loads((tmp_path / "result.json").read_text())
     assert held == {"status": "failed", "out": str(tmp_path), "code": error.code, "message": str(error)}
@@ -341,7 +341,7 @@ def test_what_ended_the_engine_ends_the_command(child, error):
         assert (raised.value.code, str(raised.value)) == (error.code, str(error))
 
 
-def test_an_engine_that_says_nothing_failed_as_a_run_or_could_not_write(child):
+def test_an_engine_without_a_recorded_error_failed_or_could_not_write(child):
     run_directory.write_json(child.out / "result.json", {"status": "failed"})
     log = child.out / "ray.log"
     for script, kind, expected in (
@@ -375,7 +375,7 @@ def test_the_command_exits_with_what_ended_the_engine(child, tmp_path, monkeypat
     assert out.exists() is keeps
 
 
-def test_nobody_of_the_engine_outlives_it(child):
+def test_no_process_of_the_engine_outlives_it(child):
     """Also not what runs beside it when it ends."""
     child("sleep 100000 >/dev/null 2>&1 & echo $! > beside")
     beside = Path("/proc", (child.out / "beside").read_text().strip(), "stat")
@@ -437,7 +437,7 @@ def test_the_engine_notes_what_ended_it_and_ends_with_its_code(tmp_path, monkeyp
     assert (found.code, str(found)) == (error.code, str(error))
 
 
-def test_a_disk_that_is_full_is_noted_as_such(tmp_path, monkeypatch):
+def test_a_full_disk_is_recorded_as_such(tmp_path, monkeypatch):
     full = OSError(errno.ENOSPC, "No space left on device", "student.safetensors")
     assert forked(tmp_path, full, monkeypatch) == 74
     found = run_directory.read_failure(tmp_path)

@@ -200,7 +200,7 @@ def test_what_an_algorithm_objects_to_is_not_counted_and_what_is_refused_it_neve
     assert [name for name, *_ in algorithm.seen] == ["sends"]
 
 
-def test_what_cannot_be_decoded_says_why():
+def test_what_cannot_be_decoded_has_a_reason():
     link = Channel(codecs.UInt8(), codecs.UInt8())
     broken = Reply(1, Update({"probs~": torch.zeros(3)}, 1), "", SerializedBytes())
     found = accept_reply(broken, Asking(), "setup", {}, link, {})
@@ -256,7 +256,7 @@ def test_a_delta_is_decoded_against_what_is_held():
         (1000, 0.1, 100),
     ],
 )
-def test_the_share_of_participants_is_rounded_and_never_nobody(clients, participation, count):
+def test_the_number_of_participants_is_rounded_and_at_least_one(clients, participation, count):
     assert participants(clients, participation) == count
     for number in (1, 2, 3):
         chosen = sample(clients, participation, 0, number)
@@ -408,12 +408,12 @@ def is_delta(coded: torch.Tensor) -> bool:
 
 
 def test_what_is_common_is_that_of_the_last_update_that_was_counted(setup):
-    """Who fails or is silent is sent the whole; who is not drawn keeps what it has."""
+    """A client that failed or did not reply gets full values; one that was not sampled keeps its memory."""
     link = remembering()
     nodes = Nodes(link, fails=[(2, 0)], silent=[(2, 1)])
     results = list(rounds.run_rounds(Adding(), setup(rounds=4), nodes, 3, link))
-    turns = {key: int(arrays["last"]) for key, arrays in nodes.requests.items()}
-    assert turns == {
+    last = {key: int(arrays["last"]) for key, arrays in nodes.requests.items()}
+    assert last == {
         **dict.fromkeys([(1, 0), (1, 1), (1, 2)], 0),
         **dict.fromkeys([(2, 0), (2, 1), (2, 2)], 1),
         **dict.fromkeys([(3, 0), (3, 1)], 0),
@@ -421,7 +421,7 @@ def test_what_is_common_is_that_of_the_last_update_that_was_counted(setup):
         **dict.fromkeys([(4, 0), (4, 1), (4, 2)], 3),
     }
     for (number, client), arrays in nodes.requests.items():
-        assert is_delta(arrays["mine~"]) == (turns[number, client] > 0)
+        assert is_delta(arrays["mine~"]) == (last[number, client] > 0)
     assert [sorted(round_.channel_memory) for round_ in results] == [[0, 1, 2], [2], [0, 1, 2], [0, 1, 2]]
     held = results[-1].channel_memory[1]
     assert set(held) == {"round", "downlink/s", "downlink/mine", "uplink/probs"}
@@ -515,7 +515,7 @@ def test_traffic_adds_up_each_by_itself():
 # --- the wire
 
 
-def test_a_turn_is_common_only_where_both_ends_name_the_same_one():
+def test_a_round_is_common_only_if_both_ends_name_the_same_one():
     link = Channel(codecs.Bits(delta=True), codecs.Bits(delta=True))
     down = link.encode_message({"probs": rows(0, 1, 2, 0)}, {}, {})
     assert int(down.tensors["last"]) == 0
@@ -645,9 +645,9 @@ def test_loads_by_hand_of_a_message_that_is_coded_in_part():
     assert back.traffic == packed.traffic
     assert set(back.tensors) == set(tensors)
     assert all(torch.equal(back.tensors[name], tensor) for name, tensor in tensors.items())
-    # Floats have no bound but their size, and a request that names a turn is eight bytes longer.
+    # Floats have no bound but their size, and a request that names a round is eight bytes longer.
     floats = Channel(codecs.Float32(), codecs.Float16(delta=True)).encode_message(tensors, {}, {})
-    sizes = (4 + 24) + (3 + 4) + 8 + 8  # headers and halves; the counter; the turn
+    sizes = (4 + 24) + (3 + 4) + 8 + 8  # headers and halves; the counter; the round
     assert floats.traffic == Traffic(48 + 8 + 8, sizes, sizes)
     assert channel.encode(codecs.Float32(), tensors, {}, {}).traffic == Traffic(64, 64, 64)
 

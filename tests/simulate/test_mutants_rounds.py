@@ -114,7 +114,7 @@ def test_what_a_client_may_upload_is_asked_of_the_state_of_the_round():
     assert next(rounds).failures[5] == "sent x of shape (1,) instead of (4,)"
 
 
-def test_a_round_without_updates_ends_the_run_and_says_why():
+def test_a_round_without_updates_ends_the_run_with_the_reason():
     values = {1: "a first line\nTraceback\nValueError: too bad", 2: "gone"}
     with pytest.raises(RunError) as caught:
         list(run_rounds(Adding(), federation(), exchange_of(values), 3, PLAIN, start=2))
@@ -289,7 +289,7 @@ def test_the_clients_of_a_round_are_the_draw_of_its_name():
     assert sample(4, 1.0, 0, 1) == [0, 1, 2, 3]
 
 
-def test_no_client_is_drawn_twice_and_all_have_their_turn():
+def test_no_client_is_sampled_twice_in_a_round_and_all_are_sampled():
     draws = [sample(6, 0.5, 1, number) for number in range(1, 41)]
     assert all(len(set(draw)) == 3 for draw in draws)
     assert {client for draw in draws for client in draw} == set(range(6))

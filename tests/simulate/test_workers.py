@@ -93,7 +93,7 @@ def hanging(message: Message, context: Context) -> Message:
     return Message(RecordDict({"metrics": MetricRecord({"count": 1})}), reply_to=message)
 
 
-def test_a_turn_that_hangs_is_ended_and_the_others_go_on(tmp_path, monkeypatch):
+def test_a_local_update_that_hangs_is_ended_and_the_others_continue(tmp_path, monkeypatch):
     """The hour it is given is over, seen from the grid, as soon as it hangs."""
     mark = tmp_path / "hangs"
     clock = SimpleNamespace(monotonic=lambda: 7200.0 * (mark.stat().st_size if mark.exists() else 0))

@@ -178,7 +178,7 @@ def test_clients_count_by_their_numbers_of_samples(clock):
     assert seen == pytest.approx([0.75 * 100 / 200, 0.75 * 110 / 200, 0.75])
 
 
-def test_the_description_says_what_runs(clock):
+def test_the_description_names_what_runs(clock):
     screen, seen = Screen(console(True)[0], clock), []
     run = tiny(algorithm="dsfl", seed=3, rounds=4)
     with screen.progress(4):
