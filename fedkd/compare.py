@@ -55,7 +55,10 @@ def compare(
         else:
             Screen(Console()).show(grid.rich())
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {out} cannot be created: {error.strerror}.") from error
         config = files[0].config
         setting = f"{config['dataset']}, {config['clients']} clients, {config['partitioner']}, {config['model']}"
         figure.draw(curves, setting, out)
@@ -101,7 +104,8 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not the directory of a run that has ended ({type(error).__name__}).") from error
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else "its files are damaged"
+        raise UsageError(f"{path} is not the directory of a run that has ended ({reason}).") from error
 
 
 def _check_settings(files: Sequence[RunFiles], ignored: set[str]) -> None:

@@ -21,18 +21,26 @@ from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import UsageError, unknown
 
 SOURCE = re.compile(r"\(([^()]*\b(?:19|20)\d\d[^()]*)\)")
-FILLED_IN = {"classes", "norm"}  # parameters that fedkd sets itself
 
 app = cli.new("list")
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a component: its type in words, and its default; None if it must be given."""
+    """An option of a component: its type in words, and its default as text.
+
+    The default is None if the option is required, and if leaving it out means something that no value says.
+    """
 
     name: str
     type: str
     default: str | None
+    required: bool
+
+    def __str__(self) -> str:
+        """As in a spec: ``name=default``; an option without a default has its type instead, in brackets if optional."""
+        text = f"{self.name}={self.type if self.default is None else self.default}"
+        return text if self.required or self.default is not None else f"[{text}]"
 
 
 @dataclass(frozen=True)
@@ -67,9 +75,9 @@ def list_(
     for each in dict.fromkeys(one.kind for one in found):
         console.print(f"\n[bold]{each}[/bold]")
         for one in (one for one in found if one.kind == each):
-            options = ", ".join(f"{o.name}={o.type if o.default is None else o.default}" for o in one.options)
-            console.print(f"  {one.name}" + (f":{options.replace(' ', '')}" if options else ""), markup=False)
-            console.print(Padding(Text(one.summary), (0, 0, 0, 6)))
+            options = ",".join(map(str, one.options)).replace(" ", "")
+            console.print(f"  {one.name}" + (f":{options}" if options else ""), markup=False)
+            console.print(Padding(Text(one.summary.replace("``", "`")), (0, 0, 0, 6)))
 
 
 def component(kind: str, name: str) -> Component:
@@ -80,9 +88,9 @@ def component(kind: str, name: str) -> Component:
         (sys.modules[function.__module__].__doc__ or "").partition("\n")[0]
     )
     described = tuple(
-        Option(key.replace("_", "-"), type_name(annotation), default_text(default))
+        Option(key.replace("_", "-"), type_name(annotation), default_text(default), default is Signature.empty)
         for key, (annotation, default) in options.items()
-        if key not in FILLED_IN
+        if not (kind == "model" and key == "classes")  # which fedkd sets itself
     )
     return Component(kind, name, summary, source[1] if source else "", described)
 
@@ -104,8 +112,10 @@ def type_name(annotation: Any) -> str:
 
 def default_text(default: Any) -> str | None:
     """A default as it is written in a spec."""
-    if default is Signature.empty:
+    if default is Signature.empty or default is None or default == "":
         return None
+    if isinstance(default, tuple):
+        return "+".join(map(str, default))
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import fedkd
+from fedkd.core import tensors
+from tests.conftest import tiny
 
 
 def declared() -> dict[str, tuple[str, str]]:
@@ -40,3 +42,9 @@ def test_importing_fedkd_imports_nothing_heavy():
     code = "import sys, fedkd; print([name for name in ('torch', 'flwr', 'pydantic', 'numpy') if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+def test_a_student_is_loaded_from_a_path_or_its_text(tmp_path):
+    run = fedkd.run_simulation(tiny(rounds=1, out=str(tmp_path / "run")))
+    students = [fedkd.load_student(path) for path in (run, str(run), run / "student.safetensors")]
+    assert len({tensors.digest(student.weights) for student in students}) == 1

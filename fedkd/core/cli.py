@@ -15,9 +15,9 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter, Token, convert
 
 from fedkd.core.config import Options
 from fedkd.core.errors import FedkdError, StorageError, Terminated, UsageError
@@ -99,7 +99,7 @@ def new(name: str) -> App:
         result_action="return_value",
         help_format="markdown",
         suppress_keyboard_interrupt=False,  # `run` handles it
-        default_parameter=Parameter(show_default=_shown),
+        default_parameter=Parameter(show_default=_shown, converter=_converted),
     )
 
 
@@ -118,7 +118,7 @@ def run(app: App, argv: Sequence[str] | None = None) -> NoReturn:
         _fail(StorageError.of(error), as_json)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt this message
-        print("fedkd: interrupted; the rounds so far, if any, are in the run directory.", file=sys.stderr)
+        print("fedkd: interrupted.", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
@@ -209,6 +209,15 @@ def _flags(options: type[Options]) -> list[inspect.Parameter]:
             )
         )
     return flags
+
+
+def _converted(kind: Any, tokens: Sequence[Token]) -> Any:
+    """The values as cyclopts converts them, but a fraction is no integer: it would be rounded."""
+    if kind is int or int in get_args(kind):
+        for token in tokens:
+            if not re.fullmatch(r"[+-]?\d+", token.value):
+                raise ValueError(f"{token.value!r} is not an integer")
+    return convert(kind, tokens)
 
 
 def _shown(default: Any) -> str | None:

@@ -29,6 +29,14 @@ def _joined(value: object) -> object:
     return " ".join(str(item) for item in value) if isinstance(value, list | tuple) else value
 
 
+def _workers(value: object) -> str:
+    """A number of processes, or auto."""
+    text = str(value)
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise ValueError("it should be auto or a positive integer")
+    return text
+
+
 Several = Annotated[str, BeforeValidator(_joined)]
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Rate = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
@@ -64,7 +72,8 @@ class Options:
         except ValidationError as error:
             first = error.errors()[0]
             key = str(first["loc"][0]).replace("_", "-")
-            raise UsageError(f"--{key} {first['input']!r} is not usable: {first['msg'].lower()}.") from error
+            reason = first["msg"].removeprefix("Value error, ").lower()
+            raise UsageError(f"--{key} {first['input']!r} is not usable: {reason}.") from error
 
     def run_config(self) -> dict[str, str | int | float | bool]:
         """The options as Flower's run config holds them: keys with dashes, scalars."""
@@ -175,7 +184,7 @@ class Config(Options):
     threads: PositiveInt = option(
         1, "Run", "Threads of PyTorch in each process; changing it can change the last bits of results."
     )
-    workers: Annotated[str, BeforeValidator(str), Field(pattern=r"^(auto|[1-9]\d*)$")] = option(
+    workers: Annotated[str, BeforeValidator(_workers)] = option(
         "auto", "Run", "Processes that run clients in parallel; auto: as many as fit the cores."
     )
     client_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = option(

@@ -45,12 +45,12 @@ def run(config: DistillConfig, terms: Sequence[Term]) -> None:
     """
     settle(config.threads)
     out, screen = Path(config.out), Screen(Console(stderr=config.json))
-    screen.print(f"run directory: {out}")
     result: dict[str, Any] = {"status": "failed", "out": str(out), "dataset": config.dataset, "runs": []}
     try:
         task, fallback = prepare(config)
         result |= {"dataset": task.dataset, "dataset_fallback": fallback}
         run_directory.write_json(out / "env.json", run_directory.environment(task.device, task.dataset, fallback))
+        screen.print(f"run directory: {out}")
         for line in _header(task, config, fallback):
             screen.print(line)
         _check_training_step(task, config, terms)

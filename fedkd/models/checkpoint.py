@@ -75,7 +75,7 @@ class Student:
         tensors.save(self.weights, path, {KEY: json.dumps(self.about())})
 
 
-def load(path: Path, model: str = "") -> Student:
+def load(path: Path | str, model: str = "") -> Student:
     """The student in a file, or in ``student.safetensors`` of a run directory.
 
     Code that a file names is not imported: a user-defined model must be given by ``model``.
@@ -84,6 +84,7 @@ def load(path: Path, model: str = "") -> Student:
         DataError: the file does not exist, cannot be read, or does not describe its model.
 
     """
+    path = Path(path)
     path = path / "student.safetensors" if path.is_dir() else path
     weights, metadata = _read_safetensors(path)
     try:
@@ -106,7 +107,7 @@ def load(path: Path, model: str = "") -> Student:
             f"{path} holds weights without a description of their model: it was not written by fedkd."
         ) from error
     if not model and specs.parse(named).is_plugin:
-        raise DataError(f"{path} has a user-defined model, {named}; name it yourself, which runs its code.")
+        raise DataError(f"{path} has a user-defined model; give it by --model {named}, which runs its code.")
     return student
 
 

@@ -49,7 +49,8 @@ def load(path: Path, threads: int = 1) -> Network:
     import numpy as np
 
     if not path.is_file():
-        raise DataError(f"There is no file {path}.")
+        hint = f" It is a directory; name a file in it, such as {path / 'student.onnx'}." if path.is_dir() else ""
+        raise DataError(f"There is no file {path}.{hint}")
     if path.stat().st_size > MAX_BYTES:
         raise DataError(f"{path} is larger than an ONNX file can be.")
     content = path.read_bytes()

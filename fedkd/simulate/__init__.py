@@ -33,15 +33,13 @@ def simulate(config: Config) -> Path:
         raise UsageError("--engine ray needs Ray, on Linux or macOS: pip install 'fedkd[ray]'.")
     config = run_directory.begin(config, config.algorithm)
     out = Path(config.out)
-    stream = sys.stderr if config.json else sys.stdout
-    print(f"run directory: {out}", file=stream, flush=True)
     try:
         (_run_on_ray if config.engine == "ray" else _run_locally)(config)
     except (FedkdError, KeyboardInterrupt, SystemExit) as error:
         if getattr(error, "code", None) != RunError.code:
             run_directory.release(out)
         raise
-    print(f"run directory: {out}", file=stream, flush=True)
+    print(f"run directory: {out}", file=sys.stderr if config.json else sys.stdout, flush=True)
     return out
 
 

@@ -80,6 +80,7 @@ def _prepare(runs: list[Config], fallback: str, out: Path, screen: Screen) -> No
     environment = run_directory.environment(first.setup.trainer.device, runs[0].dataset, fallback)
     run_directory.write_json(out / "env.json", environment)
     _save_partitions(out / "partition.npz", experiments)
+    screen.print(f"run directory: {out}")
     for title, text in header.lines(first, fallback):
         screen.print(f"{title:>13}  {text}")
 

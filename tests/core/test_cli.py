@@ -106,3 +106,28 @@ def test_an_unknown_kind_is_one_sentence():
     done = fedkd("list", "algorithms")
     assert done.returncode == 2
     assert "Did you mean 'algorithm'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("simulate", ["--clients", "1.5"]),
+        ("simulate", ["--seed", "1e3"]),
+        ("bench", ["--rounds", "2.0"]),
+        ("export", ["RUN", "--images", "0x10"]),
+        ("distill", ["--epochs", "2.5"]),
+    ],
+)
+def test_a_fraction_is_no_integer(name, flags):
+    """It is not rounded."""
+    done = fedkd(name, *flags)
+    assert done.returncode == 2
+    assert f"{flags[-2]}: {flags[-1]!r} is not an integer" in done.stderr
+
+
+def test_a_list_shows_defaults_as_specs_and_what_is_optional():
+    partitioners, terms = (fedkd("list", kind).stdout for kind in ("partitioner", "distillation"))
+    assert "pathological:classes=2,mode=first-deterministic" in partitioners
+    assert "size:sizes=str\n" in partitioners
+    assert "logits:kind=kl,temperature=4.0,[weight=float]," in terms
+    assert "multi-level:temperatures=2.0+3.0+4.0+5.0+6.0," in fedkd("list", "loss").stdout

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-from fedkd.communication.ledger import break_even
+from fedkd.communication.ledger import break_even, is_soft_label
 from fedkd.core import tensors
 from fedkd.core.tensors import UInt8
 from fedkd.data import skew
@@ -55,12 +55,14 @@ def uplink(experiment: Experiment) -> str:
         what = f"{plain(len(spec), 'tensor')} of weights"
     if not spec:
         return "no communication"
-    encoded = [
-        f"{way} encoded by {codec}"
-        for way, codec in zip(("uplink", "downlink"), codecs, strict=True)
-        if codec != "float32"
-    ]
-    return "; ".join([f"uplink per client and round: {what}, {size(total)} as float32", *encoded])
+    notes = [f"uplink per client and round: {what}, {size(total)} as float32"]
+    channel = experiment.channel
+    for way, text, codec in zip(("uplink", "downlink"), codecs, (channel.uplink, channel.downlink), strict=True):
+        if codec.labels and not any(is_soft_label(name) for name in spec):
+            notes.append(f"{way} not encoded, since {text} applies to soft labels only")
+        elif text != "float32":
+            notes.append(f"{way} encoded by {text}" + " (soft labels only)" * codec.labels)
+    return "; ".join(notes)
 
 
 def _itemsize(shape: tuple[int, ...]) -> int:
