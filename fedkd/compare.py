@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
-from fedkd.core import cli
+from fedkd.core import cli, run_directory
 from fedkd.core.errors import UsageError
 from fedkd.distill import teacher_names
 from fedkd.evaluation.report import figure, students, table
@@ -67,6 +67,7 @@ def compare(
 #: Options in which two runs may differ: methods, seeds, codecs and the machine.
 IGNORED = {"algorithm", "compare", "seed", "seeds", "out", "json", "device", "engine", "workers", "client-timeout"}
 IGNORED |= {"ray-address", "client-cpus", "client-gpus", "data-dir", "evaluate-every", "uplink-codec", "downlink-codec"}
+IGNORED |= {"checkpoint-every", "resume"}
 #: The same for two distillations: the teachers and the loss.
 IGNORED_DISTILLATION = {"loss", "teacher", "teachers-from", "teacher-epochs", "teacher-weighting", "corrupted-images"}
 IGNORED_DISTILLATION |= {"out", "json", "data-dir"}
@@ -136,8 +137,7 @@ def simulated(files: Sequence[RunFiles]) -> tuple[list[Row], dict[tuple[str, int
         with _readable(one.path):
             runs = {(run["algorithm"], run["seed"]): run for run in one.result["runs"]}
             own: dict[tuple[str, int], list[Row]] = {key: [] for key in runs}
-            for line in (one.path / "rounds.jsonl").read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
+            for row in run_directory.rows(one.path / "rounds.jsonl"):
                 if (key := (row["algorithm"], row["seed"])) in own:  # else of a run that has not ended
                     own[key].append(row)
         if not runs or not all(own.values()):

@@ -50,6 +50,7 @@ class Work:
             "local-epochs": 1,
             "augment": False,
             "evaluate-every": self.rounds + 1,
+            "checkpoint-every": 0,  # as the other stacks
             "device": "cpu",
         }
         return Config.parse({**options, **{key.replace("_", "-"): value for key, value in changes.items()}})

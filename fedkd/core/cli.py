@@ -19,8 +19,9 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from cyclopts import App, CycloptsError, Group, Parameter, Token, convert
 
+from fedkd.core import run_directory
 from fedkd.core.config import Options
-from fedkd.core.errors import FedkdError, StorageError, Terminated, UsageError
+from fedkd.core.errors import FedkdError, ResumeError, StorageError, Terminated, UsageError
 
 #: The commands, also subcommands of ``fedkd``: where each app is (imported when it is used), and one line.
 COMMANDS = {
@@ -161,7 +162,10 @@ def command(function: Callable[[AnyOptions], Path], options: type[AnyOptions]) -
         given = {key: value for key, value in flags.items() if value is not None}
         for note in misspelt(os.environ):
             print(f"fedkd: {note}", file=sys.stderr)
-        config = options.parse(from_file(scenario) | from_environment(os.environ, options) | given)
+        values = from_file(scenario) | from_environment(os.environ, options) | given
+        if run := values.get("resume"):
+            values = run_directory.resumed(options, Path(run), _recorded(Path(run)), values)
+        config = options.parse(values)
         # With --json, standard output holds one JSON object; what other code prints goes to standard error.
         with redirect_stdout(sys.stderr) if config.json else nullcontext():
             out = function(config)
@@ -243,6 +247,13 @@ def from_file(path: Path | None) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML: {error}.") from error
     return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def _recorded(out: Path) -> dict[str, Any]:
+    """The options of a run, from its directory."""
+    if not (out / "config.toml").is_file():
+        raise ResumeError(f"{out} is not the directory of a run; there is no {out / 'config.toml'}.")
+    return from_file(out / "config.toml")
 
 
 def from_environment(environment: Mapping[str, str], options: type[Options]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -53,6 +53,8 @@ class Options:
 
     out: str
     json: bool
+    #: Options that may differ when a run is resumed, since results do not depend on them.
+    RESUMABLE: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], source: str = "") -> Self:
@@ -83,6 +85,11 @@ class Options:
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Config(Options):
     """The options of ``fedkd.simulate``, the keys of a scenario file and of Flower's run config."""
+
+    RESUMABLE = frozenset(
+        {"rounds", "workers", "engine", "device", "client_timeout", "ray_address", "client_cpus", "client_gpus"}
+        | {"data_dir", "checkpoint_every", "resume", "out", "json"}
+    )
 
     # Methods
     algorithm: str = option(
@@ -202,6 +209,10 @@ class Config(Options):
     evaluate_every: PositiveInt = option(
         1, "Run", "Evaluate clients and teacher on the test set every N rounds, and in the last one."
     )
+    checkpoint_every: Annotated[int, Field(ge=0)] = option(
+        1, "Run", "Write a checkpoint every N rounds, and after the last one; 0: never."
+    )
+    resume: str = option("", "Run", "Continue the run in this directory, with its options; --rounds may be larger.")
     out: str = option("", "Run", "Run directory; by default runs/NAME-TIME-HASH.")
     json: bool = option(False, "Run", "Print result.json on standard output, and everything else on standard error.")
 

@@ -37,6 +37,12 @@ class RunError(FedkdError):
     code = 4
 
 
+class ResumeError(FedkdError):
+    """A run cannot be continued: its options differ, or its checkpoint cannot be used."""
+
+    code = 6
+
+
 class PluginError(FedkdError):
     """A user-defined component cannot be imported, or breaks its contract."""
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import fedkd
 from fedkd.core.config import Options
-from fedkd.core.errors import FedkdError, UsageError
+from fedkd.core.errors import FedkdError, ResumeError, UsageError
 from fedkd.core.seeds import derive
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
@@ -30,12 +30,77 @@ def default_out(config: Options, name: str) -> Path:
 
 
 def begin(config: AnyOptions, name: str) -> AnyOptions:
-    """The config with its run directory, which is created with ``config.toml``."""
-    out = Path(config.out) if config.out else default_out(config, name)
-    config = dataclasses.replace(config, out=str(out))  # type: ignore[type-var]
-    claim(out)
-    write(out / "config.toml", toml(config))
+    """The config with its run directory, which is created with ``config.toml``, or continued if ``resume`` names it.
+
+    The directory is locked until `unlock` or the end of this process.
+
+    Raises:
+        UsageError: another process uses it, or it holds something else.
+
+    """
+    resume = getattr(config, "resume", "")
+    out = Path(resume or config.out or default_out(config, name))
+    config = dataclasses.replace(config, out=str(out), **({"resume": ""} if resume else {}))  # type: ignore[type-var]
+    if not resume:
+        claim(out)
+        write(out / "config.toml", toml(config))
+    lock(out)
     return config
+
+
+_LOCKS: dict[str, int] = {}  # run directory -> the open file that holds its lock
+
+
+def lock(out: Path) -> None:
+    """Lock a run directory by the file ``lock``, which names the process. The system releases it if that process ends.
+
+    Raises:
+        UsageError: another process has locked it.
+
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    file = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = os.read(file, 200).decode(errors="replace").strip() or "another process"
+        os.close(file)
+        raise UsageError(f"{out} is in use by {owner}; wait for its end, or stop it.") from error
+    os.truncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
+    _LOCKS[str(out)] = file
+
+
+def unlock(out: Path) -> None:
+    """Release the lock of this process, and remove its file."""
+    file = _LOCKS.pop(str(out), None)
+    if file is not None:
+        (out / "lock").unlink(missing_ok=True)
+        os.close(file)
+
+
+def resumed(
+    options: type[AnyOptions], out: Path, recorded: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options of a run that is continued: those recorded in its directory, and given ones that may differ.
+
+    Raises:
+        ResumeError: a given option differs that results depend on, or the run has fewer rounds than before.
+
+    """
+    if not (out / "checkpoint").is_dir():
+        raise ResumeError(f"{out} has no checkpoint; start the run again ({out / 'config.toml'} has its options).")
+    before = options.parse(recorded)
+    for key, value in given.items():
+        after = options.parse({**recorded, key: value})
+        if key not in options.RESUMABLE and after != before:
+            name, old = key.replace("_", "-"), getattr(before, key)
+            raise ResumeError(f"--{name} {value} differs from the run in {out}, which has {old}; start a new run.")
+    changed = {key: value for key, value in given.items() if key in options.RESUMABLE}
+    return {**recorded, **changed, "out": str(out), "resume": str(out)}
 
 
 def claim(out: Path) -> None:
@@ -47,11 +112,24 @@ def claim(out: Path) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if (out / "config.toml").exists():
+            raise UsageError(
+                f"--out {out} is in use: it holds a run ({_status(out)}). Continue it by --resume {out}, name another "
+                "directory, or remove it."
+            )
         if any(out.iterdir()):
             raise UsageError(f"--out {out} is in use: it is not empty. Name another directory, or remove it.")
         os.close(os.open(out / "config.toml", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except OSError as error:
         raise UsageError(f"--out {out} cannot be created: {error.strerror}.") from error
+
+
+def _status(out: Path) -> str:
+    """How the run in a directory ended, in one word."""
+    try:
+        return str(json.loads((out / "result.json").read_text(encoding="utf-8"))["status"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "not finished"
 
 
 def release(out: Path, record: str = "rounds.jsonl") -> None:
@@ -70,6 +148,15 @@ def write(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically."""
     write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
@@ -79,6 +166,23 @@ def append(path: Path, row: Mapping[str, object]) -> None:
     """Append one JSON line; earlier lines are never damaged."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file written by `append`. A last line that is incomplete is left out: it was being written."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    complete = lines[:-1]  # what follows the last line break is empty or incomplete
+    return [json.loads(line) for line in complete]
+
+
+def run_name(algorithm: str, seed: int) -> str:
+    """The name of one method with one seed in file names; different for different specs."""
+    words = "".join(c if c.isalnum() else "-" for c in algorithm).strip("-")[:60]
+    return f"{words}-seed{seed}-{derive(seed, algorithm):016x}"
 
 
 def log(out: Path, text: str) -> None:

@@ -33,6 +33,8 @@ def distill(config: DistillConfig) -> Path:
         if getattr(error, "code", None) != RunError.code:
             run_directory.release(out, "epochs.jsonl")
         raise
+    finally:
+        run_directory.unlock(out)
     return out
 
 

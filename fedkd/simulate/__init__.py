@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd.core import run_directory, runtime
-from fedkd.core.errors import FedkdError, RunError, UsageError
+from fedkd.core.errors import FedkdError, ResumeError, RunError, UsageError
 from fedkd.data.partitioners import OWN
 from fedkd.simulate import experiment
 
@@ -29,8 +30,12 @@ def simulate(config: Config) -> Path:
     experiment.check(config)  # before torch is imported: a mistake is answered within a second
     if config.partitioner == OWN:
         raise UsageError("--partitioner own is for deployed nodes, which bring their own data (docs/deployment.md).")
+    if config.engine == "ray" and config.resume:
+        raise ResumeError("--resume needs --engine local: client memories of Ray's actors end with a run.")
     if config.engine == "ray" and (sys.platform == "win32" or find_spec("ray") is None):
         raise UsageError("--engine ray needs Ray, on Linux or macOS: pip install 'fedkd[ray]'.")
+    if config.engine == "ray":
+        config = replace(config, checkpoint_every=0)
     config = run_directory.begin(config, config.algorithm)
     out = Path(config.out)
     try:
@@ -38,7 +43,11 @@ def simulate(config: Config) -> Path:
     except (FedkdError, KeyboardInterrupt, SystemExit) as error:
         if getattr(error, "code", None) != RunError.code:
             run_directory.release(out)
+        if isinstance(error, KeyboardInterrupt | SystemExit | RunError) and (out / "checkpoint").exists():
+            print(f"fedkd: continue with: python -m fedkd.simulate --resume {out}", file=sys.stderr)
         raise
+    finally:
+        run_directory.unlock(out)
     print(f"run directory: {out}", file=sys.stderr if config.json else sys.stdout, flush=True)
     return out
 
@@ -59,6 +68,7 @@ def _run_locally(config: Config) -> None:
         timeout=config.client_timeout,
         fork=is_fresh and device == "cpu" and sys.platform == "linux",
         disk=Path(config.out),
+        memories=Path(config.out) / "checkpoint" if config.checkpoint_every else None,
     ) as grid:
         from fedkd.simulate.flower.server_app import run_on
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fedkd.algorithms.base import Update
@@ -27,6 +27,20 @@ class Reply:
     update: Update | None
     failure: str
     serialized: SerializedBytes
+
+
+@dataclass
+class Memories:
+    """Which of its memories each client uses, by the round that left it: ``latest``, and ``kept`` for a resume.
+
+    A client's latest memory is that of the last round in which its reply arrived. ``run`` names the run, so that the
+    memories of another one do not count.
+    """
+
+    run: str  # not empty: Flower cannot count the bytes of an empty text
+    latest: dict[int, int] = field(default_factory=dict)
+    kept: Mapping[int, int] = field(default_factory=dict)
+    stored: set[str] = field(default_factory=set)  # names of the files of client memories
 
 
 #: Sends each client its message in a round and yields the replies as they arrive, in any order.

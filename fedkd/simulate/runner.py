@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from uuid import uuid4
 
 from rich.console import Console
 
 from fedkd.core import run_directory, specs
-from fedkd.core.errors import FedkdError
+from fedkd.core.errors import DataError, FedkdError, ResumeError
 from fedkd.data.loading import choose_dataset
 from fedkd.evaluation import metrics
 from fedkd.evaluation.report import figure, header, table
 from fedkd.evaluation.report.screen import HEAD, Screen
+from fedkd.simulate import checkpoint
 from fedkd.simulate.experiment import Experiment, prepared
-from fedkd.simulate.rounds import Reply, run_rounds
+from fedkd.simulate.rounds import Memories, Reply, run_rounds
 
 if TYPE_CHECKING:
     from fedkd.core.config import Config
     from fedkd.core.tensors import Tensors
     from fedkd.evaluation.metrics import Row
+    from fedkd.simulate.checkpoint import Checkpoint
     from fedkd.simulate.rounds import Exchange, Round
 
 
 class RunExchange(Protocol):
     """An exchange that is also given the config of the run it is for."""
 
-    def __call__(self, run: Config, kind: str, number: int, messages: Mapping[int, Tensors]) -> Iterable[Reply]: ...
+    def __call__(
+        self, run: Config, memories: Memories, kind: str, number: int, messages: Mapping[int, Tensors]
+    ) -> Iterable[Reply]: ...
 
 
 def run_all(config: Config, connect: Callable[[], RunExchange]) -> None:
     """Run every algorithm and seed of ``config`` over what ``connect`` returns; ``result.json`` is written last.
+
+    What the run directory has a checkpoint of is continued from there.
 
     Raises:
         FedkdError: what stopped it; ``result.json`` then holds its code and message.
@@ -43,19 +51,28 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> None:
     out = Path(config.out)
     screen = Screen(Console(stderr=config.json))
     finished: list[Row] = []
-    curves: dict[tuple[str, int], list[Row]] = {}
+    rounds = RoundsFile(out)
+    has_begun = False
     status, dataset, fallback, reason = "failed", config.dataset, "", dict[str, object]()
     try:
         dataset, fallback = choose_dataset(config.dataset, config.data_dir)
         runs = config.runs(dataset)
         _prepare(runs, fallback, out, screen)
+        checkpoints = {(run.algorithm, run.seed): checkpoint.load(out, run) for run in runs}
+        for run, start in zip(runs, checkpoints.values(), strict=True):
+            if start and start.number > run.rounds:
+                raise ResumeError(f"{run.algorithm} has {start.number} rounds already; --rounds cannot be less.")
+        run_directory.write(out / "config.toml", run_directory.toml(config))  # of a resumed run: with more rounds
+        done = rounds.restore({key: each.number if each else 0 for key, each in checkpoints.items()})
         exchange = connect()
-        with screen.progress(len(runs) * config.rounds):
+        has_begun = True
+        with screen.progress(len(runs) * config.rounds - done):
             for run in runs:
-                rows = curves[run.algorithm, run.seed] = []
-                finished.append(_run(run, partial(exchange, run), out, screen, rows))
-        figure.draw(curves, _title(runs[0]), out)
-        for grid in (table.side_by_side(finished, curves), table.ledger(finished)):
+                is_first = all(row["evaluated_model"] == "clients" for row in finished)
+                start = checkpoints[run.algorithm, run.seed]
+                finished.append(_run(run, exchange, out, screen, rounds, start, is_first))
+        figure.draw(rounds.curves, _title(runs[0]), out)
+        for grid in (table.side_by_side(finished, rounds.curves), table.ledger(finished)):
             screen.show(grid.rich())
         status = "ok"
     except FedkdError as error:
@@ -68,7 +85,8 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> None:
         raise
     finally:
         result = {"status": status, "out": str(out), "dataset": dataset, "dataset_fallback": fallback, "runs": finished}
-        run_directory.write_json(out / "result.json", result | reason)
+        if has_begun or not (out / "result.json").exists():  # a run that could not be resumed keeps its result
+            run_directory.write_json(out / "result.json", result | reason)
 
 
 def _prepare(runs: list[Config], fallback: str, out: Path, screen: Screen) -> None:
@@ -77,24 +95,47 @@ def _prepare(runs: list[Config], fallback: str, out: Path, screen: Screen) -> No
     for run in runs:
         experiments.setdefault(run.seed, prepared(run))
     first = experiments[runs[0].seed]
-    environment = run_directory.environment(first.setup.trainer.device, runs[0].dataset, fallback)
-    run_directory.write_json(out / "env.json", environment)
+    if not (out / "env.json").exists():
+        environment = run_directory.environment(first.setup.trainer.device, runs[0].dataset, fallback)
+        run_directory.write_json(out / "env.json", environment)
     _save_partitions(out / "partition.npz", experiments)
     screen.print(f"run directory: {out}")
     for title, text in header.lines(first, fallback):
         screen.print(f"{title:>13}  {text}")
 
 
-def _run(run: Config, exchange: partial[Iterable[Reply]], out: Path, screen: Screen, rows: list[Row]) -> Row:
+def _run(
+    run: Config,
+    exchange: RunExchange,
+    out: Path,
+    screen: Screen,
+    rounds: RoundsFile,
+    start: Checkpoint | None,
+    is_first: bool,
+) -> Row:
     """One algorithm with one seed: its rows as the rounds end, its student, its summary."""
     experiment = prepared(run)
-    round_ = None
     screen.print(f"\n{run.algorithm}, seed {run.seed}; {header.uplink(experiment)}\n{HEAD}")
-    watched = screen.watch(exchange, run, experiment.training_partition.sizes.tolist())
+    if start:
+        screen.print(f"         continued after round {start.number}")
+    memories = Memories(uuid4().hex)
+    if start:
+        memories = Memories(start.run, dict(start.memories), start.memories, set(start.stored))
+    state = start.state if start else None
+    watched = screen.watch(partial(exchange, run, memories), run, experiment.training_partition.sizes.tolist())
     for round_, seconds in _timed(
         _attributed(
             run,
-            run_rounds(experiment.algorithm, experiment.setup, watched, experiment.clients, experiment.channel),
+            run_rounds(
+                experiment.algorithm,
+                experiment.setup,
+                watched,
+                experiment.clients,
+                experiment.channel,
+                state=state,
+                channel_memory=start.channel_memory if start else None,
+                start=start.number + 1 if start else 1,
+            ),
         )
     ):
         with _attributing(run):
@@ -104,16 +145,62 @@ def _run(run: Config, exchange: partial[Iterable[Reply]], out: Path, screen: Scr
             run_directory.log(out, f"{where} round {round_.number} client {client}\n{reason}")
         for client, reason in row["evaluation_failures"].items():
             run_directory.log(out, f"{where} evaluation {round_.number} client {client}\n{reason}")
-        run_directory.append(out / "rounds.jsonl", row)
-        rows.append(row)
+        rounds.append(row)
+        state = round_.state
+        if run.checkpoint_every and (round_.number % run.checkpoint_every == 0 or round_.number == run.rounds):
+            checkpoint.save(out, run, round_, memories)
+            memories.kept = dict(memories.latest)
         screen.row(row, run.rounds)
-    assert round_ is not None
+    assert state is not None
     with _attributing(run):
-        weights = experiment.algorithm.global_model(experiment.setup, round_.state)
-        summary = metrics.run_summary(experiment, rows, experiment.partition.digest())
+        weights = experiment.algorithm.global_model(experiment.setup, state)
+        summary = metrics.run_summary(experiment, rounds.curves[run.algorithm, run.seed], experiment.partition.digest())
     if weights:
-        experiment.student(weights).save(out / _student_name(run, out))
+        experiment.student(weights).save(out / _student_name(run, is_first))
     return summary
+
+
+class RoundsFile:
+    """``rounds.jsonl``: the rows of all rounds, method by method and seed by seed, as far as they are done."""
+
+    def __init__(self, out: Path) -> None:
+        self._path = out / "rounds.jsonl"
+        self.curves: dict[tuple[str, int], list[Row]] = {}
+
+    def restore(self, done: Mapping[tuple[str, int], int]) -> int:
+        """Read the rows of the rounds that are ``done`` and drop all others; the number of rounds.
+
+        Raises:
+            DataError: rows are missing.
+
+        """
+        self.curves = {key: [] for key in done}
+        if not any(done.values()):
+            self._path.unlink(missing_ok=True)
+            return 0
+        for row in run_directory.rows(self._path):
+            key = row["algorithm"], row["seed"]
+            if row["round"] <= done.get(key, 0):
+                self.curves[key].append(row)
+        for key, rows in self.curves.items():
+            if [row["round"] for row in rows] != list(range(1, done[key] + 1)):
+                raise DataError(f"{self._path} lacks rounds of {key[0]} that its checkpoint has; start the run again.")
+        self._write()
+        return sum(done.values())
+
+    def append(self, row: Row) -> None:
+        """Add a row behind those of its method and seed."""
+        keys = list(self.curves)
+        key = row["algorithm"], row["seed"]
+        self.curves[key].append(row)
+        if any(self.curves[later] for later in keys[keys.index(key) + 1 :]):
+            self._write()  # a run that is extended: methods that follow have rows already
+        else:
+            run_directory.append(self._path, row)
+
+    def _write(self) -> None:
+        lines = (json.dumps(row, allow_nan=False) for rows in self.curves.values() for row in rows)
+        run_directory.write(self._path, "".join(f"{line}\n" for line in lines))
 
 
 def _evaluated(experiment: Experiment, exchange: Exchange, round_: Round, seconds: float) -> Row:
@@ -145,11 +232,9 @@ def _attributing(run: Config) -> AbstractContextManager[None]:
     return specs.attributing([(kind, getattr(run, kind)) for kind in kinds], "on the server")
 
 
-def _student_name(run: Config, out: Path) -> str:
-    """The first run's student has the plain name; the others are named after their run."""
-    if not (out / "student.safetensors").exists():
-        return "student.safetensors"
-    return run_directory.student_file(run.algorithm, run.seed)
+def _student_name(run: Config, is_first: bool) -> str:
+    """The first student has the plain name; the others are named after their run."""
+    return "student.safetensors" if is_first else run_directory.student_file(run.algorithm, run.seed)
 
 
 def _save_partitions(path: Path, experiments: Mapping[int, Experiment]) -> None:

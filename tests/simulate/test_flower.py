@@ -18,17 +18,17 @@ from fedkd.simulate.experiment import prepared
 from fedkd.simulate.flower import client_app, server_app
 from fedkd.simulate.flower.local_grid import LocalGrid
 from fedkd.simulate.flower.records import count_bytes, from_record, to_record
-from fedkd.simulate.rounds import run_rounds
+from fedkd.simulate.rounds import Memories, run_rounds
 from tests.conftest import tiny
 
 NPY_HEADER = 128  # bytes that NumPy's format puts before the numbers
 
 
 def exchange_of(config):
-    grid = LocalGrid(client_app.app, config.clients, config.run_config())
+    grid, memories = LocalGrid(client_app.app, config.clients, config.run_config()), Memories("run")
 
     def exchange(kind, number, requests):
-        return server_app.exchange(grid, grid.get_node_ids(), config, kind, number, requests)
+        return server_app.exchange(grid, grid.get_node_ids(), config, memories, kind, number, requests)
 
     return exchange
 
@@ -99,10 +99,11 @@ def test_our_fedavg_equals_flowers_own_strategy(monkeypatch, tmp_path):
         monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
 
     class Theirs(FedAvg):
-        """Only tells our client which run it is in."""
+        """Adds the config that our client expects."""
 
         def configure_train(self, server_round, arrays, config, grid):
             config.update({"round": server_round, "algorithm": "fedavg", "seed": 0, "dataset": "digits"})
+            config.update({"run": "theirs", "memory": server_round - 1, "keep": 0})
             for index, message in enumerate(super().configure_train(server_round, arrays, config, grid)):
                 message.metadata.__dict__["_message_id"] = f"{server_round}-{index}"
                 yield message
@@ -178,7 +179,13 @@ def test_a_new_run_starts_with_an_empty_memory():
         return next(
             iter(
                 server_app.exchange(
-                    grid, grid.get_node_ids(), member, "train", number, {0: {"round": torch.tensor(number)}}
+                    grid,
+                    grid.get_node_ids(),
+                    member,
+                    Memories("run"),
+                    "train",
+                    number,
+                    {0: {"round": torch.tensor(number)}},
                 )
             )
         )
@@ -192,7 +199,9 @@ def test_a_new_run_starts_with_an_empty_memory():
 def test_what_a_silent_client_was_sent_is_counted(grid, monkeypatch):
     """The message to the client was sent, whether or not a reply ever arrives."""
     monkeypatch.setattr(server_app, "_send", lambda *_: iter(()))
-    (reply,) = server_app.exchange(grid, range(1, 2), tiny(), "train", 1, {0: {"x": torch.zeros(1000)}})
+    (reply,) = server_app.exchange(
+        grid, range(1, 2), tiny(), Memories("run"), "train", 1, {0: {"x": torch.zeros(1000)}}
+    )
     assert (reply.client, reply.update, reply.failure) == (0, None, "no reply")
     assert reply.serialized.downlink_arrays > 4000
     assert reply.serialized.uplink_arrays == 0
@@ -204,7 +213,9 @@ def test_replies_that_are_no_replies_are_failures_with_a_reason(grid):
     def answers(content):
         app = ClientApp()
         app.train()(lambda message, context: Message(content, reply_to=message))
-        return next(iter(server_app.exchange(LocalGrid(app, 1, {}), range(1, 2), config, "train", 1, {0: {}})))
+        return next(
+            iter(server_app.exchange(LocalGrid(app, 1, {}), range(1, 2), config, Memories("run"), "train", 1, {0: {}}))
+        )
 
     assert "without arrays" in answers(RecordDict()).failure
     huge = (

@@ -411,7 +411,7 @@ def test_an_interrupt_is_passed_on_and_the_engine_may_write_what_it_has(child, m
 
 def forked(out: Path, error: BaseException | None, monkeypatch) -> int:
     """The exit status of the engine's process, in which playing ends with an error."""
-    (out / "config.toml").write_text(run_directory.toml(tiny(engine="ray", out=str(out))))
+    config = tiny(engine="ray", out=str(out))
 
     def play(config: Config) -> None:
         assert config == tiny(engine="ray", out=str(out), json=True)
@@ -420,7 +420,7 @@ def forked(out: Path, error: BaseException | None, monkeypatch) -> int:
 
     with monkeypatch.context() as patch:
         patch.setattr(ray_engine, "_run", play)
-        patch.setattr(sys, "argv", ["fedkd", str(out)])
+        patch.setattr(sys, "argv", ["fedkd", str(out), json.dumps(config.run_config())])
         if not (pid := os.fork()):
             os.setsid()  # so that it ends nobody but itself when this process is gone
             try:

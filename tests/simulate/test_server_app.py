@@ -15,6 +15,7 @@ from fedkd.simulate import experiment
 from fedkd.simulate.flower import client_app, server_app
 from fedkd.simulate.flower.local_grid import LocalGrid
 from fedkd.simulate.flower.local_update import ClientRunner
+from fedkd.simulate.rounds import Memories
 from tests.conftest import tiny
 
 IDS = [71, -5, 40]  # of clients 0, 1 and 2, as an engine of Flower might number them
@@ -107,7 +108,7 @@ def test_a_node_without_a_number_is_an_error_with_the_remedy():
 def test_a_round_continues_without_clients_that_never_reply():
     config = tiny()
     nodes, asked = [IDS[client] for client in range(3)], {client: {"round": torch.tensor(1)} for client in range(3)}
-    replies = list(server_app.exchange(foreign(config, lost=(1,)), nodes, config, "train", 1, asked))
+    replies = list(server_app.exchange(foreign(config, lost=(1,)), nodes, config, Memories("run"), "train", 1, asked))
     assert {reply.client: reply.failure for reply in replies} == {0: "", 1: "no reply", 2: ""}
     assert len({reply.serialized.downlink_arrays for reply in replies}) == 1  # a message without a reply was sent, too
 
@@ -119,7 +120,8 @@ def test_a_failed_local_update_leaves_the_old_memory(tmp_path, monkeypatch):
     grid = LocalGrid(client_app.app, 3, config.run_config())
 
     def message_for(algorithm: str) -> Message:
-        record = ConfigRecord({"round": 1, "algorithm": algorithm, "seed": 0, "dataset": "digits"})
+        run = {"run": "", "algorithm": algorithm, "seed": 0, "dataset": "digits"}
+        record = ConfigRecord({"round": 1, "memory": 0, "keep": 0, **run})
         return grid.create_message(
             RecordDict({"arrays": server_app.to_record({"round": torch.tensor(1)}), "config": record}), "train", 1, "1"
         )
@@ -154,7 +156,11 @@ def test_a_node_trains_on_its_own_images(tmp_path):
         app.train()(placed)
         grid = LocalGrid(app, 1, config.run_config())
         return next(
-            iter(server_app.exchange(grid, grid.get_node_ids(), config, "train", 1, {0: {"round": torch.tensor(1)}}))
+            iter(
+                server_app.exchange(
+                    grid, grid.get_node_ids(), config, Memories("run"), "train", 1, {0: {"round": torch.tensor(1)}}
+                )
+            )
         )
 
     reply = reply_of(data=str(tmp_path / "mine"))

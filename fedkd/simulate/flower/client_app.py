@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -18,6 +18,9 @@ from fedkd.simulate.experiment import Experiment, node_data, prepared
 from fedkd.simulate.flower.records import ARRAYS, CONFIG, MEMORY, METRICS, OWNER, from_record, to_record
 from fedkd.training import loop
 
+if TYPE_CHECKING:
+    from fedkd.core.tensors import Tensors
+
 app = ClientApp()
 
 
@@ -30,9 +33,8 @@ def train(message: Message, context: Context) -> Message:
     received = channel.decode_message(arrays, channel_memory)
     update, memory = experiment.algorithm.local_update(experiment.setup, client, received.tensors)
     sent = channel.encode_update(update.tensors, arrays, channel_memory)
-    number = _int(cast(ConfigRecord, message.content[CONFIG])["round"])
-    context.state[MEMORY] = to_record({**memory, **put("channel", channel.new_memory(number, received, sent))})
-    context.state[OWNER] = ConfigRecord({"run": _owner(message, context)})
+    number = _int(_config(message)["round"])
+    _remember(message, context, {**memory, **put("channel", channel.new_memory(number, received, sent))})
     metrics = MetricRecord({"num-examples": update.examples, **update.metrics})
     content = RecordDict({ARRAYS: to_record(sent.tensors), METRICS: metrics})
     return Message(content, reply_to=message)
@@ -64,16 +66,13 @@ def identify(message: Message, context: Context) -> Message:
 
 def _client(message: Message, context: Context) -> tuple[Experiment, Client]:
     """The run that a message is for, and this client in it. A new run starts with an empty memory."""
-    config = message.content[CONFIG]
-    assert isinstance(config, ConfigRecord)
+    config = _config(message)
     algorithm, seed, number = str(config["algorithm"]), _int(config["seed"]), _int(config["round"])
     run = _run(tuple(sorted(context.run_config.items())), algorithm, seed, str(config["dataset"]))
     settle(run.threads)
     experiment = prepared(run)
-    # A memory of another run does not count. Its owner is kept with it: a local update that fails changes neither.
-    kept, owner = context.state.get(MEMORY), context.state.get(OWNER)
-    is_of_this_run = isinstance(owner, ConfigRecord) and owner["run"] == _owner(message, context)
-    memory = from_record(kept) if is_of_this_run and isinstance(kept, ArrayRecord) else {}
+    kept = context.state.get(_memory_name(_int(config["memory"]))) if _is_owner(message, context) else None
+    memory = from_record(kept) if isinstance(kept, ArrayRecord) else {}
     data = None
     if run.partitioner == OWN:
         if "data" not in context.node_config:
@@ -82,11 +81,42 @@ def _client(message: Message, context: Context) -> tuple[Experiment, Client]:
     return experiment, experiment.client(_int(context.node_config["partition-id"]), number, memory, data)
 
 
-def _owner(message: Message, context: Context) -> str:
-    """The run that a memory belongs to."""
+def _remember(message: Message, context: Context, memory: Tensors) -> None:
+    """Keep a new memory in the context, beside the ones that may be needed again.
+
+    These are the memory that this local update started from, since the reply may be lost, and that of the last
+    checkpoint. A local update that fails changes nothing.
+    """
+    config = _config(message)
+    needed = {_memory_name(_int(config[key])) for key in ("memory", "keep")} if _is_owner(message, context) else set()
+    for name in [name for name in context.state if name.startswith(MEMORY) and name not in needed]:
+        del context.state[name]
+    if memory:
+        context.state[_memory_name(_int(config["round"]))] = to_record(memory)
+    context.state[OWNER] = ConfigRecord({"run": _owner(message)})
+
+
+def _memory_name(number: int) -> str:
+    """The name of the memory that the local update of a round left."""
+    return f"{MEMORY}-{number}"
+
+
+def _owner(message: Message) -> str:
+    """The run (method and seed) that a memory belongs to."""
+    config = _config(message)
+    return f"{config['run']!s} {config['algorithm']!s} {config['seed']!s}"
+
+
+def _is_owner(message: Message, context: Context) -> bool:
+    """Whether the memories in the context are those of this run."""
+    owner = context.state.get(OWNER)
+    return isinstance(owner, ConfigRecord) and owner["run"] == _owner(message)
+
+
+def _config(message: Message) -> ConfigRecord:
     config = message.content[CONFIG]
     assert isinstance(config, ConfigRecord)
-    return f"{context.run_id} {config['algorithm']!s} {config['seed']!s}"
+    return config
 
 
 @lru_cache(maxsize=2)

@@ -41,6 +41,7 @@ class LocalGrid(Grid):
     With one worker and no time limit a client runs in this process when its reply is pulled. Otherwise clients run in
     worker processes, in the order in which messages were pushed, and replies arrive as clients finish; if the last
     ones of a kind were `SMALL`, the next run in this process too. A client that raises gives an error message.
+    Client memories are in the directory ``memories``, where they stay, or in a temporary directory on ``disk``.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class LocalGrid(Grid):
         timeout: float = 0,
         fork: bool = False,
         disk: Path | None = None,
+        memories: Path | None = None,
     ) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="memories-", dir=disk)
-        self._runner = ClientRunner(app, clients, run_config, Path(self._directory.name))
+        self._temporary = None if memories else tempfile.TemporaryDirectory(prefix="memories-", dir=disk)
+        folder = memories or Path(self._temporary.name)  # type: ignore[union-attr]
+        self._runner = ClientRunner(app, clients, run_config, folder, durable=memories is not None)
         in_processes = workers > 1 or timeout > 0
         self._workers = Workers(self._runner, workers, timeout, fork=fork) if in_processes else None
         self._pending: dict[str, Message] = {}
@@ -68,10 +71,11 @@ class LocalGrid(Grid):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the workers at once, whatever they are doing, and delete the client memories."""
+        """End the workers at once, whatever they are doing, and delete temporary client memories."""
         if self._workers is not None:
             self._workers.__exit__()
-        self._directory.cleanup()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def set_run(self, run: Run) -> None:
         """Does nothing: there is one run, known from the start."""

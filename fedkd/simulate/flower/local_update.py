@@ -26,20 +26,22 @@ RUN_ID, SERVER = 1, 0
 class ClientRunner:
     """Runs the app for a client; client i is node i + 1.
 
-    Client memories are files, one per client, so that a client costs nothing before its first round and no RAM
-    after it. A local update writes its new memory to a separate file; only `accept` makes it the client's. So a local
-    update that was interrupted can be repeated and gives the same bits.
+    Client memories are files, one per client and run, so that a client costs nothing before its first round and no
+    RAM after it. The run is the part of a message's group before the last slash. A local update writes its new memory
+    to a separate file; only `accept` makes it the client's. So a local update that was interrupted can be repeated
+    and gives the same bits. With ``durable`` a memory is on the disk before the reply is sent.
     """
 
     app: str | ClientApp
     clients: int
     run_config: UserConfig
     memories: Path
+    durable: bool = False
 
     def run(self, message: Message) -> Message:
         """The reply; an error message if the app raises, as on Flower's own engines."""
-        node = message.metadata.dst_node_id
-        old = self._read_memory(node)
+        node, group = message.metadata.dst_node_id, message.metadata.group_id
+        old = self._read_memory(node, group)
         state = recorddict_from_proto(Proto.FromString(old))
         node_config: UserConfig = {"partition-id": node - 1, "num-partitions": self.clients}
         context = Context(RUN_ID, node, node_config, state, self.run_config)
@@ -51,38 +53,43 @@ class ClientRunner:
             return failure(message, traceback.format_exc())
         new: bytes = recorddict_to_proto(context.state).SerializeToString(deterministic=True)
         if new != old:
-            with open(self._new_file(node), "wb") as file:
-                file.write(new)
+            file = self._new_file(node, group)
+            os.makedirs(os.path.dirname(file), exist_ok=True)
+            with open(file, "wb") as opened:
+                opened.write(new)
+                if self.durable:
+                    opened.flush()
+                    os.fsync(opened.fileno())
         return reply
 
     def accept(self, reply: Message) -> Message:
         """The same reply; the new memory of this local update becomes the client's."""
         if not reply.has_error():
-            node = reply.metadata.src_node_id
+            place = reply.metadata.src_node_id, reply.metadata.group_id
             with suppress(FileNotFoundError):
-                os.replace(self._new_file(node), self._file(node))
+                os.replace(self._new_file(*place), self._file(*place))
         return reply
 
     def load(self) -> ClientApp:
         """The app, imported if it is given as module:name."""
         return _imported(self.app) if isinstance(self.app, str) else self.app
 
-    def _read_memory(self, node: int) -> bytes:
+    def _read_memory(self, node: int, group: str) -> bytes:
         """The client's memory; the new memory of an unfinished local update is deleted."""
         with suppress(FileNotFoundError):
-            os.unlink(self._new_file(node))
+            os.unlink(self._new_file(node, group))
         try:
-            with open(self._file(node), "rb") as file:
+            with open(self._file(node, group), "rb") as file:
                 return file.read()
         except FileNotFoundError:
             return b""
 
     # Strings: making a path object takes longer than the system call.
-    def _file(self, node: int) -> str:
-        return f"{self.memories}/{node}"
+    def _file(self, node: int, group: str) -> str:
+        return f"{self.memories}/{group.rpartition('/')[0]}/{node}"
 
-    def _new_file(self, node: int) -> str:
-        return f"{self.memories}/{node}.new"
+    def _new_file(self, node: int, group: str) -> str:
+        return f"{self._file(node, group)}.new"
 
 
 def failure(message: Message, reason: str) -> Message:

@@ -8,6 +8,7 @@ In the child the server runs in the main thread, where signals arrive, and Flowe
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import signal
@@ -28,7 +29,7 @@ from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedkd.core import cli, run_directory
+from fedkd.core import run_directory
 from fedkd.core.config import Config
 from fedkd.core.errors import FedkdError, RunError, StorageError, UsageError
 from fedkd.simulate.flower import client_app
@@ -64,7 +65,8 @@ def run(config: Config) -> None:
 
     """
     out = Path(config.out)
-    child = subprocess.Popen([sys.executable, "-m", __name__, str(out)], start_new_session=True)
+    command = [sys.executable, "-m", __name__, str(out), json.dumps(config.run_config())]
+    child = subprocess.Popen(command, start_new_session=True)
     try:
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, but its process id is not reused yet
     except BaseException:  # Ctrl-C, or asked to terminate
@@ -87,9 +89,8 @@ def run(config: Config) -> None:
 
 
 def main() -> NoReturn:
-    """``python -m fedkd.simulate.flower.ray_engine OUT``: the child. The run directory has the config."""
-    out = Path(sys.argv[1])
-    config = Config.parse(cli.from_file(out / "config.toml"))
+    """``python -m fedkd.simulate.flower.ray_engine OUT CONFIG``: the child; the config is JSON."""
+    out, config = Path(sys.argv[1]), Config.parse(json.loads(sys.argv[2]))
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     _keep_screen_clean(out / "ray.log", screen=2 if config.json else 1)
     code = 0

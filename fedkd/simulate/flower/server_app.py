@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,12 @@ from fedkd.algorithms.base import Update
 from fedkd.communication.ledger import SerializedBytes
 from fedkd.core import run_directory
 from fedkd.core.config import Config
-from fedkd.core.errors import RunError, last_line
+from fedkd.core.errors import ResumeError, RunError, last_line
 from fedkd.core.runtime import settle
 from fedkd.simulate import experiment
 from fedkd.simulate.experiment import prepared
 from fedkd.simulate.flower.records import ARRAYS, CONFIG, METRICS, count_bytes, from_record, to_record
-from fedkd.simulate.rounds import Reply
+from fedkd.simulate.rounds import Memories, Reply
 from fedkd.simulate.runner import run_all
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ def main(grid: Grid, context: Context) -> None:
     """The entry point for Flower: the run config holds all options."""
     config = Config.parse(context.run_config)
     experiment.check(config)
-    run_on(grid, run_directory.begin(config, config.algorithm))
+    if config.resume:
+        raise ResumeError("resume is not supported in deployments: client memories of nodes end with a run.")
+    run_on(grid, run_directory.begin(replace(config, checkpoint_every=0), config.algorithm))
 
 
 def run_on(grid: Grid, config: Config) -> None:
@@ -62,7 +65,7 @@ def client_nodes(grid: Grid, config: Config) -> Sequence[int]:
         raise RunError(f"{config.clients} nodes are needed and {len(found)} are connected; start one for each client.")
     node_of: dict[int, int] = {}
     queries = {node: (node, RecordDict()) for node in found}
-    for node, reply in _send(grid, "query", 0, queries, START):
+    for node, reply in _send(grid, "query", "0", queries, START):
         if reply.has_error():
             reason = reply.error.reason or f"error {reply.error.code}"
             raise RunError(f"A node did not report its client number: {last_line(reason)}.", reason)
@@ -79,41 +82,54 @@ def exchange(
     grid: Grid,
     nodes: Sequence[int],
     run: Config,
+    memories: Memories,
     kind: str,
     number: int,
     messages: Mapping[int, Tensors],
 ) -> Iterator[Reply]:
     """Send each client its message and yield the replies as they arrive.
 
-    Clients with most samples are first, so that the longest local update does not start last.
+    Clients with most samples are first, so that the longest local update does not start last. A reply to a local
+    update makes the memory that it left the client's latest one.
     """
     partition = prepared(run).training_partition
-    config = ConfigRecord({"round": number, "algorithm": run.algorithm, "seed": run.seed, "dataset": run.dataset})
+    named: dict[str, str | int] = {
+        "round": number,
+        "run": memories.run,
+        "algorithm": run.algorithm,
+        "seed": run.seed,
+        "dataset": run.dataset,
+    }
     order = sorted(messages, key=lambda client: -len(partition[client]))
     arrays: dict[int, Array] = {}
-    serialized: dict[tuple[tuple[str, int], ...], tuple[RecordDict, tuple[int, int]]] = {}
+    serialized: dict[object, tuple[RecordDict, tuple[int, int]]] = {}
     contents = {}
     for client in order:  # what all clients receive is serialized and counted once
-        key = tuple((name, id(tensor)) for name, tensor in messages[client].items())
+        used = {"memory": memories.latest.get(client, 0), "keep": memories.kept.get(client, 0)}
+        key = tuple((name, id(tensor)) for name, tensor in messages[client].items()), *used.values()
         if key not in serialized:
+            config = ConfigRecord({**named, **used})
             content = RecordDict({ARRAYS: to_record(messages[client], arrays), CONFIG: config})
             serialized[key] = content, count_bytes(content)
         contents[client] = serialized[key]
     addressed = {client: (nodes[client], content) for client, (content, _) in contents.items()}
-    for client, reply in _send(grid, kind, number, addressed, 2 * run.client_timeout or SILENCE):
+    group = f"{run_directory.run_name(run.algorithm, run.seed)}/{number}"
+    for client, reply in _send(grid, kind, group, addressed, 2 * run.client_timeout or SILENCE):
+        if kind == "train" and not reply.has_error():
+            memories.latest[client] = number
         yield _reply(client, reply, *contents.pop(client)[1])
     for client, (_, (arrays_bytes, metadata_bytes)) in contents.items():  # a message without a reply was sent, too
         yield Reply(client, None, "no reply", SerializedBytes(arrays_bytes, 0, metadata_bytes, 0))
 
 
 def _send(
-    grid: Grid, kind: str, number: int, addressed: Mapping[int, tuple[int, RecordDict]], patience: float
+    grid: Grid, kind: str, group: str, addressed: Mapping[int, tuple[int, RecordDict]], patience: float
 ) -> Iterator[tuple[int, Message]]:
     """The key of a message (a node and its content) and the reply to it, as replies arrive.
 
     It ends after ``patience`` seconds without any reply: there may never be one from a node that is gone.
     """
-    messages = [grid.create_message(content, kind, node, str(number)) for node, content in addressed.values()]
+    messages = [grid.create_message(content, kind, node, group) for node, content in addressed.values()]
     # An engine that cannot take a message returns None for it, or no list at all.
     pending = {sent: key for key, sent in zip(addressed, grid.push_messages(messages), strict=False) if sent}
     last = time.monotonic()

@@ -1,0 +1,256 @@
+"""Resuming a run: the same bits as without an interruption, for every method and after any kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedkd.core import cli, run_directory, tensors
+from fedkd.core.catalog import CATALOG
+from fedkd.core.config import Config
+from fedkd.core.errors import DataError, ResumeError, UsageError
+from fedkd.simulate import checkpoint, simulate
+from tests.conftest import ROOT, TINY, tiny, wait_for
+
+SMALL = {"dataset": "noise:size=200,pixels=8", "participation": 0.6, "partitioner": "linear"}
+MEMORIES = "fedmd fedavg cfd scarlet scaffold"  # client memory, none, channel memory, a cache, control variates
+METHODS = [
+    *(name if name != "mentor" else "mentor:model=cnn:width=4" for name in sorted(CATALOG["algorithm"])),
+    "ensemble:downlink=labels",
+    "ensemble:downlink=student",
+]
+
+
+def result_of(out: Path) -> dict[str, object]:
+    """Everything that must not depend on interruptions: rows and summaries without times, and students."""
+
+    def timeless(row: dict) -> dict:
+        return {key: value for key, value in row.items() if "seconds" not in key}
+
+    result = json.loads((out / "result.json").read_text())
+    return {
+        "rows": [timeless(json.loads(line)) for line in (out / "rounds.jsonl").read_text().splitlines()],
+        "runs": [timeless(run) for run in result["runs"]],
+        "status": result["status"],
+        "students": {path.name: tensors.digest(tensors.load(path)) for path in sorted(out.glob("*.safetensors"))},
+    }
+
+
+def resume(out: Path, **changes: object) -> Path:
+    """``--resume``, in this process."""
+    given = {"resume": str(out), **changes}
+    recorded = cli.from_file(out / "config.toml")
+    return simulate(Config.parse(run_directory.resumed(Config, out, recorded, given)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_three_rounds_extended_to_six_are_six_rounds(tmp_path, method):
+    options = {"algorithm": method, "uplink-codec": "float16:delta=true", **SMALL}
+    simulate(tiny(**options, rounds=6, out=str(tmp_path / "whole")))
+    simulate(tiny(**options, rounds=3, out=str(tmp_path / "parts")))
+    resume(tmp_path / "parts", rounds=6)
+    assert result_of(tmp_path / "parts") == result_of(tmp_path / "whole")
+
+
+def test_several_methods_and_seeds_are_extended_in_the_order_of_a_whole_run(tmp_path):
+    options = {"algorithm": "local", "compare": "ensemble fedavg", "seeds": 2, **SMALL}
+    simulate(tiny(**options, rounds=3, out=str(tmp_path / "whole")))
+    simulate(tiny(**options, rounds=1, out=str(tmp_path / "parts")))
+    resume(tmp_path / "parts", rounds=3)
+    assert result_of(tmp_path / "parts") == result_of(tmp_path / "whole")
+    again = result_of(resume(tmp_path / "parts"))
+    assert again == result_of(tmp_path / "whole"), "nothing is left to do"
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_rounds_after_the_last_checkpoint_are_repeated(tmp_path, every):
+    """The state of the directory right after round 4 or 5, when only round 2, 3 or 4 has a checkpoint."""
+    options = {"algorithm": "fedmd", "compare": "scarlet", "checkpoint-every": every, **SMALL}
+    simulate(tiny(**options, rounds=6, out=str(tmp_path / "whole")))
+    out = tmp_path / "parts"
+    broken = Config.parse({**tiny(**options, rounds=6, out=str(out)).run_config()})
+    stop_after(broken, 5)
+    assert len((out / "rounds.jsonl").read_text().splitlines()) == 5
+    resume(out)
+    assert result_of(out) == result_of(tmp_path / "whole")
+
+
+def stop_after(config: Config, rounds: int) -> None:
+    """Run until the line of a round is written, and no further."""
+    written = []
+
+    def append(path: Path, row: dict) -> None:
+        original(path, row)
+        written.append(row)
+        if len(written) == rounds:
+            raise KeyboardInterrupt
+
+    original, run_directory.append = run_directory.append, append
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            simulate(config)
+    finally:
+        run_directory.append = original
+
+
+def rows_of(out: Path) -> int:
+    """The number of finished rounds."""
+    return len(run_directory.rows(out / "rounds.jsonl"))
+
+
+def killed_and_resumed(out: Path, kills: int, workers: str, source: random.Random) -> None:
+    """Start a run, kill it with SIGKILL at random times, and resume it each time; then let it end."""
+    first, *others = MEMORIES.split()
+    options = {"algorithm": first, "clients": 4, "rounds": 6, "workers": workers, "out": out, **SMALL}
+    flags = [part for key, value in (TINY | options).items() for part in (f"--{key}", str(value))]
+    flags += ["--compare", *others]
+    for kill in range(kills + 1):
+        command = [sys.executable, "-m", "fedkd.simulate", *(["--resume", str(out)] if kill else flags)]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            if kill == kills:
+                assert process.wait(240) == 0, process.stderr.read().decode()
+                return
+            before = rows_of(out) if kill else 0
+            wait_for(lambda: rows_of(out) > before or process.poll() is not None)  # noqa: B023
+            time.sleep(source.uniform(0, 0.2))
+            process.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+@pytest.mark.parametrize(("workers", "kills"), [("1", 2), ("2", 2), pytest.param("2", 20, marks=pytest.mark.slow)])
+def test_a_run_that_was_killed_has_the_bits_of_one_that_was_not(tmp_path, workers, kills):
+    first, *others = MEMORIES.split()
+    options = {"algorithm": first, "compare": " ".join(others), "clients": 4, "rounds": 6, **SMALL}
+    simulate(tiny(**options, out=str(tmp_path / "whole")))
+    killed_and_resumed(tmp_path / "killed", kills, workers, random.Random(kills))
+    assert result_of(tmp_path / "killed") == result_of(tmp_path / "whole")
+    assert not (tmp_path / "killed" / "lock").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return simulate(tiny(algorithm="fedmd", **SMALL, out=str(out)))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_options_that_change_results_may_not_differ(copied):
+    for option, value in {"learning_rate": 0.5, "clients": 4, "algorithm": "local", "proxy": "holdout:size=30"}.items():
+        with pytest.raises(ResumeError, match=f"--{option.replace('_', '-')} .* differs from the run in .*run, which"):
+            resume(copied, **{option: value})
+    with pytest.raises(ResumeError, match="fedmd has 2 rounds already"):
+        resume(copied, rounds=1)
+    before = result_of(copied)
+    resume(copied, workers="2", learning_rate=0.01)  # as recorded
+    assert result_of(copied) == before
+
+
+def test_a_directory_without_a_run_cannot_be_resumed(tmp_path):
+    command = [sys.executable, "-m", "fedkd.simulate", "--resume", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == ResumeError.code
+    assert f"{tmp_path} is not the directory of a run" in done.stderr
+
+
+def damaged(folder: Path, how: str) -> None:
+    (state,) = folder.glob("state-*.safetensors")
+    about = folder / "checkpoint.json"
+    if how == "bits":
+        content = bytearray(state.read_bytes())
+        content[-3] ^= 1
+        state.write_bytes(bytes(content))
+    elif how == "no state":
+        state.unlink()
+    elif how == "no memory":
+        (folder / "1").unlink()
+    elif how == "text":
+        about.write_text(about.read_text()[:20])
+    else:
+        about.write_text(json.dumps({**json.loads(about.read_text()), "format": 0}))
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("bits", "checksum"),
+        ("no state", "a file is missing"),
+        ("no memory", "client memories are missing"),
+        ("text", "is damaged"),
+        ("format", "another version"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(copied, how, expected):
+    folder = checkpoint.folder_of(copied, tiny(algorithm="fedmd"))
+    damaged(folder, how)
+    rows = (copied / "rounds.jsonl").read_text()
+    with pytest.raises(DataError, match=expected):
+        resume(copied, rounds=4)
+    assert (copied / "rounds.jsonl").read_text() == rows
+
+
+def test_a_torn_last_line_is_repaired(copied):
+    whole = result_of(copied)["rows"]
+    with (copied / "rounds.jsonl").open("a") as file:
+        file.write('{"algorithm": "fedmd", "se')
+    resume(copied)
+    assert result_of(copied)["rows"] == whole
+
+
+def test_rounds_that_are_missing_are_reported(copied):
+    lines = (copied / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (copied / "rounds.jsonl").write_text(lines[1])
+    with pytest.raises(DataError, match="lacks rounds of fedmd"):
+        resume(copied)
+
+
+def test_a_run_in_use_is_refused_and_a_lock_of_a_dead_process_is_not(copied):
+    holder = "import sys, time\nfrom pathlib import Path\nfrom fedkd.core.run_directory import lock\n"
+    holder += "lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", holder, str(copied)], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
+        with pytest.raises(UsageError, match=f"in use by process {process.pid} on "):
+            resume(copied)
+        process.kill()
+    assert (copied / "lock").exists()
+    resume(copied)
+    assert not (copied / "lock").exists()
+
+
+def test_a_directory_with_a_run_is_refused_with_its_status(copied):
+    with pytest.raises(UsageError, match=r"it holds a run \(ok\). Continue it by --resume "):
+        simulate(tiny(out=str(copied)))
+    os.unlink(copied / "result.json")
+    with pytest.raises(UsageError, match=r"it holds a run \(not finished\)"):
+        simulate(tiny(out=str(copied)))
+
+
+def test_what_has_no_checkpoint_is_refused_and_stays(copied):
+    shutil.rmtree(copied / "checkpoint")
+    before = result_of(copied)
+    with pytest.raises(ResumeError, match="has no checkpoint; start the run again"):
+        resume(copied, rounds=4)
+    assert result_of(copied) == before
+
+
+def test_ray_and_deployments_are_refused(copied):
+    with pytest.raises(ResumeError, match="needs --engine local"):
+        resume(copied, engine="ray")
+
+
+def test_without_checkpoints_nothing_is_kept(tmp_path):
+    out = simulate(tiny(algorithm="fedmd", **SMALL, checkpoint_every=0, out=str(tmp_path / "run")))
+    assert not (out / "checkpoint").exists()
+    assert not list(out.glob("memories-*"))
