@@ -14,6 +14,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from fedkd.core import cli, run_directory
+from fedkd.core.config import Config
 from fedkd.core.errors import UsageError
 from fedkd.distill import teacher_names
 from fedkd.evaluation.report import figure, students, table
@@ -55,19 +56,15 @@ def compare(
         else:
             Screen(Console()).show(grid.rich())
     if out is not None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {out} cannot be created: {error.strerror}.") from error
+        run_directory.create(out)
         config = files[0].config
         setting = f"{config['dataset']}, {config['clients']} clients, {config['partitioner']}, {config['model']}"
         figure.draw(curves, setting, out)
 
 
 #: Options in which two runs may differ: methods, seeds, codecs and the machine.
-IGNORED = {"algorithm", "compare", "seed", "seeds", "out", "json", "device", "engine", "workers", "client-timeout"}
-IGNORED |= {"ray-address", "client-cpus", "client-gpus", "data-dir", "evaluate-every", "uplink-codec", "downlink-codec"}
-IGNORED |= {"checkpoint-every", "resume"}
+IGNORED = {"algorithm", "compare", "seed", "seeds", "evaluate-every", "uplink-codec", "downlink-codec"}
+IGNORED |= {key.replace("_", "-") for key in Config.RESUMABLE - {"rounds"}}
 #: The same for two distillations: the teachers and the loss.
 IGNORED_DISTILLATION = {"loss", "teacher", "teachers-from", "teacher-epochs", "teacher-weighting", "corrupted-images"}
 IGNORED_DISTILLATION |= {"out", "json", "data-dir"}

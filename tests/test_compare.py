@@ -33,6 +33,11 @@ def runs(tmp_path_factory):
     for name, held in (("stopped", {"runs": [], "dataset": "digits"}), ("empty", {})):
         shutil.copytree(root / "first", root / name)
         (root / name / "result.json").write_text(json.dumps(held))
+    for name in ("without rounds", "torn"):
+        shutil.copytree(root / "first", root / name)
+    (root / "without rounds" / "rounds.jsonl").unlink()
+    with (root / "torn" / "rounds.jsonl").open("a") as file:
+        file.write('{"algorithm": "ens')
     return root
 
 
@@ -100,11 +105,16 @@ def test_the_command_writes_markdown_and_a_figure(runs, tmp_path):
         (("stopped",), "finished no method"),
         (("empty",), "is not the directory of a run"),
         (("first", "nowhere"), "is not the directory of a run"),
+        (("without rounds",), "is not the directory of a run that has ended .*rounds.jsonl"),
     ],
 )
 def test_runs_that_do_not_go_together(runs, names, expected):
     with pytest.raises(UsageError, match=expected):
         read(tuple(runs / name for name in names))
+
+
+def test_a_torn_last_line_is_left_out(runs):
+    assert read((runs / "torn",)) == read((runs / "first",))
 
 
 def test_distillations_side_by_side(distillations):

@@ -19,7 +19,6 @@ from rich.console import Console
 from fedkd.bench import report, stacks
 from fedkd.bench.stacks import Timing, Work
 from fedkd.core import cli, run_directory
-from fedkd.core.errors import UsageError
 from fedkd.core.runtime import cores
 
 Part = Literal["peak", "fedavg", "ensemble", "idle", "many"]
@@ -67,10 +66,7 @@ def bench(
     (few participants out of more and more clients).
     """
     console = Console(width=160)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be created: {error.strerror}.") from error
+    run_directory.create(out)
     work, count = Work(clients, images, rounds), cores()
     machine = {key: value for key, value in run_directory.environment("cpu", "noise", "").items() if key != "command"}
     results: dict[str, Any] = {"machine": machine, "cores": count, "options": sys.argv[1:]}

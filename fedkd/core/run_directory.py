@@ -103,6 +103,19 @@ def resumed(
     return {**recorded, **changed, "out": str(out), "resume": str(out)}
 
 
+def create(out: Path) -> None:
+    """Create a directory for output, if there is none.
+
+    Raises:
+        UsageError: it cannot be created.
+
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be created: {error.strerror}.") from error
+
+
 def claim(out: Path) -> None:
     """Create the run directory; a directory that is not empty is refused.
 
@@ -162,21 +175,23 @@ def write_json(path: Path, value: object) -> None:
     write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def line(row: Mapping[str, object]) -> str:
+    """A row of a file that grows line by line, with its line break."""
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
 def append(path: Path, row: Mapping[str, object]) -> None:
     """Append one JSON line; earlier lines are never damaged."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+        file.write(line(row))
         file.flush()
         os.fsync(file.fileno())
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
     """The lines of a file written by `append`. A last line that is incomplete is left out: it was being written."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    complete = lines[:-1]  # what follows the last line break is empty or incomplete
-    return [json.loads(line) for line in complete]
+    *complete, _ = path.read_text(encoding="utf-8").split("\n")  # the rest is empty or incomplete
+    return [json.loads(each) for each in complete]
 
 
 def run_name(algorithm: str, seed: int) -> str:

@@ -16,35 +16,30 @@ from typing import TYPE_CHECKING
 from fedkd.core import run_directory, tensors
 from fedkd.core.errors import DataError
 from fedkd.core.tensors import integer, put, take
+from fedkd.simulate.rounds import Memories
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fedkd.core.config import Config
     from fedkd.core.tensors import Tensors
-    from fedkd.simulate.rounds import Memories, Round
+    from fedkd.simulate.rounds import Round
 
 FORMAT = 1  # increase it when older checkpoints cannot be read
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The end of round ``number``: the server's state, its channel memory, and the clients' memories.
-
-    ``run`` is the name of the run that the memories belong to; ``memories`` is the round that left the latest memory
-    of each client; ``stored`` are the names of the files of client memories.
-    """
+    """The end of round ``number``: the server's state, its channel memory, and which memory each client uses."""
 
     number: int
     state: Tensors
     channel_memory: Mapping[int, Tensors]
-    run: str
-    memories: Mapping[int, int]
-    stored: set[str]
+    memories: Memories
 
 
 def save(out: Path, config: Config, round_: Round, memories: Memories) -> None:
-    """Write the checkpoint of a round, then delete the previous one."""
+    """Write the checkpoint of a round, then delete the previous one; ``memories`` keeps what it refers to."""
     folder = folder_of(out, config)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"round": integer(round_.number), **put("state", round_.state)}  # the format has no empty files
@@ -66,6 +61,7 @@ def save(out: Path, config: Config, round_: Round, memories: Memories) -> None:
     }
     run_directory.write_json(folder / "checkpoint.json", about)
     run_directory.sync(folder)
+    memories.kept = dict(memories.latest)
     for old in folder.glob("state-*.safetensors"):
         if old != state:
             old.unlink()
@@ -87,15 +83,16 @@ def load(out: Path, config: Config) -> Checkpoint | None:
         if tensors.digest(content) != about["sha256"]:
             raise DataError(f"{folder} is damaged: its checksum is wrong. Start the run again.")
         content |= {name: content[first] for name, first in about["aliases"].items()}
-        channel: dict[int, dict[str, object]] = {}
+        channel: dict[int, dict[str, Tensor]] = {}
         for name, tensor in take("channel", content).items():
             client, _, rest = name.partition("/")
             channel.setdefault(int(client), {})[rest] = tensor
-        memories = {int(client): int(number) for client, number in about["memories"].items()}
+        latest = {int(client): int(number) for client, number in about["memories"].items()}
         stored = {path.name for path in folder.iterdir() if path.name.isdecimal()}
         if len(stored) < about["stored"]:
             raise DataError(f"{folder} is damaged: client memories are missing. Start the run again.")
-        return Checkpoint(about["round"], take("state", content), channel, about["run"], memories, stored)  # type: ignore[arg-type]
+        memories = Memories(about["run"], latest, dict(latest), stored)
+        return Checkpoint(about["round"], take("state", content), channel, memories)
     except FileNotFoundError:
         if (folder / "checkpoint.json").exists():
             raise DataError(f"{folder} is damaged: a file is missing. Start the run again.") from None

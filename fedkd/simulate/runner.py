@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -118,9 +117,7 @@ def _run(
     screen.print(f"\n{run.algorithm}, seed {run.seed}; {header.uplink(experiment)}\n{HEAD}")
     if start:
         screen.print(f"         continued after round {start.number}")
-    memories = Memories(uuid4().hex)
-    if start:
-        memories = Memories(start.run, dict(start.memories), start.memories, set(start.stored))
+    memories = start.memories if start else Memories(uuid4().hex)
     state = start.state if start else None
     watched = screen.watch(partial(exchange, run, memories), run, experiment.training_partition.sizes.tolist())
     for round_, seconds in _timed(
@@ -149,7 +146,6 @@ def _run(
         state = round_.state
         if run.checkpoint_every and (round_.number % run.checkpoint_every == 0 or round_.number == run.rounds):
             checkpoint.save(out, run, round_, memories)
-            memories.kept = dict(memories.latest)
         screen.row(row, run.rounds)
     assert state is not None
     with _attributing(run):
@@ -178,7 +174,7 @@ class RoundsFile:
         if not any(done.values()):
             self._path.unlink(missing_ok=True)
             return 0
-        for row in run_directory.rows(self._path):
+        for row in run_directory.rows(self._path) if self._path.exists() else ():
             key = row["algorithm"], row["seed"]
             if row["round"] <= done.get(key, 0):
                 self.curves[key].append(row)
@@ -199,8 +195,8 @@ class RoundsFile:
             run_directory.append(self._path, row)
 
     def _write(self) -> None:
-        lines = (json.dumps(row, allow_nan=False) for rows in self.curves.values() for row in rows)
-        run_directory.write(self._path, "".join(f"{line}\n" for line in lines))
+        rows = (row for rows in self.curves.values() for row in rows)
+        run_directory.write(self._path, "".join(map(run_directory.line, rows)))
 
 
 def _evaluated(experiment: Experiment, exchange: Exchange, round_: Round, seconds: float) -> Row:

@@ -104,7 +104,8 @@ def stop_after(config: Config, rounds: int) -> None:
 
 def rows_of(out: Path) -> int:
     """The number of finished rounds."""
-    return len(run_directory.rows(out / "rounds.jsonl"))
+    file = out / "rounds.jsonl"
+    return len(run_directory.rows(file)) if file.exists() else 0
 
 
 def killed_and_resumed(out: Path, kills: int, workers: str, source: random.Random) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -39,7 +40,11 @@ def main(grid: Grid, context: Context) -> None:
     experiment.check(config)
     if config.resume:
         raise ResumeError("resume is not supported in deployments: client memories of nodes end with a run.")
-    run_on(grid, run_directory.begin(replace(config, checkpoint_every=0), config.algorithm))
+    config = run_directory.begin(replace(config, checkpoint_every=0), config.algorithm)
+    try:
+        run_on(grid, config)
+    finally:
+        run_directory.unlock(Path(config.out))
 
 
 def run_on(grid: Grid, config: Config) -> None:
