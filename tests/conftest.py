@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from fedkd.communication.replies import Failure
 from fedkd.core.config import Config
 from fedkd.core.runtime import settle
 from fedkd.simulate import simulate
@@ -70,6 +71,11 @@ def simulated(out: Path, **changes: object) -> list[dict]:
         {k: v for k, v in json.loads(line).items() if "seconds" not in k}
         for line in (out / "rounds.jsonl").read_text().splitlines()
     ]
+
+
+def reasons(failures: Iterable[Failure]) -> dict[int, str]:
+    """The reason of each client's failure."""
+    return {failure.client: failure.reason for failure in failures}
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -119,6 +119,10 @@ class Algorithm(ABC):
     pools_data: ClassVar[bool] = False
     #: Whether the method reads the proxy's labels. They are loaded only for methods that set it.
     reads_proxy_labels: ClassVar[bool] = False
+    #: Whether an update may be aggregated in the round after its own.
+    accepts_late: ClassVar[bool] = True
+    #: Names of the metrics in a client's update. Others are refused, on both sides.
+    metrics: ClassVar[tuple[str, ...]] = ()
 
     @property
     def needs_one_model(self) -> bool:
@@ -145,8 +149,8 @@ class Algorithm(ABC):
         The memory holds the client's own model as ``model/NAME``; evaluation reads it there.
         """
 
-    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
-        """Names and shapes of the tensors in a client's update. The server refuses anything else.
+    def upload_spec(self, setup: Setup, client: int, number: int) -> Shapes:
+        """Names and shapes of the tensors in a client's update in a round. Anything else is refused, on both sides.
 
         A negative extent -n means at most n; `Int64` and `UInt8` declare integers, all other tensors are float32.
         A tensor named ``probs`` must hold probability distributions.

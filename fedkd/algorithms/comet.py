@@ -58,7 +58,7 @@ class COMET(Algorithm):
         """The mean over samples of weight * ||softmax(s) - z||."""
         return self.weight * (student_logits.softmax(-1) - probs).square().sum(-1).add(1e-12).sqrt().mean()
 
-    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
+    def upload_spec(self, setup: Setup, client: int, number: int) -> Shapes:
         return {"probs": setup.logits_shape}
 
     def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:

@@ -35,8 +35,8 @@ class Density(Ensemble):
         weight = client_density_ratio(setup, client, setup.proxy.subset(int(message["round"]))).float()
         return replace(update, tensors={**update.tensors, "weight": weight}), memory
 
-    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
-        return {**super().upload_spec(setup, state, client), "weight": setup.logits_shape[:1]}
+    def upload_spec(self, setup: Setup, client: int, number: int) -> Shapes:
+        return {**super().upload_spec(setup, client, number), "weight": setup.logits_shape[:1]}
 
     def check_update(self, setup: Setup, update: Update) -> str:
         weight = update.tensors["weight"]

@@ -85,7 +85,7 @@ class Ensemble(Algorithm):
             setup, client, weights, indices, probs, self.distillation(setup).objective, self.local_distill_epochs
         )
 
-    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
+    def upload_spec(self, setup: Setup, client: int, number: int) -> Shapes:
         return {self.uplink: setup.logits_shape}
 
     def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:

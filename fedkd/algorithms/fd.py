@@ -50,7 +50,7 @@ class FD(Algorithm):
         means, _ = class_means(probs, client.data.labels, setup.classes)
         return Update({"means": means}, len(client.data)), put("model", weights)
 
-    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
+    def upload_spec(self, setup: Setup, client: int, number: int) -> Shapes:
         return {"means": (setup.classes, setup.classes)}
 
     def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, NonNegativeFloat
 
 from fedkd.algorithms.base import Algorithm, Client, Update
-from fedkd.core.tensors import put, shapes, take, weighted_mean
+from fedkd.core.tensors import put, take, weighted_mean
 
 if TYPE_CHECKING:
     from fedkd.algorithms.base import Setup
@@ -39,8 +39,8 @@ class FedAvg(Algorithm):
         """A term of the local loss of a client that starts from the global weights ``start``."""
         return None
 
-    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
-        return shapes(self.broadcast(setup, state, client))
+    def upload_spec(self, setup: Setup, client: int, number: int) -> Shapes:
+        return setup.trainer.weight_shapes(setup.student)
 
     def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         examples = [update.examples for update in updates.values()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import PositiveInt
 
@@ -54,7 +54,7 @@ class FedMD(Algorithm):
         logits = setup.proxy_logits(client.model, weights, int(message["round"]))
         return Update({"logits": logits}, len(client.data)), put("model", weights)
 
-    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
+    def upload_spec(self, setup: Setup, client: int, number: int) -> Shapes:
         return {"logits": setup.logits_shape}
 
     def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
@@ -73,6 +73,7 @@ class NFDP(FedMD):
     the guarantee is the largest. Delta is about samples / all samples, far above the usual rule delta << 1 / samples.
     """
 
+    metrics: ClassVar[tuple[str, ...]] = ("epsilon", "delta")
     samples: PositiveInt = 100
     replacement: bool = False
 
@@ -84,7 +85,7 @@ class NFDP(FedMD):
         data = replace(client.data, pixels=client.data.pixels[drawn], labels=client.data.labels[drawn])
         update, memory = super().local_update(setup, replace(client, data=data), message)
         epsilon, delta = sampling_privacy(total, count, self.replacement)
-        return replace(update, metrics={**update.metrics, "epsilon": epsilon, "delta": delta}), memory
+        return replace(update, metrics={"epsilon": epsilon, "delta": delta}), memory
 
 
 def sampling_privacy(total: int, count: int, replacement: bool) -> tuple[float, float]:

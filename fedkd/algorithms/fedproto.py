@@ -61,8 +61,8 @@ class FedProto(Algorithm):
         means, counts = class_means(embeddings, client.data.labels, setup.classes)
         return Update({"prototypes": means, "counts": counts}, len(client.data)), put("model", weights)
 
-    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
-        return shapes(state)
+    def upload_spec(self, setup: Setup, client: int, number: int) -> Shapes:
+        return shapes(self.initial_state(setup))
 
     def check_update(self, setup: Setup, update: Update) -> str:
         counts = update.tensors["counts"]

@@ -58,7 +58,7 @@ class KTpFL(Algorithm):
         probs = probabilities(logits, setup.distillation.temperature)
         return Update({"probs": probs}, len(client.data)), put("model", weights)
 
-    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
+    def upload_spec(self, setup: Setup, client: int, number: int) -> Shapes:
         return {"probs": setup.logits_shape}
 
     def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:

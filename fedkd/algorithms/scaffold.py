@@ -55,8 +55,8 @@ class Scaffold(Algorithm):
         memory = {**put("model", weights), **put("control", new)}
         return Update({**put("student", weights), **put("control", change)}, len(client.data)), memory
 
-    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
-        return shapes(state)
+    def upload_spec(self, setup: Setup, client: int, number: int) -> Shapes:
+        return shapes(self.initial_state(setup))
 
     def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         mean = weighted_mean([update.tensors for update in updates.values()], [1.0] * len(updates))

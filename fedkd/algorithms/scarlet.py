@@ -34,6 +34,7 @@ class Scarlet(Ensemble):
     for 2,000 rounds that use a tenth of the proxy set each (``--proxy-samples``).
     """
 
+    accepts_late: ClassVar[bool] = False
     uplink: ClassVar[str] = "probs"
     downlink: Downlink = "labels"
     beta: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = 2.0
@@ -75,8 +76,8 @@ class Scarlet(Ensemble):
         memory = {"cache": cache, "cached": cached, **put("model", weights)}
         return Update({"probs": probs}, len(client.data)), memory
 
-    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
-        return {"probs": (len(self.requested(setup, int(state["round"]))), setup.classes)}
+    def upload_spec(self, setup: Setup, client: int, number: int) -> Shapes:
+        return {"probs": (len(self.requested(setup, number)), setup.classes)}
 
     def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         number, cache, seen = int(state["round"]), state["cache"].clone(), state["seen"].clone()

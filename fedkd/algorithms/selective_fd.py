@@ -33,6 +33,7 @@ class SelectiveFD(Ensemble):
     distance is 2 (1 - max p). One bit per sample tells which were labeled or kept. Both defaults are ours.
     """
 
+    metrics: ClassVar[tuple[str, ...]] = ("coverage",)
     uplink: ClassVar[str] = "probs"
     downlink: Downlink = "labels"
     client_threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
@@ -60,7 +61,7 @@ class SelectiveFD(Ensemble):
         message = super().broadcast(setup, state, client)
         return {**message, "kept": state["kept"]} if "probs" in message else message
 
-    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
+    def upload_spec(self, setup: Setup, client: int, number: int) -> Shapes:
         samples, classes = setup.logits_shape
         return {"selected": UInt8((-(-samples // 8),)), "probs": (-samples, classes)}
 

@@ -16,7 +16,7 @@ from fedkd.core.errors import RunError
 from fedkd.core.lazy import torch
 from fedkd.core.seeds import derive
 from fedkd.core.soft_labels import SoftLabels
-from fedkd.core.tensors import integer, put, shapes, take, weighted_mean
+from fedkd.core.tensors import integer, put, take, weighted_mean
 from fedkd.training.losses.logits import cross_entropy
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class WeightEnsemble(Algorithm):
         weights = setup.trainer.train(client, message)
         return Update(weights, len(client.data)), put("model", weights)
 
-    def upload_spec(self, setup: Setup, state: Tensors, client: int) -> Shapes:
-        return shapes(self.broadcast(setup, state, client))
+    def upload_spec(self, setup: Setup, client: int, number: int) -> Shapes:
+        return setup.trainer.weight_shapes(setup.model_of(client))
 
     def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         step, images = self.server_step, setup.proxy.images[setup.proxy.subset(int(state["round"]))]

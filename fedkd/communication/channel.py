@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fedkd.communication.ledger import Traffic, is_soft_label
 from fedkd.core.soft_labels import probabilities
-from fedkd.core.tensors import integer, put, take
+from fedkd.core.tensors import Int64, UInt8, integer, itemsize, put, take
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,7 @@ MIN_PROBABILITY = 1e-4  # of a decoded class that is turned into a logit
 ENCODED = "~"  # ends the name of a tensor that is encoded
 LAST_ROUND = "last"  # in a message to a client: the last round in which the server accepted its update
 MAX_NUMBERS = 2**28  # in a message that a client decodes
+ENCODING, ENCODING_HEAD = 8, 4096  # bytes per number, and of one encoding, that no codec exceeds
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,16 @@ class Channel:
         """The client encodes its update; ``arrays`` is the message that it received."""
         return encode(self.uplink, tensors, take("uplink", _common(arrays, memory)), {}, self.temperature)
 
+    def upload_sizes(self, shapes: Shapes) -> dict[str, int]:
+        """The most bytes that each tensor of an update can take, by the declared shapes."""
+        numbers = {name: prod(abs(extent) for extent in shape) for name, shape in shapes.items()}
+        return {
+            name: ENCODING * numbers[name] + ENCODING_HEAD
+            if _applies(self.uplink, name, not isinstance(shape, Int64 | UInt8))
+            else itemsize(shape) * numbers[name]
+            for name, shape in shapes.items()
+        }
+
     def decode_update(self, arrays: Tensors, shapes: Shapes, memory: Tensors) -> Encoded:
         """The server decodes an update of declared shapes.
 
@@ -136,7 +147,7 @@ def encode(codec: Codec, tensors: Tensors, references: Tensors, cache: Cache, te
     encoded: dict[str, EncodedTensor] = {}
     plain_bytes = 0
     for name, tensor in tensors.items():
-        if not _applies(codec, name, tensor):
+        if not _applies(codec, name, tensor.is_floating_point()):
             sent[name] = tensor
             plain_bytes += tensor.nbytes
             continue
@@ -181,8 +192,8 @@ def decode(
     return Encoded(tensors, encoded, plain_bytes)
 
 
-def _applies(codec: Codec, name: str, tensor: Tensor) -> bool:
-    return is_soft_label(name) if codec.labels else tensor.is_floating_point()
+def _applies(codec: Codec, name: str, is_float: bool) -> bool:
+    return is_soft_label(name) if codec.labels else is_float
 
 
 def _to_values(codec: Codec, name: str, tensor: Tensor, temperature: float) -> Tensor:

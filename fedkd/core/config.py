@@ -206,6 +206,25 @@ class Config(Options):
     client_gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = option(
         0.0, "Run", "With --engine ray: GPUs, or a fraction of one, for each client."
     )
+    faults: str = option(
+        "",
+        "Faults",
+        "Simulated faults, as probabilities for a client in a round: dropout=0.3,straggler=0.2:slowdown=10,crash=0.05,"
+        "corrupt=0.05; late=use: late updates count in the next round.",
+    )
+    round_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = option(
+        0.0,
+        "Faults",
+        "Simulated time after which replies are late; 1 is the local update of a client with the mean number of "
+        "samples; 0: no limit.",
+    )
+    min_clients: PositiveInt = option(1, "Faults", "The fewest updates with which a round continues.")
+    round_retries: Annotated[int, Field(ge=0)] = option(
+        0, "Faults", "How often a round with fewer updates is repeated with newly sampled clients; then the run ends."
+    )
+    exclude_after: Annotated[int, Field(ge=0)] = option(
+        3, "Faults", "Exclude a client after so many refused replies in a row; 0: never."
+    )
     evaluate_every: PositiveInt = option(
         1, "Run", "Evaluate clients and teacher on the test set every N rounds, and in the last one."
     )

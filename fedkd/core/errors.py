@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LINE = 300  # characters of a client's text that are shown
+TEXT = 10_000  # characters of a client's text that are kept
+
 
 class FedkdError(Exception):
     """A mistake that the user can correct. The message says what is wrong and what to do.
 
-    ``details`` are written to a log: tracebacks of user-defined code.
+    ``details`` are written to ``errors.jsonl``: tracebacks of user-defined code.
     """
 
     code = 1
@@ -73,5 +76,12 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def last_line(failure: str) -> str:
-    """The end of a traceback, which is what a person wants to read; all of it goes to ``errors.log``."""
-    return (failure.strip().splitlines() or ["no reason given"])[-1].rstrip(".")
+    """The end of a traceback, which is what a person wants to read, in at most `LINE` printable characters."""
+    line = (printable(failure).strip().splitlines() or ["no reason given"])[-1].rstrip(".")
+    return line if len(line) <= LINE else f"{line[:LINE]}…"
+
+
+def printable(text: str, limit: int = TEXT) -> str:
+    """A text that came from a client: without control characters, and only its end if it is longer than ``limit``."""
+    end = text if len(text) <= limit else f"…{text[-limit:]}"
+    return "".join(character if character.isprintable() or character == "\n" else " " for character in end)

@@ -200,10 +200,9 @@ def run_name(algorithm: str, seed: int) -> str:
     return f"{words}-seed{seed}-{derive(seed, algorithm):016x}"
 
 
-def log(out: Path, text: str) -> None:
-    """Append to ``errors.log``: tracebacks of clients that failed."""
-    with (out / "errors.log").open("a", encoding="utf-8") as file:
-        file.write(text.rstrip("\n") + "\n")
+def log(out: Path, row: Mapping[str, object]) -> None:
+    """Append to ``errors.jsonl``: failures with their tracebacks."""
+    append(out / "errors.jsonl", row)
 
 
 def toml(config: Options) -> str:

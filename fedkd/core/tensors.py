@@ -24,6 +24,11 @@ class UInt8(tuple[int, ...]):
     """The shape of a uint8 tensor."""
 
 
+def itemsize(shape: tuple[int, ...]) -> int:
+    """The bytes of a number in a tensor whose shape is declared."""
+    return 8 if isinstance(shape, Int64) else 1 if isinstance(shape, UInt8) else 4
+
+
 def shapes(tensors: Tensors) -> Shapes:
     """The shapes of float32 tensors, and of int64 tensors such as BatchNorm's step counter."""
     return {n: tuple(t.shape) if t.is_floating_point() else Int64(t.shape) for n, t in tensors.items()}

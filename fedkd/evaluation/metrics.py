@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from fedkd.communication.ledger import SerializedBytes, break_even, is_soft_label
-from fedkd.communication.validation import validate_update
+from fedkd.communication.replies import Expected, Failure, excluded
+from fedkd.communication.validation import largest, validate_update
 from fedkd.core.errors import RunError, last_line
 from fedkd.core.tensors import numel
 
@@ -27,14 +29,14 @@ Row = dict[str, Any]
 class ClientEvaluation:
     """The participants' own models on the test set: their mean accuracy, and that of their ensemble.
 
-    ``failures`` gives the reasons for clients that are left out of both; a client whose model diverged is left out
-    of the ensemble only.
+    ``failures`` are of clients that are left out of both; a client whose model diverged is left out of the ensemble
+    only.
     """
 
     client_accuracy: float | None
     teacher_accuracy: float | None
     serialized: SerializedBytes
-    failures: Mapping[int, str] = field(default_factory=dict)
+    failures: Sequence[Failure] = ()
 
 
 def evaluate_student(experiment: Experiment, round_: Round) -> tuple[float, float] | None:
@@ -50,9 +52,14 @@ def evaluate_student(experiment: Experiment, round_: Round) -> tuple[float, floa
     if not math.isfinite(loss):
         raise RunError(
             f"Round {round_.number}: the student of {experiment.config.algorithm} has diverged; "
-            "lower --distill-learning-rate or --learning-rate, or raise --temperature."
+            "lower --distill-learning-rate or --learning-rate, or raise --temperature. " + largest(round_.updates)
         )
     return accuracy, loss
+
+
+def expected_evaluation(experiment: Experiment) -> Expected:
+    """What a client's reply to a request for evaluation holds."""
+    return Expected({"logits": 4 * len(experiment.test) * experiment.setup.classes}, ("accuracy", "loss"))
 
 
 def evaluate_clients(experiment: Experiment, exchange: Exchange, round_: Round) -> ClientEvaluation:
@@ -62,17 +69,21 @@ def evaluate_clients(experiment: Experiment, exchange: Exchange, round_: Round) 
     """
     declared = {"logits": (len(experiment.test), experiment.setup.classes)}
     messages: dict[int, Tensors] = {client: {} for client in round_.updates}
-    replies = sorted(exchange("evaluate", round_.number, messages), key=lambda r: r.client)
+    expected = dict.fromkeys(messages, expected_evaluation(experiment))
+    replies = sorted(exchange("evaluate", round_.number, messages, expected), key=lambda r: r.client)
     serialized = sum((reply.serialized for reply in replies), SerializedBytes())
     evaluated: dict[int, Tensor] = {}
-    failures = dict.fromkeys(messages, "no reply")
+    reasons = dict.fromkeys(messages, ("no reply", "no reply"))
     for reply in replies:
-        failures[reply.client] = reply.failure or "sent no logits"
-        if reply.update is not None and {n: (*t.shape,) for n, t in reply.update.tensors.items()} == declared:
+        reasons[reply.client] = reply.cause, reply.failure or "sent no logits"
+        if reply.update is None:
+            continue
+        fault = validate_update(replace(reply.update, metrics={}), declared)
+        reasons[reply.client] = "refused", fault
+        if {name: tuple(tensor.shape) for name, tensor in reply.update.tensors.items()} == declared:
             evaluated[reply.client] = reply.update.tensors["logits"]
-            failures[reply.client] = validate_update(replace(reply.update, metrics={}), declared)
-    failures = {client: reason for client, reason in failures.items() if reason}
-    usable = [client for client in evaluated if client not in failures]
+    failures = [Failure(client, *reason) for client, reason in reasons.items() if reason[1]]
+    usable = [client for client in evaluated if not reasons[client][1]]
 
     def accuracy(scores: Tensor) -> float:
         is_right = (scores.argmax(-1) == experiment.test.labels) & scores.isfinite().all(-1)
@@ -125,14 +136,17 @@ def round_row(
         "downlink_metadata_bytes": round_.serialized.downlink_metadata,
         "evaluation_bytes": evaluation.uplink_arrays + evaluation.downlink_arrays,
         "participants": len(round_.updates),
-        "failures": _reasons(round_.failures),
-        "evaluation_failures": _reasons(clients.failures if clients else {}),
+        "attempts": round_.attempts,
+        "simulated_duration": None if round_.duration is None else round(round_.duration, 5),
+        "failures": _listed(round_.failures),
+        "evaluation_failures": _listed(clients.failures if clients else ()),
+        "excluded": sorted(excluded(round_.refusals, config.exclude_after)),
         "train_metrics": _mean_metrics(round_),
     }
 
 
-def _reasons(failures: Mapping[int, str]) -> dict[str, str]:
-    return {str(client): last_line(reason) for client, reason in failures.items()}
+def _listed(failures: Iterable[Failure]) -> list[Row]:
+    return [{"client": each.client, "cause": each.cause, "reason": last_line(each.reason)} for each in failures]
 
 
 def _mean_metrics(round_: Round) -> dict[str, float]:
@@ -170,6 +184,8 @@ def run_summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: s
         "metadata_bytes": total("uplink_metadata_bytes", "downlink_metadata_bytes"),
         "evaluation_bytes": total("evaluation_bytes"),
         "failures": sum(len(row["failures"]) for row in rows),
+        "failure_causes": dict(Counter(failure["cause"] for row in rows for failure in row["failures"])),
+        "excluded": last["excluded"],
         "evaluation_failures": sum(len(row["evaluation_failures"]) for row in rows),
         "training_seconds": total("training_seconds"),
         "evaluation_seconds": total("evaluation_seconds"),
@@ -185,7 +201,7 @@ def _break_even(experiment: Experiment, rows: Sequence[Row]) -> int | None:
     setup, algorithm = experiment.setup, experiment.algorithm
     encoded = sum(row["uplink_encoded_bytes"] for row in rows)
     samples = setup.logits_shape[0] * sum(row["participants"] for row in rows)
-    names = algorithm.upload_spec(setup, algorithm.initial_state(setup), 0)
+    names = algorithm.upload_spec(setup, 0, 1)
     if not encoded or not any(is_soft_label(name) for name in names):
         return None
     label_bits = 8 * encoded / samples / setup.classes

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fedkd.core import run_directory, runtime
 from fedkd.core.errors import FedkdError, ResumeError, RunError, UsageError
 from fedkd.data.partitioners import OWN
-from fedkd.simulate import experiment
+from fedkd.simulate import experiment, faults
 
 if TYPE_CHECKING:
     from fedkd.core.config import Config
@@ -66,6 +66,7 @@ def _run_locally(config: Config) -> None:
         config.run_config(),
         count_workers(config.workers, participants(config.clients, config.participation), config.threads, device),
         timeout=config.client_timeout,
+        crashes=faults.parse(config.faults).crash > 0,
         fork=is_fresh and device == "cpu" and sys.platform == "linux",
         disk=Path(config.out),
         memories=Path(config.out) / "checkpoint" if config.checkpoint_every else None,

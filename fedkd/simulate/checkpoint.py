@@ -8,15 +8,15 @@ replaced last, so that it always names a complete checkpoint; only then is the p
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedkd.algorithms.base import Update
 from fedkd.core import run_directory, tensors
 from fedkd.core.errors import DataError
 from fedkd.core.tensors import integer, put, take
-from fedkd.simulate.rounds import Memories
+from fedkd.simulate.rounds import Memories, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,17 +25,20 @@ if TYPE_CHECKING:
     from fedkd.core.tensors import Tensors
     from fedkd.simulate.rounds import Round
 
-FORMAT = 1  # increase it when older checkpoints cannot be read
+FORMAT = 2  # increase it when older checkpoints cannot be read
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The end of round ``number``: the server's state, its channel memory, and which memory each client uses."""
+    """The end of a round: what the server needs for the next one, and which memory each client uses."""
 
-    number: int
-    state: Tensors
-    channel_memory: Mapping[int, Tensors]
+    progress: Progress
     memories: Memories
+
+    @property
+    def number(self) -> int:
+        """The round."""
+        return self.progress.number
 
 
 def save(out: Path, config: Config, round_: Round, memories: Memories) -> None:
@@ -45,6 +48,8 @@ def save(out: Path, config: Config, round_: Round, memories: Memories) -> None:
     content = {"round": integer(round_.number), **put("state", round_.state)}  # the format has no empty files
     for client, memory in round_.channel_memory.items():
         content |= put(f"channel/{client}", memory)
+    for client, update in round_.late.items():
+        content |= put(f"late/{client}", update.tensors)
     unique, aliases = _without_repetitions(content)
     state = folder / f"state-{round_.number}.safetensors"
     tensors.save(unique, state)
@@ -58,6 +63,8 @@ def save(out: Path, config: Config, round_: Round, memories: Memories) -> None:
         "run": memories.run,
         "stored": len(memories.stored),
         "memories": {str(client): number for client, number in sorted(memories.latest.items())},
+        "refusals": {str(client): count for client, count in sorted(round_.refusals.items())},
+        "late": {str(c): {"examples": u.examples, "metrics": dict(u.metrics)} for c, u in round_.late.items()},
     }
     run_directory.write_json(folder / "checkpoint.json", about)
     run_directory.sync(folder)
@@ -83,16 +90,17 @@ def load(out: Path, config: Config) -> Checkpoint | None:
         if tensors.digest(content) != about["sha256"]:
             raise DataError(f"{folder} is damaged: its checksum is wrong. Start the run again.")
         content |= {name: content[first] for name, first in about["aliases"].items()}
-        channel: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in take("channel", content).items():
-            client, _, rest = name.partition("/")
-            channel.setdefault(int(client), {})[rest] = tensor
+        sent = _by_client(take("late", content))
+        late = {int(c): Update(sent.get(int(c), {}), u["examples"], u["metrics"]) for c, u in about["late"].items()}
+        refusals = {int(client): count for client, count in about["refusals"].items()}
+        channel = _by_client(take("channel", content))
+        progress = Progress(about["round"], take("state", content), channel, refusals, late)
         latest = {int(client): int(number) for client, number in about["memories"].items()}
         stored = {path.name for path in folder.iterdir() if path.name.isdecimal()}
         if len(stored) < about["stored"]:
             raise DataError(f"{folder} is damaged: client memories are missing. Start the run again.")
         memories = Memories(about["run"], latest, dict(latest), stored)
-        return Checkpoint(about["round"], take("state", content), channel, memories)
+        return Checkpoint(progress, memories)
     except FileNotFoundError:
         if (folder / "checkpoint.json").exists():
             raise DataError(f"{folder} is damaged: a file is missing. Start the run again.") from None
@@ -101,6 +109,15 @@ def load(out: Path, config: Config) -> Checkpoint | None:
         raise
     except Exception as error:  # whatever a damaged file causes
         raise DataError(f"{folder} is damaged ({type(error).__name__}). Start the run again.") from error
+
+
+def _by_client(tensors: Tensors) -> dict[int, dict[str, Tensor]]:
+    """The tensors of each client, from names such as ``3/probs``."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        client, _, rest = name.partition("/")
+        found.setdefault(int(client), {})[rest] = tensor
+    return found
 
 
 def _without_repetitions(content: Tensors) -> tuple[dict[str, Tensor], dict[str, str]]:

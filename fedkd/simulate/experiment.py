@@ -12,8 +12,11 @@ from fedkd.algorithms.base import Algorithm
 from fedkd.core import runtime, seeds, specs
 from fedkd.core.errors import DataError, FedkdError, PluginError, UsageError
 from fedkd.data import loading, partitioners, proxies, sources
+from fedkd.simulate import faults
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -80,6 +83,11 @@ class Experiment:
     def clients(self) -> int:
         return len(self.training_partition)
 
+    @property
+    def samples(self) -> Sequence[int] | None:
+        """The number of samples of each client; None if deployed nodes bring their own."""
+        return None if self.config.partitioner == partitioners.OWN else self.training_partition.sizes.tolist()
+
 
 def check(config: Config) -> None:
     """Resolve every name and option before anything heavy is imported.
@@ -90,6 +98,7 @@ def check(config: Config) -> None:
     """
     for run in config.runs(config.dataset):
         _check_algorithm(run)
+    _check_faults(config)
     specs.bind("aggregator", config.aggregator)
     specs.bind("loss", config.loss)
     for codec in (config.uplink_codec, config.downlink_codec):
@@ -120,6 +129,23 @@ def _check_algorithm(run: Config) -> None:
             f"{run.algorithm} reads the proxy's labels, so the proxy must be held out of the data set "
             f"(--proxy holdout:size=N), not {run.proxy}."
         )
+
+
+def _check_faults(config: Config) -> None:
+    """Refuse faults that cannot be simulated here."""
+    from fedkd.simulate.rounds import participants
+
+    simulated = faults.parse(config.faults)
+    sampled = participants(config.clients, config.participation)
+    if config.min_clients > sampled:
+        raise UsageError(f"--min-clients {config.min_clients} is more than the {sampled} clients of a round.")
+    if simulated.late != "use":
+        return
+    if config.proxy_samples:
+        raise UsageError("late=use needs the same proxy samples in every round; leave out --proxy-samples.")
+    for run in config.runs(config.dataset):
+        if not _algorithm(run).accepts_late:
+            raise UsageError(f"late=use: {run.algorithm} asks for other proxy samples in each round; use late=drop.")
 
 
 def prepare(config: Config) -> Experiment:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,9 +21,10 @@ from fedkd.evaluation.report import figure, header, table
 from fedkd.evaluation.report.screen import HEAD, Screen
 from fedkd.simulate import checkpoint
 from fedkd.simulate.experiment import Experiment, prepared
-from fedkd.simulate.rounds import Memories, Reply, run_rounds
+from fedkd.simulate.rounds import Memories, run_rounds
 
 if TYPE_CHECKING:
+    from fedkd.communication.replies import Expected, Reply
     from fedkd.core.config import Config
     from fedkd.core.tensors import Tensors
     from fedkd.evaluation.metrics import Row
@@ -34,7 +36,13 @@ class RunExchange(Protocol):
     """An exchange that is also given the config of the run it is for."""
 
     def __call__(
-        self, run: Config, memories: Memories, kind: str, number: int, messages: Mapping[int, Tensors]
+        self,
+        run: Config,
+        memories: Memories,
+        kind: str,
+        number: int,
+        messages: Mapping[int, Tensors],
+        expected: Mapping[int, Expected],
     ) -> Iterable[Reply]: ...
 
 
@@ -71,12 +79,17 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> None:
                 start = checkpoints[run.algorithm, run.seed]
                 finished.append(_run(run, exchange, out, screen, rounds, start, is_first))
         figure.draw(rounds.curves, _title(runs[0]), out)
-        for grid in (table.side_by_side(finished, rounds.curves), table.ledger(finished)):
-            screen.show(grid.rich())
+        for grid in (
+            table.side_by_side(finished, rounds.curves),
+            table.ledger(finished),
+            table.failures(rounds.curves),
+        ):
+            if grid:
+                screen.show(grid.rich())
         status = "ok"
     except FedkdError as error:
         if error.details:
-            run_directory.log(out, error.details)
+            run_directory.log(out, {"message": str(error), "details": error.details})
         reason = {"code": error.code, "message": str(error)}
         raise
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C or SIGTERM
@@ -118,7 +131,7 @@ def _run(
     if start:
         screen.print(f"         continued after round {start.number}")
     memories = start.memories if start else Memories(uuid4().hex)
-    state = start.state if start else None
+    state = start.progress.state if start else None
     watched = screen.watch(partial(exchange, run, memories), run, experiment.training_partition.sizes.tolist())
     for round_, seconds in _timed(
         _attributed(
@@ -129,19 +142,17 @@ def _run(
                 watched,
                 experiment.clients,
                 experiment.channel,
-                state=state,
-                channel_memory=start.channel_memory if start else None,
-                start=start.number + 1 if start else 1,
+                samples=experiment.samples,
+                after=start.progress if start else None,
             ),
         )
     ):
         with _attributing(run):
             row = _evaluated(experiment, watched, round_, seconds)
-        where = f"{run.algorithm} seed {run.seed}"
-        for client, reason in round_.failures.items():
-            run_directory.log(out, f"{where} round {round_.number} client {client}\n{reason}")
-        for client, reason in row["evaluation_failures"].items():
-            run_directory.log(out, f"{where} evaluation {round_.number} client {client}\n{reason}")
+        for failure in round_.failures:
+            if "\n" in failure.reason:  # rows have the last line
+                where = {"algorithm": run.algorithm, "seed": run.seed, "round": round_.number}
+                run_directory.log(out, where | asdict(failure))
         rounds.append(row)
         state = round_.state
         if run.checkpoint_every and (round_.number % run.checkpoint_every == 0 or round_.number == run.rounds):

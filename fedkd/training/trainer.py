@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from fedkd import models
 from fedkd.core import seeds
+from fedkd.core.tensors import shapes
 from fedkd.training import loop, optimizers
 
 if TYPE_CHECKING:
     from fedkd.algorithms.base import Client
     from fedkd.core.config import Config
     from fedkd.core.soft_labels import SoftLabels
-    from fedkd.core.tensors import Tensors
+    from fedkd.core.tensors import Shapes, Tensors
     from fedkd.data.scaling import Scaling
     from fedkd.training.loop import Objective, Penalty
     from fedkd.training.terms import Term
@@ -39,6 +40,10 @@ class Trainer:
         with seeds.seeded(seeds.derive(self.config.seed, "initial", model)):
             module = models.build(model, self.classes, self.config.norm)
         return _weights(module)
+
+    def weight_shapes(self, model: str) -> Shapes:
+        """The names and shapes of a model's weights."""
+        return shapes(_architecture(model, self.classes, self.config.norm, self.device).state_dict())
 
     def parameter_zeros(self, model: str) -> dict[str, Tensor]:
         """A zero tensor for each parameter of a model, without its buffers."""

@@ -125,7 +125,7 @@ def test_a_mentor_stays_on_its_client_and_changes_the_student(term):
     start = setup.trainer.initial_weights(setup.student)
     first, memory = mentor.local_update(setup, experiment.client(0, 1, {}), start)
     plain, _ = call("fedavg").local_update(setup, experiment.client(0, 1, {}), start)
-    assert shapes(first.tensors) == mentor.upload_spec(setup, start, 0)
+    assert shapes(first.tensors) == mentor.upload_spec(setup, 0, 1)
     assert not equal(first.tensors, plain.tensors)
     assert equal(take("model", memory), first.tensors)
     _, again = mentor.local_update(setup, experiment.client(0, 2, memory), first.tensors)
@@ -606,7 +606,7 @@ def test_scarlet_runs_with_a_client_that_lost_its_memory():
 
 def test_bytes_of_fd_are_those_of_the_paper():
     setup = prepare(tiny()).setup
-    (shape,) = call("fd").upload_spec(setup, {}, 0).values()
+    (shape,) = call("fd").upload_spec(setup, 0, 1).values()
     assert 16 * 2 * math.prod(shape) * 32 == 102_400  # bits: 16 iterations, up and down
     network = {"": torch.zeros(1_199_648)}  # the paper's, of so many parameters
     assert 16 * 2 * 8 * tensors.numel(network) * network[""].element_size() == 1_228_439_552  # what FedAvg takes

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fedkd.algorithms import aggregators
 from fedkd.algorithms.base import Distillation, Update
 from fedkd.communication.ledger import SerializedBytes, Traffic, is_soft_label
+from fedkd.communication.replies import Failure, Reply
 from fedkd.communication.validation import validate_update
 from fedkd.core import specs, tensors
 from fedkd.core.catalog import CATALOG
@@ -20,7 +21,7 @@ from fedkd.core.soft_labels import SoftLabels
 from fedkd.evaluation import metrics
 from fedkd.simulate import rounds
 from fedkd.simulate.experiment import prepare
-from fedkd.simulate.rounds import Reply, Round
+from fedkd.simulate.rounds import Round
 from fedkd.training.losses.logits import cross_entropy
 from tests.conftest import tiny
 
@@ -101,9 +102,14 @@ def test_state_memory_and_messages_are_cpu_tensors_without_grad(two_rounds):
 def test_updates_match_the_upload_spec(two_rounds):
     experiment, first, second = two_rounds
     algorithm, setup = experiment.algorithm, experiment.setup
-    for state, updates in ((algorithm.initial_state(setup), first[0]), (first[2], second[0])):
+    for number, updates in enumerate((first[0], second[0]), 1):
         for client, update in updates.items():
-            assert validate_update(update, algorithm.upload_spec(setup, state, client)) == ""
+            shapes, samples = algorithm.upload_spec(setup, client, number), experiment.samples[client]
+            assert validate_update(update, shapes, algorithm.metrics, samples) == ""
+            sizes = experiment.channel.upload_sizes(shapes)
+            assert {name: tensor.nbytes <= sizes[name] for name, tensor in update.tensors.items()} == dict.fromkeys(
+                sizes, True
+            )
             assert algorithm.check_update(setup, update) == ""
 
 
@@ -270,7 +276,7 @@ def test_central_has_all_samples_and_local_sends_nothing():
     assert central.clients == 1
     assert sorted(central.training_partition[0]) == sorted(row for part in local.training_partition for row in part)
     assert sorted(central.client(0, 1, {}).data.labels) == sorted(central.train.labels[central.training_partition[0]])
-    assert not local.algorithm.upload_spec(local.setup, {}, 0)
+    assert not local.algorithm.upload_spec(local.setup, 0, 1)
     assert not local.algorithm.broadcast(local.setup, {}, 0)
 
 
@@ -291,22 +297,20 @@ def test_a_diverged_client_counts_as_wrong_and_is_not_in_the_ensemble():
     right = F.one_hot(labels, classes).float() * 9
     answers = {0: right, 1: right.roll(1, 1), 2: right.roll(1, 1) * 1e6}
 
-    def exchange(kind, number, requests):
+    def exchange(kind, number, requests, expected=None):
         return [Reply(c, Update({"logits": t}, len(labels)), "", SerializedBytes()) for c, t in answers.items()]
 
     updates = {client: Update({}, 5) for client in answers}
-    round_ = Round(1, {}, updates, {}, SerializedBytes(), Traffic(), Traffic(), {})
+    round_ = Round(
+        1, {}, updates=updates, failures=[], serialized=SerializedBytes(), downlink=Traffic(), uplink=Traffic()
+    )
     found = metrics.evaluate_clients(experiment, exchange, round_)
     assert found.client_accuracy == pytest.approx(1 / 3)
-    assert list(found.failures) == [2]
-    assert "larger than" in found.failures[2]
-    assert metrics.round_row(experiment, round_, None, found)["evaluation_failures"] == {
-        "2": "sent logits larger than 1,000,000"
-    }
+    assert found.failures == [Failure(2, "refused", "sent logits larger than 1,000,000")]
     answers.clear()
     none = metrics.evaluate_clients(experiment, exchange, round_)
     assert (none.client_accuracy, none.teacher_accuracy) == (None, None)
-    assert set(none.failures.values()) == {"no reply"}
+    assert {failure.cause for failure in none.failures} == {"no reply"}
 
 
 def test_fedbe_gives_all_models_the_same_weight():

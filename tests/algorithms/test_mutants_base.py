@@ -102,7 +102,7 @@ def test_the_defaults_of_a_method_send_nothing_and_keep_the_state():
     assert (update, memory) == (Update({}, 1), {})
     assert method.initial_state(setup) == {}
     assert method.broadcast(setup, state, 0) == {}
-    assert method.upload_spec(setup, state, 0) == {}
+    assert method.upload_spec(setup, 0, 1) == {}
     assert method.check_update(setup, update) == ""
     assert method.aggregate(setup, state, {0: update}, 0) is state
     assert method.global_model(setup, state) == {}

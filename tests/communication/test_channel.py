@@ -11,10 +11,10 @@ from fedkd.algorithms.base import Algorithm, Update
 from fedkd.communication import channel, codecs, ledger
 from fedkd.communication.channel import Channel
 from fedkd.communication.ledger import SerializedBytes
+from fedkd.communication.replies import Reply
 from fedkd.core import specs
 from fedkd.simulate import rounds
-from fedkd.simulate.rounds import Reply
-from tests.conftest import simulated, tiny
+from tests.conftest import reasons, simulated, tiny
 
 LOSSLESS = "float32:delta=true,coder=zstd"
 
@@ -36,7 +36,7 @@ class FewChanges(Algorithm):
     def broadcast(self, setup, state, client):
         return state
 
-    def upload_spec(self, setup, state, client):
+    def upload_spec(self, setup, client, number):
         return {"probs": (200, 10)}
 
     def local_update(self, setup, client, request):
@@ -59,7 +59,7 @@ class Clients:
         self.channel, self.memories, self.received, self.sizes = channel, {}, {}, {}
         self.lost, self.spoiled = set(), set()  # (round, client): the message is lost; the update arrives broken
 
-    def __call__(self, kind, number, requests):
+    def __call__(self, kind, number, requests, expected=None):
         for client, arrays in requests.items():
             if (number, client) in self.lost:
                 continue
@@ -85,12 +85,12 @@ def test_a_delta_survives_absence_loss_and_refusal(experiment, coder, monkeypatc
     text = f"bits:bits=1,delta=true,coder={coder}"
     clients = Clients(channel_of(text, text))
     clients.lost, clients.spoiled = {(3, 1)}, {(4, 2)}
-    monkeypatch.setattr(rounds, "sample", lambda count, share, seed, number: [0, 1, 2] if number != 6 else [0, 2])
+    monkeypatch.setattr(rounds, "sample", lambda count, share, seed, number, *_: [0, 1, 2] if number != 6 else [0, 2])
     for round_ in rounds.run_rounds(FewChanges(), setup, clients, 3, clients.channel):
         failed = {1} if round_.number == 3 else {2} if round_.number == 4 else set()
         if round_.number == 5:  # the server assumes that client 2 remembers nothing, and sends everything
             assert clients.sizes[5, 2] > clients.sizes[5, 0]
-        assert set(round_.failures) == failed
+        assert set(reasons(round_.failures)) == failed
         for client, update in round_.updates.items():
             assert torch.equal(update.tensors["probs"], table(round_.number, client))
             assert torch.equal(clients.received[round_.number, client], table(round_.number - 1))
@@ -102,7 +102,7 @@ def test_a_client_that_lost_its_memory_fails_once_and_then_receives_everything(e
     clients = Clients(channel_of("float32", "bits:bits=1,delta=true"))
     seen = []
     for round_ in rounds.run_rounds(FewChanges(), setup, clients, 2, clients.channel):
-        seen.append(set(round_.failures))
+        seen.append(set(reasons(round_.failures)))
         if round_.number == 2:
             clients.memories.pop(1)
     assert seen == [set(), set(), {1}, set(), set()]
@@ -120,9 +120,7 @@ def test_a_continued_run_equals_an_uninterrupted_one(experiment):
         stopped,
         2,
         stopped.channel,
-        state=first.state,
-        channel_memory=first.channel_memory,
-        start=2,
+        after=first,
     )
     assert list(more)[-1].uplink == last.uplink
     assert stopped.sizes == whole.sizes
@@ -176,14 +174,18 @@ def test_what_cannot_be_decoded_is_a_failure_with_a_reason(experiment):
     plain = channel_of("float16")
     for wrong in (torch.zeros(3, dtype=torch.uint8), torch.zeros(2, 2), torch.full((500,), 255, dtype=torch.uint8)):
         reply = Reply(0, Update({"probs~": wrong}, 1), "", SerializedBytes())
-        assert "cannot be decoded" in rounds.accept_reply(
-            reply, algorithm, setup, algorithm.initial_state(setup), plain, {}
-        )
+        outcome = rounds.accept_reply(reply, algorithm, setup, algorithm.upload_spec(setup, 0, 1), plain, {})
+        assert "cannot be decoded" in outcome.reason
     huge = plain.encode_update({"probs": torch.full((40, 10), 0.1)}, {}, {}).tensors
     outcome = rounds.accept_reply(
-        Reply(0, Update(huge, 1), "", SerializedBytes()), algorithm, setup, algorithm.initial_state(setup), plain, {}
+        Reply(0, Update(huge, 1), "", SerializedBytes()),
+        algorithm,
+        setup,
+        algorithm.upload_spec(setup, 0, 1),
+        plain,
+        {},
     )
-    assert isinstance(outcome, str)
+    assert outcome.cause == "refused"
 
 
 def test_a_codec_of_labels_takes_logits_as_log_probabilities(generator):

@@ -9,6 +9,7 @@ import torch
 
 from fedkd.algorithms.base import Update
 from fedkd.communication.ledger import SerializedBytes, Traffic, break_even
+from fedkd.communication.replies import Failure
 from fedkd.core import tensors
 from fedkd.evaluation import metrics
 from fedkd.evaluation.metrics import ClientEvaluation
@@ -21,6 +22,7 @@ SPOILED = """
 from dataclasses import dataclass
 from fedkd.algorithms.fedavg import FedAvg
 from fedkd.core.tensors import integer, put, take
+from fedkd.communication.replies import Failure
 
 @dataclass(frozen=True)
 class Spoiled(FedAvg):
@@ -120,12 +122,17 @@ def line(number: int, accuracy: float | None, **changes) -> dict:
         "uplink_entropy_bound_bytes": 0.1 * number,
         "downlink_entropy_bound_bytes": 10.2 * number,
         "participants": 3,
-        "failures": {},
-        "evaluation_failures": {},
+        "failures": [],
+        "evaluation_failures": [],
+        "excluded": [],
         "training_seconds": 0.5 * number,
         "evaluation_seconds": 100.0 * number,
         **changes,
     }
+
+
+def failed(client: int, cause: str) -> dict:
+    return {"client": client, "cause": cause, "reason": "a reason"}
 
 
 ACCURACIES = [0.9, 0.8, 0.1, 0.2, 0.3, 0.4, 0.6]
@@ -161,8 +168,9 @@ def test_every_number_of_a_summary_by_hand():
     """Seven rounds: their numbers add up to 28."""
     experiment = prepare(tiny(algorithm="fedavg", clients=6, participation=0.5, seed=3))
     rows = [line(number, accuracy) for number, accuracy in enumerate(ACCURACIES, 1)]
-    rows[1] = {**rows[1], "failures": {"0": "no reply", "4": "timeout"}, "evaluation_failures": {"1": "no reply"}}
-    rows[6] = {**rows[6], "failures": {"2": "no reply"}}
+    rows[1] = {**rows[1], "failures": [failed(0, "no reply"), failed(4, "died")]}
+    rows[1]["evaluation_failures"] = [failed(1, "no reply")]
+    rows[6] = {**rows[6], "failures": [failed(2, "no reply")], "excluded": [5]}
     assert metrics.run_summary(experiment, rows, "sha256 of the partition") == {
         "algorithm": "fedavg",
         "seed": 3,
@@ -183,6 +191,8 @@ def test_every_number_of_a_summary_by_hand():
         "metadata_bytes": 28_000_000 + 280_000_000,
         "evaluation_bytes": 2_800_000_000,
         "failures": 3,
+        "failure_causes": {"no reply": 2, "died": 1},
+        "excluded": [5],
         "evaluation_failures": 1,
         "training_seconds": 14.0,
         "evaluation_seconds": 2800.0,
@@ -205,10 +215,21 @@ def test_every_number_of_a_row_by_hand(experiment):
         0: Update({"x": none}, 5, {"loss": 1.0, "epsilon": 8.0}),
         2: Update({"x": none}, 50, {"loss": 4.0}),
     }
-    failures = {1: "Traceback\n  line\nValueError: no.\n"}
+    failures = [Failure(1, "error", "Traceback\n  line\nValueError: no.\n")]
     down, up = Traffic(11, 12, 13.26), Traffic(21, 22, 23.34)
-    round_ = Round(4, {}, updates, failures, SerializedBytes(1, 2, 3, 4), down, up, {})
-    clients = ClientEvaluation(0.25, 0.75, SerializedBytes(100, 1000, 10, 20), {2: "diverged"})
+    round_ = Round(
+        4,
+        {},
+        refusals={3: 2, 7: 3, 5: 4},
+        updates=updates,
+        failures=failures,
+        serialized=SerializedBytes(1, 2, 3, 4),
+        downlink=down,
+        uplink=up,
+        attempts=2,
+        duration=1.23456789,
+    )
+    clients = ClientEvaluation(0.25, 0.75, SerializedBytes(100, 1000, 10, 20), [Failure(2, "refused", "diverged")])
     row = metrics.round_row(experiment, round_, (0.5, 1.5), clients)
     assert row == {
         "algorithm": "ensemble",
@@ -230,15 +251,18 @@ def test_every_number_of_a_row_by_hand(experiment):
         "downlink_metadata_bytes": 3,
         "evaluation_bytes": 1100,
         "participants": 2,
-        "failures": {"1": "ValueError: no"},
-        "evaluation_failures": {"2": "diverged"},
+        "attempts": 2,
+        "simulated_duration": 1.23457,
+        "failures": [{"client": 1, "cause": "error", "reason": "ValueError: no"}],
+        "evaluation_failures": [{"client": 2, "cause": "refused", "reason": "diverged"}],
+        "excluded": [5, 7],
         "train_metrics": {"epsilon": 8.0, "loss": 2.5},
     }
     without_student = metrics.round_row(experiment, round_, None, clients)
     assert (without_student["test_accuracy"], without_student["test_loss"]) == (0.25, None)
     not_evaluated = metrics.round_row(experiment, round_, (0.5, 1.5), None)
     assert not_evaluated["teacher_accuracy"] is not_evaluated["client_accuracy"] is None
-    assert (not_evaluated["evaluation_bytes"], not_evaluated["evaluation_failures"]) == (0, {})
+    assert (not_evaluated["evaluation_bytes"], not_evaluated["evaluation_failures"]) == (0, [])
     assert metrics.round_row(experiment, round_, None, None)["test_accuracy"] is None
     zero = metrics.round_row(experiment, round_, (0.0, 3.0), clients)
     assert (zero["test_accuracy"], zero["test_loss"]) == (0.0, 3.0)
@@ -266,8 +290,8 @@ def test_break_even_of_a_run_with_partial_participation_and_a_subset_of_the_prox
     assert weights != weights_of(prepare(tiny()))
     others = {"uplink_float32_bytes": 10**6, "downlink_encoded_bytes": 10**7}
     rows = [
-        line(1, 0.5, uplink_encoded_bytes=1000, participants=3, failures={}, **others),
-        line(2, 0.5, uplink_encoded_bytes=600, participants=2, failures={"1": "no reply"}, **others),
+        line(1, 0.5, uplink_encoded_bytes=1000, participants=3, **others),
+        line(2, 0.5, uplink_encoded_bytes=600, participants=2, failures=[failed(1, "no reply")], **others),
     ]
     assert metrics.run_summary(experiment, rows, "")["break_even_proxy_size"] == int(weights * 32 / (10 * 16))
     third = [

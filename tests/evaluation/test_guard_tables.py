@@ -9,10 +9,11 @@ import torch
 from fedkd.algorithms.base import Update
 from fedkd.algorithms.local import Local
 from fedkd.communication.ledger import SerializedBytes, Traffic
+from fedkd.communication.replies import Failure, Reply
 from fedkd.evaluation import metrics
 from fedkd.evaluation.report import table
 from fedkd.simulate.experiment import prepare
-from fedkd.simulate.rounds import Reply, Round
+from fedkd.simulate.rounds import Round
 from tests.conftest import tiny
 
 # Bytes to a common accuracy, and the ledger.
@@ -154,15 +155,14 @@ def test_the_ensemble_is_weighted_by_numbers_of_samples_with_weighting_size():
     round_ = Round(
         1,
         {},
-        {c: Update({}, n) for c, n in ((0, 10), (1, 90), (2, 5))},
-        {},
-        SerializedBytes(),
-        Traffic(),
-        Traffic(),
-        {},
+        updates={c: Update({}, n) for c, n in ((0, 10), (1, 90), (2, 5))},
+        failures=[],
+        serialized=SerializedBytes(),
+        downlink=Traffic(),
+        uplink=Traffic(),
     )
 
-    def exchange(kind, number, requests):
+    def exchange(kind, number, requests, expected=None):
         assert (kind, number, set(requests)) == ("evaluate", 1, {0, 1, 2})
         yield Reply(1, Update({"logits": wrong}, 1), "", SerializedBytes(1, 1, 1, 1))
         yield Reply(2, None, "out of memory", SerializedBytes(1, 0, 1, 0))
@@ -174,6 +174,6 @@ def test_the_ensemble_is_weighted_by_numbers_of_samples_with_weighting_size():
     assert uniform.client_accuracy == sized.client_accuracy == 0.5
     assert (uniform.teacher_accuracy, sized.teacher_accuracy) == (1.0, 0.0)
     assert uniform.serialized == SerializedBytes(3, 2, 3, 2)
-    assert uniform.failures == {2: "out of memory"}
+    assert uniform.failures == [Failure(2, "error", "out of memory")]
     first = metrics.evaluate_clients(dataclasses.replace(experiment, algorithm=First()), exchange, round_)
     assert first.teacher_accuracy == 1.0, "logits are in the order of clients, in whichever order replies arrive"

@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedkd.communication.ledger import SerializedBytes
+from fedkd.communication.replies import Expected
 from fedkd.core import tensors
 from fedkd.simulate.experiment import prepared
 from fedkd.simulate.flower import client_app, server_app
@@ -21,14 +22,15 @@ from fedkd.simulate.flower.records import count_bytes, from_record, to_record
 from fedkd.simulate.rounds import Memories, run_rounds
 from tests.conftest import tiny
 
+LOGITS, X = Expected({"logits": 4 * 40 * 10}), Expected({"x": 3 * 4})
 NPY_HEADER = 128  # bytes that NumPy's format puts before the numbers
 
 
 def exchange_of(config):
     grid, memories = LocalGrid(client_app.app, config.clients, config.run_config()), Memories("run")
 
-    def exchange(kind, number, requests):
-        return server_app.exchange(grid, grid.get_node_ids(), config, memories, kind, number, requests)
+    def exchange(kind, number, requests, expected):
+        return server_app.exchange(grid, grid.get_node_ids(), config, memories, kind, number, requests, expected)
 
     return exchange
 
@@ -47,7 +49,7 @@ def test_an_object_array_is_never_unpickled():
 
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="pickle"):
+    with pytest.raises(ValueError, match="objects"):
         from_record(ArrayRecord({"x": Array("object", (1,), "numpy.ndarray", buffer.getvalue())}))
 
 
@@ -105,6 +107,7 @@ def test_our_fedavg_equals_flowers_own_strategy(monkeypatch, tmp_path):
             config.update({"round": server_round, "algorithm": "fedavg", "seed": 0, "dataset": "digits"})
             config.update({"run": "theirs", "memory": server_round - 1, "keep": 0})
             for index, message in enumerate(super().configure_train(server_round, arrays, config, grid)):
+                message.content["config"].pop("server-round", None)  # our client refuses settings that it does not know
                 message.metadata.__dict__["_message_id"] = f"{server_round}-{index}"
                 yield message
 
@@ -186,6 +189,7 @@ def test_a_new_run_starts_with_an_empty_memory():
                     "train",
                     number,
                     {0: {"round": torch.tensor(number)}},
+                    {0: LOGITS},
                 )
             )
         )
@@ -200,7 +204,7 @@ def test_what_a_silent_client_was_sent_is_counted(grid, monkeypatch):
     """The message to the client was sent, whether or not a reply ever arrives."""
     monkeypatch.setattr(server_app, "_send", lambda *_: iter(()))
     (reply,) = server_app.exchange(
-        grid, range(1, 2), tiny(), Memories("run"), "train", 1, {0: {"x": torch.zeros(1000)}}
+        grid, range(1, 2), tiny(), Memories("run"), "train", 1, {0: {"x": torch.zeros(1000)}}, {0: LOGITS}
     )
     assert (reply.client, reply.update, reply.failure) == (0, None, "no reply")
     assert reply.serialized.downlink_arrays > 4000
@@ -210,14 +214,18 @@ def test_what_a_silent_client_was_sent_is_counted(grid, monkeypatch):
 def test_replies_that_are_no_replies_are_failures_with_a_reason(grid):
     config = tiny()
 
-    def answers(content):
+    def answers(content, expected=X):
         app = ClientApp()
         app.train()(lambda message, context: Message(content, reply_to=message))
         return next(
-            iter(server_app.exchange(LocalGrid(app, 1, {}), range(1, 2), config, Memories("run"), "train", 1, {0: {}}))
+            iter(
+                server_app.exchange(
+                    LocalGrid(app, 1, {}), range(1, 2), config, Memories("run"), "train", 1, {0: {}}, {0: expected}
+                )
+            )
         )
 
-    assert "without arrays" in answers(RecordDict()).failure
+    assert "the records none instead of arrays and metrics" in answers(RecordDict()).failure
     huge = (
         b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (10000000000000,), }".ljust(127)
         + b"\n"
@@ -228,6 +236,6 @@ def test_replies_that_are_no_replies_are_failures_with_a_reason(grid):
         reply = answers(RecordDict({"arrays": broken, "metrics": MetricRecord({"num-examples": 1})}))
         assert "cannot be read" in reply.failure, data
     endless = RecordDict({"arrays": to_record({}), "metrics": MetricRecord({"num-examples": math.inf})})
-    assert "cannot be read" in answers(endless).failure
+    assert "cannot be read" in answers(endless, Expected({})).failure
     assert isinstance(reply.serialized, SerializedBytes)
     assert math.isfinite(reply.serialized.uplink_arrays)

@@ -14,6 +14,7 @@ from fedkd.algorithms.base import Algorithm, Update
 from fedkd.communication import channel, codecs, entropy, ledger, validation
 from fedkd.communication.channel import Channel, Encoded
 from fedkd.communication.ledger import SerializedBytes, Traffic
+from fedkd.communication.replies import Failure, Reply
 from fedkd.communication.validation import validate_update
 from fedkd.core import seeds
 from fedkd.core.errors import RunError
@@ -21,8 +22,8 @@ from fedkd.core.tensors import Int64, UInt8
 from fedkd.evaluation import metrics
 from fedkd.simulate import rounds
 from fedkd.simulate.experiment import prepare
-from fedkd.simulate.rounds import Reply, accept_reply, participants, sample
-from tests.conftest import tiny
+from fedkd.simulate.rounds import Progress, accept_reply, participants, sample
+from tests.conftest import reasons, tiny
 
 PLAIN = Channel(codecs.Float32(), codecs.Float32())
 PROBS = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]])
@@ -45,9 +46,9 @@ def beside(value: float, toward: float) -> float:
     [
         ({}, {}, ""),
         ({"b": PROBS, "a": PROBS}, {"a": (2, 3), "b": (2, 3)}, ""),
-        ({"b": PROBS, "c": PROBS}, {"a": (2, 3), "b": (2, 3)}, "sent ['b', 'c'] instead of ['a', 'b']"),
-        ({"b": PROBS, "a": PROBS}, {"b": (2, 3)}, "sent ['a', 'b'] instead of ['b']"),
-        ({"a": PROBS}, {"b": (2, 3), "a": (2, 3)}, "sent ['a'] instead of ['a', 'b']"),
+        ({"b": PROBS, "c": PROBS}, {"a": (2, 3), "b": (2, 3)}, "sent no a and undeclared c"),
+        ({"b": PROBS, "a": PROBS}, {"b": (2, 3)}, "sent undeclared a"),
+        ({"a": PROBS}, {"b": (2, 3), "a": (2, 3)}, "sent no b"),
         # Shapes: the same, or at most n where -n is declared.
         ({"a": PROBS}, {"a": (3, 2)}, "sent a of shape (2, 3) instead of (3, 2)"),
         ({"a": PROBS}, {"a": (2, 4)}, "sent a of shape (2, 3) instead of (2, 4)"),
@@ -92,7 +93,9 @@ def beside(value: float, toward: float) -> float:
             {"logits": (2,)},
             "sent logits larger than 1,000,000",
         ),
-        ({"weights": torch.tensor([3e38, -3e38])}, {"weights": (2,)}, ""),
+        ({"weights": torch.tensor([1e9, -1e9])}, {"weights": (2,)}, ""),
+        ({"weights": torch.tensor([0.0, -1.001e9])}, {"weights": (2,)}, "sent weights larger than 1,000,000,000"),
+        ({"counts": torch.tensor([2**40])}, {"counts": Int64((1,))}, ""),
         # Probs are distributions in their last dimension.
         ({"probs": PROBS}, {"probs": (2, 3)}, ""),
         ({"probs": PROBS.expand(4, 2, 3)}, {"probs": (4, 2, 3)}, ""),
@@ -149,14 +152,15 @@ def test_what_bfloat16_does_to_a_distribution_is_let_through(generator):
 class Asking(Algorithm):
     """Sends a table of as many rows as the client's number and one; writes down what it is called with."""
 
+    metrics = ("loss",)
+
     def __init__(self):
         self.seen = []
 
     def local_update(self, setup, client, request):
         raise NotImplementedError
 
-    def upload_spec(self, setup, state, client):
-        self.seen.append(("sends", setup, state, client))
+    def upload_spec(self, setup, client, number):
         return {"probs": (client + 1, 3), "x": (2,)}
 
     def check_update(self, setup, update):
@@ -168,42 +172,45 @@ def reply(client=1, probs=PROBS, x=(1.0, 2.0), examples=5, failure="", **metrics
     return Reply(client, Update({"probs": probs, "x": torch.tensor(x)}, examples, metrics), failure, SerializedBytes())
 
 
+def accepted(sent, algorithm, link, memory=None):
+    """The accepted update and its encoding, or the reason why it is refused."""
+    shapes = algorithm.upload_spec("setup", sent.client, 1)
+    outcome = accept_reply(sent, algorithm, "setup", shapes, link, memory or {})
+    return outcome.reason if isinstance(outcome, Failure) else outcome
+
+
 def test_a_reply_that_failed_or_is_empty_is_not_looked_into():
     algorithm = Asking()
     for update in (None, reply().update):
-        assert (
-            accept_reply(Reply(1, update, "it fell over", SerializedBytes()), algorithm, "setup", {}, PLAIN, {})
-            == "it fell over"
-        )
-    assert accept_reply(Reply(1, None, "", SerializedBytes()), algorithm, "setup", {}, PLAIN, {}) == "an empty reply"
+        assert accepted(Reply(1, update, "it fell over", SerializedBytes()), algorithm, PLAIN) == "it fell over"
+    assert accepted(Reply(1, None, "", SerializedBytes()), algorithm, PLAIN) == "an empty reply"
     assert algorithm.seen == []
 
 
 def test_an_update_is_admitted_as_it_is_and_held_against_what_its_client_may_send():
-    algorithm, state = Asking(), {"s": torch.zeros(1)}
-    update, packed = accept_reply(reply(loss=0.25), algorithm, "setup", state, PLAIN, {})
-    assert algorithm.seen[0] == ("sends", "setup", state, 1)
-    assert algorithm.seen[1][:2] == ("objection", "setup")
+    algorithm = Asking()
+    update, packed = accepted(reply(loss=0.25), algorithm, PLAIN)
+    assert algorithm.seen[0][:2] == ("objection", "setup")
     assert (update.examples, dict(update.metrics)) == (5, {"loss": 0.25})
     assert set(update.tensors) == {"probs", "x"}
     assert torch.equal(update.tensors["probs"], PROBS)
     assert update.tensors["x"].tolist() == [1.0, 2.0]
     assert packed.traffic.float32 == 4 * 6 + 4 * 2
-    assert "shape (2, 3) instead of (1, 3)" in accept_reply(reply(client=0), algorithm, "setup", state, PLAIN, {})
+    assert "shape (2, 3) instead of (1, 3)" in accepted(reply(client=0), algorithm, PLAIN)
 
 
 def test_what_an_algorithm_objects_to_is_not_counted_and_what_is_refused_it_never_sees():
     algorithm = Asking()
-    assert accept_reply(reply(examples=13), algorithm, "setup", {}, PLAIN, {}) == "I object"
+    assert accepted(reply(examples=13), algorithm, PLAIN) == "I object"
     algorithm.seen.clear()
-    assert "not finite" in accept_reply(reply(examples=13, x=(math.nan, 0.0)), algorithm, "setup", {}, PLAIN, {})
-    assert [name for name, *_ in algorithm.seen] == ["sends"]
+    assert "not finite" in accepted(reply(examples=13, x=(math.nan, 0.0)), algorithm, PLAIN)
+    assert algorithm.seen == []
 
 
 def test_what_cannot_be_decoded_has_a_reason():
     link = Channel(codecs.UInt8(), codecs.UInt8())
     broken = Reply(1, Update({"probs~": torch.zeros(3)}, 1), "", SerializedBytes())
-    found = accept_reply(broken, Asking(), "setup", {}, link, {})
+    found = accepted(broken, Asking(), link)
     assert found == "sent what cannot be decoded: an encoded tensor is a one-dimensional uint8 tensor"
 
 
@@ -213,9 +220,7 @@ def test_probs_sum_to_one_after_decoding_and_nothing_else_is_changed(generator):
     x = torch.tensor([3.0, 4.0])
     sent = link.encode_update({"probs": probs, "x": x}, {}, {})
     algorithm = Asking()
-    update, packed = accept_reply(
-        Reply(1, Update(sent.tensors, 7), "", SerializedBytes()), algorithm, "setup", {}, link, {}
-    )
+    update, packed = accepted(Reply(1, Update(sent.tensors, 7), "", SerializedBytes()), algorithm, link)
     decoded = bfloat16(probs)
     assert not torch.equal(decoded.sum(-1), torch.ones(2))
     wanted = [[float(np.float32(float(p) / math.fsum(map(float, row)))) for p in row] for row in decoded]
@@ -224,7 +229,7 @@ def test_probs_sum_to_one_after_decoding_and_nothing_else_is_changed(generator):
     assert torch.equal(update.tensors["x"], x)
     # What is remembered, and what an algorithm may object to, is what went over the wire.
     assert torch.equal(packed.decoded["probs"], decoded)
-    assert torch.equal(algorithm.seen[1][2].tensors["probs"], decoded)
+    assert torch.equal(algorithm.seen[0][2].tensors["probs"], decoded)
 
 
 def test_a_delta_is_decoded_against_what_is_held():
@@ -235,9 +240,9 @@ def test_a_delta_is_decoded_against_what_is_held():
     asked = {"last": torch.tensor(4)}
     second = link.encode_update({"probs": eye[[0, 2]], "x": torch.zeros(2)}, asked, held)
     coming = Reply(1, Update(second.tensors, 1), "", SerializedBytes())
-    update, _ = accept_reply(coming, Asking(), "setup", {}, link, held)
+    update, _ = accepted(coming, Asking(), link, held)
     assert torch.equal(update.tensors["probs"], eye[[0, 2]])
-    assert "not available" in accept_reply(coming, Asking(), "setup", {}, link, {})
+    assert "not available" in accepted(coming, Asking(), link)
 
 
 # --- who takes part
@@ -290,7 +295,7 @@ class Adding(Algorithm):
     def broadcast(self, setup, state, client):
         return {"s": state["s"], "mine": torch.tensor([float(client)])}
 
-    def upload_spec(self, setup, state, client):
+    def upload_spec(self, setup, client, number):
         return {"probs": (4, 3)}
 
     def local_update(self, setup, client, request):
@@ -315,7 +320,7 @@ class Nodes:
     def labels(self, number, client):
         return rows(0, 1, client % 3, number % 3)
 
-    def __call__(self, kind, number, requests):
+    def __call__(self, kind, number, requests, expected=None):
         self.kinds.append((kind, number, list(requests)))
         for client in reversed(list(requests)):
             arrays = requests[client]
@@ -358,7 +363,7 @@ def test_each_round_asks_admits_tells_and_passes_the_state_on(setup):
     assert [float(nodes.requests[2, client]["mine"]) for client in range(4)] == [0.0, 1.0, 2.0, 3.0]
     assert [float(round_.state["s"]) for round_ in results] == [103.0, 106.0, 110.0]
     assert [list(round_.updates) for round_ in results] == [[0, 1, 3], [1, 2, 3], [0, 1, 2, 3]]
-    assert [dict(round_.failures) for round_ in results] == [{2: "failed 1"}, {0: "no reply"}, {}]
+    assert [reasons(round_.failures) for round_ in results] == [{2: "failed 1"}, {0: "no reply"}, {}]
     assert torch.equal(results[1].updates[2].tensors["probs"], nodes.labels(2, 2))
     # Serialized bytes are of all that replied; the downlink is of all sampled, the uplink of accepted updates.
     assert [round_.serialized for round_ in results] == [
@@ -377,7 +382,7 @@ def test_bytes_of_a_refused_update_count_as_serialized_but_not_as_traffic(setup)
             return super().labels(number, client) * (2 if client == 0 else 1)
 
     (round_,) = rounds.run_rounds(Adding(), setup(rounds=1), Bad(PLAIN), 2, PLAIN)
-    assert dict(round_.failures) == {0: "sent probs that are not distributions"}
+    assert reasons(round_.failures) == {0: "sent probs that are not distributions"}
     assert round_.serialized == SerializedBytes(4, 6, 40, 60)
     assert round_.uplink == Traffic(48, 48, 48)
 
@@ -436,7 +441,7 @@ def test_what_is_common_is_that_of_the_last_update_that_was_counted(setup):
 def test_who_is_not_drawn_keeps_what_it_remembers(setup, monkeypatch):
     link = remembering()
     nodes = Nodes(link)
-    monkeypatch.setattr(rounds, "sample", lambda clients, share, seed, number: [0, 1] if number in (1, 4) else [0])
+    monkeypatch.setattr(rounds, "sample", lambda clients, share, seed, number, *_: [0, 1] if number in (1, 4) else [0])
     results = list(rounds.run_rounds(Adding(), setup(rounds=4), nodes, 2, link))
     assert int(nodes.requests[4, 1]["last"]) == 1
     assert is_delta(nodes.requests[4, 1]["mine~"])
@@ -455,9 +460,7 @@ def test_a_run_goes_on_exactly_where_it_stopped(setup):
             break
     held = dict(first[-1].channel_memory)
     algorithm = Adding()
-    more = list(
-        rounds.run_rounds(algorithm, settings, stopped, 5, link, state=first[-1].state, channel_memory=held, start=4)
-    )
+    more = list(rounds.run_rounds(algorithm, settings, stopped, 5, link, after=Progress(3, first[-1].state, held)))
     assert algorithm.inits == 0
     assert [round_.number for round_ in more] == [4, 5]
     assert held.keys() == first[-1].channel_memory.keys(), "what was handed in is left as it is"
@@ -500,7 +503,7 @@ def test_an_empty_state_is_a_state(setup):
             return state
 
     algorithm = Stateless()
-    (round_,) = rounds.run_rounds(algorithm, setup(rounds=1), Nodes(PLAIN), 2, PLAIN, state={})
+    (round_,) = rounds.run_rounds(algorithm, setup(rounds=1), Nodes(PLAIN), 2, PLAIN, after=Progress(0, {}))
     assert algorithm.inits == 0
     assert round_.state == {}
 
@@ -747,8 +750,9 @@ def test_break_even_of_a_run_is_by_the_bytes_an_image_cost():
         "test_loss": 1.0,
         "teacher_accuracy": None,
         "client_accuracy": None,
-        "failures": {},
-        "evaluation_failures": {},
+        "failures": [],
+        "evaluation_failures": [],
+        "excluded": [],
         **dict.fromkeys(measured, 7),
     }
     lines = [

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from fedkd.algorithms import ensemble, fedmd, kt_pfl
+from fedkd.communication.replies import Reply
 from fedkd.core import seeds, tensors
 from fedkd.core.soft_labels import SoftLabels
 from fedkd.simulate import rounds
 from fedkd.simulate.experiment import Experiment, prepare
-from fedkd.simulate.rounds import Reply, SerializedBytes, sample
+from fedkd.simulate.rounds import SerializedBytes, sample
 from fedkd.training import loop
 from fedkd.training.trainer import Trainer
 from tests.conftest import simulated, tiny
@@ -93,7 +94,7 @@ def exchange_of(experiment):
     """Local updates in this process, with the memories of the clients."""
     memories = {}
 
-    def exchange(kind, number, messages):
+    def exchange(kind, number, messages, expected=None):
         assert kind == "train"
         for client, arrays in messages.items():
             sampled = experiment.client(client, number, memories.get(client, {}))

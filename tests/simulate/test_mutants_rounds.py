@@ -12,9 +12,11 @@ from fedkd.algorithms.base import Algorithm, Update
 from fedkd.communication.channel import Channel
 from fedkd.communication.codecs import Float32, UInt8
 from fedkd.communication.ledger import SerializedBytes, Traffic
+from fedkd.communication.replies import Failure, Reply
 from fedkd.core import seeds
 from fedkd.core.errors import RunError
-from fedkd.simulate.rounds import Reply, accept_reply, participants, run_rounds, sample
+from fedkd.simulate.rounds import Progress, accept_reply, participants, run_rounds, sample
+from tests.conftest import reasons, tiny
 
 PLAIN = Channel(Float32(), Float32())
 BYTES = SerializedBytes(1, 20, 300, 4000)
@@ -34,9 +36,9 @@ class Adding(Algorithm):
         assert setup is not None
         return {"sum": state["sum"], "client": torch.tensor([client])}
 
-    def upload_spec(self, setup, state, client):
+    def upload_spec(self, setup, client, number):
         assert setup is not None
-        return {"x": (1,)} if client != 5 else {"x": (1 + int(state["sum"].item()),)}
+        return {"x": (1,)} if client != 5 else {"x": (3 * number - 2,)}
 
     def local_update(self, setup, client, message):
         raise NotImplementedError
@@ -52,13 +54,13 @@ class Adding(Algorithm):
 
 
 def federation(rounds=2, participation=1.0, seed=3):
-    return SimpleNamespace(config=SimpleNamespace(rounds=rounds, participation=participation, seed=seed))
+    return SimpleNamespace(config=tiny(rounds=rounds, participation=participation, seed=seed))
 
 
 def exchange_of(values, calls=None):
     """An exchange with given answers, in reversed order: a number, a failure, or nothing."""
 
-    def exchange(kind, number, messages):
+    def exchange(kind, number, messages, expected=None):
         if calls is not None:
             calls.append((kind, number, messages))
         for client in reversed(messages):
@@ -85,7 +87,7 @@ def test_two_rounds_of_three_clients():
     assert [round_.state["sum"].item() for round_ in rounds] == [7.0, 14.0]
     for round_ in rounds:
         assert [update.tensors["x"].item() for update in round_.updates.values()] == [1.0, 2.0, 4.0]
-        assert round_.failures == {}
+        assert round_.failures == []
         assert round_.serialized == SerializedBytes(3, 60, 900, 12000)
         assert round_.downlink == Traffic(3 * (4 + 8), 3 * (4 + 8), 3.0 * (4 + 8))
         assert round_.uplink == Traffic(12, 12, 12.0)
@@ -95,7 +97,7 @@ def test_two_rounds_of_three_clients():
 def test_each_failure_is_named_and_the_others_go_on():
     values = {0: 1.0, 1: "it fell over", 2: float("nan"), 3: 13.0, 5: 2.0}
     (round_,) = run_rounds(Adding(), federation(1), exchange_of(values), 6, PLAIN)
-    assert round_.failures == {
+    assert reasons(round_.failures) == {
         1: "it fell over",
         2: "sent x with values that are not finite",
         3: "unlucky",
@@ -111,13 +113,17 @@ def test_each_failure_is_named_and_the_others_go_on():
 def test_what_a_client_may_upload_is_asked_of_the_state_of_the_round():
     rounds = run_rounds(Adding(), federation(2), exchange_of({4: 2.0, 5: 1.0}), 6, PLAIN)
     assert 5 in next(rounds).updates
-    assert next(rounds).failures[5] == "sent x of shape (1,) instead of (4,)"
+    assert reasons(next(rounds).failures)[5] == "sent x of shape (1,) instead of (4,)"
 
 
 def test_a_round_without_updates_ends_the_run_with_the_reason():
     values = {1: "a first line\nTraceback\nValueError: too bad", 2: "gone"}
     with pytest.raises(RunError) as caught:
-        list(run_rounds(Adding(), federation(), exchange_of(values), 3, PLAIN, start=2))
+        list(
+            run_rounds(
+                Adding(), federation(), exchange_of(values), 3, PLAIN, after=Progress(1, {"sum": torch.zeros(1)})
+            )
+        )
     assert str(caught.value) == "Round 2: none of 3 clients sent a usable update; client 0: no reply."
     expected = "client 0\nno reply\nclient 1\na first line\nTraceback\nValueError: too bad\nclient 2\ngone"
     assert caught.value.details == expected
@@ -133,21 +139,22 @@ def test_the_reason_of_the_first_client_is_its_last_line():
 def test_a_run_continues_from_a_state_and_a_round():
     calls = []
     state = {"sum": torch.tensor([100.0])}
-    rounds = list(run_rounds(Adding(), federation(3), exchange_of({0: 1.0}, calls), 1, PLAIN, state=state, start=2))
+    rounds = list(run_rounds(Adding(), federation(3), exchange_of({0: 1.0}, calls), 1, PLAIN, after=Progress(1, state)))
     assert [round_.number for round_ in rounds] == [2, 3]
     assert [round_.state["sum"].item() for round_ in rounds] == [101.0, 102.0]
-    assert list(run_rounds(Adding(), federation(3), exchange_of({0: 1.0}), 1, PLAIN, start=4)) == []
+    assert list(run_rounds(Adding(), federation(3), exchange_of({0: 1.0}), 1, PLAIN, after=Progress(3, state))) == []
 
 
 class Labels(Adding):
     """Soft labels in both directions."""
 
+    metrics = ("loss",)
     probs = torch.tensor([[0.2, 0.8], [1.0, 0.0]])
 
     def broadcast(self, setup, state, client):
         return {"probs": self.probs}
 
-    def upload_spec(self, setup, state, client):
+    def upload_spec(self, setup, client, number):
         return {"probs": (2, 2)}
 
     def check_update(self, setup, update):
@@ -160,7 +167,7 @@ class Labels(Adding):
 def delta_exchange(channel, memories, absent, calls):
     """Clients with a memory of their own, some of whom are absent in some round."""
 
-    def exchange(kind, number, messages):
+    def exchange(kind, number, messages, expected=None):
         calls.append(messages)
         for client, message in messages.items():
             if (client, number) in absent:
@@ -187,7 +194,7 @@ def test_both_ends_keep_in_step_and_who_fails_is_sent_all_again():
         [3, 3],
     ]
     assert [sorted(round_.channel_memory) for round_ in rounds] == [[0, 1], [0], [0, 1], [0, 1]]
-    assert rounds[1].failures == {1: "no reply"}
+    assert reasons(rounds[1].failures) == {1: "no reply"}
     assert [round_.uplink.encoded for round_ in rounds] == [16, 5, 13, 10]
     assert [round_.downlink.encoded for round_ in rounds] == [16 + 16, 10 + 16, 13 + 16, 10 + 16]
     kept = rounds[2].channel_memory
@@ -196,7 +203,7 @@ def test_both_ends_keep_in_step_and_who_fails_is_sent_all_again():
     state = rounds[2].state
     (last,) = run_rounds(
         Labels(), federation(4), delta_exchange(channel, resumed, set(), again), 2, channel,
-        state=state, channel_memory=kept, start=4,
+        after=Progress(3, state, kept),
     )  # fmt: skip
     assert [again[0][client]["probs~"].numel() for client in (0, 1)] == [5, 5]
     assert last.uplink == rounds[3].uplink
@@ -206,7 +213,7 @@ def test_what_all_are_sent_is_encoded_once():
     channel = Channel(Float32(), UInt8())
     calls = []
 
-    def exchange(kind, number, messages):
+    def exchange(kind, number, messages, expected=None):
         calls.append(messages)
         yield Reply(0, Update({"probs": Labels.probs}, 1), "", SerializedBytes())
 
@@ -215,7 +222,9 @@ def test_what_all_are_sent_is_encoded_once():
 
 
 def accept(reply, method=None, channel=PLAIN, memory=None):
-    return accept_reply(reply, method or Labels(), federation(), {}, channel, memory or {})
+    method = method or Labels()
+    outcome = accept_reply(reply, method, federation(), method.upload_spec(federation(), 0, 1), channel, memory or {})
+    return outcome.reason if isinstance(outcome, Failure) else outcome
 
 
 def test_a_reply_without_update_is_refused_with_a_reason():
@@ -232,7 +241,7 @@ def test_what_cannot_be_decoded_is_refused_with_the_reason():
     assert reason.startswith("sent what cannot be decoded: ")
     assert len(reason) > len("sent what cannot be decoded: ")
     assert "None" not in reason
-    assert accept(Reply(0, Update({"x": torch.zeros(1)}, 1), "", BYTES)) == "sent ['x'] instead of ['probs']"
+    assert accept(Reply(0, Update({"x": torch.zeros(1)}, 1), "", BYTES)) == "sent no probs and undeclared x"
 
 
 def test_more_numbers_than_are_declared_are_not_decoded():
@@ -256,7 +265,7 @@ def test_probs_that_were_rounded_are_made_to_sum_to_one():
 
 def test_only_probs_are_made_to_sum_to_one():
     class Both(Labels):
-        def upload_spec(self, setup, state, client):
+        def upload_spec(self, setup, client, number):
             return {"x": (2,), "probs": (1, 2)}
 
     tensors = {"x": torch.tensor([3.0, 4.0]), "probs": torch.tensor([[0.5, 0.498]])}

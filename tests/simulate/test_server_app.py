@@ -8,6 +8,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from PIL import Image
 
+from fedkd.communication.replies import Expected
 from fedkd.core import run_directory, tensors
 from fedkd.core.errors import DataError, RunError
 from fedkd.data import loading
@@ -18,6 +19,7 @@ from fedkd.simulate.flower.local_update import ClientRunner
 from fedkd.simulate.rounds import Memories
 from tests.conftest import tiny
 
+EXPECTED = dict.fromkeys(range(3), Expected({"logits": 4 * 40 * 10}))
 IDS = [71, -5, 40]  # of clients 0, 1 and 2, as an engine of Flower might number them
 
 
@@ -108,7 +110,9 @@ def test_a_node_without_a_number_is_an_error_with_the_remedy():
 def test_a_round_continues_without_clients_that_never_reply():
     config = tiny()
     nodes, asked = [IDS[client] for client in range(3)], {client: {"round": torch.tensor(1)} for client in range(3)}
-    replies = list(server_app.exchange(foreign(config, lost=(1,)), nodes, config, Memories("run"), "train", 1, asked))
+    replies = list(
+        server_app.exchange(foreign(config, lost=(1,)), nodes, config, Memories("run"), "train", 1, asked, EXPECTED)
+    )
     assert {reply.client: reply.failure for reply in replies} == {0: "", 1: "no reply", 2: ""}
     assert len({reply.serialized.downlink_arrays for reply in replies}) == 1  # a message without a reply was sent, too
 
@@ -158,7 +162,14 @@ def test_a_node_trains_on_its_own_images(tmp_path):
         return next(
             iter(
                 server_app.exchange(
-                    grid, grid.get_node_ids(), config, Memories("run"), "train", 1, {0: {"round": torch.tensor(1)}}
+                    grid,
+                    grid.get_node_ids(),
+                    config,
+                    Memories("run"),
+                    "train",
+                    1,
+                    {0: {"round": torch.tensor(1)}},
+                    EXPECTED,
                 )
             )
         )

@@ -31,7 +31,7 @@ class Name(Algorithm):
     scale: float = 1.0
     fail: str = ""
 
-    def upload_spec(self, setup, state, client):
+    def upload_spec(self, setup, client, number):
         return {"mean": (setup.classes,)}
 
     def local_update(self, setup, client, request):
@@ -212,10 +212,12 @@ def test_a_user_defined_algorithm(own, tmp_path):
 
 def test_a_client_that_fails_is_shown_and_survived(own, tmp_path, capsys):
     rows = simulated(tmp_path / "run", algorithm=f"{own}:Name:fail=one")
-    assert rows[0]["failures"] == {"1": "ZeroDivisionError: a client of mine"}
+    assert rows[0]["failures"] == [{"client": 1, "cause": "error", "reason": "ZeroDivisionError: a client of mine"}]
     assert rows[0]["participants"] == 2
-    assert "client 1 failed: ZeroDivisionError" in capsys.readouterr().out
-    assert "Traceback" in (tmp_path / "run" / "errors.log").read_text()
+    shown = capsys.readouterr().out
+    assert shown.count("updates missing: 1 error") == 2
+    assert shown.count("client 1: ZeroDivisionError: a client of mine") == 1, "each kind is shown once"
+    assert "Traceback" in (tmp_path / "run" / "errors.jsonl").read_text()
 
 
 def test_precedence_flags_over_environment_over_file(tmp_path):
@@ -317,7 +319,7 @@ def test_bad_input_is_one_sentence_and_a_code(code, flags, expected, own, tmp_pa
     assert re.search(expected, error[0]), error[0]
     assert (tmp_path / "out").exists() is (code == 4), "a name is taken only by a run that started"
     if code == 4:
-        assert "Traceback" in (tmp_path / "out" / "errors.log").read_text()
+        assert "Traceback" in (tmp_path / "out" / "errors.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
@@ -356,7 +358,7 @@ def test_what_cannot_work_is_one_sentence(tmp_path, changes, error, expected):
 
 
 def test_a_proxy_of_one_image_is_enough(tmp_path):
-    assert simulated(tmp_path, proxy="holdout:size=1", rounds=1)[0]["failures"] == {}
+    assert simulated(tmp_path, proxy="holdout:size=1", rounds=1)[0]["failures"] == []
 
 
 def test_a_mistake_is_reported_before_torch_is_imported(tmp_path):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from fedkd.communication.ledger import break_even, is_soft_label
 from fedkd.core import tensors
-from fedkd.core.tensors import UInt8
 from fedkd.data import skew
 from fedkd.evaluation.report.text import percent, plain, size
 
@@ -47,9 +46,9 @@ def lines(experiment: Experiment, fallback: str) -> list[tuple[str, str]]:
 def uplink(experiment: Experiment) -> str:
     """What a client of this method uploads in the first round, and the codecs of both directions."""
     setup, config, algorithm = experiment.setup, experiment.config, experiment.algorithm
-    spec = algorithm.upload_spec(setup, algorithm.initial_state(setup), 0)
+    spec = algorithm.upload_spec(setup, 0, 1)
     codecs = algorithm.codecs or (config.uplink_codec, config.downlink_codec)
-    total = sum(abs(prod(shape)) * _itemsize(shape) for shape in spec.values())
+    total = sum(abs(prod(shape)) * tensors.itemsize(shape) for shape in spec.values())
     what = ", ".join(f"{name} {list(map(abs, shape))}" for name, shape in spec.items())
     if len(spec) > 3:
         what = f"{plain(len(spec), 'tensor')} of weights"
@@ -63,10 +62,6 @@ def uplink(experiment: Experiment) -> str:
         elif text != "float32":
             notes.append(f"{way} encoded by {text}" + " (soft labels only)" * codec.labels)
     return "; ".join(notes)
-
-
-def _itemsize(shape: tuple[int, ...]) -> int:
-    return {tensors.Int64: 8, UInt8: 1}.get(type(shape), FLOAT)
 
 
 def _skew(experiment: Experiment) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,10 +28,11 @@ from fedkd.evaluation.report.text import percent, seconds, size
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fedkd.communication.replies import Expected, Reply
     from fedkd.core.config import Config
     from fedkd.core.tensors import Tensors
     from fedkd.evaluation.metrics import Row
-    from fedkd.simulate.rounds import Exchange, Reply
+    from fedkd.simulate.rounds import Exchange
 
 HEAD = (
     f"{'round':>7}  {'test acc':>8}  {'loss':>6}  {'teacher':>8}  {'clients':>8}  {'uplink':>8}  {'downlink':>8}  "
@@ -110,6 +113,7 @@ class Screen:
     clock: Callable[[], float] = time.monotonic
     _bar: Progress | None = None
     _task: TaskID | None = None
+    _shown: set[tuple[str, str]] = field(default_factory=set)  # kinds of failures
     _estimate: Estimate = field(default_factory=lambda: Estimate(1, 0.0))
 
     def print(self, text: str = "") -> None:
@@ -146,7 +150,9 @@ class Screen:
     def watch(self, exchange: Exchange, run: Config, sizes: Sequence[int]) -> Exchange:
         """The same exchange; every reply advances the bar. ``sizes`` are the clients' numbers of samples."""
 
-        def watched(kind: str, number: int, messages: Mapping[int, Tensors]) -> Iterable[Reply]:
+        def watched(
+            kind: str, number: int, messages: Mapping[int, Tensors], expected: Mapping[int, Expected]
+        ) -> Iterable[Reply]:
             part = {"train": "training", "evaluate": "evaluation"}.get(kind, kind)
             where = f"{run.algorithm}, seed {run.seed}, round {number} of {run.rounds}"
             total = sum(1 + sizes[client] for client in messages)
@@ -154,7 +160,7 @@ class Screen:
             fraction = 0.0
             self._estimate.begin(kind, last_line)
             self._advance(f"{where}: {part}, 0 of {len(messages)} clients", kind, 0.0)
-            for replies, reply in enumerate(exchange(kind, number, messages), 1):
+            for replies, reply in enumerate(exchange(kind, number, messages, expected), 1):
                 fraction += (1 + sizes[reply.client]) / total
                 server = "evaluation" if kind == "evaluate" else "server update"
                 doing = f"{part}, {replies} of {len(messages)} clients" if replies < len(messages) else server
@@ -179,7 +185,7 @@ class Screen:
         return "" if left is None else f"; about {duration(left)} left in all"
 
     def row(self, row: Row, rounds: int) -> None:
-        """One line of numbers for a round, and one for each client that failed."""
+        """One line of numbers for a round, one for its failures, and one for each new kind of failure."""
         self._estimate.end_round(self.clock())
         loss = "–" if row["test_loss"] is None else f"{row['test_loss']:.3f}"
         self.print(
@@ -188,10 +194,19 @@ class Screen:
             f"{size(row['uplink_serialized_bytes']):>8}  {size(row['downlink_serialized_bytes']):>8}  "
             f"{seconds(row['training_seconds']):>8}  {seconds(row['evaluation_seconds']):>10}"
         )
-        for client, reason in row["failures"].items():
-            self.print(f"         client {client} failed: {reason}")
-        for client, reason in row["evaluation_failures"].items():
-            self.print(f"         client {client} is not in the evaluated ensemble: {reason}")
+        self._failures("updates missing", row["failures"])
+        self._failures("clients not in the evaluated ensemble", row["evaluation_failures"])
+
+    def _failures(self, what: str, failures: Sequence[Row]) -> None:
+        """How many failures there are of each cause, and the first of each kind with its reason."""
+        if failures:
+            counts = Counter(failure["cause"] for failure in failures)
+            self.print(f"         {what}: {', '.join(f'{count} {cause}' for cause, count in counts.items())}")
+        for failure in failures:
+            kind = failure["cause"], re.sub(r"[0-9]+", "", failure["reason"])
+            if kind not in self._shown and failure["reason"] != failure["cause"]:
+                self.print(f"         client {failure['client']}: {failure['reason']}")
+            self._shown.add(kind)
 
 
 def duration(left: float) -> str:

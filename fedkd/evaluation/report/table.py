@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 Curves = Mapping[tuple[str, int], Sequence["Row"]]  # (algorithm, seed) -> the rows of its rounds
 BASELINE = "fedavg"
+LISTED = 5  # clients in a cell
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,20 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
     if any(None in [row["test_accuracy"] for row in rows] for rows in curves.values()):
         caption.append("–: not evaluated in every round (--evaluate-every).")
     return Grid(titles, rows, "\n".join(caption))
+
+
+def failures(curves: Curves) -> Grid | None:
+    """How often each method lacked updates, by cause, and of which clients; None if never."""
+    counts: dict[tuple[str, str], Counter[int]] = {}
+    for (name, _), rows in curves.items():
+        for failure in (failure for row in rows for failure in row["failures"]):
+            counts.setdefault((name, failure["cause"]), Counter())[failure["client"]] += 1
+    lines = []
+    for (name, cause), clients in counts.items():
+        most = ", ".join(f"{client} ({count})" for client, count in clients.most_common(LISTED))
+        lines.append([name, cause, str(clients.total()), most + ", …" * (len(clients) > LISTED)])
+    titles = ["method", "missing updates", "count", "clients (count)"]
+    return Grid(titles, lines, "All seeds and rounds; the reasons are in rounds.jsonl.") if lines else None
 
 
 def ledger(runs: Sequence[Row]) -> Grid:

@@ -2,26 +2,96 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
 
 from fedkd.algorithms.base import Client
+from fedkd.communication.channel import ENCODED
 from fedkd.core.config import Config
-from fedkd.core.errors import DataError, UsageError
+from fedkd.core.errors import DataError, PluginError, RunError, UsageError
 from fedkd.core.runtime import settle
 from fedkd.core.tensors import put, take
 from fedkd.data.partitioners import OWN
+from fedkd.evaluation.metrics import expected_evaluation
 from fedkd.simulate.experiment import Experiment, node_data, prepared
-from fedkd.simulate.flower.records import ARRAYS, CONFIG, MEMORY, METRICS, OWNER, from_record, to_record
+from fedkd.simulate.flower.records import (
+    ARRAYS,
+    CONFIG,
+    EXAMPLES,
+    FAULT,
+    MEMORY,
+    METRICS,
+    OWNER,
+    from_record,
+    to_record,
+    undeclared_in_message,
+    undeclared_in_reply,
+)
+from fedkd.simulate.rounds import expected_update
 from fedkd.training import loop
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedkd.core.tensors import Tensors
 
-app = ClientApp()
+
+def only_declared(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Refuse a message, and send no reply, that holds anything that is not declared."""
+    kind = message.metadata.message_type
+    if kind == "query":
+        return call_next(message, context)
+    if fault := undeclared_in_message(message.content):
+        raise RunError(f"The server sent {fault}; the message was refused.")
+    reply = call_next(message, context)
+    experiment = prepared(_run_of(message, context))
+    number, client = _int(_config(message)["round"]), _int(context.node_config["partition-id"])
+    expected = expected_evaluation(experiment)
+    if kind == "train":
+        shapes = experiment.algorithm.upload_spec(experiment.setup, client, number)
+        expected = expected_update(experiment.algorithm, experiment.channel, shapes)
+    if fault := undeclared_in_reply(reply.content, expected):
+        raise PluginError(f"The client was about to send {fault}; nothing was sent.")
+    return reply
+
+
+def simulated_faults(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """The reply with the fault that the message asks for (`fedkd.simulate.faults`)."""
+    reply = call_next(message, context)
+    config = message.content.get(CONFIG)
+    fault = config.get(FAULT) if isinstance(config, ConfigRecord) else None
+    if fault == "crash":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if isinstance(fault, str) and not reply.has_error():
+        reply.content[ARRAYS] = to_record(_corrupted(from_record(reply.content.array_records[ARRAYS]), fault))
+    return reply
+
+
+def _corrupted(tensors: dict[str, Tensor], fault: str) -> dict[str, Tensor]:
+    """The tensors of a reply with one of `faults.CORRUPT`: the server can notice each of them."""
+    name = max(tensors, key=lambda n: tensors[n].numel(), default="")
+    if fault == "extra" or not name:
+        return {**tensors, "undeclared": torch.zeros(3)}
+    if fault == "missing":
+        return {n: tensor for n, tensor in tensors.items() if n != name}
+    tensor, is_encoded = tensors[name], name.endswith(ENCODED)
+    changed = {
+        "nan": tensor[: len(tensor) // 2] if is_encoded else torch.full(tensor.shape, torch.nan),
+        "shape": tensor[None],
+        "dtype": tensor.to(torch.int16 if is_encoded else torch.float16),
+        "oversized": torch.zeros((256 if is_encoded else 2) * tensor.nbytes + 2**16, dtype=torch.uint8),
+    }
+    return {**tensors, name: changed[fault]}
+
+
+app = ClientApp(mods=[simulated_faults, only_declared])
 
 
 @app.train()
@@ -35,7 +105,7 @@ def train(message: Message, context: Context) -> Message:
     sent = channel.encode_update(update.tensors, arrays, channel_memory)
     number = _int(_config(message)["round"])
     _remember(message, context, {**memory, **put("channel", channel.new_memory(number, received, sent))})
-    metrics = MetricRecord({"num-examples": update.examples, **update.metrics})
+    metrics = MetricRecord({EXAMPLES: update.examples, **update.metrics})
     content = RecordDict({ARRAYS: to_record(sent.tensors), METRICS: metrics})
     return Message(content, reply_to=message)
 
@@ -50,7 +120,7 @@ def evaluate(message: Message, context: Context) -> Message:
     weights = take("model", client.memory)
     logits = experiment.setup.trainer.predict(client.model, weights, experiment.test.pixels)
     accuracy, loss = loop.score(logits, experiment.test.labels)
-    metrics = MetricRecord({"num-examples": len(experiment.test), "accuracy": accuracy, "loss": loss})
+    metrics = MetricRecord({EXAMPLES: len(experiment.test), "accuracy": accuracy, "loss": loss})
     content = RecordDict({ARRAYS: to_record({"logits": logits}), METRICS: metrics})
     return Message(content, reply_to=message)
 
@@ -67,8 +137,7 @@ def identify(message: Message, context: Context) -> Message:
 def _client(message: Message, context: Context) -> tuple[Experiment, Client]:
     """The run that a message is for, and this client in it. A new run starts with an empty memory."""
     config = _config(message)
-    algorithm, seed, number = str(config["algorithm"]), _int(config["seed"]), _int(config["round"])
-    run = _run(tuple(sorted(context.run_config.items())), algorithm, seed, str(config["dataset"]))
+    run, number = _run_of(message, context), _int(config["round"])
     settle(run.threads)
     experiment = prepared(run)
     kept = context.state.get(_memory_name(_int(config["memory"]))) if _is_owner(message, context) else None
@@ -117,6 +186,12 @@ def _config(message: Message) -> ConfigRecord:
     config = message.content[CONFIG]
     assert isinstance(config, ConfigRecord)
     return config
+
+
+def _run_of(message: Message, context: Context) -> Config:
+    """The config of the run that a message is for."""
+    config, options = _config(message), tuple(sorted(context.run_config.items()))
+    return _run(options, str(config["algorithm"]), _int(config["seed"]), str(config["dataset"]))
 
 
 @lru_cache(maxsize=2)

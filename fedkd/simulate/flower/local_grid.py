@@ -38,9 +38,10 @@ def count_workers(requested: str, participants: int, threads: int, device: str) 
 class LocalGrid(Grid):
     """Runs a ClientApp; client i is node i + 1.
 
-    With one worker and no time limit a client runs in this process when its reply is pulled. Otherwise clients run in
-    worker processes, in the order in which messages were pushed, and replies arrive as clients finish; if the last
-    ones of a kind were `SMALL`, the next run in this process too. A client that raises gives an error message.
+    With one worker, no time limit and no simulated ``crashes`` a client runs in this process when its reply is pulled.
+    Otherwise clients run in worker processes, in the order in which messages were pushed, and replies arrive as
+    clients finish; if the last ones of a kind were `SMALL`, the next run in this process too. A client that raises
+    gives an error message.
     Client memories are in the directory ``memories``, where they stay, or in a temporary directory on ``disk``.
     """
 
@@ -52,6 +53,7 @@ class LocalGrid(Grid):
         workers: int = 1,
         *,
         timeout: float = 0,
+        crashes: bool = False,
         fork: bool = False,
         disk: Path | None = None,
         memories: Path | None = None,
@@ -59,10 +61,11 @@ class LocalGrid(Grid):
         self._temporary = None if memories else tempfile.TemporaryDirectory(prefix="memories-", dir=disk)
         folder = memories or Path(self._temporary.name)  # type: ignore[union-attr]
         self._runner = ClientRunner(app, clients, run_config, folder, durable=memories is not None)
-        in_processes = workers > 1 or timeout > 0
+        self._is_isolated = timeout > 0 or crashes
+        in_processes = workers > 1 or self._is_isolated
         self._workers = Workers(self._runner, workers, timeout, fork=fork) if in_processes else None
         self._pending: dict[str, Message] = {}
-        self._is_bounded, self._small = timeout > 0, set[str]()
+        self._small = set[str]()
 
     def __enter__(self) -> Self:
         """Start the workers, if any."""
@@ -121,7 +124,7 @@ class LocalGrid(Grid):
         messages = [self._pending.pop(i) for i in message_ids if i in self._pending]
         kinds = {message.metadata.message_type for message in messages}
         start = time.perf_counter()
-        if self._workers is None or (not self._is_bounded and kinds <= self._small):
+        if self._workers is None or (not self._is_isolated and kinds <= self._small):
             yield from (self._runner.accept(self._runner.run(message)) for message in messages)
         else:
             yield from self._workers.run(messages)

@@ -92,9 +92,9 @@ class ClientRunner:
         return f"{self._file(node, group)}.new"
 
 
-def failure(message: Message, reason: str) -> Message:
+def failure(message: Message, reason: str, code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION) -> Message:
     """The error message that is the reply of a client that failed."""
-    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+    return Message(Error(code, reason), reply_to=message)
 
 
 @lru_cache

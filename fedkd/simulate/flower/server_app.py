@@ -9,25 +9,45 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ConfigRecord, Context, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
 from fedkd.algorithms.base import Update
 from fedkd.communication.ledger import SerializedBytes
+from fedkd.communication.replies import Expected, Reply
 from fedkd.core import run_directory
 from fedkd.core.config import Config
-from fedkd.core.errors import ResumeError, RunError, last_line
+from fedkd.core.errors import ResumeError, RunError, UsageError, last_line, printable
 from fedkd.core.runtime import settle
-from fedkd.simulate import experiment
+from fedkd.simulate import experiment, faults
 from fedkd.simulate.experiment import prepared
-from fedkd.simulate.flower.records import ARRAYS, CONFIG, METRICS, count_bytes, from_record, to_record
-from fedkd.simulate.rounds import Memories, Reply
+from fedkd.simulate.flower.records import (
+    ARRAYS,
+    CONFIG,
+    EXAMPLES,
+    FAULT,
+    METRICS,
+    count_bytes,
+    from_record,
+    to_record,
+    undeclared_in_reply,
+)
+from fedkd.simulate.rounds import Memories
 from fedkd.simulate.runner import run_all
 
 if TYPE_CHECKING:
     from fedkd.core.tensors import Tensors
 
 app = ServerApp()
+#: The causes of failures (`rounds.CAUSES`) for Flower's error codes; all others are errors of the app.
+CAUSES_BY_CODE = {
+    ErrorCode.NODE_UNAVAILABLE: "no reply",
+    ErrorCode.MESSAGE_UNAVAILABLE: "no reply",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "no reply",
+    ErrorCode.CLIENT_APP_CRASHED: "died",
+}
+IN_CLIENT = {"crash", *faults.CORRUPT}  # faults that the client simulates itself
 POLL = 0.05  # seconds between looks at a grid that has nothing yet
 START = 300.0  # seconds for all nodes of an engine to be there
 SILENCE = 3600.0  # seconds without any reply that end a round if --client-timeout sets no limit
@@ -38,6 +58,8 @@ def main(grid: Grid, context: Context) -> None:
     """The entry point for Flower: the run config holds all options."""
     config = Config.parse(context.run_config)
     experiment.check(config)
+    if config.faults or config.round_timeout:
+        raise UsageError("faults and round-timeout are simulated; a deployment has its own.")
     if config.resume:
         raise ResumeError("resume is not supported in deployments: client memories of nodes end with a run.")
     config = run_directory.begin(replace(config, checkpoint_every=0), config.algorithm)
@@ -91,8 +113,9 @@ def exchange(
     kind: str,
     number: int,
     messages: Mapping[int, Tensors],
+    expected: Mapping[int, Expected],
 ) -> Iterator[Reply]:
-    """Send each client its message and yield the replies as they arrive.
+    """Send each client its message and yield the replies as they arrive, checked against what is expected.
 
     Clients with most samples are first, so that the longest local update does not start last. A reply to a local
     update makes the memory that it left the client's latest one.
@@ -110,21 +133,26 @@ def exchange(
     serialized: dict[object, tuple[RecordDict, tuple[int, int]]] = {}
     contents = {}
     for client in order:  # what all clients receive is serialized and counted once
-        used = {"memory": memories.latest.get(client, 0), "keep": memories.kept.get(client, 0)}
+        used: dict[str, str | int] = {
+            "memory": memories.latest.get(client, 0),
+            "keep": memories.kept.get(client, 0),
+        }
+        if (fault := expected[client].fault) in IN_CLIENT:
+            used[FAULT] = fault
         key = tuple((name, id(tensor)) for name, tensor in messages[client].items()), *used.values()
         if key not in serialized:
             config = ConfigRecord({**named, **used})
             content = RecordDict({ARRAYS: to_record(messages[client], arrays), CONFIG: config})
             serialized[key] = content, count_bytes(content)
         contents[client] = serialized[key]
-    addressed = {client: (nodes[client], content) for client, (content, _) in contents.items()}
+    addressed = {c: (nodes[c], content) for c, (content, _) in contents.items() if expected[c].fault != "dropout"}
     group = f"{run_directory.run_name(run.algorithm, run.seed)}/{number}"
     for client, reply in _send(grid, kind, group, addressed, 2 * run.client_timeout or SILENCE):
         if kind == "train" and not reply.has_error():
             memories.latest[client] = number
-        yield _reply(client, reply, *contents.pop(client)[1])
+        yield _reply(client, reply, expected[client], *contents.pop(client)[1])
     for client, (_, (arrays_bytes, metadata_bytes)) in contents.items():  # a message without a reply was sent, too
-        yield Reply(client, None, "no reply", SerializedBytes(arrays_bytes, 0, metadata_bytes, 0))
+        yield Reply(client, None, "no reply", SerializedBytes(arrays_bytes, 0, metadata_bytes, 0), "no reply")
 
 
 def _send(
@@ -149,18 +177,18 @@ def _send(
             time.sleep(POLL)
 
 
-def _reply(client: int, message: Message, downlink_arrays: int, downlink_metadata: int) -> Reply:
+def _reply(client: int, message: Message, expected: Expected, downlink_arrays: int, downlink_metadata: int) -> Reply:
+    sent = SerializedBytes(downlink_arrays, 0, downlink_metadata, 0)
     if message.has_error():
-        failure = message.error.reason or f"error {message.error.code}"
-        return Reply(client, None, failure, SerializedBytes(downlink_arrays, 0, downlink_metadata, 0))
+        cause = CAUSES_BY_CODE.get(message.error.code, "error")
+        return Reply(client, None, printable(message.error.reason or f"error {message.error.code}"), sent, cause)
     uplink_arrays, uplink_metadata = count_bytes(message.content)
-    serialized = SerializedBytes(downlink_arrays, uplink_arrays, downlink_metadata, uplink_metadata)
-    arrays, metrics = message.content.get(ARRAYS), message.content.get(METRICS)
-    if not isinstance(arrays, ArrayRecord) or not isinstance(metrics, MetricRecord):
-        return Reply(client, None, "a reply without arrays and metrics", serialized)
-    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    serialized = sent + SerializedBytes(0, uplink_arrays, 0, uplink_metadata)
+    if fault := undeclared_in_reply(message.content, expected):
+        return Reply(client, None, printable(f"sent {fault}"), serialized, "refused")
     try:
-        tensors, examples = from_record(arrays), int(numbers.pop("num-examples", 0))
+        metrics = {name: float(value) for name, value in message.content.metric_records[METRICS].items()}  # type: ignore[arg-type]
+        tensors, examples = from_record(message.content.array_records[ARRAYS]), int(metrics.pop(EXAMPLES, 0))
     except Exception as error:  # whatever NumPy raises for bytes that a client chose
-        return Reply(client, None, f"arrays or numbers that cannot be read: {error}", serialized)
-    return Reply(client, Update(tensors, examples, numbers), "", serialized)
+        return Reply(client, None, f"sent arrays or numbers that cannot be read: {error}", serialized, "refused")
+    return Reply(client, Update(tensors, examples, metrics), "", serialized)

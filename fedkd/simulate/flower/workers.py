@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Self
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 
 from fedkd.core.errors import RunError
 from fedkd.simulate.flower.local_update import ClientRunner, failure
@@ -73,7 +74,9 @@ class Workers:
                         if tries[message.metadata.message_id] < TRIES:
                             todo.appendleft(message)
                             continue
-                        reply = failure(message, f"the process of this client {fate}, twice")
+                        reply = failure(
+                            message, f"the process of this client {fate}, twice", ErrorCode.CLIENT_APP_CRASHED
+                        )
                     yield self._runner.accept(reply)
         finally:
             for worker in self._workers:

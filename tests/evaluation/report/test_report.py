@@ -16,7 +16,7 @@ def curve(accuracies, up=100, down=50, model="student", name="a", seed=0):
             "algorithm": name, "seed": seed, "round": number, "test_accuracy": accuracy,
             "test_loss": None if model == "clients" else 1.0, "teacher_accuracy": accuracy, "client_accuracy": 0.1,
             "uplink_serialized_bytes": up, "downlink_serialized_bytes": down,
-            "training_seconds": 1.0, "evaluation_seconds": 0.5, "failures": {},
+            "training_seconds": 1.0, "evaluation_seconds": 0.5, "failures": [],
         }
         for number, accuracy in enumerate(accuracies, 1)
     ]  # fmt: skip

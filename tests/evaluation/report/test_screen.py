@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from fedkd.communication.ledger import SerializedBytes
+from fedkd.communication.replies import Reply
 from fedkd.evaluation.report import screen as screens
 from fedkd.evaluation.report.screen import Estimate, Screen, duration
-from fedkd.simulate.rounds import Reply
 from tests.conftest import tiny
 
 
@@ -45,14 +45,14 @@ def row(number: int) -> dict:
     return {
         "round": number, "test_accuracy": 0.5, "test_loss": 1.0, "teacher_accuracy": 0.6, "client_accuracy": 0.4,
         "uplink_serialized_bytes": 1000, "downlink_serialized_bytes": 2000, "training_seconds": 12.0,
-        "evaluation_seconds": 3.0, "failures": {}, "evaluation_failures": {},
+        "evaluation_seconds": 3.0, "failures": [], "evaluation_failures": [],
     }  # fmt: skip
 
 
 def exchange_of(clock: Clock, seconds: dict[str, float]):
     """Each client takes so many seconds for training and for evaluation."""
 
-    def exchange(kind, number, messages):
+    def exchange(kind, number, messages, expected=None):
         for client in messages:
             clock.now += seconds[kind]
             yield Reply(client, None, "x", SerializedBytes())
@@ -67,7 +67,7 @@ def simulate(screen: Screen, clock: Clock, runs, seconds, sizes=(10, 10), server
             watched = screen.watch(exchange_of(clock, seconds), run, sizes)
             for number in range(1, run.rounds + 1):
                 for kind in ("train", "evaluate"):
-                    for _ in watched(kind, number, {client: {} for client in range(len(sizes))}):
+                    for _ in watched(kind, number, {client: {} for client in range(len(sizes))}, {}):
                         after_reply()
                     clock.now += server
                 screen.row(row(number), run.rounds)
@@ -160,7 +160,7 @@ def test_the_clock_goes_on_after_the_last_reply(clock):
     with screen.progress(1):
         watched = screen.watch(exchange_of(clock, {"train": 5.0, "evaluate": 5.0}), tiny(rounds=1), [10, 10])
         for kind in ("train", "evaluate"):
-            list(watched(kind, 1, {0: {}, 1: {}}))
+            list(watched(kind, 1, {0: {}, 1: {}}, {}))
         screen.row(row(1), 1)
         task = screen._bar.tasks[0]
         for seconds in (20.0, 47.0):
@@ -173,7 +173,7 @@ def test_clients_count_by_their_numbers_of_samples(clock):
     screen, seen = Screen(console(True)[0], clock), []
     with screen.progress(1):
         watched = screen.watch(exchange_of(clock, {"train": 1.0}), tiny(rounds=1), [99, 9, 89])
-        for _ in watched("train", 1, {0: {}, 1: {}, 2: {}}):
+        for _ in watched("train", 1, {0: {}, 1: {}, 2: {}}, {}):
             seen.append(screen._bar.tasks[0].completed)
     assert seen == pytest.approx([0.75 * 100 / 200, 0.75 * 110 / 200, 0.75])
 
@@ -184,7 +184,7 @@ def test_the_description_names_what_runs(clock):
     with screen.progress(4):
         watched = screen.watch(exchange_of(clock, {"train": 1.0, "evaluate": 1.0}), run, [10, 10])
         for kind in ("train", "evaluate"):
-            for _ in watched(kind, 2, {0: {}, 1: {}}):
+            for _ in watched(kind, 2, {0: {}, 1: {}}, {}):
                 seen.append(screen._bar.tasks[0].description)
     where = "dsfl, seed 3, round 2 of 4: "
     texts = ["training, 1 of 2 clients", "server update", "evaluation, 1 of 2 clients", "evaluation"]
@@ -196,7 +196,7 @@ def test_a_narrow_terminal_cuts_the_description_and_not_the_times(clock, width):
     screen = Screen(console(True, width)[0], clock)
     with screen.progress(2):
         watched = screen.watch(exchange_of(clock, {"train": 75.0}), tiny(algorithm="[b]ensemble", rounds=2), [10, 10])
-        for _ in watched("train", 1, {0: {}, 1: {}}):
+        for _ in watched("train", 1, {0: {}, 1: {}}, {}):
             text = shown(screen, width)
             assert "left" in text
             assert ("…" in text) is (width < 160)
@@ -210,7 +210,7 @@ def test_the_remaining_time_counts_down_between_replies(clock):
     screen = Screen(console(True)[0], clock)
     exchange = exchange_of(clock, {"train": 30.0})
     with screen.progress(1):
-        replies = iter(screen.watch(exchange, tiny(rounds=1), [10, 10])("train", 1, {0: {}, 1: {}}))
+        replies = iter(screen.watch(exchange, tiny(rounds=1), [10, 10])("train", 1, {0: {}, 1: {}}, {}))
         next(replies)
         for later, left in ((0.0, "0:00:50"), (20.0, "0:00:30"), (49.0, "0:00:01"), (90.0, "0:00:00")):
             clock.now = 1030.0 + later
