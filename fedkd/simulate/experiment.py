@@ -84,7 +84,7 @@ class Experiment:
         return len(self.training_partition)
 
     @property
-    def samples(self) -> Sequence[int] | None:
+    def sizes(self) -> Sequence[int] | None:
         """The number of samples of each client; None if deployed nodes bring their own."""
         return None if self.config.partitioner == partitioners.OWN else self.training_partition.sizes.tolist()
 

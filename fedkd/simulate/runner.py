@@ -142,7 +142,7 @@ def _run(
                 watched,
                 experiment.clients,
                 experiment.channel,
-                samples=experiment.samples,
+                samples=experiment.sizes,
                 after=start.progress if start else None,
             ),
         )

@@ -104,7 +104,7 @@ def test_updates_match_the_upload_spec(two_rounds):
     algorithm, setup = experiment.algorithm, experiment.setup
     for number, updates in enumerate((first[0], second[0]), 1):
         for client, update in updates.items():
-            shapes, samples = algorithm.upload_spec(setup, client, number), experiment.samples[client]
+            shapes, samples = algorithm.upload_spec(setup, client, number), experiment.sizes[client]
             assert validate_update(update, shapes, algorithm.metrics, samples) == ""
             sizes = experiment.channel.upload_sizes(shapes)
             assert {name: tensor.nbytes <= sizes[name] for name, tensor in update.tensors.items()} == dict.fromkeys(
