@@ -25,6 +25,7 @@ def runs(tmp_path_factory):
     simulated(root / "first", algorithm="ensemble", seeds=2)
     simulated(root / "second", algorithm="fedavg", seeds=2)
     simulated(root / "elsewhere", algorithm="local", partitioner="linear")
+    simulated(root / "early", algorithm="local", stop_when="round>=1")
     shutil.copytree(root / "second", root / "other")
     result = json.loads((root / "other" / "result.json").read_text())
     for one in result["runs"]:
@@ -101,6 +102,7 @@ def test_the_command_writes_markdown_and_a_figure(runs, tmp_path):
     [
         (("first", "both"), "is in two of the runs"),
         (("first", "elsewhere"), "differ in partitioner"),
+        (("first", "early"), "differ in stop-when"),
         (("first", "other"), "has another partition than .* with seed 0"),
         (("stopped",), "finished no method"),
         (("empty",), "is not the directory of a run"),

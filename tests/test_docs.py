@@ -17,7 +17,7 @@ from fedkd.core.cli import from_file
 from fedkd.core.config import Config
 from fedkd.distill.config import DistillConfig
 from fedkd.evaluation.report import students, table
-from fedkd.simulate import experiment, simulate
+from fedkd.simulate import checks, simulate
 from tests.conftest import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def test_the_readmes_commands_are_valid(monkeypatch):
                 taken.append(words.pop(0))
             values[word[2:].replace("-", "_")] = taken if len(taken) > 1 else taken[0]
         values = {key: value for key, value in values.items() if "./mine.py" not in str(value)}
-        experiment.check(Config.parse(values))
+        checks.check(Config.parse(values))
 
 
 DISTILLED = re.findall(
@@ -93,7 +93,7 @@ def test_scenarios_are_valid(path):
     if "epochs" in values:
         distill.check(DistillConfig.parse(values))
     else:
-        experiment.check(Config.parse(values))
+        checks.check(Config.parse(values))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def documented(title):
 
 
 def test_every_key_of_a_run_is_documented_and_every_documented_key_is_there(tmp_path):
-    simulate(tiny(out=str(tmp_path / "run"), rounds=1))
+    simulate(tiny(out=str(tmp_path / "run"), rounds=1, validation=30))
     result, environment = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("result", "env"))
     row = json.loads((tmp_path / "run" / "rounds.jsonl").read_text())
     only_after_an_error = {"code", "message"}

@@ -53,7 +53,7 @@ class Options:
 
     out: str
     json: bool
-    #: Options that may differ when a run is resumed, since results do not depend on them.
+    #: Options that may differ when a run is resumed, since the result of a round does not depend on them.
     RESUMABLE: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
@@ -88,7 +88,7 @@ class Config(Options):
 
     RESUMABLE = frozenset(
         {"rounds", "workers", "engine", "device", "client_timeout", "ray_address", "client_cpus", "client_gpus"}
-        | {"data_dir", "checkpoint_every", "resume", "out", "json"}
+        | {"data_dir", "checkpoint_every", "patience", "stop_when", "resume", "out", "json"}
     )
 
     # Methods
@@ -154,6 +154,11 @@ class Config(Options):
     )
     proxy_samples: Annotated[int, Field(ge=0)] = option(
         0, "Data", "Proxy samples per round, drawn anew in each round; 0 for all."
+    )
+    validation: Annotated[int, Field(ge=0)] = option(
+        0,
+        "Data",
+        "Samples held out of the private training data, on which the student is evaluated in each round; 0: none.",
     )
 
     # Models
@@ -227,6 +232,15 @@ class Config(Options):
     )
     evaluate_every: PositiveInt = option(
         1, "Run", "Evaluate clients and teacher on the test set every N rounds, and in the last one."
+    )
+    patience: Annotated[int, Field(ge=0)] = option(
+        0, "Run", "End a run when its validation accuracy has not improved for N rounds; 0: never. Needs --validation."
+    )
+    stop_when: Several = option(
+        "",
+        "Run",
+        "End a run after a round that meets one of these conditions on keys of rounds.jsonl: 'test_accuracy>=0.6'.",
+        several=True,
     )
     checkpoint_every: Annotated[int, Field(ge=0)] = option(
         1, "Run", "Write a checkpoint every N rounds, and after the last one; 0: never."

@@ -14,11 +14,13 @@ from fedkd.communication.replies import Expected, Failure, excluded
 from fedkd.communication.validation import largest, validate_update
 from fedkd.core.errors import RunError, last_line
 from fedkd.core.tensors import numel
+from fedkd.evaluation import stopping
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fedkd.core.tensors import Tensors
+    from fedkd.data.readers import Images
     from fedkd.simulate.experiment import Experiment
     from fedkd.simulate.rounds import Exchange, Round
 
@@ -39,16 +41,16 @@ class ClientEvaluation:
     failures: Sequence[Failure] = ()
 
 
-def evaluate_student(experiment: Experiment, round_: Round) -> tuple[float, float] | None:
-    """Test accuracy and loss of the global student, if the method has one."""
+def evaluate_student(experiment: Experiment, round_: Round, images: Images) -> tuple[float, float] | None:
+    """Accuracy and loss of the global student, if the method has one."""
     from fedkd.training import loop
 
     setup = experiment.setup
     weights = experiment.algorithm.global_model(setup, round_.state)
     if not weights:
         return None
-    logits = setup.trainer.predict(setup.student, weights, experiment.test.pixels)
-    accuracy, loss = loop.score(logits, experiment.test.labels)
+    logits = setup.trainer.predict(setup.student, weights, images.pixels)
+    accuracy, loss = loop.score(logits, images.labels)
     if not math.isfinite(loss):
         raise RunError(
             f"Round {round_.number}: the student of {experiment.config.algorithm} has diverged; "
@@ -99,7 +101,11 @@ def evaluate_clients(experiment: Experiment, exchange: Exchange, round_: Round) 
 
 
 def round_row(
-    experiment: Experiment, round_: Round, student: tuple[float, float] | None, clients: ClientEvaluation | None
+    experiment: Experiment,
+    round_: Round,
+    student: tuple[float, float] | None,
+    clients: ClientEvaluation | None,
+    validation: tuple[float, float] | None = None,
 ) -> Row:
     """A line of ``rounds.jsonl``, without the times (keys: docs/output-files.md).
 
@@ -122,6 +128,8 @@ def round_row(
         "round": round_.number,
         "test_accuracy": accuracy,
         "test_loss": loss,
+        "validation_accuracy": validation[0] if validation else None,
+        "validation_loss": validation[1] if validation else None,
         "teacher_accuracy": clients.teacher_accuracy if clients else None,
         "client_accuracy": clients.client_accuracy if clients else None,
         "uplink_serialized_bytes": round_.serialized.uplink_arrays,
@@ -162,15 +170,20 @@ def run_summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: s
 
     last5 = [row["test_accuracy"] for row in rows[-5:] if row["test_accuracy"] is not None]
     config, last = experiment.config, rows[-1]
+    best = stopping.best(rows) or dict.fromkeys(("round", "validation_accuracy", "test_accuracy"))
     return {
         "algorithm": config.algorithm,
         "seed": config.seed,
         "rounds": len(rows),
+        "ended": stopping.ended(config, rows),
         "clients": config.clients,
         "evaluated_model": "clients" if last["test_loss"] is None else "student",
         "test_accuracy": last["test_accuracy"],
         "test_accuracy_last5": fmean(last5) if len(last5) == len(rows[-5:]) else None,
         "test_loss": last["test_loss"],
+        "best_round": best["round"],
+        "best_validation_accuracy": best["validation_accuracy"],
+        "best_test_accuracy": best["test_accuracy"],
         "teacher_accuracy": last["teacher_accuracy"],
         "client_accuracy": last["client_accuracy"],
         "uplink_serialized_bytes": total("uplink_serialized_bytes"),

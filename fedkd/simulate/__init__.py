@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fedkd.core import run_directory, runtime
 from fedkd.core.errors import FedkdError, ResumeError, RunError, UsageError
 from fedkd.data.partitioners import OWN
-from fedkd.simulate import experiment, faults
+from fedkd.simulate import checks, faults
 
 if TYPE_CHECKING:
     from fedkd.core.config import Config
@@ -27,7 +27,7 @@ def simulate(config: Config) -> Path:
     Components are given as specs: name:key=value,... for built-in ones (dsfl:temperature=0.1),
     package.module:Name or ./file.py:Name for user-defined ones.
     """
-    experiment.check(config)  # before torch is imported: a mistake is answered within a second
+    checks.check(config)  # before torch is imported: a mistake is answered within a second
     if config.partitioner == OWN:
         raise UsageError("--partitioner own is for deployed nodes, which bring their own data (docs/deployment.md).")
     if config.engine == "ray":

@@ -30,10 +30,14 @@ FORMAT = 2  # increase it when older checkpoints cannot be read
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The end of a round: what the server needs for the next one, and which memory each client uses."""
+    """The end of a round: what the server needs for the next one, and which memory each client uses.
+
+    ``best`` are the weights of the best student so far, with a validation set.
+    """
 
     progress: Progress
     memories: Memories
+    best: Tensors
 
     @property
     def number(self) -> int:
@@ -41,11 +45,12 @@ class Checkpoint:
         return self.progress.number
 
 
-def save(out: Path, config: Config, round_: Round, memories: Memories) -> None:
+def save(out: Path, config: Config, round_: Round, memories: Memories, best: Tensors) -> None:
     """Write the checkpoint of a round, then delete the previous one; ``memories`` keeps what it refers to."""
     folder = folder_of(out, config)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"round": integer(round_.number), **put("state", round_.state)}  # the format has no empty files
+    content |= put("best", best)
     for client, memory in round_.channel_memory.items():
         content |= put(f"channel/{client}", memory)
     for client, update in round_.late.items():
@@ -100,7 +105,7 @@ def load(out: Path, config: Config) -> Checkpoint | None:
         if len(stored) < about["stored"]:
             raise DataError(f"{folder} is damaged: client memories are missing. Start the run again.")
         memories = Memories(about["run"], latest, dict(latest), stored)
-        return Checkpoint(progress, memories)
+        return Checkpoint(progress, memories, take("best", content))
     except FileNotFoundError:
         if (folder / "checkpoint.json").exists():
             raise DataError(f"{folder} is damaged: a file is missing. Start the run again.") from None

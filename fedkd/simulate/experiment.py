@@ -12,7 +12,6 @@ from fedkd.algorithms.base import Algorithm
 from fedkd.core import runtime, seeds, specs
 from fedkd.core.errors import DataError, FedkdError, PluginError, UsageError
 from fedkd.data import loading, partitioners, proxies, sources
-from fedkd.simulate import faults
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,22 +44,28 @@ class Experiment:
     train: Images
     test: Images
     proxy_rows: NDArray[np.int64] | None  # of the training set, if the proxy is held out of it
+    validation_rows: NDArray[np.int64]  # of the training set
     partition: Partition
     training_partition: Partition
 
     def client(self, number: int, round_number: int, memory: Tensors, data: Images | None = None) -> Client:
         """A client in a round, with ``data`` of its own or its share, which is selected here and only here."""
-        import torch
-
         from fedkd.algorithms.base import Client
-        from fedkd.data.readers import Images
 
         if data is None:
             pools = self.algorithm.pools_data
-            rows = torch.from_numpy(self.pooled(round_number) if pools else self.training_partition[number])
-            data = Images(self.train.pixels[rows], self.train.labels[rows], self.train.classes)
+            data = self.samples(self.pooled(round_number) if pools else self.training_partition[number])
         seed = seeds.derive(self.config.seed, "client", round_number, number)
         return Client(number, seed, self.setup.model_of(number), data, memory)
+
+    def samples(self, rows: NDArray[np.int64]) -> Images:
+        """Samples of the training set."""
+        import torch
+
+        from fedkd.data.readers import Images
+
+        indices = torch.from_numpy(rows)
+        return Images(self.train.pixels[indices], self.train.labels[indices], self.train.classes)
 
     def pooled(self, round_number: int) -> NDArray[np.int64]:
         """The samples of all clients sampled in a round, so that pooled data is trained on as often as shared data."""
@@ -89,65 +94,6 @@ class Experiment:
         return None if self.config.partitioner == partitioners.OWN else self.training_partition.sizes.tolist()
 
 
-def check(config: Config) -> None:
-    """Resolve every name and option before anything heavy is imported.
-
-    Raises:
-        UsageError, PluginError: the first thing that cannot be used.
-
-    """
-    for run in config.runs(config.dataset):
-        _check_algorithm(run)
-    _check_faults(config)
-    specs.bind("aggregator", config.aggregator)
-    specs.bind("loss", config.loss)
-    for codec in (config.uplink_codec, config.downlink_codec):
-        specs.call("codec", codec)
-    for model in [*models.split(config.model), *([config.student] if config.student else [])]:
-        specs.bind("model", model, models.RESERVED)
-    if config.dataset != "auto":
-        sources.named(config.dataset)
-    proxies.parse(config.proxy)
-    partitioners.check(config.partitioner)
-
-
-def _check_algorithm(run: Config) -> None:
-    """Refuse an algorithm that the other options exclude."""
-    algorithm = _algorithm(run)
-    student = run.student or models.split(run.model)[0]
-    if algorithm.needs_one_model and len({*models.split(run.model), student}) > 1:
-        raise UsageError(
-            f"{run.algorithm} sends weights, so clients and student need one model, "
-            f"not --model {run.model} --student {student}."
-        )
-    if algorithm.pools_data and run.partitioner == partitioners.OWN:
-        raise UsageError(
-            f"{run.algorithm} needs all data in one place, but deployed nodes keep theirs; use another method."
-        )
-    if algorithm.reads_proxy_labels and proxies.parse(run.proxy)[0] is not None:
-        raise UsageError(
-            f"{run.algorithm} reads the proxy's labels, so the proxy must be held out of the data set "
-            f"(--proxy holdout:size=N), not {run.proxy}."
-        )
-
-
-def _check_faults(config: Config) -> None:
-    """Refuse faults that cannot be simulated here."""
-    from fedkd.simulate.rounds import participants
-
-    simulated = faults.parse(config.faults)
-    sampled = participants(config.clients, config.participation)
-    if config.min_clients > sampled:
-        raise UsageError(f"--min-clients {config.min_clients} is more than the {sampled} clients of a round.")
-    if simulated.late != "use":
-        return
-    if config.proxy_samples:
-        raise UsageError("late=use needs the same proxy samples in every round; leave out --proxy-samples.")
-    for run in config.runs(config.dataset):
-        if not _algorithm(run).accepts_late:
-            raise UsageError(f"late=use: {run.algorithm} asks for other proxy samples in each round; use late=drop.")
-
-
 def prepare(config: Config) -> Experiment:
     """The experiment of one run (one algorithm, one seed).
 
@@ -162,10 +108,11 @@ def prepare(config: Config) -> Experiment:
     from fedkd.training.trainer import Trainer
 
     source = sources.named(loading.choose_dataset(config.dataset, config.data_dir)[0])
-    algorithm, device = _algorithm(config), runtime.device(config.device)
+    algorithm, device = algorithm_of(config), runtime.device(config.device)
     train, test = _images(source, config)
     classes = max(train.classes, test.classes)
     proxy, proxy_rows, private = _proxy(config, source, train, test, algorithm.reads_proxy_labels)
+    validation_rows, private = _validation(config, private)
     partition = _partition(config, train, private)
     pooled = Partition(partition.rows, partition.ends[-1:])
     names = models.split(config.model)
@@ -200,6 +147,7 @@ def prepare(config: Config) -> Experiment:
         train=train,
         test=test,
         proxy_rows=proxy_rows,
+        validation_rows=validation_rows,
         partition=partition,
         training_partition=pooled if algorithm.pools_data else partition,
     )
@@ -237,6 +185,20 @@ def _proxy(
     return proxies.ProxySet(images, None, config.proxy_samples, config.seed), None, private
 
 
+def _validation(config: Config, private: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the validation samples in the training set and of the other private samples, both sorted."""
+    import numpy as np
+
+    if not (count := config.validation):
+        return private[:0], private
+    if count + config.clients > len(private):
+        raise UsageError(
+            f"--validation {count} leaves fewer of {len(private):,} private samples than clients; use a smaller number."
+        )
+    order = seeds.rng(config.seed, "validation").permutation(private)
+    return np.sort(order[:count]), np.sort(order[count:])
+
+
 def _partition(config: Config, train: Images, private: NDArray[np.int64]) -> Partition:
     """The private samples of each client; of none if deployed nodes bring their own."""
     import numpy as np
@@ -270,7 +232,8 @@ def node_data(path: str, config: Config) -> Images:
     return dataclasses.replace(images, pixels=images.pixels.to(experiment.setup.trainer.device))
 
 
-def _algorithm(config: Config) -> Algorithm:
+def algorithm_of(config: Config) -> Algorithm:
+    """The method of a run."""
     algorithm = specs.call("algorithm", config.algorithm)
     if not isinstance(algorithm, Algorithm):
         raise PluginError(f"--algorithm {config.algorithm} is not a subclass of fedkd.algorithms.base.Algorithm.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
@@ -16,7 +16,7 @@ from rich.console import Console
 from fedkd.core import run_directory, specs
 from fedkd.core.errors import DataError, FedkdError, ResumeError
 from fedkd.data.loading import choose_dataset
-from fedkd.evaluation import metrics
+from fedkd.evaluation import metrics, stopping
 from fedkd.evaluation.report import figure, header, table
 from fedkd.evaluation.report.screen import HEAD, Screen
 from fedkd.simulate import checkpoint
@@ -70,10 +70,11 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> None:
             if start and start.number > run.rounds:
                 raise ResumeError(f"{run.algorithm} has {start.number} rounds already; --rounds cannot be less.")
         run_directory.write(out / "config.toml", run_directory.toml(config))  # of a resumed run: with more rounds
-        done = rounds.restore({key: each.number if each else 0 for key, each in checkpoints.items()})
+        rounds.restore({key: each.number if each else 0 for key, each in checkpoints.items()})
+        curves = [(run, rounds.curves[run.algorithm, run.seed]) for run in runs]
         exchange = connect()
         has_begun = True
-        with screen.progress(len(runs) * config.rounds - done):
+        with screen.progress(sum(run.rounds - len(rows) for run, rows in curves if not stopping.ended(run, rows))):
             for run in runs:
                 is_first = all(row["evaluated_model"] == "clients" for row in finished)
                 start = checkpoints[run.algorithm, run.seed]
@@ -125,45 +126,48 @@ def _run(
     start: Checkpoint | None,
     is_first: bool,
 ) -> Row:
-    """One algorithm with one seed: its rows as the rounds end, its student, its summary."""
+    """One algorithm with one seed: its rows as the rounds end, its last and its best student, its summary."""
     experiment = prepared(run)
-    screen.print(f"\n{run.algorithm}, seed {run.seed}; {header.uplink(experiment)}\n{HEAD}")
+    head = HEAD + "  validation" * bool(run.validation)
+    screen.print(f"\n{run.algorithm}, seed {run.seed}; {header.uplink(experiment)}\n{head}")
     if start:
         screen.print(f"         continued after round {start.number}")
     memories = start.memories if start else Memories(uuid4().hex)
-    state = start.progress.state if start else None
+    state, best = (start.progress.state, start.best) if start else (None, {})
+    rows = rounds.curves[run.algorithm, run.seed]
     watched = screen.watch(partial(exchange, run, memories), run, experiment.training_partition.sizes.tolist())
-    for round_, seconds in _timed(
-        _attributed(
-            run,
-            run_rounds(
-                experiment.algorithm,
-                experiment.setup,
-                watched,
-                experiment.clients,
-                experiment.channel,
-                samples=experiment.sizes,
-                after=start.progress if start else None,
-            ),
-        )
-    ):
+    left = run_rounds(
+        experiment.algorithm,
+        experiment.setup,
+        watched,
+        experiment.clients,
+        experiment.channel,
+        samples=experiment.sizes,
+        after=start.progress if start else None,
+    )
+    for round_, seconds in _timed(_attributed(run, _until_ended(run, rows, left))):
         with _attributing(run):
-            row = _evaluated(experiment, watched, round_, seconds)
+            row = _evaluated(experiment, watched, round_, seconds, rows)
         for failure in round_.failures:
             if "\n" in failure.reason:  # rows have the last line
                 where = {"algorithm": run.algorithm, "seed": run.seed, "round": round_.number}
                 run_directory.log(out, where | asdict(failure))
         rounds.append(row)
         state = round_.state
-        if run.checkpoint_every and (round_.number % run.checkpoint_every == 0 or round_.number == run.rounds):
-            checkpoint.save(out, run, round_, memories)
-        screen.row(row, run.rounds)
+        if stopping.best(rows) is row:
+            best = experiment.algorithm.global_model(experiment.setup, state)
+        is_last = bool(stopping.ended(run, rows))
+        if run.checkpoint_every and (round_.number % run.checkpoint_every == 0 or is_last):
+            checkpoint.save(out, run, round_, memories, best)
+        screen.row(row, run.rounds, is_last)
     assert state is not None
     with _attributing(run):
-        weights = experiment.algorithm.global_model(experiment.setup, state)
-        summary = metrics.run_summary(experiment, rounds.curves[run.algorithm, run.seed], experiment.partition.digest())
-    if weights:
-        experiment.student(weights).save(out / _student_name(run, is_first))
+        last = experiment.algorithm.global_model(experiment.setup, state)
+        summary = metrics.run_summary(experiment, rows, experiment.partition.digest())
+    screen.end(summary, run)
+    for name, weights in (("student", last), ("student-best", best)):
+        if weights:
+            experiment.student(weights).save(out / _student_name(name, run, is_first))
     return summary
 
 
@@ -174,8 +178,8 @@ class RoundsFile:
         self._path = out / "rounds.jsonl"
         self.curves: dict[tuple[str, int], list[Row]] = {}
 
-    def restore(self, done: Mapping[tuple[str, int], int]) -> int:
-        """Read the rows of the rounds that are ``done`` and drop all others; the number of rounds.
+    def restore(self, done: Mapping[tuple[str, int], int]) -> None:
+        """Read the rows of the rounds that are ``done`` and drop all others.
 
         Raises:
             DataError: rows are missing.
@@ -184,7 +188,7 @@ class RoundsFile:
         self.curves = {key: [] for key in done}
         if not any(done.values()):
             self._path.unlink(missing_ok=True)
-            return 0
+            return
         for row in run_directory.rows(self._path) if self._path.exists() else ():
             key = row["algorithm"], row["seed"]
             if row["round"] <= done.get(key, 0):
@@ -193,7 +197,6 @@ class RoundsFile:
             if [row["round"] for row in rows] != list(range(1, done[key] + 1)):
                 raise DataError(f"{self._path} lacks rounds of {key[0]} that its checkpoint has; start the run again.")
         self._write()
-        return sum(done.values())
 
     def append(self, row: Row) -> None:
         """Add a row behind those of its method and seed."""
@@ -210,14 +213,19 @@ class RoundsFile:
         run_directory.write(self._path, "".join(map(run_directory.line, rows)))
 
 
-def _evaluated(experiment: Experiment, exchange: Exchange, round_: Round, seconds: float) -> Row:
-    """The row of a round, with the time of the round and of its evaluation."""
+def _evaluated(experiment: Experiment, exchange: Exchange, round_: Round, seconds: float, before: Sequence[Row]) -> Row:
+    """The row of a round, with the time of the round and of its evaluation; ``before`` are the rows before it."""
     config, start = experiment.config, time.perf_counter()
-    is_due = round_.number % config.evaluate_every == 0 or round_.number == config.rounds
-    clients = metrics.evaluate_clients(experiment, exchange, round_) if is_due else None
-    row = metrics.round_row(experiment, round_, metrics.evaluate_student(experiment, round_), clients)
+    evaluate_clients = partial(metrics.evaluate_clients, experiment, exchange, round_)
+    clients = evaluate_clients() if round_.number % config.evaluate_every == 0 else None
+    test, validation = metrics.evaluate_student(experiment, round_, experiment.test), None
+    if config.validation:
+        validation = metrics.evaluate_student(experiment, round_, experiment.samples(experiment.validation_rows))
+    row = partial(metrics.round_row, experiment, round_, test, validation=validation)
+    if clients is None and stopping.ended(config, [*before, row(None)]):
+        clients = evaluate_clients()
     evaluation = time.perf_counter() - start
-    return {**row, "training_seconds": round(seconds, 5), "evaluation_seconds": round(evaluation, 5)}
+    return {**row(clients), "training_seconds": round(seconds, 5), "evaluation_seconds": round(evaluation, 5)}
 
 
 def _timed(rounds: Iterable[Round]) -> Iterator[tuple[Round, float]]:
@@ -226,6 +234,12 @@ def _timed(rounds: Iterable[Round]) -> Iterator[tuple[Round, float]]:
     for round_ in rounds:
         yield round_, time.perf_counter() - start
         start = time.perf_counter()
+
+
+def _until_ended(run: Config, rows: Sequence[Row], rounds: Iterator[Round]) -> Iterator[Round]:
+    """The rounds until the run has ended by ``rows``, to which the caller adds the row of each."""
+    while not stopping.ended(run, rows):
+        yield next(rounds)
 
 
 def _attributed(run: Config, rounds: Iterator[Round]) -> Iterator[Round]:
@@ -239,13 +253,14 @@ def _attributing(run: Config) -> AbstractContextManager[None]:
     return specs.attributing([(kind, getattr(run, kind)) for kind in kinds], "on the server")
 
 
-def _student_name(run: Config, is_first: bool) -> str:
+def _student_name(name: str, run: Config, is_first: bool) -> str:
     """The first student has the plain name; the others are named after their run."""
-    return "student.safetensors" if is_first else run_directory.student_file(run.algorithm, run.seed)
+    plain = "student.safetensors" if is_first else run_directory.student_file(run.algorithm, run.seed)
+    return plain.replace("student", name, 1)
 
 
 def _save_partitions(path: Path, experiments: Mapping[int, Experiment]) -> None:
-    """For each seed: samples of every client (split at ``ends``), class counts and proxy samples."""
+    """For each seed: samples of every client (split at ``ends``), class counts, proxy and validation samples."""
     import numpy as np
 
     from fedkd.data import skew
@@ -259,6 +274,8 @@ def _save_partitions(path: Path, experiments: Mapping[int, Experiment]) -> None:
         arrays[f"seed{seed}_counts"] = skew.counts(labels, partition, experiment.setup.classes)
         if experiment.proxy_rows is not None:
             arrays[f"seed{seed}_proxy"] = experiment.proxy_rows
+        if experiment.config.validation:
+            arrays[f"seed{seed}_validation"] = experiment.validation_rows
     part = path.with_name("partition.part.npz")
     np.savez_compressed(part, **arrays)
     part.replace(path)

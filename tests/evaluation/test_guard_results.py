@@ -136,6 +136,7 @@ def failed(client: int, cause: str) -> dict:
 
 
 ACCURACIES = [0.9, 0.8, 0.1, 0.2, 0.3, 0.4, 0.6]
+VALIDATION = [None, 0.7, 0.1, 0.2, 0.8, 0.8, 0.6]
 
 
 def summarized(experiment, accuracies):
@@ -171,15 +172,20 @@ def test_every_number_of_a_summary_by_hand():
     rows[1] = {**rows[1], "failures": [failed(0, "no reply"), failed(4, "died")]}
     rows[1]["evaluation_failures"] = [failed(1, "no reply")]
     rows[6] = {**rows[6], "failures": [failed(2, "no reply")], "excluded": [5]}
+    rows = [{**row, "validation_accuracy": value} for row, value in zip(rows, VALIDATION, strict=True)]
     assert metrics.run_summary(experiment, rows, "sha256 of the partition") == {
         "algorithm": "fedavg",
         "seed": 3,
         "rounds": 7,
+        "ended": "rounds",
         "clients": 6,
         "evaluated_model": "student",
         "test_accuracy": 0.6,
         "test_accuracy_last5": pytest.approx(0.32),
         "test_loss": 9.0,
+        "best_round": 5,
+        "best_validation_accuracy": 0.8,
+        "best_test_accuracy": 0.3,
         "teacher_accuracy": pytest.approx(0.07),
         "client_accuracy": pytest.approx(0.007),
         "uplink_serialized_bytes": 28,
@@ -230,13 +236,15 @@ def test_every_number_of_a_row_by_hand(experiment):
         duration=1.23456789,
     )
     clients = ClientEvaluation(0.25, 0.75, SerializedBytes(100, 1000, 10, 20), [Failure(2, "refused", "diverged")])
-    row = metrics.round_row(experiment, round_, (0.5, 1.5), clients)
+    row = metrics.round_row(experiment, round_, (0.5, 1.5), clients, (0.125, 2.5))
     assert row == {
         "algorithm": "ensemble",
         "seed": 0,
         "round": 4,
         "test_accuracy": 0.5,
         "test_loss": 1.5,
+        "validation_accuracy": 0.125,
+        "validation_loss": 2.5,
         "teacher_accuracy": 0.75,
         "client_accuracy": 0.25,
         "uplink_serialized_bytes": 2,

@@ -13,7 +13,7 @@ from fedkd.communication.codecs import Float32
 from fedkd.communication.ledger import SerializedBytes
 from fedkd.communication.replies import Reply
 from fedkd.core.errors import RunError, UsageError
-from fedkd.simulate import experiment, faults, simulate
+from fedkd.simulate import checks, faults, simulate
 from fedkd.simulate.experiment import prepare
 from fedkd.simulate.flower.client_app import _corrupted
 from fedkd.simulate.rounds import run_rounds, sample
@@ -43,16 +43,16 @@ def test_faults_are_read_from_one_text():
 )
 def test_what_cannot_be_read_is_refused_before_the_run(text, expected):
     with pytest.raises(UsageError, match=expected):
-        experiment.check(tiny(faults=text))
+        checks.check(tiny(faults=text))
 
 
 def test_options_that_exclude_each_other_are_refused():
     with pytest.raises(UsageError, match="--min-clients 4 is more than the 3 clients of a round"):
-        experiment.check(tiny(min_clients=4))
+        checks.check(tiny(min_clients=4))
     with pytest.raises(UsageError, match="leave out --proxy-samples"):
-        experiment.check(tiny(faults="late=use", proxy_samples=10))
+        checks.check(tiny(faults="late=use", proxy_samples=10))
     with pytest.raises(UsageError, match="scarlet asks for other proxy samples"):
-        experiment.check(tiny(faults="late=use", compare="scarlet"))
+        checks.check(tiny(faults="late=use", compare="scarlet"))
 
 
 def test_faults_occur_as_often_as_asked_and_depend_on_seed_round_attempt_and_client_alone():

@@ -746,6 +746,7 @@ def test_break_even_of_a_run_is_by_the_bytes_an_image_cost():
     sizes = [f"{way}link_{kind}_bytes" for kind in kinds for way in ("up", "down")]
     measured = [*sizes, "evaluation_bytes", "training_seconds", "evaluation_seconds"]
     row = {
+        "round": 2,
         "test_accuracy": 0.5,
         "test_loss": 1.0,
         "teacher_accuracy": None,

@@ -60,9 +60,9 @@ def draw(curves: Curves, title: str, out: Path) -> None:
 
 
 def _means(curves: Curves, name: str, key: str) -> tuple[list[int], list[float], list[list[float]]]:
-    """Rounds, the mean over seeds, and each seed's own curve, where all seeds have a value."""
+    """Rounds, the mean over seeds, and each seed's own curve, where all seeds have a value: some may end early."""
     runs = [rows for (algorithm, _), rows in curves.items() if algorithm == name]
-    whole = [rows for rows in zip(*runs, strict=True) if all(row[key] is not None for row in rows)]
+    whole = [rows for rows in zip(*runs, strict=False) if all(row[key] is not None for row in rows)]
     return (
         [rows[0]["round"] for rows in whole],
         [100 * fmean(r[key] for r in rows) for rows in whole],

@@ -21,8 +21,9 @@ def lines(experiment: Experiment, fallback: str) -> list[tuple[str, str]]:
     setup, config = experiment.setup, experiment.config
     height, width = setup.proxy.images.shape[1:3]
     notices = [("notice", f"CIFAR-10 is not available, so this run uses digits. {fallback}")] if fallback else []
+    validation = f"{config.validation:,} validation, " if config.validation else ""
     data = (
-        f"{config.dataset}: {plain(len(experiment.partition.rows), 'private sample')}, "
+        f"{config.dataset}: {plain(len(experiment.partition.rows), 'private sample')}, {validation}"
         f"{len(setup.proxy.images):,} proxy ({config.proxy}), {len(experiment.test):,} test, "
         f"{height}x{width} pixels, {setup.classes} classes"
     )
@@ -69,7 +70,7 @@ def _skew(experiment: Experiment) -> str:
     if not len(experiment.partition.rows):
         return "that bring their own data"
     held_out = 0 if experiment.proxy_rows is None else len(experiment.proxy_rows)
-    private = len(experiment.train) - held_out
+    private = len(experiment.train) - held_out - len(experiment.validation_rows)
     result = skew.measure(experiment.train.labels.numpy(), experiment.partition, experiment.setup.classes, private)
     return (
         f"with {result.smallest:,} to {result.largest:,} samples (median {result.median:,}); effective number of "

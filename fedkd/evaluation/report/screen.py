@@ -72,12 +72,13 @@ class Estimate:
         of_round = fraction * self.training if kind == "train" else self.training + fraction * (1 - self.training)
         self._reach(self.finished_rounds + of_round)
 
-    def end_round(self, now: float) -> None:
-        """Record that a round is finished."""
+    def end_round(self, now: float, skipped: int = 0) -> None:
+        """Record that a round is finished, and that so many rounds after it are not run."""
         self.begin("", now)
         if self.spent["evaluate"]:
             self.training = self.spent["train"] / sum(self.spent.values())
         self.finished_rounds += 1
+        self.rounds -= skipped
         self._reach(self.finished_rounds)
 
     def _reach(self, rounds: float) -> None:
@@ -184,15 +185,17 @@ class Screen:
         left = self._estimate.remaining(self.clock())
         return "" if left is None else f"; about {duration(left)} left in all"
 
-    def row(self, row: Row, rounds: int) -> None:
-        """One line of numbers for a round, one for its failures, and one for each new kind of failure."""
-        self._estimate.end_round(self.clock())
+    def row(self, row: Row, rounds: int, is_last: bool = False) -> None:
+        """One line of numbers for a round, and what failed in it; the last round can be an early one."""
+        self._estimate.end_round(self.clock(), rounds - row["round"] if is_last else 0)
+        accuracy = row["validation_accuracy"]
+        validation = "" if accuracy is None else f"  {percent(accuracy):>10}"
         loss = "–" if row["test_loss"] is None else f"{row['test_loss']:.3f}"
         self.print(
             f"{row['round']:>3}/{rounds:<3}  {percent(row['test_accuracy']):>8}  {loss:>6}  "
             f"{percent(row['teacher_accuracy']):>8}  {percent(row['client_accuracy']):>8}  "
             f"{size(row['uplink_serialized_bytes']):>8}  {size(row['downlink_serialized_bytes']):>8}  "
-            f"{seconds(row['training_seconds']):>8}  {seconds(row['evaluation_seconds']):>10}"
+            f"{seconds(row['training_seconds']):>8}  {seconds(row['evaluation_seconds']):>10}{validation}"
         )
         self._failures("updates missing", row["failures"])
         self._failures("clients not in the evaluated ensemble", row["evaluation_failures"])
@@ -207,6 +210,18 @@ class Screen:
             if kind not in self._shown and failure["reason"] != failure["cause"]:
                 self.print(f"         client {failure['client']}: {failure['reason']}")
             self._shown.add(kind)
+
+    def end(self, run: Row, config: Config) -> None:
+        """Say why a run ended if it was before its last round, and which round was its best."""
+        if run["ended"] != "rounds":
+            ended = f"patience {config.patience}" if run["ended"] == "patience" else run["ended"]
+            self.print(f"         ended after round {run['rounds']} of {config.rounds}: {ended}")
+        if run["best_round"] is not None:
+            accuracies = [percent(run[f"best_{name}_accuracy"]) for name in ("validation", "test")]
+            self.print(
+                f"         best round: {run['best_round']} (validation accuracy {accuracies[0]}, "
+                f"test accuracy {accuracies[1]})"
+            )
 
 
 def duration(left: float) -> str:

@@ -53,7 +53,10 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
     names = list(dict.fromkeys(run["algorithm"] for run in runs))
     is_even = len({sum(run["algorithm"] == name for run in runs) for name in names}) == 1
     is_paired = BASELINE in names and len(names) > 1
+    is_validated = any(run.get("best_round") is not None for run in runs)
+    has_lengths = len({len(rows) for rows in curves.values()}) > 1  # some have ended early
     titles = ["method", "test acc", *([f"Δ {BASELINE}"] if is_paired else []), "last 5", "teacher", "clients"]
+    titles += ["validation", "test at best"] * is_validated + ["rounds"] * has_lengths
     titles += ["uplink", "downlink", "training", "evaluation"]
     titles += ["bytes to common" if common is None else f"bytes to {percent(common)}"]
     rows = []
@@ -63,7 +66,10 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
         reached = [value for value in spent if value is not None]
         cells = {key: _spread([run[key] for run in mine]) for key in ("test_accuracy", "test_accuracy_last5")}
         cells |= {key: _spread([run[key] for run in mine]) for key in ("teacher_accuracy", "client_accuracy")}
+        if is_validated:
+            cells |= {k: _spread([run[k] for run in mine]) for k in ("best_validation_accuracy", "best_test_accuracy")}
         accuracy, *others = cells.values()
+        others += [f"{fmean(len(curves[name, run['seed']]) for run in mine):.1f}".removesuffix(".0")] * has_lengths
         rows.append(
             [
                 name + "*" * (mine[0]["evaluated_model"] == "clients") + f" ({_seeds(len(mine))})" * (not is_even),
@@ -84,6 +90,8 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
     ]
     if is_paired:
         caption.append(f"Δ {BASELINE}: difference in percentage points, paired by seed.")
+    if is_validated:
+        caption.append("validation: the highest validation accuracy; test at best: test accuracy in that round.")
     if any(run["evaluated_model"] == "clients" for run in runs):
         caption.append("*: no global student; the test accuracy is the mean of the clients' own models.")
     if any(None in [row["test_accuracy"] for row in rows] for rows in curves.values()):

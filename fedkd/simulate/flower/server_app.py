@@ -20,7 +20,7 @@ from fedkd.core import run_directory
 from fedkd.core.config import Config
 from fedkd.core.errors import ResumeError, RunError, UsageError, last_line, printable
 from fedkd.core.runtime import settle
-from fedkd.simulate import experiment, faults
+from fedkd.simulate import checks, faults
 from fedkd.simulate.experiment import prepared
 from fedkd.simulate.flower.records import (
     ARRAYS,
@@ -57,7 +57,7 @@ SILENCE = 3600.0  # seconds without any reply that end a round if --client-timeo
 def main(grid: Grid, context: Context) -> None:
     """The entry point for Flower: the run config holds all options."""
     config = Config.parse(context.run_config)
-    experiment.check(config)
+    checks.check(config)
     if config.faults or config.round_timeout:
         raise UsageError("faults and round-timeout are simulated; a deployment has its own.")
     if config.resume:

@@ -98,6 +98,20 @@ def test_no_number_is_cut_on_a_narrow_terminal():
     assert any(name in line and "50.0%" in line and "1 GB" in line for line in out.getvalue().splitlines())
 
 
+def test_runs_of_different_lengths_and_their_validation():
+    curves = {("a", 0): curve([0.2, 0.4, 0.6]), ("a", 1): curve([0.3, 0.5], seed=1), ("b", 0): curve([0.1], name="b")}
+    found = [summary(rows) for rows in curves.values()]
+    for run, best in zip(found, (0.2, 0.3, None), strict=True):
+        run |= {"best_round": best and 1, "best_validation_accuracy": best and best + 0.1, "best_test_accuracy": best}
+    grid = table.side_by_side(found, curves)
+    places = [grid.titles.index(title) for title in ("validation", "test at best", "rounds")]
+    assert [[row[place] for place in places] for row in grid.rows] == [
+        ["35.0% ±7.1", "25.0% ±7.1", "2.5"],
+        ["–", "–", "1"],
+    ]
+    assert figure._means(curves, "a", "test_accuracy") == ([1, 2], [25.0, 45.0], [[20.0, 40.0], [30.0, 50.0]])
+
+
 def test_figures_are_bitwise_reproducible(tmp_path):
     curves = {("a", 0): curve([0.2, 0.4]), ("a", 1): curve([0.3, 0.5], seed=1), ("b", 0): curve([None, 0.3], name="b")}
     files = []

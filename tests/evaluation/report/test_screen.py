@@ -45,7 +45,7 @@ def row(number: int) -> dict:
     return {
         "round": number, "test_accuracy": 0.5, "test_loss": 1.0, "teacher_accuracy": 0.6, "client_accuracy": 0.4,
         "uplink_serialized_bytes": 1000, "downlink_serialized_bytes": 2000, "training_seconds": 12.0,
-        "evaluation_seconds": 3.0, "failures": [], "evaluation_failures": [],
+        "evaluation_seconds": 3.0, "failures": [], "evaluation_failures": [], "validation_accuracy": None,
     }  # fmt: skip
 
 
@@ -152,6 +152,22 @@ def test_three_methods_and_two_seeds_are_one_bar(clock):
     assert completed == sorted(completed)
     assert clock.now - start == pytest.approx(in_all)
     assert screen._bar is None
+
+
+def test_the_remaining_time_after_a_run_that_ends_early(clock):
+    """The first of two runs ends after one of four rounds: five rounds in all, of which one is done."""
+    screen = Screen(console(True)[0], clock)
+    with screen.progress(8):
+        for run, last in ((tiny(rounds=4), 1), (tiny(algorithm="local", rounds=4), 4)):
+            watched = screen.watch(exchange_of(clock, {"train": 9.0, "evaluate": 3.0}), run, [10, 10])
+            for number in range(1, last + 1):
+                for kind in ("train", "evaluate"):
+                    for _ in watched(kind, number, {0: {}, 1: {}}, {}):
+                        task = screen._bar.tasks[0]
+                        if run.algorithm == "local" and task.completed < screens.ALMOST_DONE:
+                            assert task.fields["end"] == pytest.approx(1000 + 5 * 24)
+                screen.row(row(number), run.rounds, number == last)
+    assert clock.now == 1000 + 5 * 24
 
 
 def test_the_clock_goes_on_after_the_last_reply(clock):

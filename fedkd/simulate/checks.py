@@ -1,0 +1,77 @@
+"""What is refused before anything heavy is imported, so that a mistake is answered within a second."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedkd import models
+from fedkd.core import specs
+from fedkd.core.errors import UsageError
+from fedkd.data import partitioners, proxies, sources
+from fedkd.evaluation import stopping
+from fedkd.simulate import faults
+from fedkd.simulate.experiment import algorithm_of
+from fedkd.simulate.rounds import participants
+
+if TYPE_CHECKING:
+    from fedkd.core.config import Config
+
+
+def check(config: Config) -> None:
+    """Resolve every name and option before anything heavy is imported.
+
+    Raises:
+        UsageError, PluginError: the first thing that cannot be used.
+
+    """
+    for run in config.runs(config.dataset):
+        _check_algorithm(run)
+    _check_faults(config)
+    specs.bind("aggregator", config.aggregator)
+    specs.bind("loss", config.loss)
+    for codec in (config.uplink_codec, config.downlink_codec):
+        specs.call("codec", codec)
+    for model in [*models.split(config.model), *([config.student] if config.student else [])]:
+        specs.bind("model", model, models.RESERVED)
+    if config.dataset != "auto":
+        sources.named(config.dataset)
+    proxies.parse(config.proxy)
+    partitioners.check(config.partitioner)
+    stopping.check(config)
+    if config.validation and config.partitioner == partitioners.OWN:
+        raise UsageError("--validation holds samples out of the training set, but deployed nodes keep their own data.")
+
+
+def _check_algorithm(run: Config) -> None:
+    """Refuse an algorithm that the other options exclude."""
+    algorithm = algorithm_of(run)
+    student = run.student or models.split(run.model)[0]
+    if algorithm.needs_one_model and len({*models.split(run.model), student}) > 1:
+        raise UsageError(
+            f"{run.algorithm} sends weights, so clients and student need one model, "
+            f"not --model {run.model} --student {student}."
+        )
+    if algorithm.pools_data and run.partitioner == partitioners.OWN:
+        raise UsageError(
+            f"{run.algorithm} needs all data in one place, but deployed nodes keep theirs; use another method."
+        )
+    if algorithm.reads_proxy_labels and proxies.parse(run.proxy)[0] is not None:
+        raise UsageError(
+            f"{run.algorithm} reads the proxy's labels, so the proxy must be held out of the data set "
+            f"(--proxy holdout:size=N), not {run.proxy}."
+        )
+
+
+def _check_faults(config: Config) -> None:
+    """Refuse faults that cannot be simulated here."""
+    simulated = faults.parse(config.faults)
+    sampled = participants(config.clients, config.participation)
+    if config.min_clients > sampled:
+        raise UsageError(f"--min-clients {config.min_clients} is more than the {sampled} clients of a round.")
+    if simulated.late != "use":
+        return
+    if config.proxy_samples:
+        raise UsageError("late=use needs the same proxy samples in every round; leave out --proxy-samples.")
+    for run in config.runs(config.dataset):
+        if not algorithm_of(run).accepts_late:
+            raise UsageError(f"late=use: {run.algorithm} asks for other proxy samples in each round; use late=drop.")
