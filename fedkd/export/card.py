@@ -95,16 +95,18 @@ def trained(file: Path) -> list[str]:
 
 def _simulated(config: dict[str, Any], result: dict[str, Any], name: str) -> list[str]:
     """For a run of ``fedkd.simulate``."""
-    runs = result["runs"]
-    entry = next(run for run in runs if run["evaluated_model"] == "student" and _wrote(run, runs, name))
+    runs, last = result["runs"], name.replace("student-best", "student", 1)  # the name of the last round's student
+    entry = next(run for run in runs if run["evaluated_model"] == "student" and _wrote(run, runs, last))
+    round_, accuracy = "the last round", entry["test_accuracy"]
+    if name != last:
+        round_, accuracy = f"round {entry['best_round']}, the best by validation accuracy", entry["best_test_accuracy"]
     return [
         f"- Method: `{entry['algorithm']}`, simulated by fedkd, {entry['rounds']} rounds, seed {entry['seed']}.",
         f"- Clients: {entry['clients']}, {percent(config['participation'], 0)} of them sampled per round, "
         f"partition `{config['partitioner']}`.",
         f"- Their models: `{config['model']}`, {config['local-epochs']} local epochs per round.",
         f"- Proxy set: `{config['proxy']}`.",
-        f"- Accuracy after the last round, as the run measured it on its test images: "
-        f"{percent(entry['test_accuracy'], 2)}.",
+        f"- Accuracy after {round_}, as the run measured it on its test images: {percent(accuracy, 2)}.",
     ]
 
 

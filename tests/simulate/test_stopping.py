@@ -14,6 +14,7 @@ from fedkd.core.config import Config
 from fedkd.core.errors import ResumeError, UsageError
 from fedkd.evaluation import stopping
 from fedkd.evaluation.report.screen import Screen
+from fedkd.export import card
 from fedkd.models import checkpoint as students
 from fedkd.simulate import simulate
 from fedkd.simulate.checks import check
@@ -308,3 +309,14 @@ def test_a_best_student_can_be_used_as_any_student(early):
     student = students.load(early / "student-best.safetensors")
     assert student.held_out == 0, "its samples are not those that fedkd.distill holds out"
     assert tensors.digest(student.weights) != tensors.digest(students.load(early).weights)
+
+
+def test_the_model_card_of_a_best_student_names_its_round(early):
+    for run, suffix in zip(read(early)["runs"], ("", "-scarlet-seed1"), strict=True):
+        for kind, when, key in (
+            ("student", "the last round", "test_accuracy"),
+            ("student-best", f"round {run['best_round']}, the best by validation accuracy", "best_test_accuracy"),
+        ):
+            *_, last = card.trained(early / f"{kind}{suffix}.safetensors")
+            assert last.startswith(f"- Accuracy after {when}, ")
+            assert last.endswith(f": {100 * run[key]:.2f}%.")
