@@ -59,7 +59,7 @@ def test_every_key_of_a_row_is_a_condition_or_is_refused(row):
             (condition,) = stopping.conditions(f"{key}>={row[key]}")
             assert condition.is_met(row)
         else:
-            with pytest.raises(UsageError, match=f"Unknown key of --stop-when '{key}'.* Known: client_accuracy, "):
+            with pytest.raises(UsageError, match=f"Unknown key of --stop-when '{key}'.* Known: attempts, "):
                 stopping.conditions(f"{key}>=1")
 
 
