@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,11 +58,17 @@ def equal(left: Tensors, right: Tensors) -> bool:
 def digest(tensors: Tensors) -> str:
     """SHA-256 over names, types, shapes and bytes, in the order of the names."""
     sha = hashlib.sha256()
+    for part in parts(tensors):
+        sha.update(part)
+    return sha.hexdigest()
+
+
+def parts(tensors: Tensors) -> Iterator[bytes | memoryview]:
+    """Names, types, shapes and bytes, in the order of the names, for a checksum. The bytes are not copied."""
     for name in sorted(tensors):
         array = tensors[name].contiguous().numpy()
-        sha.update(f"{name}|{array.dtype}|{array.shape}|".encode())
-        sha.update(array.tobytes())
-    return sha.hexdigest()
+        yield f"{name}|{array.dtype}|{array.shape}|".encode()
+        yield array.reshape(-1).view("uint8").data
 
 
 def weighted_mean(many: Sequence[Tensors], weights: Iterable[float]) -> dict[str, Tensor]:
@@ -99,9 +105,15 @@ def save(tensors: Tensors, path: Path, about: Mapping[str, str] | None = None) -
 
 def load(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file; values are memory-mapped until they are used."""
-    from safetensors.torch import load_file
+    return read(path)[0]
 
-    return dict(load_file(path))
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `load`, with the metadata of the file."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def integer(value: int) -> Tensor:

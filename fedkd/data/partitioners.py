@@ -9,14 +9,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -28,6 +26,7 @@ from fedkd.data.partition import Partition
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
     Rows = NDArray[np.int64]
 
@@ -193,12 +192,17 @@ def assign(text: str, labels: Rows, clients: int, seed: int) -> Partition:
     if recipe.direct is not None:
         return recipe.direct(_shuffled(labels, seed), clients).sorted()
     versions = [np.__version__, version("flwr-datasets")]
-    described = json.dumps([3, text, clients, seed, versions, hashlib.sha256(labels.tobytes()).hexdigest()])
-    path = cache.directory() / "partitions" / f"{hashlib.sha256(described.encode()).hexdigest()[:24]}.npz"
-    if (cached := _cached(path)) is None:
-        cached = _checked(_by_flower(recipe, text, labels, clients, seed), len(labels), clients, text, UsageError)
-        _keep(cached, path)
-    return cached
+    described = json.dumps([4, text, clients, seed, versions, hashlib.sha256(labels.tobytes()).hexdigest()])
+
+    def make() -> dict[str, Tensor]:
+        import torch
+
+        parts = _by_flower(recipe, text, labels, clients, seed)
+        partition = _checked(parts, len(labels), clients, text, UsageError)
+        return {"rows": torch.from_numpy(partition.rows), "ends": torch.from_numpy(partition.ends)}
+
+    kept = cache.get(f"partitions/{hashlib.sha256(described.encode()).hexdigest()[:24]}", make)
+    return Partition(kept["rows"].numpy(), kept["ends"].numpy())
 
 
 def _shuffled(labels: Rows, seed: int) -> Rows:
@@ -298,21 +302,3 @@ def _checked(parts: object, rows: int, clients: int, text: str, kind: type[Fedkd
     if len(values) < len(partition.rows):
         raise wrong(f"assigned sample {values[counts > 1][0]} more than once; shares may not overlap")
     return partition.sorted()
-
-
-def _cached(path: Any) -> Partition | None:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return Partition(arrays["rows"], arrays["ends"])
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        return None  # missing or damaged: assigned again
-
-
-def _keep(partition: Partition, path: Any) -> None:
-    part = path.with_name(f"{path.stem}.{os.getpid()}.part.npz")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(part, rows=partition.rows, ends=partition.ends)
-        part.replace(path)
-    except OSError:  # only takes time at the next start
-        part.unlink(missing_ok=True)

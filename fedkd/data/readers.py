@@ -22,7 +22,7 @@ from fedkd.data.sources import Source, is_reachable, parquet_files, searched
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LAYOUT = 2  # version of the cached files; increase it when their content changes
+LAYOUT = 3  # version of the cached files; increase it when their content changes
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,10 @@ def read(source: Source, split: str, data_dir: str = "") -> Images:
     except OSError as error:
         raise DataError(f"Cannot read {source.name} ({split}): {error}.") from error
     name = f"{source.reader}-{split}-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
-    path = cache.directory() / "decoded" / f"{name}.safetensors"
-    if (cached := _cached(path)) is not None:
-        return cached
+    return _from_tensors(cache.get(f"decoded/{name}", lambda: _to_tensors(_decoded(source, split, data_dir, files))))
+
+
+def _decoded(source: Source, split: str, data_dir: str, files: list[Path]) -> Images:
     try:
         images = _parquet(source, files) if files else READERS[source.reader](source, split, data_dir)
     except FedkdError:
@@ -73,9 +74,7 @@ def read(source: Source, split: str, data_dir: str = "") -> Images:
         raise DataError(f"{source.name} ({split}) has labels that are not classes; hidden labels are often -1.")
     if count := getattr(source, split):
         images = images.first(count)
-    images = dataclasses.replace(images, scaling=Scaling.of(images.pixels))
-    _keep(images, path)
-    return _cached(path) or images  # mapped from the file, so that processes share it
+    return dataclasses.replace(images, scaling=Scaling.of(images.pixels))
 
 
 def _place(source: Source) -> object:
@@ -87,33 +86,22 @@ def _place(source: Source) -> object:
     return [str(root.resolve()), [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
 
 
-def _cached(path: Path) -> Images | None:
-    if not path.is_file():
-        return None
-    try:
-        arrays = tensors.load(path)
-        names = json.loads(arrays["names"].numpy().tobytes())
-        mean, std = arrays["scaling"].tolist()
-        return Images(arrays["pixels"], arrays["labels"], int(arrays["classes"]), (*names,), Scaling((*mean,), (*std,)))
-    except Exception:  # a damaged or foreign file is replaced
-        return None
-
-
-def _keep(images: Images, path: Path) -> None:
+def _to_tensors(images: Images) -> dict[str, Tensor]:
+    """Images as they are cached."""
     assert images.scaling is not None
-    names = np.frombuffer(json.dumps(images.names).encode(), np.uint8)
-    arrays = {
+    return {
         "pixels": images.pixels,
         "labels": images.labels,
         "classes": torch.tensor(images.classes),
-        "names": torch.from_numpy(names.copy()),
+        "names": torch.from_numpy(np.frombuffer(json.dumps(images.names).encode(), np.uint8).copy()),
         "scaling": torch.tensor([images.scaling.mean, images.scaling.std], dtype=torch.float64),
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors.save(arrays, path)
-    except OSError:  # a full or read-only disk only takes time at the next start
-        return
+
+
+def _from_tensors(kept: tensors.Tensors) -> Images:
+    names = json.loads(kept["names"].numpy().tobytes())
+    mean, std = kept["scaling"].tolist()
+    return Images(kept["pixels"], kept["labels"], int(kept["classes"]), (*names,), Scaling((*mean,), (*std,)))
 
 
 def pixels_of(pictures: Iterable[Image], size: int) -> Tensor:

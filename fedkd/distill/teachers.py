@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fedkd.distill.config import DistillConfig
     from fedkd.distill.task import Task
 
-LAYOUT = 2  # version of the training of teachers, part of the cache key; increase it when the training changes
+LAYOUT = 3  # version of the training of teachers, part of the cache key; increase it when the training changes
 
 #: Called after every epoch with the name of the network and the epoch.
 Watch = Callable[[str, Epoch], None]
@@ -111,24 +111,17 @@ def trained(
     Only networks of fedkd and torchvision are cached: user-defined code may change under the same name.
     """
     config = dataclasses.replace(config, seed=seed)
-    path = cache.directory() / "teachers" / f"{_key(task, config, model, epochs)}.safetensors"
     module = build_untrained(task, config, model)
-    is_cached = specs.parse(model).name in CATALOG["model"]
-    if is_cached and path.is_file():
-        try:
-            checkpoint.fill(module, checkpoint.read_weights(path), "the cached weights")
-            return module
-        except DataError:  # a damaged file is written again
-            pass
-    for epoch in train(module, task, config, epochs=epochs, seed=seed):
-        watch(epoch)
-    if not is_cached:
-        return module
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        student_of(task, config, model, module).save(path)
-    except OSError:  # without a cached file the next run trains again
-        pass
+
+    def weights() -> dict[str, Tensor]:
+        for epoch in train(module, task, config, epochs=epochs, seed=seed):
+            watch(epoch)
+        return weights_of(module)
+
+    if specs.parse(model).name in CATALOG["model"]:
+        module.load_state_dict(cache.get(f"teachers/{_key(task, config, model, epochs)}", weights))
+    else:
+        weights()
     return module
 
 
@@ -145,10 +138,14 @@ def _key(task: Task, config: DistillConfig, model: str, epochs: int) -> str:
 
 def student_of(task: Task, config: DistillConfig, model: str, module: nn.Module) -> Student:
     """The content of a student's file for a trained network."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     pixels = task.test.pixels.shape[1]
     metadata = (model, config.norm, task.classes, task.test.names, pixels, task.scaling, task.dataset)
-    return Student(*metadata, weights, len(task.validation))
+    return Student(*metadata, weights_of(module), len(task.validation))
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a network as CPU tensors."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
 
 
 def _module_of(task: Task, text: str, student: Student) -> nn.Module:

@@ -168,14 +168,9 @@ def fill(module: nn.Module, weights: Tensors, whose: str) -> None:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The tensors of a file and its metadata."""
-    from safetensors import safe_open
-
     if not path.is_file():
         raise DataError(f"There is no file {path}.")
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FedkdError:
-        raise
+        return tensors.read(path)
     except Exception as error:  # SafetensorError, or another error for damaged bytes
         raise DataError(f"{path} is not a safetensors file, or is damaged.") from error

@@ -75,13 +75,6 @@ def test_the_second_time_it_comes_from_the_cache(monkeypatch):
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_a_damaged_cache_is_made_again(tmp_path):
-    first = deal("shard").digest()
-    for path in (tmp_path / "cache" / "partitions").iterdir():
-        path.write_bytes(path.read_bytes()[:50])
-    assert deal("shard").digest() == first
-
-
 def test_smaller_alpha_is_more_skewed():
     distances = [skew.measure(LABELS, deal(f"dirichlet:alpha={a}"), 10, 2000).distance for a in (100, 1, 0.1)]
     assert distances == sorted(distances)
