@@ -81,6 +81,10 @@ class Options:
         """The options as Flower's run config holds them: keys with dashes, scalars."""
         return {key.replace("_", "-"): value for key, value in dataclasses.asdict(self).items()}  # type: ignore[call-overload]
 
+    def fixed(self) -> dict[str, str | int | float | bool]:
+        """The options that results depend on, which may not differ when a run is resumed."""
+        return {key: v for key, v in self.run_config().items() if key.replace("-", "_") not in self.RESUMABLE}
+
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Config(Options):

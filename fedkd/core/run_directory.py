@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import fedkd
 from fedkd.core.config import Options
-from fedkd.core.errors import FedkdError, ResumeError, UsageError
+from fedkd.core.errors import DataError, FedkdError, ResumeError, UsageError
 from fedkd.core.seeds import derive
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
@@ -189,9 +189,20 @@ def append(path: Path, row: Mapping[str, object]) -> None:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file written by `append`. A last line that is incomplete is left out: it was being written."""
-    *complete, _ = path.read_text(encoding="utf-8").split("\n")  # the rest is empty or incomplete
-    return [json.loads(each) for each in complete]
+    """The lines of a file written by `append`. A last line that is incomplete is left out: it was being written.
+
+    Raises:
+        DataError: another line is damaged.
+
+    """
+    *complete, _ = path.read_bytes().split(b"\n")  # the rest is empty or incomplete
+    found = []
+    for number, each in enumerate(complete, 1):
+        try:
+            found.append(dict(json.loads(each)))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DataError(f"{path} is damaged in line {number}.") from error
+    return found
 
 
 def run_name(algorithm: str, seed: int) -> str:

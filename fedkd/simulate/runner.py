@@ -65,7 +65,7 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> None:
         dataset, fallback = choose_dataset(config.dataset, config.data_dir)
         runs = config.runs(dataset)
         _prepare(runs, fallback, out, screen)
-        checkpoints = {(run.algorithm, run.seed): checkpoint.load(out, run) for run in runs}
+        checkpoints = checkpoint.load_all(out, runs)
         for run, start in zip(runs, checkpoints.values(), strict=True):
             if start and start.number > run.rounds:
                 raise ResumeError(f"{run.algorithm} has {start.number} rounds already; --rounds cannot be less.")
@@ -190,8 +190,8 @@ class RoundsFile:
             self._path.unlink(missing_ok=True)
             return
         for row in run_directory.rows(self._path) if self._path.exists() else ():
-            key = row["algorithm"], row["seed"]
-            if row["round"] <= done.get(key, 0):
+            key: tuple[Any, Any] = row.get("algorithm"), row.get("seed")
+            if key in done and row.get("round") in range(1, done[key] + 1):
                 self.curves[key].append(row)
         for key, rows in self.curves.items():
             if [row["round"] for row in rows] != list(range(1, done[key] + 1)):

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedkd.core import cli, run_directory, tensors
 from fedkd.core.catalog import CATALOG
@@ -200,6 +202,65 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(copied, how, expect
     with pytest.raises(DataError, match=expected):
         resume(copied, rounds=4)
     assert (copied / "rounds.jsonl").read_text() == rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_change_of_a_checkpoint_is_refused_or_changes_nothing(finished, tmp_path_factory, data):
+    """Flipped bytes, truncations and edited JSON; nothing is written before it is noticed."""
+    out = shutil.copytree(finished, tmp_path_factory.mktemp("changed") / "run")
+    config = tiny(algorithm="fedmd", **SMALL)
+    whole = checkpoint.load(out, config)
+    path = data.draw(st.sampled_from(sorted(checkpoint.folder_of(out, config).iterdir())))
+    changed(path, data)
+    try:
+        found = checkpoint.load(out, config)
+    except (DataError, ResumeError) as error:
+        assert str(out) in str(error)  # noqa: PT017
+        rows = (out / "rounds.jsonl").read_bytes()
+        with pytest.raises(type(error)):
+            resume(out, rounds=4)
+        assert (out / "rounds.jsonl").read_bytes() == rows
+    else:
+        assert (found.number, found.memories) == (whole.number, whole.memories)
+        assert tensors.equal(found.state, whole.state)
+
+
+def changed(path: Path, data: st.DataObject) -> None:
+    """Change a file in a way that is drawn."""
+    content = path.read_bytes()
+    how = data.draw(st.sampled_from(["flip", "truncate"] + ["edit"] * (path.suffix == ".json")))
+    if how == "truncate":
+        path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    elif how == "flip":
+        place = data.draw(st.integers(0, len(content) - 1))
+        flip = data.draw(st.integers(1, 255))
+        path.write_bytes(content[:place] + bytes([content[place] ^ flip]) + content[place + 1 :])
+    else:
+        about = json.loads(content)
+        key = data.draw(st.sampled_from(sorted(about)))
+        values = st.sampled_from([None, 0, 1, -1, 10**9, "", "x", [], {}, {"0": 1}, about.get("memories")])
+        path.write_text(json.dumps({**about, key: data.draw(values)}))
+
+
+def test_a_scenario_file_that_was_edited_is_noticed(copied):
+    rows, text = (copied / "rounds.jsonl").read_text(), (copied / "config.toml").read_text()
+    for old, new, expected in (
+        ("learning-rate = 0.01", "learning-rate = 0.02", "was written with --learning-rate 0.01, not 0.02"),
+        ('algorithm = "fedmd"', 'algorithm = "dsfl"', "is of a method or seed that .*config.toml does not name"),
+    ):
+        assert old in text
+        (copied / "config.toml").write_text(text.replace(old, new))
+        with pytest.raises(ResumeError, match=expected):
+            resume(copied)
+        assert (copied / "rounds.jsonl").read_text() == rows
+
+
+def test_a_damaged_line_is_reported(copied):
+    file = copied / "rounds.jsonl"
+    file.write_bytes(b'{"\xff' + file.read_bytes()[3:])
+    with pytest.raises(DataError, match=r"rounds.jsonl is damaged in line 1"):
+        resume(copied)
 
 
 def test_a_torn_last_line_is_repaired(copied):

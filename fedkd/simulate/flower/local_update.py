@@ -17,6 +17,7 @@ from flwr.common.constant import ErrorCode
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
+from fedkd.core.checkpoint import with_checksum, without_checksum
 from fedkd.core.errors import Terminated
 
 RUN_ID, SERVER = 1, 0
@@ -41,11 +42,11 @@ class ClientRunner:
     def run(self, message: Message) -> Message:
         """The reply; an error message if the app raises, as on Flower's own engines."""
         node, group = message.metadata.dst_node_id, message.metadata.group_id
-        old = self._read_memory(node, group)
-        state = recorddict_from_proto(Proto.FromString(old))
         node_config: UserConfig = {"partition-id": node - 1, "num-partitions": self.clients}
-        context = Context(RUN_ID, node, node_config, state, self.run_config)
         try:
+            old = self._read_memory(node, group)
+            state = recorddict_from_proto(Proto.FromString(old))
+            context = Context(RUN_ID, node, node_config, state, self.run_config)
             reply = self.load()(message, context)
         except Terminated:
             raise
@@ -56,7 +57,7 @@ class ClientRunner:
             file = self._new_file(node, group)
             os.makedirs(os.path.dirname(file), exist_ok=True)
             with open(file, "wb") as opened:
-                opened.write(new)
+                opened.write(with_checksum(new))
                 if self.durable:
                     opened.flush()
                     os.fsync(opened.fileno())
@@ -80,7 +81,7 @@ class ClientRunner:
             os.unlink(self._new_file(node, group))
         try:
             with open(self._file(node, group), "rb") as file:
-                return file.read()
+                return without_checksum(file.read(), self._file(node, group))
         except FileNotFoundError:
             return b""
 
