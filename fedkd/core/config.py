@@ -53,8 +53,11 @@ class Options:
 
     out: str
     json: bool
+    resume: str
     #: Options that may differ when a run is resumed, since the result of a round does not depend on them.
     RESUMABLE: ClassVar[frozenset[str]] = frozenset()
+    #: Why another one may not differ, where that is not obvious.
+    REASONS: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], source: str = "") -> Self:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import fedkd
 from fedkd.core.config import Options
-from fedkd.core.errors import DataError, FedkdError, ResumeError, UsageError
+from fedkd.core.errors import DataError, FedkdError, ResumeError, RunError, StorageError, UsageError
 from fedkd.core.seeds import derive
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
@@ -38,9 +38,9 @@ def begin(config: AnyOptions, name: str) -> AnyOptions:
         UsageError: another process uses it, or it holds something else.
 
     """
-    resume = getattr(config, "resume", "")
+    resume = config.resume
     out = Path(resume or config.out or default_out(config, name))
-    config = dataclasses.replace(config, out=str(out), **({"resume": ""} if resume else {}))  # type: ignore[type-var]
+    config = dataclasses.replace(config, out=str(out), resume="")  # type: ignore[type-var]
     if not resume:
         claim(out)
         write(out / "config.toml", toml(config))
@@ -98,7 +98,8 @@ def resumed(
         after = options.parse({**recorded, key: value})
         if key not in options.RESUMABLE and after != before:
             name, old = key.replace("_", "-"), getattr(before, key)
-            raise ResumeError(f"--{name} {value} differs from the run in {out}, which has {old}; start a new run.")
+            why = f" ({options.REASONS[key]})" if key in options.REASONS else ""
+            raise ResumeError(f"--{name} {value} differs from the run in {out}, which has {old}{why}; start a new run.")
     changed = {key: value for key, value in given.items() if key in options.RESUMABLE}
     return {**recorded, **changed, "out": str(out), "resume": str(out)}
 
@@ -145,10 +146,16 @@ def _status(out: Path) -> str:
         return "not finished"
 
 
-def release(out: Path, record: str = "rounds.jsonl") -> None:
-    """Remove a run directory in which nothing was recorded, so that its name can be used again."""
-    if not (out / record).exists():
+def ended(out: Path, error: BaseException, command: str, record: str) -> None:
+    """After an error: remove the directory if nothing was recorded, so that its name can be used again.
+
+    Otherwise print the command that continues the run, if it can be continued.
+    """
+    if getattr(error, "code", None) != RunError.code and not (out / record).exists():
         shutil.rmtree(out, ignore_errors=True)
+    is_resumable = isinstance(error, KeyboardInterrupt | SystemExit | RunError | StorageError)
+    if is_resumable and (out / "checkpoint").exists():
+        print(f"fedkd: continue with: python -m fedkd.{command} --resume {out}", file=sys.stderr)
 
 
 def write(path: Path, text: str) -> None:

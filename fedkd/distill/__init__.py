@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fedkd import models
 from fedkd.core import run_directory, specs
-from fedkd.core.errors import DataError, FedkdError, PluginError, RunError, UsageError
+from fedkd.core.errors import DataError, FedkdError, PluginError, UsageError
 from fedkd.data import sources
 from fedkd.distill import teacher_names
 from fedkd.training.terms import BornAgain, Term
@@ -30,8 +30,7 @@ def distill(config: DistillConfig) -> Path:
     try:
         runner.run(config, terms)
     except (FedkdError, KeyboardInterrupt, SystemExit) as error:
-        if getattr(error, "code", None) != RunError.code:
-            run_directory.release(out, "epochs.jsonl")
+        run_directory.ended(out, error, "distill", "epochs.jsonl")
         raise
     finally:
         run_directory.unlock(out)
@@ -76,4 +75,4 @@ def _check_combination(config: DistillConfig, terms: list[Term], named: list[str
     if (named or config.teachers_from) and not needs_teacher:
         raise UsageError(f"--loss {config.loss} uses no teacher; remove the teacher, or add a loss such as logits.")
     if config.teachers_from:
-        teacher_names.candidates(Path(config.teachers_from))
+        teacher_names.candidates(Path(config.teachers_from), config.out or config.resume)

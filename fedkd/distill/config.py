@@ -16,6 +16,9 @@ CLASSIC = "resnet20"  # the default teacher
 class DistillConfig(Options):
     """The options of ``fedkd.distill``, and the keys of its scenario files."""
 
+    RESUMABLE = frozenset({"device", "data_dir", "checkpoint_every", "resume", "out", "json"})
+    REASONS = dict.fromkeys(("epochs", "teacher_epochs"), "the learning rate of each epoch depends on it")
+
     teacher: Several = option(
         "",
         "Models",
@@ -81,5 +84,9 @@ class DistillConfig(Options):
     )
     device: str = option("auto", "Run", "auto, cpu, cuda, cuda:N.")
     threads: PositiveInt = option(1, "Run", "Threads of PyTorch; changing it can change the last bits of results.")
+    checkpoint_every: Annotated[int, Field(ge=0)] = option(
+        1, "Run", "Write a checkpoint every N epochs of a network, and after the last one; 0: never."
+    )
+    resume: str = option("", "Run", "Continue the run in this directory, with its options.")
     out: str = option("", "Run", "Run directory; by default runs/NAME-TIME-HASH.")
     json: bool = option(False, "Run", "Print result.json on standard output, and everything else on standard error.")

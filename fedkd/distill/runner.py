@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -15,11 +14,12 @@ from rich.console import Console
 from torch import nn
 
 from fedkd.core import run_directory, seeds, specs
-from fedkd.core.errors import FedkdError, PluginError, UsageError
+from fedkd.core.errors import FedkdError, PluginError, ResumeError, UsageError
 from fedkd.core.runtime import settle
 from fedkd.data import corruptions
 from fedkd.distill import teacher_names, teachers, train
 from fedkd.distill.config import CLASSIC
+from fedkd.distill.progress import Progress
 from fedkd.distill.task import Task, prepare
 from fedkd.distill.teachers import Teacher, TeacherEnsemble
 from fedkd.evaluation import quality
@@ -28,12 +28,11 @@ from fedkd.evaluation.report import students as report
 from fedkd.evaluation.report.screen import Screen
 from fedkd.evaluation.report.students import BASELINE, STUDENT
 from fedkd.evaluation.report.table import Grid
-from fedkd.evaluation.report.text import percent, plain, points, seconds
+from fedkd.evaluation.report.text import percent, plain, points
 from fedkd.training.terms import BornAgain, Logits, Term
 
 if TYPE_CHECKING:
     from fedkd.distill.config import DistillConfig
-    from fedkd.distill.train import Epoch
 
 
 def run(config: DistillConfig, terms: Sequence[Term]) -> None:
@@ -46,24 +45,28 @@ def run(config: DistillConfig, terms: Sequence[Term]) -> None:
     settle(config.threads)
     out, screen = Path(config.out), Screen(Console(stderr=config.json))
     result: dict[str, Any] = {"status": "failed", "out": str(out), "dataset": config.dataset, "runs": []}
+    progress, has_begun = Progress(config, screen), False
     try:
         task, fallback = prepare(config)
         result |= {"dataset": task.dataset, "dataset_fallback": fallback}
-        run_directory.write_json(out / "env.json", run_directory.environment(task.device, task.dataset, fallback))
+        progress.restore()
+        has_begun = True
+        if not (out / "env.json").exists():
+            run_directory.write_json(out / "env.json", run_directory.environment(task.device, task.dataset, fallback))
         screen.print(f"run directory: {out}")
         for line in _header(task, config, fallback):
             screen.print(line)
         _check_training_step(task, config, terms)
-        watch = partial(_report_epoch, out, screen)
         with _attributing(config):
-            obtained, ranking = _obtain_teachers(task, config, terms, watch)
+            obtained, ranking = _obtain_teachers(task, config, terms, progress)
         result |= {"teachers": [teacher.name for teacher in obtained], "ranking": ranking}
         if ranking:
             screen.show(_ranking_table(ranking).rich())
         for seed in range(config.seed, config.seed + config.seeds):
+            student = f"{STUDENT}.safetensors" if seed == config.seed else f"{STUDENT}-seed{seed}.safetensors"
             seed_config = dataclasses.replace(config, seed=seed, seeds=1)
             with _attributing(config):
-                evaluation = _run_seed(task, seed_config, terms, obtained, watch, out)
+                evaluation = _run_seed(task, seed_config, terms, obtained, progress, out / student)
             result["runs"].append({"seed": seed, "evaluation": evaluation})
         joined = report.joined([run["evaluation"] for run in result["runs"]])
         for grid in (report.quality_table(joined), report.cost_table(joined)):
@@ -75,12 +78,14 @@ def run(config: DistillConfig, terms: Sequence[Term]) -> None:
         result["status"] = "ok"
     except FedkdError as error:
         result |= {"code": error.code, "message": str(error)}
+        has_begun &= not isinstance(error, ResumeError)
         raise
     except (KeyboardInterrupt, SystemExit):
         result["status"] = "interrupted"
         raise
     finally:
-        run_directory.write_json(out / "result.json", result)
+        if has_begun or not (out / "result.json").exists():  # a run that could not be resumed keeps its result
+            run_directory.write_json(out / "result.json", result)
     screen.print(f"run directory: {out}")
 
 
@@ -102,15 +107,6 @@ def _header(task: Task, config: DistillConfig, fallback: str) -> Iterator[str]:
     if fallback:
         yield f"            not CIFAR-10: {fallback}"
     yield f"   student  {config.student}, {plain(config.epochs, 'epoch')}, {config.loss}"
-
-
-def _report_epoch(out: Path, screen: Screen, name: str, epoch: Epoch) -> None:
-    """Append an epoch to ``epochs.jsonl`` and print it."""
-    run_directory.append(out / "epochs.jsonl", {"network": name, **dataclasses.asdict(epoch)})
-    screen.print(
-        f"{name:>24}  epoch {epoch.number:>3}  validation {percent(epoch.accuracy):>6}  "
-        f"loss {epoch.loss:6.3f}  {seconds(epoch.seconds):>8}"
-    )
 
 
 def _check_training_step(task: Task, config: DistillConfig, terms: Sequence[Term]) -> None:
@@ -157,15 +153,15 @@ def _teacher_specs(config: DistillConfig, terms: Sequence[Term]) -> list[str]:
     if not any(term.needs_teacher for term in terms):
         return []
     if config.teachers_from:
-        return teacher_names.candidates(Path(config.teachers_from))
+        return teacher_names.candidates(Path(config.teachers_from), config.out)
     return teacher_names.named(config) or [CLASSIC]
 
 
 def _obtain_teachers(
-    task: Task, config: DistillConfig, terms: Sequence[Term], watch: teachers.Watch
+    task: Task, config: DistillConfig, terms: Sequence[Term], progress: Progress
 ) -> tuple[list[Teacher], list[dict[str, Any]]]:
     """The teachers; and the ranking of ``--teachers-from``, whose first candidate is the teacher."""
-    candidates = teachers.obtain(task, config, _teacher_specs(config, terms), watch)
+    candidates = teachers.obtain(task, config, _teacher_specs(config, terms), progress)
     if not config.teachers_from:
         return candidates, []
     temperature = next((term.temperature for term in terms if isinstance(term, Logits)), Logits().temperature)
@@ -206,35 +202,41 @@ def _run_seed(
     config: DistillConfig,
     terms: Sequence[Term],
     obtained: Sequence[Teacher],
-    watch: teachers.Watch,
-    out: Path,
+    progress: Progress,
+    path: Path,
 ) -> dict[str, quality.Results]:
-    """Train the baseline and the student of one seed, save both, and evaluate them with the teacher."""
+    """Train the baseline and the student of one seed, save both (the latter to ``path``), and evaluate them."""
     suffix = f"seed{config.seed}"
-    baseline = teachers.trained(
-        task, config, config.student, config.epochs, config.seed, partial(watch, f"{BASELINE} {suffix}")
-    )
-    modules = [teacher.module for teacher in obtained]
+    modules = teachers_of_run = [teacher.module for teacher in obtained]
+    evaluation: dict[str, quality.Results] = progress.evaluation(config.seed, task, modules)
+    if evaluation:
+        return evaluation
+    name = f"{BASELINE} {suffix}"
+    baseline = teachers.trained(task, config, config.student, config.epochs, config.seed, name, progress)
     if isinstance(terms[0], BornAgain):
         modules = [baseline]
         for generation in range(1, terms[0].generations - 1):
-            modules = [teachers.frozen(_distilled_student(task, config, terms, modules, watch, generation))]
-    student = _distilled_student(task, config, terms, modules, watch)
+            modules = [teachers.frozen(_distilled_student(task, config, terms, modules, progress, generation))]
+    student = _distilled_student(task, config, terms, modules, progress)
     networks: dict[str, nn.Module] = {}
     if modules:
         networks[quality.TEACHER] = (
             modules[0] if len(modules) == 1 else TeacherEnsemble(modules, config.teacher_weighting)
         )
     networks |= {BASELINE: baseline, STUDENT: student}
-    paths = {BASELINE: out / f"{BASELINE}-{suffix}.safetensors", STUDENT: out / _student_file(config.seed, out)}
-    for name, path in paths.items():
-        teachers.student_of(task, config, config.student, networks[name]).save(path)
+    paths = {BASELINE: path.with_name(f"{BASELINE}-{suffix}.safetensors"), STUDENT: path}
+    for name, file in paths.items():
+        teachers.student_of(task, config, config.student, networks[name]).save(file)
+        run_directory.sync(file)
     candidates = {
         name: Candidate(teachers.frozen(module), task.scaling, paths.get(name)) for name, module in networks.items()
     }
     count = config.corrupted_images
     kinds = tuple(corruptions.KINDS) if count else ()
-    return quality.evaluate(candidates, task.test, task.shifted, seed=config.seed, kinds=kinds, count=max(1, count))
+    options: dict[str, Any] = {"seed": config.seed, "kinds": kinds, "count": max(1, count)}
+    evaluation = quality.evaluate(candidates, task.test, task.shifted, **options)
+    progress.keep_evaluation(config.seed, task, teachers_of_run, evaluation)
+    return evaluation
 
 
 def _distilled_student(
@@ -242,7 +244,7 @@ def _distilled_student(
     config: DistillConfig,
     terms: Sequence[Term],
     modules: Sequence[nn.Module],
-    watch: teachers.Watch,
+    progress: Progress,
     generation: int = 0,
 ) -> nn.Module:
     """A student of these teachers. The intermediate generations of born-again networks have other initial weights."""
@@ -250,13 +252,5 @@ def _distilled_student(
     seed = seeds.derive(config.seed, "generation", generation) if generation else config.seed
     name = f"{STUDENT} seed{config.seed}" + (f" generation {generation + 1}" if generation else "")
     frozen = [teachers.frozen(module) for module in modules]
-    for epoch in train.train(module, task, config, epochs=config.epochs, seed=seed, terms=terms, teachers=frozen):
-        watch(name, epoch)
+    progress.train(name, module, task, config, epochs=config.epochs, seed=seed, terms=terms, teachers=frozen)
     return module
-
-
-def _student_file(seed: int, out: Path) -> str:
-    """The file name of a student; that of the first seed has no seed in it."""
-    return (
-        f"{STUDENT}-seed{seed}.safetensors" if (out / f"{STUDENT}.safetensors").exists() else f"{STUDENT}.safetensors"
-    )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
-from fedkd.core import runtime, seeds
+from fedkd.core import runtime, seeds, tensors
 from fedkd.core.errors import DataError
 from fedkd.data import loading, sources
 from fedkd.data.readers import Images
@@ -32,6 +33,11 @@ class Task:
     scaling: Scaling
     flip: bool
     device: str
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the training images and labels."""
+        return tensors.digest({"pixels": self.train.pixels.cpu(), "labels": self.train.labels})
 
     @property
     def classes(self) -> int:

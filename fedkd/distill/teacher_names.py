@@ -36,14 +36,15 @@ def pretrained(text: str) -> tuple[str, Path | None]:
     return head + (f":{','.join(options)}" if options else ""), Path(value).expanduser()
 
 
-def candidates(directory: Path) -> list[str]:
-    """The files of all students in a directory and in its subdirectories.
+def candidates(directory: Path, out: str) -> list[str]:
+    """The files of all students in a directory and in its subdirectories, but for those of this run itself.
 
     Raises:
         UsageError: there are none.
 
     """
-    files = sorted(str(path) for pattern in ("*.safetensors", "*/*.safetensors") for path in directory.glob(pattern))
+    paths = (path for pattern in ("*.safetensors", "*/*.safetensors") for path in directory.glob(pattern))
+    files = sorted(str(path) for path in paths if not out or path.parent.resolve() != Path(out).resolve())
     if not files:
         raise UsageError(f"--teachers-from {directory} contains no student (.safetensors) and no run with one.")
     return files

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fedkd.core import cache, seeds, specs, tensors
+from fedkd.core import cache, seeds, specs
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import DataError
 from fedkd.distill import teacher_names
-from fedkd.distill.train import Epoch, build_untrained, train
+from fedkd.distill.train import build_untrained, weights_of
 from fedkd.evaluation import quality
 from fedkd.models import checkpoint
 from fedkd.models.checkpoint import Student
@@ -30,12 +29,10 @@ from fedkd.training.terms.objective import teacher_weights
 if TYPE_CHECKING:
     from fedkd.data.scaling import Scaling
     from fedkd.distill.config import DistillConfig
+    from fedkd.distill.progress import Progress
     from fedkd.distill.task import Task
 
 LAYOUT = 3  # version of the training of teachers, part of the cache key; increase it when the training changes
-
-#: Called after every epoch with the name of the network and the epoch.
-Watch = Callable[[str, Epoch], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +45,7 @@ class Teacher:
     unseen_validation: bool = True  # whether the validation images were certainly held out of its training
 
 
-def obtain(task: Task, config: DistillConfig, texts: Sequence[str], watch: Watch) -> list[Teacher]:
+def obtain(task: Task, config: DistillConfig, texts: Sequence[str], progress: Progress) -> list[Teacher]:
     """The teachers of these specs, in order. A repeated spec gives another network, trained with another seed.
 
     Their seeds differ from those of the students, so that no teacher is identical to the baseline student.
@@ -73,8 +70,9 @@ def obtain(task: Task, config: DistillConfig, texts: Sequence[str], watch: Watch
             obtained.append(Teacher(text, frozen(untrained(task, config, text)), f"read from {path.name}", False))
             continue
         epochs = config.teacher_epochs or config.epochs
-        seed = seeds.derive(0, "teacher", texts[:index].count(text))
-        module = trained(task, config, spec, epochs, seed, partial(watch, text))
+        before = texts[:index].count(text)
+        name = f"{text} ({before + 1})" if before else text
+        module = trained(task, config, spec, epochs, seeds.derive(0, "teacher", before), name, progress)
         obtained.append(Teacher(text, frozen(module), f"trained here for {epochs} epochs"))
     return obtained
 
@@ -99,12 +97,7 @@ def untrained(task: Task, config: DistillConfig, text: str) -> nn.Module:
 
 
 def trained(
-    task: Task,
-    config: DistillConfig,
-    model: str,
-    epochs: int,
-    seed: int,
-    watch: Callable[[Epoch], None],
+    task: Task, config: DistillConfig, model: str, epochs: int, seed: int, name: str, progress: Progress
 ) -> nn.Module:
     """A network trained on the labels only. It is cached by its data and settings.
 
@@ -114,24 +107,23 @@ def trained(
     module = build_untrained(task, config, model)
 
     def weights() -> dict[str, Tensor]:
-        for epoch in train(module, task, config, epochs=epochs, seed=seed):
-            watch(epoch)
+        progress.train(name, module, task, config, epochs=epochs, seed=seed)
         return weights_of(module)
 
-    if specs.parse(model).name in CATALOG["model"]:
-        module.load_state_dict(cache.get(f"teachers/{_key(task, config, model, epochs)}", weights))
-    else:
+    if specs.parse(model).name not in CATALOG["model"] or progress.is_finished(name, epochs):
         weights()
+        return module
+    module.load_state_dict(cache.get(f"teachers/{_key(task, config, model, epochs)}", weights))
+    progress.keep(name, module, task, epochs)
     return module
 
 
 def _key(task: Task, config: DistillConfig, model: str, epochs: int) -> str:
     """A file name that hashes everything the weights depend on."""
     numbers = (config.norm, epochs, config.batch_size, config.learning_rate, config.momentum, config.weight_decay)
-    data = tensors.digest({"pixels": task.train.pixels.cpu(), "labels": task.train.labels})
     run = (config.augment and task.flip, config.augment, config.seed, config.threads, task.device)
     machine = (torch.__version__, version("torchvision"), torch.backends.cpu.get_cpu_capability())
-    parts = [LAYOUT, model, *numbers, *run, data, *machine]
+    parts = [LAYOUT, model, *numbers, *run, task.digest, *machine]
     prefix = "".join(letter if letter.isalnum() else "-" for letter in model).strip("-")
     return f"{prefix}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
 
@@ -141,11 +133,6 @@ def student_of(task: Task, config: DistillConfig, model: str, module: nn.Module)
     pixels = task.test.pixels.shape[1]
     metadata = (model, config.norm, task.classes, task.test.names, pixels, task.scaling, task.dataset)
     return Student(*metadata, weights_of(module), len(task.validation))
-
-
-def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """The weights of a network as CPU tensors."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
 
 
 def _module_of(task: Task, text: str, student: Student) -> nn.Module:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedkd import models
 from fedkd.core import seeds
 from fedkd.core.errors import RunError
+from fedkd.core.tensors import put, take
 from fedkd.training import loop, optimizers
+from fedkd.training.terms.modules import TermModule
 from fedkd.training.terms.objective import DistillationObjective
 
 if TYPE_CHECKING:
+    from fedkd.core.tensors import Tensors
     from fedkd.distill.config import DistillConfig
     from fedkd.distill.task import Task
     from fedkd.training.terms import Term
@@ -49,10 +53,13 @@ def train(
     seed: int,
     terms: Sequence[Term] = (),
     teachers: Sequence[nn.Module] = (),
-) -> Iterator[Epoch]:
-    """Train ``module`` in place on the labels and the loss terms, and yield after each epoch.
+    start: int = 0,
+    state: Tensors | None = None,
+) -> Iterator[tuple[Epoch, Callable[[], dict[str, Tensor]]]]:
+    """Train ``module`` in place on the labels and the loss terms, and yield each epoch, with a function for its state.
 
-    Batches and augmentation depend only on ``seed``, so that students with and without a teacher are paired.
+    Batches and augmentation depend only on ``seed``, so that students with and without a teacher are paired. To
+    continue after epoch ``start``, pass its state.
 
     Raises:
         RunError: the validation loss is not finite.
@@ -60,12 +67,16 @@ def train(
     """
     with seeds.seeded(seeds.derive(seed, "adapters")):
         objective = objective_of(task, config, module, teachers, terms)
-    steps = epochs * -(-len(task.train) // config.batch_size)
-    rate = optimizers.cosine(config.learning_rate, steps)
-    optimizer = optimizers.sgd(list(objective.parameters()), rate, config.momentum, config.weight_decay)
+    steps = -(-len(task.train) // config.batch_size)
+    rate = optimizers.cosine(config.learning_rate, epochs * steps)
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    velocities: list[Tensor | None] = [None] * len(parameters)
+    if start:
+        _load_state(objective, parameters, velocities, state or {})
+    optimizer = optimizers.sgd(parameters, rate, config.momentum, config.weight_decay, velocities, start=start * steps)
     targets = torch.stack([task.train.labels, torch.arange(len(task.train))], 1)
-    for epoch in range(1, epochs + 1):
-        start = time.perf_counter()
+    for epoch in range(start + 1, epochs + 1):
+        begin = time.perf_counter()
         loop.train(
             objective,
             optimizer,
@@ -85,7 +96,35 @@ def train(
                 f"Training diverged in epoch {epoch}; "
                 f"lower --learning-rate {config.learning_rate:g} or the weight of a loss term."
             )
-        yield Epoch(epoch, accuracy, loss, time.perf_counter() - start)
+        yield Epoch(epoch, accuracy, loss, time.perf_counter() - begin), partial(_state, objective, velocities)
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module as CPU tensors."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def _state(objective: DistillationObjective, velocities: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """Everything that the next epoch depends on, as CPU tensors."""
+    state = put("network", weights_of(objective.student.model)) | put("terms", weights_of(objective.terms))
+    for place, term in enumerate(objective.terms):
+        extra = cast(TermModule, term).extra_state()
+        state |= put(f"term{place}", {name: tensor.cpu() for name, tensor in extra.items()})
+    return state | put("velocity", {str(i): v.cpu().contiguous() for i, v in enumerate(velocities) if v is not None})
+
+
+def _load_state(
+    objective: DistillationObjective, parameters: Sequence[Tensor], velocities: list[Tensor | None], state: Tensors
+) -> None:
+    """Restore what `_state` returned."""
+    objective.student.model.load_state_dict(take("network", state))
+    objective.terms.load_state_dict(take("terms", state))
+    for place, term in enumerate(objective.terms):
+        cast(TermModule, term).load_extra_state(take(f"term{place}", state))
+    for index, velocity in take(
+        "velocity", state
+    ).items():  # in the memory layout of the parameter, as the kernel needs
+        velocities[int(index)] = torch.empty_like(parameters[int(index)]).copy_(velocity)
 
 
 def objective_of(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd.core import run_directory, runtime
-from fedkd.core.errors import FedkdError, ResumeError, RunError, UsageError
+from fedkd.core.errors import FedkdError, ResumeError, UsageError
 from fedkd.data.partitioners import OWN
 from fedkd.simulate import checks, faults
 
@@ -41,10 +41,7 @@ def simulate(config: Config) -> Path:
     try:
         (_run_on_ray if config.engine == "ray" else _run_locally)(config)
     except (FedkdError, KeyboardInterrupt, SystemExit) as error:
-        if getattr(error, "code", None) != RunError.code:
-            run_directory.release(out)
-        if isinstance(error, KeyboardInterrupt | SystemExit | RunError) and (out / "checkpoint").exists():
-            print(f"fedkd: continue with: python -m fedkd.simulate --resume {out}", file=sys.stderr)
+        run_directory.ended(out, error, "simulate", "rounds.jsonl")
         raise
     finally:
         run_directory.unlock(out)

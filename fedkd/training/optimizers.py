@@ -29,12 +29,22 @@ def cosine(peak: float, steps: int) -> Schedule:
     return lambda step: peak * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
 
 
-def sgd(parameters: Sequence[Tensor], learning_rate: float | Schedule, momentum: float, weight_decay: float) -> Step:
-    """Stochastic gradient descent with momentum and L2 regularization, as ``torch.optim.SGD``."""
+def sgd(
+    parameters: Sequence[Tensor],
+    learning_rate: float | Schedule,
+    momentum: float,
+    weight_decay: float,
+    velocities: list[Tensor | None] | None = None,
+    start: int = 0,
+) -> Step:
+    """Stochastic gradient descent with momentum and L2 regularization, as ``torch.optim.SGD``.
+
+    To continue, pass the ``velocities`` of the trainable parameters (updated in place) and the number of steps taken.
+    """
     rates = learning_rate if callable(learning_rate) else lambda _: learning_rate
-    counter = itertools.count()
+    counter = itertools.count(start)
     trainable = _trainable(parameters)
-    velocities: list[Tensor | None] = [None] * len(trainable)
+    velocities = [None] * len(trainable) if velocities is None else velocities
 
     def step() -> None:
         sgd_kernel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -9,12 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from fedkd.core import cache, specs, tensors
 from fedkd.data import partitioners, readers
 from fedkd.distill import teachers
 from fedkd.distill.config import DistillConfig
+from fedkd.distill.progress import Progress
 from fedkd.distill.task import prepare
+from fedkd.distill.train import weights_of
+from fedkd.evaluation.report.screen import Screen
 
 LABELS = np.repeat(np.arange(10), 20)
 OPTIONS = {"dataset": "digits", "student": "cnn:width=4", "epochs": 1, "device": "cpu"}
@@ -38,8 +43,10 @@ def partition() -> str:
 def teacher() -> str:
     config = DistillConfig.parse(OPTIONS)
     task, _ = prepare(config)
-    module = teachers.trained(task, config, "cnn:width=4", 1, 0, print)
-    return tensors.digest(teachers.weights_of(module))
+    config = dataclasses.replace(config, out=str(cache.directory().parent), checkpoint_every=0)
+    progress = Progress(config, Screen(Console(quiet=True)))
+    module = teachers.trained(task, config, "cnn:width=4", 1, 0, "teacher", progress)
+    return tensors.digest(weights_of(module))
 
 
 KINDS = {"decoded": images, "partitions": partition, "teachers": teacher}

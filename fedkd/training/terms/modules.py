@@ -21,6 +21,7 @@ from fedkd.training.losses.contrastive import Memory
 from fedkd.training.losses.vectors import unit
 
 if TYPE_CHECKING:
+    from fedkd.core.tensors import Tensors
     from fedkd.training import terms
     from fedkd.training.terms import LayerShapes
 
@@ -45,6 +46,13 @@ class TermModule(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """A scalar."""
         raise NotImplementedError
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """What its next losses depend on besides its parameters and buffers, for checkpoints."""
+        return {}
+
+    def load_extra_state(self, state: Tensors) -> None:
+        """Restore what `extra_state` returned."""
 
     def compared(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Each layer of the student, the teacher's layer for it, and the mean weight of that teacher in the batch."""
@@ -234,6 +242,20 @@ class ContrastiveTerm(TermModule):
             losses.append(weight * contrastive.crd(*known, constants=constants, temperature=self.term.temperature))
             memory.update(batch.indices, *sides)
         return self.term.weight * _sum(losses) / len(self.student_layers)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        known = [constants or (math.nan, math.nan) for constants in self.constants]
+        state = {"generator": self.generator.get_state(), "constants": torch.tensor(known, dtype=torch.float64)}
+        for place, memory in enumerate(self.memories):
+            state |= {f"student{place}": memory.student, f"teacher{place}": memory.teacher}
+        return state
+
+    def load_extra_state(self, state: Tensors) -> None:
+        self.generator.set_state(state["generator"].clone())
+        self.constants = [None if math.isnan(ours) else (ours, theirs) for ours, theirs in state["constants"].tolist()]
+        for place, memory in enumerate(self.memories):
+            memory.student.copy_(state[f"student{place}"])
+            memory.teacher.copy_(state[f"teacher{place}"])
 
 
 def _fitted(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
