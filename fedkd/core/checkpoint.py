@@ -35,7 +35,7 @@ def write(folder: Path, number: int, state: Tensors, config: Options, more: Mapp
     about = {"format": FORMAT, "number": number, "options": config.fixed(), **more}
     run_directory.write_json(folder / "checkpoint.json", {**about, "sha256": _digest(about, tensors.load(file))})
     run_directory.sync(folder)
-    for old in folder.glob("state-*.safetensors"):
+    for old in folder.glob("state-*"):  # and what was left by a process that was killed
         if old != file:
             old.unlink()
 

@@ -58,9 +58,10 @@ class StorageError(FedkdError):
     code = 74
 
     @classmethod
-    def of(cls, error: OSError) -> StorageError:
-        """The system's error message as a sentence."""
-        return cls(f"{error.strerror or error}: {error.filename or 'cannot write'}.")
+    def of(cls, error: OSError, where: object = "cannot write") -> StorageError:
+        """The system's error message as a sentence with the file; ``where`` if the system does not name it."""
+        where = "standard output" if isinstance(error, BrokenPipeError) else where
+        return cls(f"{error.strerror or error}: {error.filename or where}.")
 
 
 class Terminated(SystemExit):

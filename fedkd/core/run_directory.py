@@ -9,7 +9,8 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ def begin(config: AnyOptions, name: str) -> AnyOptions:
 
     Raises:
         UsageError: another process uses it, or it holds something else.
+        StorageError: the disk is full.
 
     """
     resume = config.resume
@@ -43,7 +45,11 @@ def begin(config: AnyOptions, name: str) -> AnyOptions:
     config = dataclasses.replace(config, out=str(out), resume="")  # type: ignore[type-var]
     if not resume:
         claim(out)
-        write(out / "config.toml", toml(config))
+        try:
+            write(out / "config.toml", toml(config))
+        except OSError as error:
+            shutil.rmtree(out, ignore_errors=True)
+            raise StorageError.of(error, out) from error
     lock(out)
     return config
 
@@ -160,12 +166,21 @@ def ended(out: Path, error: BaseException, command: str, record: str) -> None:
 
 def write(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
+    with atomic(path) as part, part.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    part.replace(path)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to. It is moved there at the end of the block, and deleted after an error."""
+    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -180,6 +195,20 @@ def sync(path: Path) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically."""
     write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_result(out: Path, result: Mapping[str, Any]) -> None:
+    """Write ``result.json``. If the run failed and this fails too, the first error is the one that is reported.
+
+    Raises:
+        StorageError: the result of a complete run cannot be written.
+
+    """
+    try:
+        write_json(out / "result.json", result)
+    except OSError as error:
+        if result["status"] == "ok":
+            raise StorageError.of(error, out) from error
 
 
 def line(row: Mapping[str, object]) -> str:

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from fedkd.core import run_directory, seeds, specs
-from fedkd.core.errors import FedkdError, PluginError, ResumeError, UsageError
+from fedkd.core.errors import FedkdError, PluginError, ResumeError, StorageError, UsageError
 from fedkd.core.runtime import settle
 from fedkd.data import corruptions
 from fedkd.distill import teacher_names, teachers, train
@@ -80,12 +80,16 @@ def run(config: DistillConfig, terms: Sequence[Term]) -> None:
         result |= {"code": error.code, "message": str(error)}
         has_begun &= not isinstance(error, ResumeError)
         raise
+    except OSError as error:  # the disk is full, or the directory cannot be written any more
+        failure = StorageError.of(error, out)
+        result |= {"code": failure.code, "message": str(failure)}
+        raise failure from error
     except (KeyboardInterrupt, SystemExit):
         result["status"] = "interrupted"
         raise
     finally:
         if has_begun or not (out / "result.json").exists():  # a run that could not be resumed keeps its result
-            run_directory.write_json(out / "result.json", result)
+            run_directory.write_result(out, result)
     screen.print(f"run directory: {out}")
 
 

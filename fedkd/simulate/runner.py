@@ -14,7 +14,7 @@ from uuid import uuid4
 from rich.console import Console
 
 from fedkd.core import run_directory, specs
-from fedkd.core.errors import DataError, FedkdError, ResumeError
+from fedkd.core.errors import DataError, FedkdError, ResumeError, StorageError
 from fedkd.data.loading import choose_dataset
 from fedkd.evaluation import metrics, stopping
 from fedkd.evaluation.report import figure, header, table
@@ -93,13 +93,17 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> None:
             run_directory.log(out, {"message": str(error), "details": error.details})
         reason = {"code": error.code, "message": str(error)}
         raise
+    except OSError as error:  # the disk is full, or the directory cannot be written any more
+        failure = StorageError.of(error, out)
+        reason = {"code": failure.code, "message": str(failure)}
+        raise failure from error
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C or SIGTERM
         status = "interrupted"
         raise
     finally:
         result = {"status": status, "out": str(out), "dataset": dataset, "dataset_fallback": fallback, "runs": finished}
         if has_begun or not (out / "result.json").exists():  # a run that could not be resumed keeps its result
-            run_directory.write_json(out / "result.json", result | reason)
+            run_directory.write_result(out, result | reason)
 
 
 def _prepare(runs: list[Config], fallback: str, out: Path, screen: Screen) -> None:
@@ -276,9 +280,8 @@ def _save_partitions(path: Path, experiments: Mapping[int, Experiment]) -> None:
             arrays[f"seed{seed}_proxy"] = experiment.proxy_rows
         if experiment.config.validation:
             arrays[f"seed{seed}_validation"] = experiment.validation_rows
-    part = path.with_name("partition.part.npz")
-    np.savez_compressed(part, **arrays)
-    part.replace(path)
+    with run_directory.atomic(path) as part:
+        np.savez_compressed(part, **arrays)
 
 
 def _title(config: Config) -> str:

@@ -7,8 +7,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from fedkd.core import run_directory
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from fedkd.evaluation.report.table import Curves
 
@@ -54,9 +57,16 @@ def draw(curves: Curves, title: str, out: Path) -> None:
         for axes in (over_rounds, over_bytes):
             axes.grid(alpha=0.25, linewidth=0.6)
         figure.suptitle(title, fontsize=10)
-        figure.savefig(out / "curve.png", dpi=144, metadata={"Software": None})
-        figure.savefig(out / "curve.svg", metadata={"Date": None})
+        save(figure, out, "curve")
         plt.close(figure)
+
+
+def save(figure: Figure, out: Path, name: str) -> None:
+    """Write ``NAME.png`` and ``NAME.svg``, without dates, so that the same numbers give the same files."""
+    with run_directory.atomic(out / f"{name}.png") as part:
+        figure.savefig(part, dpi=144, metadata={"Software": None})
+    with run_directory.atomic(out / f"{name}.svg") as part:
+        figure.savefig(part, metadata={"Date": None})
 
 
 def _means(curves: Curves, name: str, key: str) -> tuple[list[int], list[float], list[list[float]]]:

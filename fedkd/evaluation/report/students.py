@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from fedkd.evaluation.report.figure import COLORS, STYLES
+from fedkd.evaluation.report.figure import COLORS, STYLES, save
 from fedkd.evaluation.report.table import Grid
 from fedkd.evaluation.report.text import plain, points, size, spread
 
@@ -178,8 +178,7 @@ def draw(results: Joined, title: str, out: Path) -> None:
         for axes in grid.flat:
             axes.grid(alpha=0.25, linewidth=0.6)
         figure.suptitle(title, fontsize=10)
-        figure.savefig(out / "quality.png", dpi=144, metadata={"Software": None})
-        figure.savefig(out / "quality.svg", metadata={"Date": None})
+        save(figure, out, "quality")
         plt.close(figure)
 
 

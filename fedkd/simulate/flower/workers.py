@@ -69,6 +69,8 @@ class Workers:
                     message, worker.message = worker.message, None
                     assert message is not None
                     reply, fate = worker.finish()
+                    if isinstance(reply, OSError):
+                        raise reply
                     if reply is None:
                         worker.replace()
                         if tries[message.metadata.message_id] < TRIES:
@@ -118,8 +120,8 @@ class _Worker:
         with suppress(OSError):  # it died while idle: noticed when its reply is waited for
             self.connection.send(message)
 
-    def finish(self) -> tuple[Message | None, str]:
-        """The reply, or what became of the process."""
+    def finish(self) -> tuple[Message | OSError | None, str]:
+        """The reply, an error of the disk, or what became of the process."""
         if not self.connection.poll():
             return None, "took longer than --client-timeout"
         try:
@@ -176,7 +178,12 @@ def _work(connection: Connection, runner: ClientRunner) -> None:
     """Run clients until the other end is closed. Does not return."""
     try:
         while True:
-            connection.send(runner.run(connection.recv()))
+            message = connection.recv()
+            try:
+                reply: Message | OSError = runner.run(message)
+            except OSError as error:  # the client's memory cannot be written
+                reply = error
+            connection.send(reply)
     except (EOFError, OSError):
         os._exit(0)
     finally:
