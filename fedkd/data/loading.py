@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from fedkd.core.errors import DataError
 from fedkd.data import sources
 
 if TYPE_CHECKING:
@@ -28,10 +29,17 @@ def read(source: Source, split: str, data_dir: str) -> Images:
 
 
 def splits(source: Source, data_dir: str) -> tuple[Images, Images]:
-    """Training and test images with the same numbering of classes: a folder may lack some classes in its test set."""
+    """Training and test images with the same numbering of classes: a folder may lack some classes in its test set.
+
+    Raises:
+        DataError: they cannot be read, have other classes, or only one.
+
+    """
     from fedkd.data.readers import renumbered
 
     train, test = (read(source, split, data_dir) for split in ("train", "test"))
+    if train.classes < 2:
+        raise DataError(f"{source.name} has only one class ({', '.join(train.names) or 0}); two or more are needed.")
     if train.names and test.names and train.names != test.names:
         test = renumbered(test, train.names, train.classes, f"The test set of {source.name}")
     return train, test

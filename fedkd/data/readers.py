@@ -82,7 +82,8 @@ def _place(source: Source) -> object:
     root = Path(source.argument).expanduser()
     if source.reader not in ("class_folders", "hugging_face", "own") or not root.exists():
         return None
-    files = sorted(root.rglob("*")) or [root]
+    # `rglob` does not follow links; a class may be a link to a folder.
+    files = sorted({*root.rglob("*"), *root.glob("*/*"), *root.glob("*/*/*")}) or [root]
     return [str(root.resolve()), [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
 
 
@@ -192,25 +193,48 @@ def _of_hugging_face(table: Any, source: Source) -> Images:
 
 
 def _class_folders(source: Source, split: str, data_dir: str) -> Images:
-    from torchvision.datasets import ImageFolder
-
     root = Path(source.argument).expanduser()
     if not (root / split).is_dir():
         raise DataError(f"There is no folder {root / split}; it should hold one folder of images per class.")
-    dataset = ImageFolder(str(root / split))
-    return _of_torchvision(dataset, source)
+    return _image_folder(root / split, source)
+
+
+def _image_folder(root: Path, source: Source) -> Images:
+    """The images of a folder with a folder per class.
+
+    Raises:
+        DataError: a class has folders in it, two classes are the same folder (by a link), or an image is damaged.
+
+    """
+    from torchvision.datasets import ImageFolder
+
+    classes: dict[Path, Path] = {}
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        if nested := [path for path in folder.iterdir() if path.is_dir()]:
+            raise DataError(f"{min(nested)} is a folder in the folder of a class, which should hold only images.")
+        if (same := classes.setdefault(folder.resolve(), folder)) != folder:
+            raise DataError(f"The folders {same} and {folder} are the same (by a link); each class needs its own.")
+    return _of_torchvision(ImageFolder(str(root), loader=_picture), source)
+
+
+def _picture(path: str) -> Image:
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        picture: Image = default_loader(path)
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise DataError(f"{path} is damaged or no image ({type(error).__name__}); repair or remove it.") from error
+    return picture
 
 
 def _own(source: Source, split: str, data_dir: str) -> Images:
     """The data of a node: a folder with a folder of images per class, or with parquet files."""
-    from torchvision.datasets import ImageFolder
-
     root = Path(source.argument).expanduser()
     if files := [root] if root.suffix == ".parquet" else sorted(root.glob("*.parquet")):
         return _parquet(source, files)
     if not root.is_dir():
         raise DataError(f"There is no folder {root}; it should hold parquet files, or a folder of images per class.")
-    return _of_torchvision(ImageFolder(str(root)), source)
+    return _image_folder(root, source)
 
 
 def renumbered(images: Images, names: Sequence[str], classes: int, where: str) -> Images:

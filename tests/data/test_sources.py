@@ -5,6 +5,7 @@ import os
 import threading
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -26,9 +27,7 @@ def offline(monkeypatch):
 
 
 def picture(value: int):
-    from PIL import Image
-
-    return Image.fromarray(np.full((20, 30, 3), value, dtype=np.uint8))
+    return PIL.Image.fromarray(np.full((20, 30, 3), value, dtype=np.uint8))
 
 
 def test_digits_are_scikit_learns_scaled():
@@ -108,6 +107,55 @@ def test_a_link_that_leads_nowhere_is_a_data_error(tmp_path):
     (tmp_path / "set" / "train" / "cat" / "b.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(DataError, match="Cannot read"):
         read(specs.call("dataset", f"folder:{tmp_path / 'set'},pixels=16"), "train")
+
+
+@pytest.mark.parametrize("kind", ["folder", "own"])
+@pytest.mark.parametrize(
+    ("place", "to"), [("cat/back", ".."), ("cat/back", "../.."), ("back", "."), ("back", ".."), ("puma", "cat")]
+)
+def test_a_link_to_another_folder_of_the_set_is_refused_by_its_name(place, to, kind, tmp_path):
+    """It would repeat images, under labels that are not theirs."""
+    pictured(tmp_path, "train", "cat", "dog")
+    (tmp_path / "train" / place).symlink_to(to)
+    source = sources.folder(str(tmp_path)) if kind == "folder" else sources.own(str(tmp_path / "train"), 16)
+    with pytest.raises(DataError, match=f"{tmp_path}/train/{place}"):
+        read(source, "train")
+
+
+def test_folders_in_the_folder_of_a_class_are_refused(tmp_path):
+    pictured(tmp_path, "train", "animals/cat", "animals/dog", "cars")
+    with pytest.raises(DataError, match=f"{tmp_path}/train/animals/cat is a folder in the folder of a class"):
+        read(sources.folder(str(tmp_path)), "train")
+
+
+def test_a_class_may_be_a_link_and_is_read_again_if_it_changed(tmp_path):
+    pictured(tmp_path, "elsewhere", "cat")
+    pictured(tmp_path, "set/train", "dog", "fox")
+    (tmp_path / "set" / "train" / "cat").symlink_to(tmp_path / "elsewhere" / "cat")
+    source = sources.folder(str(tmp_path / "set"))
+    assert read(source, "train").pixels[:, 0, 0, 0].tolist() == [0, 0, 50]
+    picture(222).save(tmp_path / "elsewhere" / "cat" / "a.png")
+    assert read(source, "train").pixels[:, 0, 0, 0].tolist() == [222, 0, 50]
+
+
+def test_a_data_set_with_one_class_is_refused(tmp_path):
+    for split in ("train", "test"):
+        pictured(tmp_path, split, "cat")
+    with pytest.raises(DataError, match=r"has only one class \(cat\)"):
+        loading.splits(sources.folder(str(tmp_path)), "")
+
+
+@pytest.mark.parametrize("kind", ["folder", "own"])
+@pytest.mark.parametrize("keep", [0, 10, 100])
+def test_a_damaged_image_is_named(keep, kind, tmp_path):
+    pictured(tmp_path, "train", "cat", "dog")
+    damaged = tmp_path / "train" / "dog" / "a.png"
+    noise = np.random.default_rng(0).integers(256, size=(20, 30, 3), dtype=np.uint8)
+    PIL.Image.fromarray(noise).save(damaged)
+    damaged.write_bytes(damaged.read_bytes()[:keep])
+    source = sources.folder(str(tmp_path)) if kind == "folder" else sources.own(str(tmp_path / "train"), 16)
+    with pytest.raises(DataError, match=f"^{damaged} is damaged or no image"):
+        read(source, "train")
 
 
 def test_a_hugging_face_folder_and_parquet(tmp_path):
