@@ -37,11 +37,12 @@ def serve(
     ] = 2.0,
     max_bytes: Annotated[int, _option("Maximum size of a request in bytes.")] = 5_000_000,
     backlog: Annotated[int, _option("Maximum number of concurrent requests; further ones get status 503.")] = 128,
-    timeout: Annotated[float, _option("Seconds within which a request must arrive.", 0.1, 3600)] = 20.0,
+    timeout: Annotated[float, _option("Seconds for a request to arrive, and then for its response.", 0.1, 3600)] = 20.0,
 ) -> None:
     """Classify images over HTTP: POST /predict, and a page at / to try it by hand.
 
-    After Ctrl-C or SIGTERM, accepted requests are finished. There is no password and no encryption.
+    After Ctrl-C or SIGTERM, accepted requests are finished. There is no password, no encryption, and no limit for one
+    client: if strangers have access, use a reverse proxy that limits connections and requests per address.
     """
     if any(find_spec(name) is None for name in NEEDED):
         raise UsageError("Serving needs libraries that are not installed: pip install 'fedkd[serve]'.")

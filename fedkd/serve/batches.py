@@ -58,11 +58,14 @@ class Batches:
                     await self._full.wait()
             except TimeoutError:
                 pass
-            batch = [self._waiting.popleft() for _ in range(min(self.max_batch, len(self._waiting)))]
+            first = [self._waiting.popleft() for _ in range(min(self.max_batch, len(self._waiting)))]
+            batch = [each for each in first if not each[2].cancelled()]  # their requests had a timeout
             if not self._waiting:
                 self._not_empty.clear()
             if len(self._waiting) < self.max_batch:
                 self._full.clear()
+            if not batch:
+                continue
             self.runs, self.images = self.runs + 1, self.images + len(batch)
             stack = np.stack([image for _, image, _ in batch])
             try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
@@ -21,17 +22,42 @@ class _InMemory(MultiPartParser):
     spool_max_size = sys.maxsize  # nothing is written to disk; the size of the body is limited
 
 
-async def images(request: Request, max_bytes: int, seconds: float) -> list[bytes]:
+class Memory:
+    """The memory for the bodies of all requests, at most ``limit`` bytes. A slow upload takes only what has arrived."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used = limit, 0
+
+    @contextmanager
+    def for_body(self) -> Iterator[Callable[[int], None]]:
+        """A function that reserves bytes for one body, or raises `Refused` (503). The block's end releases them."""
+        reserved = 0
+
+        def reserve(count: int) -> None:
+            nonlocal reserved
+            if self.used + count > self.limit:
+                raise Refused(503, "Too many concurrent requests; try again in a second.")
+            reserved += count
+            self.used += count
+
+        try:
+            yield reserve
+        finally:
+            self.used -= reserved
+
+
+async def images(request: Request, max_bytes: int, seconds: float, reserve: Callable[[int], None]) -> list[bytes]:
     """The encoded images of a request: the body itself, or the files of a form. At least one.
 
-    ``max_bytes`` is the size of the whole body.
+    ``max_bytes`` is the size of the whole body; ``reserve`` is called with the size of each part that arrives.
 
     Raises:
-        Refused: there is no image (400), too many bytes (413), another content type (415), or a timeout (408).
+        Refused: there is no image (400), too many bytes (413), another content type (415), a timeout (408), or no
+            memory (503).
 
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    body = await _body(request, max_bytes, seconds)
+    body = await _body(request, max_bytes, seconds, reserve)
     if kind == "multipart/form-data":
         return await _files(request, body)
     if not body:
@@ -41,7 +67,7 @@ async def images(request: Request, max_bytes: int, seconds: float) -> list[bytes
     return [body]
 
 
-async def _body(request: Request, max_bytes: int, seconds: float) -> bytes:
+async def _body(request: Request, max_bytes: int, seconds: float, reserve: Callable[[int], None]) -> bytes:
     too_large = Refused(413, f"The request is larger than {max_bytes:,} bytes.")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > DISCARD * max_bytes:
@@ -53,6 +79,7 @@ async def _body(request: Request, max_bytes: int, seconds: float) -> bytes:
             async for chunk in request.stream():  # counted, since Content-Length may be wrong
                 size += len(chunk)
                 if size <= max_bytes:
+                    reserve(len(chunk))
                     body += chunk
                 elif size > DISCARD * max_bytes:
                     break

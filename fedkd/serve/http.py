@@ -16,6 +16,8 @@ from fedkd.core.errors import UsageError
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
+MAX_CONNECTIONS = 900  # further ones are closed at once; 1024 open files are the usual limit of a process
+
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 is any free port.
@@ -57,6 +59,8 @@ def server(app: Starlette, timeout: float) -> uvicorn.Server:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self.timer = self.loop.call_later(timeout, self.close_if_idle)
+            if len(self.connections) > MAX_CONNECTIONS:
+                transport.close()
 
         def close_if_idle(self, last_cycle: object = None) -> None:
             if (self.cycle is None or self.cycle.response_complete) and self.cycle is last_cycle:
@@ -77,6 +81,6 @@ def server(app: Starlette, timeout: float) -> uvicorn.Server:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=math.ceil(timeout) + 10,
+        timeout_graceful_shutdown=math.ceil(2 * timeout) + 10,
     )
     return uvicorn.Server(config)

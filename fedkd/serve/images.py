@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 SIGNATURE = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP", re.DOTALL)
 MAX_PIXELS = 20_000_000  # pixels: 60 MB when decoded, 250 MB while decoding WebP
+MAX_SIDE = 16_384  # pixels: decoding takes time for each row too
 MAX_SCANS = 16  # of a JPEG of that size. Ten are usual; each takes 40 ms, and a small file can have thousands.
 ORIENTATION = 0x0112  # the EXIF tag
 ORIENTATIONS = {
@@ -66,7 +67,7 @@ def pixels(content: bytes, side: int) -> np.ndarray:
 def _check(image: Image.Image, content: bytes) -> None:
     """Refuse images that take long to decode. Only the header has been read so far."""
     size = image.width * image.height
-    if size > MAX_PIXELS:
+    if size > MAX_PIXELS or max(image.size) > MAX_SIDE:
         raise Refused(413, _too_large())
     # A scan begins with this marker, which cannot occur in the data, since 255 is escaped there.
     if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") * size > MAX_SCANS * MAX_PIXELS:
@@ -74,7 +75,7 @@ def _check(image: Image.Image, content: bytes) -> None:
 
 
 def _too_large() -> str:
-    return f"The image has more than {MAX_PIXELS // 1_000_000} million pixels."
+    return f"The image has more than {MAX_PIXELS // 1_000_000} million pixels, or a side of more than {MAX_SIDE:,}."
 
 
 def _square(image: Image.Image, side: int) -> Image.Image:

@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from fedkd.serve import bodies
 from fedkd.serve.batches import Batches
-from fedkd.serve.images import FORMATS, MAX_PIXELS, Refused, pixels
+from fedkd.serve.images import FORMATS, MAX_PIXELS, MAX_SIDE, Refused, pixels
 from fedkd.serve.network import Network
 
 TOP = 10  # classes in a response, at most
@@ -32,7 +32,10 @@ HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a server: bytes per request, concurrent requests, seconds until a request has arrived; and batching."""
+    """Limits of a server: bytes per request, concurrent requests, and batching.
+
+    ``timeout`` is the number of seconds until a request has arrived, and of those that it then waits for its response.
+    """
 
     max_bytes: int = 5_000_000
     backlog: int = 128
@@ -46,7 +49,8 @@ class Service:
 
     def __init__(self, network: Network, limits: Limits) -> None:
         self.network, self.limits = network, limits
-        self.active = 0  # requests whose bodies are in memory
+        self.active = 0  # requests that have arrived and wait for their response
+        self.memory = bodies.Memory(limits.backlog * limits.max_bytes)
         self.batches: Batches  # created within the event loop
 
     @asynccontextmanager
@@ -60,14 +64,9 @@ class Service:
 
     async def predict(self, request: Request) -> Response:
         """The prediction for the image in the body; for a form, a list with one for each file, in their order."""
-        if self.active >= self.limits.backlog:
-            raise Refused(503, "Too many concurrent requests; try again in a second.")
-        self.active += 1
-        try:
-            contents = await bodies.images(request, self.limits.max_bytes, self.limits.timeout)
-            answers = await asyncio.gather(*map(self._predict_one, contents), return_exceptions=True)
-        finally:
-            self.active -= 1
+        with self.memory.for_body() as reserve:
+            contents = await bodies.images(request, self.limits.max_bytes, self.limits.timeout, reserve)
+            answers = await self._answers(contents)
         for index, answer in enumerate(answers):
             if isinstance(answer, Refused) and len(answers) > 1:
                 raise Refused(answer.status, f"File {index + 1} of {len(answers)}: {answer}")
@@ -75,6 +74,20 @@ class Service:
                 raise answer
         is_form = request.headers.get("content-type", "").lower().startswith("multipart/")
         return JSONResponse({"predictions": answers} if is_form else answers[0], headers=HEADERS)
+
+    async def _answers(self, contents: list[bytes]) -> list[dict[str, Any] | BaseException]:
+        """The prediction, or the error, for each image. What has not begun at the timeout is not done."""
+        if self.active >= self.limits.backlog:
+            raise Refused(503, "Too many concurrent requests; try again in a second.")
+        self.active += 1
+        try:
+            async with asyncio.timeout(self.limits.timeout):
+                return await asyncio.gather(*map(self._predict_one, contents), return_exceptions=True)
+        except TimeoutError as error:
+            message = f"No prediction within {self.limits.timeout:g} seconds; try again later."
+            raise Refused(503, message) from error
+        finally:
+            self.active -= 1
 
     async def _predict_one(self, content: bytes) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
@@ -88,8 +101,8 @@ class Service:
 
     async def model(self, request: Request) -> Response:
         """The metadata of the file and the limits of a request."""
-        limits = {**asdict(self.limits), "pixels": MAX_PIXELS, "files": bodies.FILES, "formats": FORMATS}
-        return JSONResponse({**self.network.about, "limits": limits}, headers=HEADERS)
+        of_images = {"pixels": MAX_PIXELS, "side": MAX_SIDE, "files": bodies.FILES, "formats": FORMATS}
+        return JSONResponse({**self.network.about, "limits": asdict(self.limits) | of_images}, headers=HEADERS)
 
 
 def prediction(logits: np.ndarray, names: list[str]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import closing
+import threading
+from contextlib import closing, contextmanager
 from functools import partial
 
 import httpx
@@ -155,6 +156,8 @@ REFUSED = {
     "bytes": (b"\0" * 2_000_001, PNG, 413, "larger than 2,000,000 bytes"),
     "pixels": (flat(5_001, 4_000), PNG, 413, "20 million pixels"),
     "bomb": (flat(30_000, 20_000), PNG, 413, "20 million pixels"),
+    "height": (flat(1, 16_385), PNG, 413, "a side of more than 16,384"),
+    "width": (flat(16_385, 1), PNG, 413, "a side of more than 16,384"),
     "scans": (scans(80), {"Content-Type": "image/jpeg"}, 422, "scans"),
     "no boundary": (b"x", {"Content-Type": "multipart/form-data"}, 400, "form"),
     "broken form": (b"--x\r\nnothing", {"Content-Type": "multipart/form-data; boundary=x"}, 400, "form"),
@@ -178,6 +181,7 @@ def test_refused_requests(url, case):
 
 def test_requests_at_the_limits_are_accepted(url):
     assert post(f"{url}/predict", content=flat(5_000, 4_000), headers=PNG).status_code == 200
+    assert images.pixels(flat(1, 16_384), 8).shape == (8, 8, 3)
     bmp = encoded(noise(0, (810, 820)), "BMP")
     assert 1_990_000 < len(bmp) <= 2_000_000
     assert post(f"{url}/predict", content=bmp, headers=PNG).status_code == 200
@@ -352,18 +356,128 @@ def test_a_failed_batch_gets_status_503_and_the_next_one_is_processed():
     assert [getattr(answer, "status", 200) for answer in answers] == [503, 503, 200, 200]
 
 
-def test_too_many_concurrent_requests_get_status_503(file):
-    with serving(file, backlog=2) as (url, service), connect(url) as first, connect(url) as second:
-        content = encoded(noise())
+def test_images_whose_requests_had_a_timeout_are_left_out_of_the_batch():
+    sizes = []
+
+    async def classify():
+        batches = Batches(lambda pixels: sizes.append(len(pixels)) or pixels[:, 0, 0], max_batch=2, max_wait=3600)
+        tasks = [asyncio.create_task(batches.logits(np.full((1, 1, 3), i, np.uint8))) for i in range(4)]
+        await asyncio.sleep(0)  # all are in the queue; no batch has begun
+        for index in (0, 1, 2):
+            tasks[index].cancel()
+        try:
+            return await tasks[3]
+        finally:
+            await batches.close()
+
+    assert asyncio.run(asyncio.wait_for(classify(), 120)).tolist() == [3, 3, 3]
+    assert sizes == [1]
+
+
+# --- overload
+
+
+@contextmanager
+def halted(slow, service, url, monkeypatch):
+    """Decoder or network wait until the block ends or the event is set; their calls."""
+    assert get(f"{url}/health").status_code == 200  # the service has started
+    owner, name = (web, "pixels") if slow == "decoder" else (service.batches, "run")
+    function, calls, go_on = getattr(owner, name), [], threading.Event()
+
+    def waits(*arguments):
+        calls.append(arguments)
+        go_on.wait(120)
+        return function(*arguments)
+
+    monkeypatch.setattr(owner, name, waits)
+    try:
+        yield calls, go_on
+    finally:
+        go_on.set()
+
+
+def begin(connection, count):
+    """Send the head of a request with so many bytes; return once the server reads the body."""
+    connection.sendall(HEAD + b"Connection: close\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % count)
+    assert b"100" in connection.recv(1000)
+
+
+def test_too_many_concurrent_requests_get_status_503(file, monkeypatch):
+    content = encoded(noise())
+    with (
+        serving(file, backlog=2) as (url, service),
+        halted("network", service, url, monkeypatch) as (_, go_on),
+        connect(url) as first,
+        connect(url) as second,
+    ):
         for connection in (first, second):
-            connection.sendall(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(content))
+            begin(connection, len(content))
+            connection.sendall(content)
         wait_for(lambda: service.active == 2)
         busy = post(f"{url}/predict", content=content, headers=PNG)
         assert (busy.status_code, busy.headers["Retry-After"]) == (503, "1")
+        go_on.set()
         for connection in (first, second):
-            connection.sendall(content)
             assert receive(connection).startswith(b"HTTP/1.1 200 ")
         assert post(f"{url}/predict", content=content, headers=PNG).status_code == 200
+
+
+def test_slow_uploads_take_no_place_of_other_requests(file):
+    content = encoded(noise())
+    with serving(file, backlog=2) as (url, _), connect(url) as first, connect(url) as second:
+        for connection in (first, second):
+            begin(connection, len(content))
+            connection.sendall(content[:10])
+        assert post(f"{url}/predict", content=content, headers=PNG).status_code == 200
+        for connection in (first, second):
+            connection.sendall(content[10:])
+            assert receive(connection).startswith(b"HTTP/1.1 200 ")
+
+
+def test_the_bodies_in_memory_have_a_limit(file):
+    content = encoded(noise())
+    limit = len(content) + 1
+    with serving(file, backlog=2, max_bytes=limit) as (url, service), connect(url) as first, connect(url) as second:
+        for connection in (first, second):
+            begin(connection, limit)
+            connection.sendall(content)
+        wait_for(lambda: service.memory.used == 2 * len(content))
+        busy = post(f"{url}/predict", content=content, headers=PNG)
+        assert (busy.status_code, busy.headers["Retry-After"]) == (503, "1")
+        first.close()
+        wait_for(lambda: service.memory.used == len(content))
+        assert post(f"{url}/predict", content=content, headers=PNG).status_code == 200
+        wait_for(lambda: service.memory.used == len(content))
+
+
+def test_further_connections_are_closed(file, monkeypatch):
+    monkeypatch.setattr(http, "MAX_CONNECTIONS", 2)
+    with serving(file) as (url, _):
+        content = encoded(noise())
+        with connect(url) as first, connect(url) as second:
+            for connection in (first, second):
+                begin(connection, len(content))
+            with connect(url) as third:
+                assert receive(third) == b""
+            for connection in (first, second):
+                connection.sendall(content)
+                assert receive(connection).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("slow", ["decoder", "network"])
+def test_a_request_that_waits_too_long_gets_status_503_and_what_has_not_begun_is_not_done(slow, file, monkeypatch):
+    sent = [("image", (f"{seed}.png", encoded(noise(seed)))) for seed in range(5)]
+    with (
+        serving(file, timeout=0.5, max_batch=2) as (url, service),
+        halted(slow, service, url, monkeypatch) as (calls, go_on),
+    ):
+        wait_for(lambda: "No prediction within 0.5 seconds" in post(f"{url}/predict", files=sent).text)
+        go_on.set()
+        later = []
+        wait_for(
+            lambda: later.append(post(f"{url}/predict", content=sent[0][1][1], headers=PNG)) or later[-1].is_success
+        )
+        assert len(calls) <= 2 + len(later), "of the first request only what had begun"
 
 
 def test_the_top_ten_classes_and_no_logits_that_are_not_finite():
