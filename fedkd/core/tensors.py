@@ -95,7 +95,10 @@ def save(tensors: Tensors, path: Path, about: Mapping[str, str] | None = None) -
 
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        part.touch()  # with the permissions of any new file here; safetensors replaces it by a file for its owner only
+        mode = part.stat().st_mode
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, dict(about or {}))
+        part.chmod(mode)
         part.replace(path)
     except SafetensorError as error:  # a full or read-only disk
         raise OSError(errno.EIO, str(error), str(path)) from error

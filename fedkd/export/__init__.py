@@ -18,6 +18,7 @@ from cyclopts.validators import Number
 from rich.console import Console
 
 import fedkd
+from fedkd import models
 from fedkd.core import cli, run_directory, seeds, specs
 from fedkd.core.errors import DataError, FedkdError, PluginError, UsageError
 from fedkd.data import sources
@@ -62,6 +63,8 @@ def export(
     file = _file(run)
     if dataset:
         sources.named(dataset)  # before torch is imported, so that a mistake is reported within a second
+    if model:
+        specs.bind("model", model, models.RESERVED)
     from fedkd.export import card
     from fedkd.export.check import grid
     from fedkd.models import checkpoint
@@ -133,12 +136,17 @@ def _read(student: Student, dataset: str, data_dir: str, split: str) -> Images:
     """A split of a data set, resized to the student's input."""
     from fedkd.data import readers
 
-    if not dataset and specs.parse(student.dataset).is_plugin:
+    try:
+        if not dataset and specs.parse(student.dataset).is_plugin:
+            raise DataError(
+                f"The student has a user-defined data set, {student.dataset}; "
+                "give it by --dataset, which runs its code, or skip the check by --no-check."
+            )
+        source = sources.named(dataset or student.dataset)
+    except UsageError as error:  # not of --dataset, which has been checked
         raise DataError(
-            f"The student has a user-defined data set, {student.dataset}; "
-            "give it by --dataset, which runs its code, or skip the check by --no-check."
-        )
-    source = sources.named(dataset or student.dataset)
+            f"The student's file names a data set that cannot be used; give it by --dataset. {error}"
+        ) from error
     return readers.read(dataclasses.replace(source, pixels=student.pixels), split, data_dir)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkd import models
 from fedkd.core import specs, tensors
-from fedkd.core.errors import DataError, FedkdError
+from fedkd.core.catalog import CATALOG
+from fedkd.core.errors import DataError, FedkdError, PluginError, UsageError
 from fedkd.data.scaling import Scaling
 
 if TYPE_CHECKING:
@@ -48,13 +50,53 @@ class Student:
         import torch
 
         try:
+            if specs.parse(self.model).name in CATALOG["model"]:  # user-defined ones are not named by the file
+                self._check_size()
             module = models.build(self.model, self.classes, self.norm).to(memory_format=torch.channels_last)
-        except FedkdError:
+        except (DataError, PluginError):
             raise
         except Exception as error:  # anything that a model raises for the options in a file
-            raise DataError(f"The model in the file cannot be built, {self.model}: {error}.") from error
-        fill(module, self.weights, f"the weights of this {self.model}")
+            raise DataError(
+                f"The model in the file cannot be built, {self.model}: {str(error).rstrip('.')}."
+            ) from error
+        fill(module, self.weights, self._whose)
         return module.eval()
+
+    @property
+    def _whose(self) -> str:
+        return f"the weights of this {self.model}"
+
+    def _check_size(self) -> None:
+        """Compare the model with the weights before memory is allocated: a file may name a model of any size.
+
+        Raises:
+            DataError: names or shapes differ, or the model is larger.
+
+        """
+        import torch
+        from torch.nn.modules.module import register_module_parameter_registration_hook
+
+        count = tensors.numel(self.weights)
+        larger = DataError(f"{self._whose.capitalize()} do not fit it: it has more than these {count:,} parameters.")
+        left = 2 * count  # a model may replace some layers while it is built
+
+        def registered(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+            nonlocal left
+            left -= parameter.numel()
+            if left < 0:
+                raise larger
+
+        if self.classes > count:
+            raise larger
+        hook = register_module_parameter_registration_hook(registered)
+        try:
+            with torch.device("meta"):
+                module = models.build(self.model, self.classes, self.norm)
+        except NotImplementedError:  # RegNets compute on tensors while they are built; their size has no options
+            return
+        finally:
+            hook.remove()
+        check_fit(module, self.weights, self._whose)
 
     def about(self) -> dict[str, Any]:
         """Everything except the weights, as JSON values."""
@@ -90,25 +132,33 @@ def load(path: Path | str, model: str = "") -> Student:
     try:
         about = json.loads(metadata[KEY])
         mean, std = (tuple(float(value) for value in about[key]) for key in ("mean", "std"))
-        named = str(about["model"])
+        named = _text(about["model"])
+        is_user_defined = specs.parse(named).is_plugin
         student = Student(
             model or named,
             "batch" if about["norm"] == "batch" else "group",
             int(about["classes"]),
-            tuple(map(str, about["names"])),
+            tuple(map(_text, about["names"])),
             int(about["pixels"]),
             Scaling((mean[0], mean[1], mean[2]), (std[0], std[1], std[2])),
-            str(about["dataset"]),
+            _text(about["dataset"]),
             weights,
             int(about.get("held_out", 0)),
         )
-    except (KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError, UsageError) as error:
         raise DataError(
             f"{path} holds weights without a description of their model: it was not written by fedkd."
         ) from error
-    if not model and specs.parse(named).is_plugin:
+    if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise DataError(f"{path} cannot be used: the scaling of its input is not finite, or has a deviation of zero.")
+    if not model and is_user_defined:
         raise DataError(f"{path} has a user-defined model; give it by --model {named}, which runs its code.")
     return student
+
+
+def _text(value: object) -> str:
+    """A value as text that can be printed and written."""
+    return str(value).encode(errors="replace").decode()
 
 
 def read_weights(path: Path) -> Tensors:
@@ -148,7 +198,21 @@ def fill(module: nn.Module, weights: Tensors, whose: str) -> None:
     """Load weights into a module.
 
     Raises:
-        DataError: names or shapes are not the module's, or values are not finite.
+        DataError: names, shapes or types are not the module's, or values are not finite.
+
+    """
+    check_fit(module, weights, whose)
+    for name, tensor in weights.items():
+        if not tensor.double().isfinite().all():
+            raise DataError(f"{whose.capitalize()} cannot be used: {name} has values that are not finite.")
+    module.load_state_dict(dict(weights))
+
+
+def check_fit(module: nn.Module, weights: Tensors, whose: str) -> None:
+    """Compare weights with a module, which may be on the device ``meta``.
+
+    Raises:
+        DataError: names, shapes or types are not the module's.
 
     """
     own = module.state_dict()
@@ -161,9 +225,8 @@ def fill(module: nn.Module, weights: Tensors, whose: str) -> None:
         if tensor.shape != weights[name].shape:
             shapes = f"{list(weights[name].shape)}, not {list(tensor.shape)}"
             raise DataError(f"{whose.capitalize()} do not fit it: {name} is {shapes}.")
-        if not weights[name].isfinite().all():
-            raise DataError(f"{whose.capitalize()} cannot be used: {name} has values that are not finite.")
-    module.load_state_dict(dict(weights))
+        if weights[name].is_complex() or (tensor.is_floating_point() and not weights[name].is_floating_point()):
+            raise DataError(f"{whose.capitalize()} do not fit it: {name} has the type {weights[name].dtype}.")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

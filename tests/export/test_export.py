@@ -7,11 +7,13 @@ import json
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fedkd import export as command
 from fedkd import models
-from fedkd.core import cli, specs
+from fedkd.core import cli, specs, tensors
 from fedkd.core.errors import DataError, RunError, UsageError
 from fedkd.data import readers
 from fedkd.data.scaling import Scaling
@@ -185,6 +187,10 @@ def broken(folder, **changes):
         ({"std": [0.0, 0.0, 0.0]}, "finite"),
         ({"dataset": "./theirs.py:read"}, "user-defined"),
         ({"model": "./theirs.py:Net"}, "user-defined"),
+        ({"model": "cmn"}, "cannot be built"),
+        ({"model": "a.b:"}, "without a description"),
+        ({"dataset": "digitz"}, "give it by --dataset"),
+        ({"dataset": "a.b:"}, "give it by --dataset"),
         ({"names": list("abcdefghij")}, "not those of the student"),
     ],
 )
@@ -229,6 +235,45 @@ def test_a_mistake_is_reported_in_one_sentence_with_an_exit_code(argv, code, cap
     printed = capsys.readouterr().err
     assert printed.startswith("fedkd: ")
     assert "Traceback" not in printed
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(),
+    st.lists(st.floats() | st.text(), max_size=4),
+    st.sampled_from([10**400, -1, 10, 7, "resnet8", "cnn:width=10000000", "vit-tiny:depth=100000000", "cnn:", "a.b:"]),
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_student_ends_with_one_sentence_and_exit_code_3(data, tmp_path_factory, monkeypatch, capfd):
+    """Flipped bytes, truncations and edited metadata; a file that is still a student is exported."""
+    unwritten = dataclasses.replace(formats.FORMATS["pt2"], write=lambda student, path, training: path.touch())
+    monkeypatch.setitem(formats.FORMATS, "pt2", unwritten)
+    path = tmp_path_factory.mktemp("damaged") / "student.safetensors"
+    original = student()
+    about = original.about()
+    for key in data.draw(st.lists(st.sampled_from(list(about)), max_size=2, unique=True), label="edited"):
+        about[key] = data.draw(VALUES, label=key)
+    tensors.save(original.weights, path, {checkpoint.KEY: json.dumps(about)})
+    content = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    for _ in range(data.draw(st.integers(0, 3), label="flipped")):
+        place = data.draw(st.integers(0, header - 1) | st.integers(0, len(content) - 1), label="place")
+        content[place] = data.draw(st.integers(0, 255), label="byte")
+    end = data.draw(st.just(len(content)) | st.integers(0, len(content)), label="length")
+    path.write_bytes(content[:end])
+    with pytest.raises(SystemExit) as exited:
+        cli.run(command.app, [str(path), "--to", "pt2", "--no-check"])
+    printed = capfd.readouterr().err
+    assert exited.value.code in (0, 3), printed
+    if exited.value.code:
+        assert printed.startswith("fedkd: ")
+        assert printed.count("\n") == 1
 
 
 def test_nothing_is_written_if_a_runtime_computes_other_logits(saved, monkeypatch):

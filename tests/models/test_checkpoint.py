@@ -125,6 +125,53 @@ def test_a_network_that_cannot_be_built(tmp_path):
         checkpoint.load(tmp_path / "a.safetensors").module()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "cnn:width=50000"},
+        {"model": "vit-tiny:depth=1000000000"},
+        {"model": "torchvision:vit_h_14"},
+        {"model": "torchvision:regnet_y_400mf", "classes": 10**9},
+        {"classes": 10**9},
+    ],
+)
+def test_a_model_larger_than_its_weights_is_refused_before_it_has_memory(changes, tmp_path, monkeypatch):
+    dataclasses.replace(student(), **changes).save(tmp_path / "a.safetensors")
+    allocated = []
+    parameter = torch.nn.Parameter.__new__
+
+    def counted(kind, data=None, requires_grad=True):
+        if data is not None and data.device.type != "meta":
+            allocated.append(data.numel())
+        return parameter(kind, data, requires_grad)
+
+    monkeypatch.setattr(torch.nn.Parameter, "__new__", counted)
+    with pytest.raises(DataError, match=r"do not fit it: .* more than these \d,\d{3} parameters"):
+        checkpoint.load(tmp_path / "a.safetensors").module()
+    assert allocated == []
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet8", "vit-tiny", "row-gru", "torchvision:regnet_y_400mf"])
+def test_the_check_of_the_size_changes_no_random_number(model):
+    torch.manual_seed(0)
+    models.build(model, 10, "group")
+    expected = torch.rand(1)
+    held = student(model)
+    torch.manual_seed(0)
+    held.module()
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_student_has_the_permissions_of_any_new_file(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        student().save(tmp_path / "student.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "student.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
 def test_weights_that_are_no_numbers():
     module = models.build("cnn:width=4", 10, "batch")
     broken = {name: tensor * float("nan") for name, tensor in module.state_dict().items()}
