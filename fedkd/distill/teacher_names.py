@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd import models
 from fedkd.core import specs
+from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -14,13 +16,23 @@ if TYPE_CHECKING:
 
 
 def named(config: DistillConfig) -> list[str]:
-    """The specs in ``--teacher``, separated by commas or spaces."""
+    """The specs in ``--teacher``, separated by commas or spaces; a single path may have them in its name."""
+    if is_path(config.teacher) and _exists(config.teacher):
+        return [config.teacher]
     return [spec for text in config.teacher.split() for spec in models.split(text)]
 
 
 def is_path(text: str) -> bool:
-    """Whether the text is the path of a run or of a student's file, not a model."""
+    """Whether the text is the path of a run or of a student's file, not a model. A model's name is never a path."""
+    if text.partition(":")[0] not in CATALOG["model"] and _exists(text):
+        return True
     return "=" not in text and ".py:" not in text and ("/" in text or text.endswith(".safetensors"))
+
+
+def _exists(text: str) -> bool:
+    """Whether there is such a directory or student's file."""
+    path = os.path.expanduser(text)
+    return os.path.isdir(path) or (path.endswith(".safetensors") and os.path.isfile(path))
 
 
 def pretrained(text: str) -> tuple[str, Path | None]:

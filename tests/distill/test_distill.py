@@ -588,6 +588,29 @@ def test_teachers_are_separated_by_commas_or_spaces():
     ]
 
 
+@pytest.mark.parametrize("name", ["d1", "my run", "a,b", "lr=0.1", "run 1/student.safetensors"])
+def test_a_path_is_no_model_whatever_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path(name)
+    (path.parent if path.suffix == ".safetensors" else path).mkdir()
+    if path.suffix == ".safetensors":
+        path.touch()
+    chosen = config(teacher=name)
+    assert teacher_names.named(chosen) == [name]
+    assert teacher_names.is_path(name)
+    assert check(chosen)
+
+
+def test_the_name_of_a_model_is_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cnn", "cnn:width=4"):
+        (tmp_path / name).mkdir()
+        assert not teacher_names.is_path(name)
+    assert teacher_names.is_path("./cnn")
+    assert teacher_names.named(config(teacher="cnn resnet8")) == ["cnn", "resnet8"]
+    assert teacher_names.named(config(teacher="")) == []
+
+
 def test_documented_commands_are_accepted():
     for changes in (
         {"teacher": "resnet56", "student": "cnn", "loss": "logits:temperature=4,weight=0.9"},
