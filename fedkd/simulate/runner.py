@@ -65,12 +65,7 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> None:
         dataset, fallback = choose_dataset(config.dataset, config.data_dir)
         runs = config.runs(dataset)
         _prepare(runs, fallback, out, screen)
-        checkpoints = checkpoint.load_all(out, runs)
-        for run, start in zip(runs, checkpoints.values(), strict=True):
-            if start and start.number > run.rounds:
-                raise ResumeError(f"{run.algorithm} has {start.number} rounds already; --rounds cannot be less.")
-        run_directory.write(out / "config.toml", run_directory.toml(config))  # of a resumed run: with more rounds
-        rounds.restore({key: each.number if each else 0 for key, each in checkpoints.items()})
+        checkpoints = _restored(config, runs, rounds)
         curves = [(run, rounds.curves[run.algorithm, run.seed]) for run in runs]
         exchange = connect()
         has_begun = True
@@ -80,13 +75,9 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> None:
                 start = checkpoints[run.algorithm, run.seed]
                 finished.append(_run(run, exchange, out, screen, rounds, start, is_first))
         figure.draw(rounds.curves, _title(runs[0]), out)
-        for grid in (
-            table.side_by_side(finished, rounds.curves),
-            table.ledger(finished),
-            table.failures(rounds.curves),
-        ):
-            if grid:
-                screen.show(grid.rich())
+        tables = (table.side_by_side(finished, rounds.curves), table.ledger(finished), table.failures(rounds.curves))
+        for grid in filter(None, tables):
+            screen.show(grid.rich())
         status = "ok"
     except FedkdError as error:
         if error.details:
@@ -104,6 +95,18 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> None:
         result = {"status": status, "out": str(out), "dataset": dataset, "dataset_fallback": fallback, "runs": finished}
         if has_begun or not (out / "result.json").exists():  # a run that could not be resumed keeps its result
             run_directory.write_result(out, result | reason)
+
+
+def _restored(config: Config, runs: list[Config], rounds: RoundsFile) -> Mapping[tuple[str, int], Checkpoint | None]:
+    """The checkpoints of a run directory, by method and seed; ``rounds`` then has their rows."""
+    out = Path(config.out)
+    checkpoints = checkpoint.load_all(out, runs)
+    for run, start in zip(runs, checkpoints.values(), strict=True):
+        if start and start.number > run.rounds:
+            raise ResumeError(f"{run.algorithm} has {start.number} rounds already; --rounds cannot be less.")
+    run_directory.write(out / "config.toml", run_directory.toml(config))  # of a resumed run: with more rounds
+    rounds.restore({key: each.number if each else 0 for key, each in checkpoints.items()})
+    return checkpoints
 
 
 def _prepare(runs: list[Config], fallback: str, out: Path, screen: Screen) -> None:

@@ -287,7 +287,7 @@ def test_the_last_round_of_a_run_that_ends_early_is_a_last_round(tmp_path, capsy
         mine = [row for row in rows if (row["algorithm"], row["seed"]) == (name, seed)]
         assert [row["client_accuracy"] is not None for row in mine] == [False] * (last - 1) + [True]
         (saved,) = (tmp_path / "run" / "checkpoint").glob(f"{name}-seed{seed}-*/checkpoint.json")
-        assert json.loads(saved.read_text())["round"] == last
+        assert json.loads(saved.read_text())["number"] == last
     runs = read(tmp_path / "run")["runs"]
     assert {(run["algorithm"], run["seed"]): run["rounds"] for run in runs} == numbers
     assert [run["ended"] for run in runs] == ["round>=3", "round>=3", "seed>=2", "seed>=2"]
