@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedkd import models
 from fedkd.core import specs, tensors
 from fedkd.core.catalog import CATALOG
-from fedkd.core.errors import DataError, FedkdError, PluginError, UsageError
+from fedkd.core.errors import DataError, PluginError, UsageError
 from fedkd.data.scaling import Scaling
 
 if TYPE_CHECKING:
