@@ -30,12 +30,8 @@ def simulate(config: Config) -> Path:
     checks.check(config)  # before torch is imported: a mistake is answered within a second
     if config.partitioner == OWN:
         raise UsageError("--partitioner own is for deployed nodes, which bring their own data (docs/deployment.md).")
-    if config.engine == "ray":
-        if config.resume:
-            raise ResumeError("--resume needs --engine local: client memories of Ray's actors end with a run.")
-        if sys.platform == "win32" or find_spec("ray") is None:
-            raise UsageError("--engine ray needs Ray, on Linux or macOS: pip install 'fedkd[ray]'.")
-        config = replace(config, checkpoint_every=0)
+    if config.engine == "ray" and (sys.platform == "win32" or find_spec("ray") is None):
+        raise UsageError("--engine ray needs Ray, on Linux or macOS: pip install 'fedkd[ray]'.")
     config = run_directory.begin(config, config.algorithm)
     out = Path(config.out)
     try:

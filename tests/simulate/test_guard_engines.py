@@ -8,7 +8,6 @@ import os
 import stat
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +22,7 @@ from fedkd.simulate import simulate
 from fedkd.simulate.flower import local_grid as grids
 from fedkd.simulate.flower import local_update, ray_engine, workers
 from fedkd.simulate.flower.local_grid import LocalGrid
-from tests.conftest import tiny, wait_for
+from tests.conftest import simulated, tiny, wait_for
 
 LIMIT = 3600.0  # seconds of --client-timeout, longer than any test: only `Clock` brings them about
 app = ClientApp()
@@ -75,19 +74,15 @@ def quick(message: Message, context: Context) -> Message:
     return report(message, count=0)
 
 
-class CutShort(local_update.ClientRunner):
-    """Its process dies or hangs after a client has left its new memory, before the reply is sent."""
+class DiesOnce(local_update.ClientRunner):
+    """The process of client 1 dies in its second round, after it has written its new memory, before the reply."""
 
-    def run(self, message: Message) -> Message:
-        reply = super().run(message)
-        how = asked_for(message, "how")
-        with suppress(FileNotFoundError):
-            if how == "die once":
-                Path(asked_for(message, "mark")).unlink()
-            if how.startswith("die"):
-                os._exit(9)
-        if how == "hang later":
-            hang(message)
+    def run(self, message: Message, client: int) -> Message:
+        reply = super().run(message, client)
+        mark = self.memories / "died"
+        if client == 1 and message.metadata.group_id.endswith("/2") and not mark.exists():
+            mark.touch()
+            os._exit(9)
         return reply
 
 
@@ -175,51 +170,19 @@ def test_one_worker_without_a_time_limit_is_this_process(asked):
 # --- memories
 
 
-@pytest.fixture
-def cut_short(monkeypatch):
-    """A grid of two workers, in which local updates can be cut short; its clients have been called once."""
-    monkeypatch.setattr(grids, "ClientRunner", CutShort)
-    monkeypatch.setattr(grids, "SMALL", 0.0)
-
-
 def look(grid: LocalGrid, asked, node: int = 1) -> int:
     """What the client remembers; to look changes nothing."""
     (reply,) = ask(grid, "query", asked("look"), node)
     return int(reply.content["metrics"]["count"])
 
 
-@pytest.mark.usefixtures("cut_short")
-def test_a_client_whose_process_dies_after_it_left_a_memory_has_the_old_one(asked):
-    with LocalGrid(app, 2, {}, workers=2, fork=True) as grid:
-        ask(grid, "query", asked("count"), 1, 2)
-        (reply,) = ask(grid, "query", asked("die"), 1)
-        assert reply.error.reason == "the process of this client died, twice"
-        assert look(grid, asked) == look(grid, asked) == 1
-        (reply,) = ask(grid, "query", asked("count"), 1)
-        assert reply.content["metrics"]["count"] == 2
-        assert look(grid, asked) == 2
-
-
-@pytest.mark.usefixtures("cut_short")
-def test_a_repeated_local_update_starts_from_the_old_memory(asked, tmp_path):
-    with LocalGrid(app, 2, {}, workers=2, fork=True) as grid:
-        ask(grid, "query", asked("count"), 1, 2)
-        (tmp_path / "mark").touch()
-
-        (reply,) = ask(grid, "query", asked("die once"), 1)  # the second try finds no mark and goes through
-        assert not (tmp_path / "mark").exists()
-        assert reply.content["metrics"]["count"] == 2
-        assert look(grid, asked) == 2
-
-
-@pytest.mark.usefixtures("cut_short")
-def test_a_client_that_hangs_after_it_left_a_memory_has_the_old_one(asked, clock):
-    with LocalGrid(app, 2, {}, workers=1, timeout=LIMIT, fork=True) as grid:
-        ask(grid, "query", asked("count"), 1)
-        (reply,) = ask(grid, "query", asked("hang later"), 1)
-        assert "--client-timeout, twice" in reply.error.reason
-        assert clock() == 4 * LIMIT  # it was tried twice
-        assert look(grid, asked) == look(grid, asked) == 1
+@pytest.mark.parametrize("algorithm", ["fedmd", "scarlet", "scaffold"])
+def test_a_local_update_that_is_repeated_after_it_was_written_gives_the_same_bits(tmp_path, monkeypatch, algorithm):
+    """It starts from the memory that the message names, not from the newest."""
+    whole = simulated(tmp_path / "whole", algorithm=algorithm, rounds=3)
+    monkeypatch.setattr(grids, "ClientRunner", DiesOnce)
+    assert simulated(tmp_path / "cut", algorithm=algorithm, rounds=3, workers=2) == whole
+    assert (tmp_path / "cut" / "checkpoint" / "died").exists()
 
 
 @pytest.mark.parametrize("how", ["raise", "exit"])
@@ -233,41 +196,34 @@ def test_a_client_that_fails_after_counting_has_the_old_memory(asked, count, how
         assert look(grid, asked, 2) == 1
 
 
-def test_a_memory_is_the_clients_only_when_its_reply_is_accepted(asked, tmp_path):
+def test_each_client_has_one_file_which_changes_at_once(asked, tmp_path, monkeypatch):
     folder = tmp_path / "memories"
     folder.mkdir()
     runner, other = local_update.ClientRunner(app, 2, {}, folder), LocalGrid(app, 2, {})
 
-    def message(how: str, node: int = 1) -> Message:
-        return other.create_message(asked(how), "query", node, "1")
+    def call(how: str, client: int = 0) -> Message:
+        return runner.run(other.create_message(asked(how), "query", client + 1, "1"), client)
 
     def files() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    reply = runner.run(message("count"))
-    assert set(files()) == {"1.new"}
-    assert runner.accept(reply) is reply
+    call("count")
     first = files()
     assert set(first) == {"1"}
-
-    # Left aside and not accepted: an error that answers for the client changes nothing, nor does a later turn.
-    runner.run(message("count"))
-    left = files()
-    assert left["1"] == first["1"] != left["1.new"]
-    runner.accept(local_update.failure(message("count"), "died, twice"))
-    assert files()["1"] == first["1"]
-    looked = runner.run(message("look"))
-    assert files() == first, "what was left aside is dropped as soon as the client is called again"
-    runner.accept(looked)
-    assert files() == first
-
-    # A client that fails leaves nothing aside.
-    assert runner.run(message("raise")).has_error()
-    assert files() == first
-
-    # Of two clients each has its own.
-    runner.accept(runner.run(message("count", 2)))
+    call("look")
+    assert call("raise").has_error()
+    assert files() == first, "neither a look nor a failure changes it"
+    call("count", 1)
     assert files() == {**first, "2": first["1"]}
+
+    # Power is lost while the new memory is written: the old one is whole, and what was begun does no harm.
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            call("count")
+    assert files()["1"] == first["1"]
+    assert call("count").content["metrics"]["count"] == 2
+    assert set(files()) == {"1", "2"}
 
 
 # --- exit codes

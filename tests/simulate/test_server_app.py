@@ -31,10 +31,9 @@ class Foreign(LocalGrid):
         self.late, self.lost, self.numbers = late, lost, numbers or {}
         run = self._runner.run
 
-        def named(message: Message) -> Message:
-            reply = run(message)
+        def named(message: Message, client: int) -> Message:
+            reply = run(message, client)
             if not reply.has_error() and message.metadata.message_type == "query":
-                client = int(reply.content["metrics"]["client"])
                 reply.content["metrics"] = MetricRecord({"client": self.numbers.get(client, client)})
             return reply
 
@@ -130,10 +129,10 @@ def test_a_failed_local_update_leaves_the_old_memory(tmp_path, monkeypatch):
             RecordDict({"arrays": server_app.to_record({"round": torch.tensor(1)}), "config": record}), "train", 1, "1"
         )
 
-    runner.accept(runner.run(message_for("local")))
+    runner.run(message_for("local"), 0)
     before = (tmp_path / "1").read_bytes()
     monkeypatch.setattr(experiment.prepared(config.run("fedmd", 0, "digits")).algorithm.__class__, "local_update", None)
-    assert runner.run(message_for("fedmd")).has_error()
+    assert runner.run(message_for("fedmd"), 0).has_error()
     assert (tmp_path / "1").read_bytes() == before
     assert not (tmp_path / "1.new").exists()
 

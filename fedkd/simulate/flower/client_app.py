@@ -21,11 +21,13 @@ from fedkd.core.tensors import put, take
 from fedkd.data.partitioners import OWN
 from fedkd.evaluation.metrics import expected_evaluation
 from fedkd.simulate.experiment import Experiment, node_data, prepared
+from fedkd.simulate.flower.local_update import MemoryFile
 from fedkd.simulate.flower.records import (
     ARRAYS,
     CONFIG,
     EXAMPLES,
     FAULT,
+    LOST,
     MEMORY,
     METRICS,
     OWNER,
@@ -91,7 +93,20 @@ def _corrupted(tensors: dict[str, Tensor], fault: str) -> dict[str, Tensor]:
     return {**tensors, name: changed[fault]}
 
 
-app = ClientApp(mods=[simulated_faults, only_declared])
+def memory_on_disk(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """In a deployment, keep the client's memory in the folder that the node's config names, for a resume."""
+    folder = context.node_config.get("memory")
+    if not folder or message.metadata.message_type == "query":
+        return call_next(message, context)
+    file = MemoryFile.of(str(folder), message, _int(context.node_config["partition-id"]), durable=True)
+    context.state = file.read()
+    reply = call_next(message, context)
+    if not reply.has_error():
+        file.write(context.state)
+    return reply
+
+
+app = ClientApp(mods=[memory_on_disk, simulated_faults, only_declared])
 
 
 @app.train()
@@ -141,6 +156,8 @@ def _client(message: Message, context: Context) -> tuple[Experiment, Client]:
     settle(run.threads)
     experiment = prepared(run)
     kept = context.state.get(_memory_name(_int(config["memory"]))) if _is_owner(message, context) else None
+    if config["memory"] and kept is None:
+        raise RunError(f"{LOST} {_int(config['memory'])}; it begins anew, with the initial weights.")
     memory = from_record(kept) if isinstance(kept, ArrayRecord) else {}
     data = None
     if run.partitioner == OWN:
@@ -160,8 +177,7 @@ def _remember(message: Message, context: Context, memory: Tensors) -> None:
     needed = {_memory_name(_int(config[key])) for key in ("memory", "keep")} if _is_owner(message, context) else set()
     for name in [name for name in context.state if name.startswith(MEMORY) and name not in needed]:
         del context.state[name]
-    if memory:
-        context.state[_memory_name(_int(config["round"]))] = to_record(memory)
+    context.state[_memory_name(_int(config["round"]))] = to_record(memory)
     context.state[OWNER] = ConfigRecord({"run": _owner(message)})
 
 

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedkd.core.runtime import cores
-from fedkd.simulate.flower.local_update import RUN_ID, SERVER, ClientRunner
+from fedkd.simulate.flower.local_update import RUN_ID, SERVER, ClientRunner, client_of
 from fedkd.simulate.flower.workers import Workers
 
 SMALL = 0.002  # seconds; a local update that takes less is not worth sending to another process
@@ -125,7 +125,7 @@ class LocalGrid(Grid):
         kinds = {message.metadata.message_type for message in messages}
         start = time.perf_counter()
         if self._workers is None or (not self._is_isolated and kinds <= self._small):
-            yield from (self._runner.accept(self._runner.run(message)) for message in messages)
+            yield from (self._runner.run(message, client_of(message)) for message in messages)
         else:
             yield from self._workers.run(messages)
         is_small = time.perf_counter() - start < SMALL * len(messages)

@@ -1,16 +1,15 @@
-"""A local update on this machine: read the client's memory, call the app, write the new memory beside the old one."""
+"""A local update on this machine: read the client's memory from its file, call the app, write the new one."""
 
 from __future__ import annotations
 
 import os
 import traceback
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
@@ -25,12 +24,11 @@ RUN_ID, SERVER = 1, 0
 
 @dataclass(frozen=True)
 class ClientRunner:
-    """Runs the app for a client; client i is node i + 1.
+    """Runs the app for a client.
 
     Client memories are files, one per client and run, so that a client costs nothing before its first round and no
-    RAM after it. The run is the part of a message's group before the last slash. A local update writes its new memory
-    to a separate file; only `accept` makes it the client's. So a local update that was interrupted can be repeated
-    and gives the same bits. With ``durable`` a memory is on the disk before the reply is sent.
+    RAM after it. The run is the part of a message's group before the last slash. With ``durable`` a memory is on the
+    disk before the reply is sent.
     """
 
     app: str | ClientApp
@@ -39,58 +37,71 @@ class ClientRunner:
     memories: Path
     durable: bool = False
 
-    def run(self, message: Message) -> Message:
+    def run(self, message: Message, client: int) -> Message:
         """The reply; an error message if the app raises, as on Flower's own engines."""
-        node, group = message.metadata.dst_node_id, message.metadata.group_id
-        node_config: UserConfig = {"partition-id": node - 1, "num-partitions": self.clients}
+        node_config: UserConfig = {"partition-id": client, "num-partitions": self.clients}
+        memory = MemoryFile.of(self.memories, message, client, self.durable)
         try:
-            old = self._read_memory(node, group)
-            state = recorddict_from_proto(Proto.FromString(old))
-            context = Context(RUN_ID, node, node_config, state, self.run_config)
+            context = Context(RUN_ID, client + 1, node_config, memory.read(), self.run_config)
             reply = self.load()(message, context)
         except Terminated:
             raise
         except (Exception, SystemExit):  # a failed client does not end the round, as everywhere in Flower
             return failure(message, traceback.format_exc())
-        new: bytes = recorddict_to_proto(context.state).SerializeToString(deterministic=True)
-        if new != old:
-            file = self._new_file(node, group)
-            os.makedirs(os.path.dirname(file), exist_ok=True)
-            with open(file, "wb") as opened:
-                opened.write(with_checksum(new))
-                if self.durable:
-                    opened.flush()
-                    os.fsync(opened.fileno())
-        return reply
-
-    def accept(self, reply: Message) -> Message:
-        """The same reply; the new memory of this local update becomes the client's."""
         if not reply.has_error():
-            place = reply.metadata.src_node_id, reply.metadata.group_id
-            with suppress(FileNotFoundError):
-                os.replace(self._new_file(*place), self._file(*place))
+            memory.write(context.state)
         return reply
 
     def load(self) -> ClientApp:
         """The app, imported if it is given as module:name."""
         return _imported(self.app) if isinstance(self.app, str) else self.app
 
-    def _read_memory(self, node: int, group: str) -> bytes:
-        """The client's memory; the new memory of an unfinished local update is deleted."""
-        with suppress(FileNotFoundError):
-            os.unlink(self._new_file(node, group))
-        try:
-            with open(self._file(node, group), "rb") as file:
-                return without_checksum(file.read(), self._file(node, group))
-        except FileNotFoundError:
-            return b""
+
+class MemoryFile:
+    """The state of a client's `Context` in a file. It is replaced at once, and only if it has changed."""
 
     # Strings: making a path object takes longer than the system call.
-    def _file(self, node: int, group: str) -> str:
-        return f"{self.memories}/{group.rpartition('/')[0]}/{node}"
+    def __init__(self, path: str, durable: bool) -> None:
+        self._path, self._durable = path, durable
+        self._old = b""
 
-    def _new_file(self, node: int, group: str) -> str:
-        return f"{self._file(node, group)}.new"
+    @classmethod
+    def of(cls, folder: str | Path, message: Message, client: int, durable: bool) -> MemoryFile:
+        """The file of a client for the run that a message belongs to."""
+        return cls(f"{folder}/{message.metadata.group_id.rpartition('/')[0]}/{client + 1}", durable)
+
+    def read(self) -> RecordDict:
+        """The state; empty if there is no file.
+
+        Raises:
+            DataError: the file is damaged.
+
+        """
+        try:
+            with open(self._path, "rb") as file:
+                self._old = without_checksum(file.read(), self._path)
+        except FileNotFoundError:
+            self._old = b""
+        return recorddict_from_proto(Proto.FromString(self._old))
+
+    def write(self, state: RecordDict) -> None:
+        """Replace what `read` returned."""
+        new: bytes = recorddict_to_proto(state).SerializeToString(deterministic=True)
+        if new == self._old:
+            return
+        os.makedirs(os.path.dirname(self._path), exist_ok=True)
+        part = f"{self._path}.new"
+        with open(part, "wb") as file:
+            file.write(with_checksum(new))
+            if self._durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(part, self._path)
+
+
+def client_of(message: Message) -> int:
+    """The client that a message of the local grid is for: it has node i + 1."""
+    return message.metadata.dst_node_id - 1
 
 
 def failure(message: Message, reason: str, code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION) -> Message:

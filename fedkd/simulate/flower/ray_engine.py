@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -33,21 +34,27 @@ from fedkd.core import run_directory
 from fedkd.core.config import Config
 from fedkd.core.errors import FedkdError, RunError, StorageError, UsageError
 from fedkd.simulate.flower import client_app
-from fedkd.simulate.flower.local_update import failure
+from fedkd.simulate.flower.local_update import ClientRunner, failure
 from fedkd.simulate.flower.server_app import run_on
 
 GRACE = 5.0  # seconds the child gets to write what it has after Ctrl-C
 
 
 class ConfiguredClientApp(ClientApp):
-    """The client app with the run's config, which Flower's runtime gives only to the server."""
+    """The client app with the run's config, which Flower's runtime gives only to the server.
 
-    def __init__(self, run_config: UserConfig) -> None:
+    With checkpoints, client memories are files in the run directory, as on the local grid.
+    """
+
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self._run_config = run_config
+        self._run_config: UserConfig = dict(config.run_config())
+        self._memories = Path(config.out).resolve() / "checkpoint" if config.checkpoint_every else None
 
     def __call__(self, message: Message, context: Context) -> Message:
         """The app's reply. An exception becomes a reply too, as everywhere in fedkd, and not a page of Ray's log."""
+        if self._memories is not None:
+            return self._with_files(self._memories, message, int(context.node_config["partition-id"]))
         theirs, context.run_config = context.run_config, dict(self._run_config)
         try:
             return client_app.app(message, context)
@@ -55,6 +62,19 @@ class ConfiguredClientApp(ClientApp):
             return failure(message, traceback.format_exc())
         finally:
             context.run_config = theirs
+
+    def _with_files(self, memories: Path, message: Message, client: int) -> Message:
+        if not memories.parent.exists():
+            reason = (
+                f"{memories.parent} does not exist on {platform.node()}: --out must be a directory that all machines "
+                "of the cluster share, or add --checkpoint-every 0."
+            )
+            return failure(message, reason)
+        try:
+            clients = int(self._run_config["clients"])
+            return ClientRunner(client_app.app, clients, self._run_config, memories, durable=True).run(message, client)
+        except OSError as error:  # the disk is full
+            return failure(message, str(StorageError.of(error, memories)))
 
 
 def run(config: Config) -> None:
@@ -185,7 +205,7 @@ def _simulate(server: ServerApp, config: Config, over: threading.Event, broken: 
     try:
         run_simulation(
             server,
-            ConfiguredClientApp(config.run_config()),
+            ConfiguredClientApp(config),
             config.clients,
             backend_config={"client_resources": resources},
         )

@@ -24,6 +24,7 @@ EXAMPLES = "num-examples"  # the metric of every update
 #: The settings in a message to a client. `FAULT` is there only if the client is to simulate one.
 SETTINGS = frozenset({"round", "run", "algorithm", "seed", "dataset", "memory", "keep"})
 FAULT = "fault"
+LOST = "This client has lost its memory of round"  # in the error of a client that cannot go on from there
 HEAD = 256  # bytes of NumPy's header that are allowed for each array
 
 

@@ -27,6 +27,7 @@ from fedkd.simulate.flower.records import (
     CONFIG,
     EXAMPLES,
     FAULT,
+    LOST,
     METRICS,
     count_bytes,
     from_record,
@@ -118,7 +119,7 @@ def exchange(
     """Send each client its message and yield the replies as they arrive, checked against what is expected.
 
     Clients with most samples are first, so that the longest local update does not start last. A reply to a local
-    update makes the memory that it left the client's latest one.
+    update makes the memory that it left the client's latest one; a client that has lost its memory begins anew.
     """
     partition = prepared(run).training_partition
     named: dict[str, str | int] = {
@@ -148,9 +149,12 @@ def exchange(
     addressed = {c: (nodes[c], content) for c, (content, _) in contents.items() if expected[c].fault != "dropout"}
     group = f"{run_directory.run_name(run.algorithm, run.seed)}/{number}"
     for client, reply in _send(grid, kind, group, addressed, 2 * run.client_timeout or SILENCE):
-        if kind == "train" and not reply.has_error():
+        received = _reply(client, reply, expected[client], *contents.pop(client)[1])
+        if received.cause == "lost memory":
+            memories.latest.pop(client, None)
+        elif kind == "train" and not reply.has_error():
             memories.latest[client] = number
-        yield _reply(client, reply, expected[client], *contents.pop(client)[1])
+        yield received
     for client, (_, (arrays_bytes, metadata_bytes)) in contents.items():  # a message without a reply was sent, too
         yield Reply(client, None, "no reply", SerializedBytes(arrays_bytes, 0, metadata_bytes, 0), "no reply")
 
@@ -180,8 +184,9 @@ def _send(
 def _reply(client: int, message: Message, expected: Expected, downlink_arrays: int, downlink_metadata: int) -> Reply:
     sent = SerializedBytes(downlink_arrays, 0, downlink_metadata, 0)
     if message.has_error():
-        cause = CAUSES_BY_CODE.get(message.error.code, "error")
-        return Reply(client, None, printable(message.error.reason or f"error {message.error.code}"), sent, cause)
+        reason = printable(message.error.reason or f"error {message.error.code}")
+        cause = "lost memory" if LOST in reason else CAUSES_BY_CODE.get(message.error.code, "error")
+        return Reply(client, None, reason, sent, cause)
     uplink_arrays, uplink_metadata = count_bytes(message.content)
     serialized = sent + SerializedBytes(0, uplink_arrays, 0, uplink_metadata)
     if fault := undeclared_in_reply(message.content, expected):

@@ -23,7 +23,7 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 
 from fedkd.core.errors import RunError
-from fedkd.simulate.flower.local_update import ClientRunner, failure
+from fedkd.simulate.flower.local_update import ClientRunner, client_of, failure
 
 TRIES = 2  # of a local update whose process died or hung
 MAX_WAIT = 86400.0  # seconds of one wait: the system refuses more than 24 days
@@ -79,7 +79,7 @@ class Workers:
                         reply = failure(
                             message, f"the process of this client {fate}, twice", ErrorCode.CLIENT_APP_CRASHED
                         )
-                    yield self._runner.accept(reply)
+                    yield reply
         finally:
             for worker in self._workers:
                 if worker.message is not None:  # the caller does not want the reply any more
@@ -180,7 +180,7 @@ def _work(connection: Connection, runner: ClientRunner) -> None:
         while True:
             message = connection.recv()
             try:
-                reply: Message | OSError = runner.run(message)
+                reply: Message | OSError = runner.run(message, client_of(message))
             except OSError as error:  # the client's memory cannot be written
                 reply = error
             connection.send(reply)
