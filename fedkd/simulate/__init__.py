@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd.core import run_directory, runtime
-from fedkd.core.errors import FedkdError, ResumeError, UsageError
+from fedkd.core.errors import FedkdError, UsageError
 from fedkd.data.partitioners import OWN
 from fedkd.simulate import checks, faults
 
