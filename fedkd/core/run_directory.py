@@ -94,12 +94,15 @@ def resumed(
     """The options of a run that is continued: those recorded in its directory, and given ones that may differ.
 
     Raises:
-        ResumeError: a given option differs that results depend on, or the run has fewer rounds than before.
+        ResumeError: a given option differs that results depend on, or the run is one of another command.
 
     """
     if not (out / "checkpoint").is_dir():
         raise ResumeError(f"{out} has no checkpoint; start the run again ({out / 'config.toml'} has its options).")
-    before = options.parse(recorded)
+    try:
+        before = options.parse(recorded)
+    except UsageError as error:
+        raise ResumeError(f"{out / 'config.toml'} is not that of a run of this command: {error}") from error
     for key, value in given.items():
         after = options.parse({**recorded, key: value})
         if key not in options.RESUMABLE and after != before:

@@ -75,4 +75,4 @@ def _check_combination(config: DistillConfig, terms: list[Term], named: list[str
     if (named or config.teachers_from) and not needs_teacher:
         raise UsageError(f"--loss {config.loss} uses no teacher; remove the teacher, or add a loss such as logits.")
     if config.teachers_from:
-        teacher_names.candidates(Path(config.teachers_from), config.out or config.resume)
+        teacher_names.candidates(Path(config.teachers_from), config.out)

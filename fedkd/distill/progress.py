@@ -80,11 +80,12 @@ class Progress:
         inputs = _inputs(task, teachers)
         about, state = self._restored(name, inputs)
         start = int(about.get("number", 0))
-        if start:
-            self._screen.print(f"{name:>24}  continued after epoch {start}")
         if start == epochs:
             module.load_state_dict(take("network", state))
+            self._screen.print(f"{name:>24}  trained already")
             return
+        if start:
+            self._screen.print(f"{name:>24}  continued after epoch {start}")
         options = {"epochs": epochs, "seed": seed, "terms": terms, "teachers": teachers, "start": start, "state": state}
         for epoch, state_of in train.train(module, task, config, **options):  # type: ignore[arg-type]
             self._report(name, epoch)

@@ -51,6 +51,7 @@ def run(config: DistillConfig, terms: Sequence[Term]) -> None:
         result |= {"dataset": task.dataset, "dataset_fallback": fallback}
         progress.restore()
         has_begun = True
+        run_directory.write(out / "config.toml", run_directory.toml(config))  # of a resumed run: with other options
         if not (out / "env.json").exists():
             run_directory.write_json(out / "env.json", run_directory.environment(task.device, task.dataset, fallback))
         screen.print(f"run directory: {out}")

@@ -206,6 +206,24 @@ def test_options_that_change_results_may_not_differ(copied, changes, expected):
     assert before == {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
 
 
+def test_options_that_change_no_result_may_differ_and_are_recorded(copied):
+    shutil.copytree(copied, copied.with_name("other"))
+    resume(copied.with_name("other"))
+    resume(copied, checkpoint_every=0, device="auto")
+    assert result_of(copied)["students"] == result_of(copied.with_name("other"))["students"]
+    recorded = cli.from_file(copied / "config.toml")
+    assert (recorded["checkpoint_every"], recorded["device"], recorded["resume"]) == (0, "auto", "")
+
+
+def test_a_run_of_another_command_is_refused(copied, capsys):
+    from fedkd.simulate.__main__ import app
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(app, ["--resume", str(copied)])
+    assert end.value.code == ResumeError.code
+    assert "config.toml is not that of a run of this command: Unknown key: 'teacher'" in capsys.readouterr().err
+
+
 def test_other_data_and_other_teachers_are_refused(tmp_path, monkeypatch):
     teacher = run(tmp_path / "teacher", teacher="", loss="exits:layers=0+3", epochs=1) / "student.safetensors"
     out = tmp_path / "run"
