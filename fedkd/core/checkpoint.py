@@ -63,9 +63,10 @@ def read(folder: Path, config: Options) -> tuple[dict[str, Any], dict[str, Tenso
         raise
     except Exception as error:  # whatever a damaged file causes
         raise DataError(f"{folder} is damaged ({type(error).__name__}). {START_AGAIN}") from error
-    for key, value in config.fixed().items():
-        if about["options"].get(key) != value:
-            raise ResumeError(f"{folder} was written with --{key} {about['options'].get(key)}, not {value}.")
+    fixed = config.fixed()
+    for key, value in about["options"].items():  # an option that is newer than the checkpoint has its default
+        if fixed.get(key) != value:
+            raise ResumeError(f"{folder} was written with --{key} {value}, not {fixed.get(key)}.")
     return about, state
 
 

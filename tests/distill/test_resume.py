@@ -209,10 +209,10 @@ def test_options_that_change_results_may_not_differ(copied, changes, expected):
 def test_options_that_change_no_result_may_differ_and_are_recorded(copied):
     shutil.copytree(copied, copied.with_name("other"))
     resume(copied.with_name("other"))
-    resume(copied, checkpoint_every=0, device="auto")
+    resume(copied, checkpoint_every=0, data_dir="elsewhere")
     assert result_of(copied)["students"] == result_of(copied.with_name("other"))["students"]
     recorded = cli.from_file(copied / "config.toml")
-    assert (recorded["checkpoint_every"], recorded["device"], recorded["resume"]) == (0, "auto", "")
+    assert (recorded["checkpoint_every"], recorded["data_dir"], recorded["resume"]) == (0, "elsewhere", "")
 
 
 def test_a_run_of_another_command_is_refused(copied, capsys):
