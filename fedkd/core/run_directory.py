@@ -37,7 +37,7 @@ def begin(config: AnyOptions, name: str) -> AnyOptions:
 
     Raises:
         UsageError: another process uses it, or it holds something else.
-        StorageError: the disk is full.
+        StorageError: it cannot be written.
 
     """
     resume = config.resume
@@ -45,12 +45,14 @@ def begin(config: AnyOptions, name: str) -> AnyOptions:
     config = dataclasses.replace(config, out=str(out), resume="")  # type: ignore[type-var]
     if not resume:
         claim(out)
-        try:
+    try:
+        if not resume:
             write(out / "config.toml", toml(config))
-        except OSError as error:
+        lock(out)
+    except OSError as error:
+        if not resume:
             shutil.rmtree(out, ignore_errors=True)
-            raise StorageError.of(error, out) from error
-    lock(out)
+        raise StorageError.of(error, out) from error
     return config
 
 

@@ -6,6 +6,7 @@ The limit of the system on the size of a file fails as a full disk does, also fo
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,14 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path, command):
     with full_disk(100), pytest.raises(StorageError, match="run"):
         command(config)
     assert not Path(out).exists()
+
+
+def test_a_run_that_cannot_be_written_is_not_resumed_and_stays(tmp_path):
+    out = simulate(tiny(algorithm="fedmd", **SMALL, out=str(tmp_path / "run")))
+    before = result_of(out)
+    with full_disk(0), pytest.raises(StorageError, match=re.escape(str(out))):
+        resume(out, rounds=3)
+    assert result_of(out) == before
 
 
 def test_the_error_that_ends_a_run_is_not_replaced_by_a_result_that_cannot_be_written(tmp_path, monkeypatch):
