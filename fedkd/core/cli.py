@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import reprlib
 import signal
 import sys
 import tomllib
@@ -20,7 +21,7 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 from cyclopts import App, CycloptsError, Group, Parameter, Token, convert
 
 from fedkd.core import run_directory
-from fedkd.core.config import Options
+from fedkd.core.config import MAX_INTEGER, Options, underscored
 from fedkd.core.errors import FedkdError, ResumeError, StorageError, Terminated, UsageError
 
 #: The commands, also subcommands of ``fedkd``: where each app is (imported when it is used), and one line.
@@ -162,10 +163,13 @@ def command(function: Callable[[AnyOptions], Path], options: type[AnyOptions]) -
         given = {key: value for key, value in flags.items() if value is not None}
         for note in misspelt(os.environ):
             print(f"fedkd: {note}", file=sys.stderr)
-        values = from_file(scenario) | from_environment(os.environ, options) | given
+        file, environment = from_file(scenario), from_environment(os.environ, options)
+        values = file | environment | given
+        sources = dict.fromkeys(file, f" in {scenario}")
+        sources |= {key: f" in FEDKD_{key.upper()}" for key in environment} | dict.fromkeys(given, "")
         if run := values.get("resume"):
             values = run_directory.resumed(options, Path(run), _recorded(Path(run)), values)
-        config = options.parse(values)
+        config = options.parse(values, sources)
         # With --json, standard output holds one JSON object; what other code prints goes to standard error.
         with redirect_stdout(sys.stderr) if config.json else nullcontext():
             out = function(config)
@@ -203,7 +207,7 @@ def _flags(options: type[Options]) -> list[inspect.Parameter]:
             help=field.default.description,  # type: ignore[union-attr]
             group=group,
             show_default=_shown(default) or False,
-            consume_multiple=several,
+            consume_multiple=1 if several else None,  # one value or more
             negative=() if default is False or several else None,
         )
         kind = tuple[str, ...] if several else hints[field.name]
@@ -221,6 +225,8 @@ def _converted(kind: Any, tokens: Sequence[Token]) -> Any:
         for token in tokens:
             if not re.fullmatch(r"[+-]?\d+", token.value):
                 raise ValueError(f"{token.value!r} is not an integer")
+            if len(token.value) > 4000 or int(token.value) > MAX_INTEGER:
+                raise ValueError(f"{reprlib.repr(token.value)} is more than {MAX_INTEGER}")
     return convert(kind, tokens)
 
 
@@ -244,9 +250,12 @@ def from_file(path: Path | None) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"Cannot read the scenario file {path}: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}.") from error
-    return {key.replace("-", "_"): value for key, value in values.items()}
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not TOML: {' '.join(str(error).split())}.") from error
+    try:
+        return underscored(values)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
 
 
 def _recorded(out: Path) -> dict[str, Any]:

@@ -6,41 +6,70 @@ Scalars only, since Flower's run config holds nothing else; several values are o
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fedkd.core.errors import UsageError, unknown
 
+MAX_INTEGER = 2**32 - 1  # of any option: PyTorch and Flower have 64 bits, NumPy's seeds 32
+MAX_PROCESSES = 1024  # also of threads: PyTorch crashes long before 100,000
+
 
 def _joined(value: object) -> object:
     """A list from a scenario file or from several flags, as one string."""
-    return " ".join(str(item) for item in value) if isinstance(value, list | tuple) else value
+    is_list = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    return " ".join(value) if is_list else value  # type: ignore[arg-type]
 
 
 def _workers(value: object) -> str:
     """A number of processes, or auto."""
     text = str(value)
-    if text != "auto" and not (text.isdecimal() and int(text) > 0):
-        raise ValueError("it should be auto or a positive integer")
+    if text != "auto" and not (text.isdecimal() and len(text) < 5 and 0 < int(text) <= MAX_PROCESSES):
+        raise ValueError(f"it should be auto or an integer from 1 to {MAX_PROCESSES}")
     return text
 
 
+def _is_text(value: str) -> bool:
+    """Whether it has no control characters and can be encoded."""
+    return not any(letter < " " or "\x7f" <= letter < "\xa0" or "\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("it should be a number")
+    return value
+
+
 Several = Annotated[str, BeforeValidator(_joined)]
-Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Rate = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
-Decay = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
+Number = BeforeValidator(_number)  # true is not 1
+PositiveInt = Annotated[int, Number, Field(ge=1, le=MAX_INTEGER)]
+NonNegativeInt = Annotated[int, Number, Field(ge=0, le=MAX_INTEGER)]
+Processes = Annotated[int, Number, Field(ge=1, le=MAX_PROCESSES)]
+Repetitions = Annotated[int, Number, Field(ge=1, le=10_000)]
+Seed = Annotated[int, Number, Field(ge=0, le=2**63 - 1)]  # also one that is derived
+Fraction = Annotated[float, Number, Field(gt=0, le=1, allow_inf_nan=False)]
+Rate = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
+Momentum = Annotated[float, Number, Field(ge=0, lt=1)]
+
+
+def underscored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with underscores in the keys.
+
+    Raises:
+        UsageError: a key is given with dashes and with underscores.
+
+    """
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        if (name := key.replace("-", "_")) in named:
+            raise UsageError(f"{name} is given twice, once as {name.replace('_', '-')}; remove one.")
+        named[name] = value
+    return named
 
 
 def option(default: Any, group: str, text: str, several: bool = False) -> Any:
@@ -51,6 +80,8 @@ def option(default: Any, group: str, text: str, several: bool = False) -> Any:
 class Options:
     """What the configs of all commands have in common."""
 
+    seed: int
+    seeds: int
     out: str
     json: bool
     resume: str
@@ -60,25 +91,36 @@ class Options:
     REASONS: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any], source: str = "") -> Self:
-        """A config from keys with dashes or underscores.
+    def parse(cls, values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> Self:
+        """A config from keys with dashes or underscores; ``sources`` says where a value was read, for messages.
 
         Raises:
             UsageError: an unknown key or a value out of range, named in one sentence.
 
         """
-        named = {key.replace("-", "_"): value for key, value in values.items()}
+        named = underscored(values)
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+        def refused(key: str, value: object, reason: str) -> UsageError:
+            place = (sources or {}).get(key, "")
+            return UsageError(f"--{key.replace('_', '-')} {reprlib.repr(value)}{place} is not usable: {reason}.")
+
         for key in named:
             if key not in known:
-                raise UsageError(unknown(f"key{source}:", key, known).replace("_", "-"))
+                dashed = [name.replace("_", "-") for name in (key, *known)]
+                raise UsageError(unknown(f"key{(sources or {}).get(key, '')}:", dashed[0], dashed[1:]))
         try:
-            return TypeAdapter(cls).validate_python(named)
+            config = TypeAdapter(cls).validate_python(named)
         except ValidationError as error:
             first = error.errors()[0]
-            key = str(first["loc"][0]).replace("_", "-")
             reason = first["msg"].removeprefix("Value error, ").lower()
-            raise UsageError(f"--{key} {first['input']!r} is not usable: {reason}.") from error
+            raise refused(str(first["loc"][0]), first["input"], reason) from error
+        for key in named:
+            if isinstance(value := getattr(config, key), str) and not _is_text(value):
+                raise refused(key, value, "it has characters that neither a path nor a message can have")
+        if config.seed + config.seeds - 1 > MAX_INTEGER:
+            raise refused("seed", config.seed, f"the last seed is more than {MAX_INTEGER}")
+        return config
 
     def run_config(self) -> dict[str, str | int | float | bool]:
         """The options as Flower's run config holds them: keys with dashes, scalars."""
@@ -159,10 +201,8 @@ class Config(Options):
         "Data",
         "The public unlabeled proxy set: holdout:size=N, cifar100:size=N, any data set, noise:size=N.",
     )
-    proxy_samples: Annotated[int, Field(ge=0)] = option(
-        0, "Data", "Proxy samples per round, drawn anew in each round; 0 for all."
-    )
-    validation: Annotated[int, Field(ge=0)] = option(
+    proxy_samples: NonNegativeInt = option(0, "Data", "Proxy samples per round, drawn anew in each round; 0 for all.")
+    validation: NonNegativeInt = option(
         0,
         "Data",
         "Samples held out of the private training data, on which the student is evaluated in each round; 0: none.",
@@ -182,40 +222,34 @@ class Config(Options):
     local_epochs: PositiveInt = option(2, "Training", "Epochs of local training in a round.")
     batch_size: PositiveInt = option(32, "Training", "Batch size of local training.")
     learning_rate: Rate = option(0.01, "Training", "Learning rate of local training (SGD).")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = option(0.9, "Training", "Momentum of local training.")
-    weight_decay: Decay = option(0.0005, "Training", "Weight decay of local training.")
+    momentum: Momentum = option(0.9, "Training", "Momentum of local training.")
+    weight_decay: NonNegativeFloat = option(0.0005, "Training", "Weight decay of local training.")
     augment: bool = option(True, "Training", "Random crops, and flips where the data allows them, in local training.")
-    distill_epochs: Annotated[int, Field(ge=0)] = option(
-        5, "Training", "Epochs of distillation on the server in a round."
-    )
+    distill_epochs: NonNegativeInt = option(5, "Training", "Epochs of distillation on the server in a round.")
     distill_batch_size: PositiveInt = option(64, "Training", "Batch size of distillation, on server and clients.")
     distill_learning_rate: Rate = option(0.001, "Training", "Learning rate of distillation (Adam).")
 
     # The run
-    seed: Annotated[int, Field(ge=0)] = option(
-        0, "Run", "Seed of the first repetition; all random numbers are derived from it."
-    )
-    seeds: PositiveInt = option(1, "Run", "Number of repetitions, with seed, seed + 1, ...")
+    seed: Seed = option(0, "Run", "Seed of the first repetition; all random numbers are derived from it.")
+    seeds: Repetitions = option(1, "Run", "Number of repetitions, with seed, seed + 1, ...")
     device: str = option("auto", "Run", "auto, cpu, cuda, cuda:N.")
     engine: Literal["local", "ray"] = option(
         "local", "Run", "The simulation backend: local processes, or Flower's simulation runtime on Ray."
     )
-    threads: PositiveInt = option(
+    threads: Processes = option(
         1, "Run", "Threads of PyTorch in each process; changing it can change the last bits of results."
     )
     workers: Annotated[str, BeforeValidator(_workers)] = option(
         "auto", "Run", "Processes that run clients in parallel; auto: as many as fit the cores."
     )
-    client_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = option(
+    client_timeout: NonNegativeFloat = option(
         0.0, "Run", "Time limit of a local update in seconds; it is retried once, then the client fails; 0: no limit."
     )
     ray_address: str = option(
         "", "Run", "With --engine ray: a running cluster (auto, HOST:PORT); by default one is started."
     )
-    client_cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = option(
-        1.0, "Run", "With --engine ray: CPUs for each client."
-    )
-    client_gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = option(
+    client_cpus: Rate = option(1.0, "Run", "With --engine ray: CPUs for each client.")
+    client_gpus: NonNegativeFloat = option(
         0.0, "Run", "With --engine ray: GPUs, or a fraction of one, for each client."
     )
     faults: str = option(
@@ -224,23 +258,23 @@ class Config(Options):
         "Simulated faults, as probabilities for a client in a round: dropout=0.3,straggler=0.2:slowdown=10,crash=0.05,"
         "corrupt=0.05; late=use: late updates count in the next round.",
     )
-    round_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = option(
+    round_timeout: NonNegativeFloat = option(
         0.0,
         "Faults",
         "Simulated time after which replies are late; 1 is the local update of a client with the mean number of "
         "samples; 0: no limit.",
     )
     min_clients: PositiveInt = option(1, "Faults", "The fewest updates with which a round continues.")
-    round_retries: Annotated[int, Field(ge=0)] = option(
+    round_retries: NonNegativeInt = option(
         0, "Faults", "How often a round with fewer updates is repeated with newly sampled clients; then the run ends."
     )
-    exclude_after: Annotated[int, Field(ge=0)] = option(
+    exclude_after: NonNegativeInt = option(
         3, "Faults", "Exclude a client after so many refused replies in a row; 0: never."
     )
     evaluate_every: PositiveInt = option(
         1, "Run", "Evaluate clients and teacher on the test set every N rounds, and in the last one."
     )
-    patience: Annotated[int, Field(ge=0)] = option(
+    patience: NonNegativeInt = option(
         0, "Run", "End a run when its validation accuracy has not improved for N rounds; 0: never. Needs --validation."
     )
     stop_when: Several = option(
@@ -249,7 +283,7 @@ class Config(Options):
         "End a run after a round that meets one of these conditions on keys of rounds.jsonl: 'test_accuracy>=0.6'.",
         several=True,
     )
-    checkpoint_every: Annotated[int, Field(ge=0)] = option(
+    checkpoint_every: NonNegativeInt = option(
         1, "Run", "Write a checkpoint every N rounds, and after the last one; 0: never."
     )
     resume: str = option("", "Run", "Continue the run in this directory, with its options; --rounds may be larger.")

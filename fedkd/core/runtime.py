@@ -58,7 +58,7 @@ def device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()  # read, since the device meta holds no values
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name} cannot be used here; use cpu or auto.") from error
     return name

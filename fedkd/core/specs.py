@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkd.core.catalog import CATALOG
+from fedkd.core.config import MAX_INTEGER
 from fedkd.core.errors import FedkdError, PluginError, Terminated, UsageError, unknown
 from fedkd.core.seeds import derive
 
@@ -126,12 +127,23 @@ def bind(kind: str, text: str, reserved: tuple[str, ...] = ()) -> partial[Any]:
 
 
 def call(kind: str, text: str, reserved: tuple[str, ...] = ()) -> Any:
-    """What the component returns when it is called with its options."""
+    """What the component returns when it is called with its options.
+
+    Raises:
+        UsageError, PluginError: as `bind`, or the component refuses the options.
+
+    """
     bound = bind(kind, text, reserved)
     try:
         return bound()
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{kind} {text!r} cannot be used: {error}.") from error
+    except (FedkdError, Terminated):
+        raise
+    except (Exception, SystemExit) as error:
+        if is_user_defined(text):
+            raise PluginError(f"{kind} {text!r} cannot be used: {type(error).__name__}: {error}.") from error
+        if isinstance(error, TypeError | ValueError):
+            raise UsageError(f"{kind} {text!r} cannot be used: {error}.") from error
+        raise
 
 
 def options_of(kind: str, name: str) -> tuple[Callable[..., Any], dict[str, tuple[Any, Any]]]:
@@ -170,7 +182,9 @@ def _import(kind: str, path: str) -> Callable[..., Any]:
     where, _, name = path.rpartition(":")
     try:
         module = _module_of_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except Exception as error:  # anything that a user's module raises while it is imported
+    except Terminated:
+        raise
+    except (Exception, SystemExit) as error:  # anything that a user's module raises while it is imported
         raise PluginError(f"Cannot import {kind} {path!r}: {type(error).__name__}: {error}.") from error
     component = getattr(module, name, None)
     if not callable(component):
@@ -221,7 +235,10 @@ def _annotation(component: Callable[..., Any], parameter: inspect.Parameter) -> 
         # The annotation of an inherited field is evaluated in the module of its class.
         classes = component.__mro__ if inspect.isclass(component) else ()
         owner = next((c for c in classes if parameter.name in inspect.get_annotations(c)), component)
-        return eval(parameter.annotation, vars(sys.modules[owner.__module__]))
+        try:
+            return eval(parameter.annotation, vars(sys.modules[owner.__module__]))
+        except Exception as error:
+            raise PluginError(f"The annotation of {parameter.name} in {owner.__name__} is wrong: {error}.") from error
     return parameter.annotation
 
 
@@ -235,9 +252,12 @@ def _convert(name: str, value: str, annotation: Any) -> Any:
     from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(annotation).validate_python(value)
+        converted = TypeAdapter(annotation).validate_python(value)
     except PydanticUserError as error:
         raise PluginError(f"{name}: a text cannot become {annotation!r}; annotate the option otherwise.") from error
     except ValidationError as error:
         reason = error.errors()[0]["msg"].lower()
         raise UsageError(f"{name}={value} is not usable: {reason}.") from error
+    if isinstance(converted, int) and converted > MAX_INTEGER:
+        raise UsageError(f"{name}={value} is not usable: it is more than {MAX_INTEGER}.")
+    return converted

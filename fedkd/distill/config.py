@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import ConfigDict, Field, PositiveInt
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from fedkd.core.config import Decay, Options, Rate, Several, option
+from fedkd.core.config import (
+    Momentum,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Options,
+    PositiveInt,
+    Processes,
+    Rate,
+    Repetitions,
+    Seed,
+    Several,
+    option,
+)
 
 CLASSIC = "resnet20"  # the default teacher
 
@@ -68,23 +80,21 @@ class DistillConfig(Options):
     )
 
     epochs: PositiveInt = option(30, "Training", "Epochs of a student, with a teacher or without.")
-    teacher_epochs: Annotated[int, Field(ge=0)] = option(
-        0, "Training", "Epochs of a teacher; 0 for the same as the student."
-    )
+    teacher_epochs: NonNegativeInt = option(0, "Training", "Epochs of a teacher; 0 for the same as the student.")
     batch_size: PositiveInt = option(64, "Training", "Batch size.")
     learning_rate: Rate = option(0.05, "Training", "Initial learning rate (SGD), with cosine annealing to zero.")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = option(0.9, "Training", "Momentum.")
-    weight_decay: Decay = option(0.0005, "Training", "Weight decay.")
+    momentum: Momentum = option(0.9, "Training", "Momentum.")
+    weight_decay: NonNegativeFloat = option(0.0005, "Training", "Weight decay.")
     augment: bool = option(True, "Training", "Random crops, and flips if the data set allows them.")
 
-    seed: Annotated[int, Field(ge=0)] = option(0, "Run", "Seed of the first repetition.")
-    seeds: PositiveInt = option(1, "Run", "Number of repetitions, with seed, seed + 1, ...; all use the same teachers.")
-    corrupted_images: Annotated[int, Field(ge=0)] = option(
+    seed: Seed = option(0, "Run", "Seed of the first repetition.")
+    seeds: Repetitions = option(1, "Run", "Number of repetitions, with seed, seed + 1, ...; all use the same teachers.")
+    corrupted_images: NonNegativeInt = option(
         2000, "Run", "Number of test images that are corrupted for the evaluation; 0 for none."
     )
     device: str = option("auto", "Run", "auto, cpu, cuda, cuda:N.")
-    threads: PositiveInt = option(1, "Run", "Threads of PyTorch; changing it can change the last bits of results.")
-    checkpoint_every: Annotated[int, Field(ge=0)] = option(
+    threads: Processes = option(1, "Run", "Threads of PyTorch; changing it can change the last bits of results.")
+    checkpoint_every: NonNegativeInt = option(
         1, "Run", "Write a checkpoint every N epochs of a network, and after the last one; 0: never."
     )
     resume: str = option("", "Run", "Continue the run in this directory, with its options.")

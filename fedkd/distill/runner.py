@@ -109,6 +109,8 @@ def _components(config: DistillConfig) -> list[tuple[str, str]]:
 def _header(task: Task, config: DistillConfig, fallback: str) -> Iterator[str]:
     counts = f"{len(task.train):,} training, {len(task.validation):,} validation and {len(task.test):,} test images"
     yield f"      data  {task.dataset}: {counts}"
+    if len(task.validation) < config.validation:
+        yield f"            a tenth of the training images for validation, not --validation {config.validation}"
     if fallback:
         yield f"            not CIFAR-10: {fallback}"
     yield f"   student  {config.student}, {plain(config.epochs, 'epoch')}, {config.loss}"

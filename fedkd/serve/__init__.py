@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from fedkd.core import cli
+from fedkd.core.config import MAX_PROCESSES
 from fedkd.core.errors import UsageError
 
 app = cli.new("serve")
@@ -30,7 +31,7 @@ def serve(
         str, Parameter(help="The address to listen on. Use a reverse proxy if other machines have access.")
     ] = ("127.0.0.1"),
     port: Annotated[int, _option("The port; 0 for any free port.", 0, 65535)] = 8000,
-    threads: Annotated[int, _option("Threads of ONNX Runtime.")] = 1,
+    threads: Annotated[int, _option("Threads of ONNX Runtime.", 1, MAX_PROCESSES)] = 1,
     max_batch: Annotated[int, _option("Maximum number of images in a batch.")] = 64,
     max_wait: Annotated[
         float, _option("Maximum time in milliseconds that an image waits for others.", 0, 10_000)

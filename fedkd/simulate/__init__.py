@@ -29,6 +29,9 @@ def simulate(config: Config) -> Path:
     checks.check(config)  # before torch is imported: a mistake is answered within a second
     if config.partitioner == OWN:
         raise UsageError("--partitioner own is for deployed nodes, which bring their own data (docs/deployment.md).")
+    is_local = config.engine == "local" and not config.resume  # a run on Ray may be resumed here
+    if is_local and (config.ray_address or config.client_cpus != 1 or config.client_gpus):
+        raise UsageError("--ray-address, --client-cpus and --client-gpus need --engine ray.")
     if config.engine == "ray" and (sys.platform == "win32" or find_spec("ray") is None):
         raise UsageError("--engine ray needs Ray, on Linux or macOS: pip install 'fedkd[ray]'.")
     config = run_directory.begin(config, config.algorithm)

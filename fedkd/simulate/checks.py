@@ -10,7 +10,7 @@ from fedkd.core.errors import UsageError
 from fedkd.data import partitioners, proxies, sources
 from fedkd.evaluation import stopping
 from fedkd.simulate import faults
-from fedkd.simulate.experiment import algorithm_of
+from fedkd.simulate.experiment import algorithm_of, attributing
 from fedkd.simulate.rounds import participants
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def check(config: Config) -> None:
 
     """
     for run in config.runs(config.dataset):
-        _check_algorithm(run)
+        with attributing(run):
+            _check_algorithm(run)
     _check_faults(config)
     specs.bind("aggregator", config.aggregator)
     specs.bind("loss", config.loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -101,6 +102,20 @@ def prepare(config: Config) -> Experiment:
         UsageError, DataError, PluginError: what cannot be used, in one sentence.
 
     """
+    with attributing(config):
+        return _prepare(config)
+
+
+def attributing(config: Config) -> AbstractContextManager[None]:
+    """Attribute what a user-defined component raises before the first round to that component."""
+    kinds = ("algorithm", "aggregator", "loss", "uplink_codec", "downlink_codec", "dataset", "proxy", "partitioner")
+    named = [(kind.replace("_", "-"), getattr(config, kind)) for kind in kinds]
+    named += [("model", model) for model in models.split(config.model)]
+    named += [("student", config.student)]
+    return specs.attributing(named, "before the first round")
+
+
+def _prepare(config: Config) -> Experiment:
     from fedkd.algorithms.base import Distillation, Setup
     from fedkd.communication.channel import Channel
     from fedkd.data.partition import Partition
@@ -274,7 +289,10 @@ def _check_model(setup: Setup, model: str) -> None:
     except (UsageError, PluginError):
         raise
     except Exception as error:
+        if specs.is_user_defined(model):
+            raise
         raise UsageError(f"--model {model} cannot be used on these images: {error}.") from error
     count = len(images)
     if shape != (count, setup.classes):
-        raise UsageError(f"--model {model} returns {shape} for {count} images, not ({count}, {setup.classes}).")
+        wrong = PluginError if specs.is_user_defined(model) else UsageError
+        raise wrong(f"--model {model} returns {shape} for {count} images, not ({count}, {setup.classes}).")

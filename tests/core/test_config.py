@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -10,6 +11,8 @@ from fedkd.core import cli, run_directory
 from fedkd.core.cli import from_environment, from_file
 from fedkd.core.config import Config
 from fedkd.core.errors import UsageError
+from fedkd.distill.config import DistillConfig
+from fedkd.simulate import simulate
 
 
 def test_flowers_config_block_is_the_defaults():
@@ -48,11 +51,75 @@ def test_members_pair_methods_within_a_seed():
         {"momentum": 1},
         {"seed": -1},
         {"norm": "layer"},
+        {"threads": 100_000},
+        {"workers": "100000"},
+        {"workers": "9" * 5000},
+        {"seeds": 10**9},
+        {"rounds": True},
+        {"participation": True},
+        {"client_gpus": False},
+        {"workers": True},
+        {"compare": [1, True]},
+        {"out": "a\0b"},
+        {"out": "a\nb"},
+        {"dataset": "folder:\udcff"},
     ],
 )
 def test_values_out_of_range_are_named(values):
     with pytest.raises(UsageError, match=next(iter(values)).replace("_", "-")):
         Config.parse(values)
+
+
+@pytest.mark.parametrize("options", [Config, DistillConfig])
+def test_every_integer_fits_64_bits_and_none_is_true(options):
+    """Whatever ends in PyTorch or Flower; the limit is named."""
+    names = [name for name, kind in get_type_hints(options).items() if kind is int]
+    assert len(names) > 5
+    for name in names:
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} 9+.* less than or equal to [0-9]+"):
+            options.parse({name: 99999999999999999999})
+        for value in (True, False):
+            with pytest.raises(UsageError, match="should be a number"):
+                options.parse({name: value})
+    largest = options.parse({"seed": 2**32 - 10_000, "seeds": 10_000})
+    assert dataclasses.replace(largest, seed=largest.seed + largest.seeds - 1, seeds=1).seeds == 1
+    with pytest.raises(UsageError, match="--seed 4294967295 is not usable: the last seed is more than 4294967295"):
+        options.parse({"seed": 2**32 - 1, "seeds": 2})
+
+
+def test_a_message_says_where_a_value_was_read(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "a.toml"
+    file.write_text("rounds = true\n")
+    monkeypatch.setenv("FEDKD_CLIENTS", "0")
+
+    def message(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            cli.run(cli.command(simulate, Config), [*words])
+        return capsys.readouterr().err
+
+    assert (
+        message(str(file), "--clients", "1")
+        == f"fedkd: --rounds True in {file} is not usable: it should be a number.\n"
+    )
+    assert message().startswith("fedkd: --clients '0' in FEDKD_CLIENTS is not usable: ")
+    assert message("--clients", "-1").startswith("fedkd: --clients -1 is not usable: ")
+    file.write_text("round = 1\n")
+    assert message(str(file)).startswith(f"fedkd: Unknown key in {file}: 'round'. Did you mean 'rounds'?")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("local-epochs = 1\nlocal_epochs = 2\n", "local_epochs is given twice, once as local-epochs"),
+        ("rounds = " + "[" * 5000, "is not TOML"),
+        ("rounds = 99" + "9" * 5000, "is not TOML"),
+    ],
+    ids=["twice", "nested", "long"],
+)
+def test_a_scenario_file_that_cannot_be_used(tmp_path, text, expected):
+    (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(UsageError, match=expected):
+        from_file(tmp_path / "a.toml")
 
 
 def test_an_unknown_key_gets_the_nearest_as_a_hint():

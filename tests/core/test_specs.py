@@ -16,6 +16,13 @@ class Kind:
     def __init__(self, num_partitions, step: float = 1.0):
         self.num_partitions, self.step = num_partitions, step
 
+class Failing:
+    def __init__(self, how: str = "exit"):
+        raise SystemExit(3) if how == "exit" else ZeroDivisionError("mine")
+
+def annotated(*, x: "Nowhere" = 3):
+    return 1
+
 value = 3
 """
 
@@ -75,6 +82,7 @@ def test_a_file_is_imported_once(own):
         ("model", "resnet8:norm=layer", "'group' or 'batch'"),
         ("partitioner", "pathological:classes=0", "greater than 0"),
         ("partitioner", "dirichlet:alpha=nan", "finite"),
+        ("model", "cnn:width=99999999999999999999", "more than 4294967295"),
     ],
 )
 def test_a_mistake_is_one_sentence_that_helps(kind, text, expected):
@@ -84,7 +92,7 @@ def test_a_mistake_is_one_sentence_that_helps(kind, text, expected):
 
 @pytest.mark.parametrize("name", ["missing", "value"])
 def test_a_name_that_a_file_does_not_have(own, name):
-    with pytest.raises(PluginError, match="Known: Kind, function"):
+    with pytest.raises(PluginError, match="Known: Failing, Kind, annotated, function"):
         specs.bind("partitioner", f"{own}:{name}")
 
 
@@ -93,3 +101,15 @@ def test_a_module_that_cannot_be_imported(tmp_path):
     for text in (f"{tmp_path}/broken.py:X", f"{tmp_path}/absent.py:X", "no.such.module:X"):
         with pytest.raises(PluginError, match="Cannot import"):
             specs.bind("loss", text)
+
+
+def test_a_module_that_exits_and_components_that_fail_are_user_defined_mistakes(own, tmp_path):
+    """Whatever they raise: the command would end with their exit code, or with a traceback."""
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit(3)")
+    with pytest.raises(PluginError, match=r"Cannot import loss .*SystemExit: 3"):
+        specs.bind("loss", f"{tmp_path}/leaving.py:X")
+    for text, expected in (("Failing", "SystemExit: 3"), ("Failing:how=divide", "ZeroDivisionError: mine")):
+        with pytest.raises(PluginError, match=expected):
+            specs.call("algorithm", f"{own}:{text}")
+    with pytest.raises(PluginError, match="annotation of x in annotated is wrong: name 'Nowhere' is not defined"):
+        specs.bind("loss", f"{own}:annotated:x=1")

@@ -31,6 +31,15 @@ class Name(Algorithm):
     scale: float = 1.0
     fail: str = ""
 
+    @property
+    def needs_one_model(self):
+        return self.fail == "property" and 1 / 0
+
+    def initial_state(self, setup):
+        if self.fail == "initial":
+            raise SystemExit(5)
+        return {}
+
     def upload_spec(self, setup, client, number):
         return {"mean": (setup.classes,)}
 
@@ -50,6 +59,16 @@ class Name(Algorithm):
 
 class NoAlgorithm:
     pass
+
+def failing(*, classes: int):
+    return 1 / 0
+
+def leaving(*, classes: int):
+    raise SystemExit(3)
+
+def narrow(*, classes: int):
+    from torch import nn
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
 '''
 
 
@@ -283,6 +302,16 @@ BAD = [
     (2, ["--participation", "0"], "greater than 0"),
     (2, ["--participation", "1.5"], "less than or equal to 1"),
     (2, ["--device", "cuda:99"], "use cpu or auto"),
+    (2, ["--device", "meta"], "--device meta cannot be used here; use cpu or auto"),
+    (2, ["--compare"], "--compare requires at least 1"),
+    (2, ["--ray-address", "auto"], "need --engine ray"),
+    (2, ["--client-cpus", "2"], "need --engine ray"),
+    (2, ["--client-gpus", "0.5"], "need --engine ray"),
+    (7, ["--model", "{own}:failing"], "--model .*:failing failed before the first round: ZeroDivisionError"),
+    (7, ["--model", "cnn:width=8,{own}:leaving"], "--model .*:leaving failed before the first round: SystemExit: 3"),
+    (7, ["--student", "{own}:narrow"], r"returns \(2, 3\) for 2 images"),
+    (7, ["--algorithm", "{own}:Name:fail=property"], "fail=property failed before the first round: ZeroDivisionError"),
+    (7, ["--algorithm", "{own}:Name:fail=initial"], "fail=initial failed before the first round: SystemExit: 5"),
     (2, ["absent.toml"], "Cannot read the scenario file"),
     (3, ["--dataset", "folder:/no/such/place"], "There is no folder"),
     (7, ["--partitioner", "./absent.py:Name"], "there is no file"),
@@ -292,7 +321,7 @@ BAD = [
     (
         7,
         ["--algorithm", "{own}:Name:fail=aggregate"],
-        "failed on the server: ZeroDivisionError: a server of mine .mine.py, line 2",
+        "failed on the server: ZeroDivisionError: a server of mine .mine.py, line 3",
     ),
     (7, ["--algorithm", "{own}:Name:fail=exit"], "failed on the server: SystemExit: 3"),
     (
