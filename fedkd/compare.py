@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from fedkd.core import cli, run_directory
 from fedkd.core.config import Config
@@ -39,6 +38,8 @@ def compare(
     """
     if not runs:
         raise UsageError("Give at least one run directory.")
+    if out is not None and (out / "config.toml").exists():
+        raise UsageError(f"--out {out} is a run directory, whose curves would be replaced; name another directory.")
     files = [read_run(path) for path in runs]
     if len({one.is_distilled for one in files}) == 2:
         raise UsageError("Name runs of fedkd.simulate or of fedkd.distill, not of both.")
@@ -54,7 +55,7 @@ def compare(
         if markdown:
             print(f"{grid.markdown()}\n")
         else:
-            Screen(Console()).show(grid.rich())
+            Screen(cli.Console()).show(grid.rich())
     if out is not None:
         run_directory.create(out)
         config = files[0].config

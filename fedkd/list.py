@@ -12,7 +12,6 @@ from inspect import getdoc
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
@@ -71,7 +70,7 @@ def list_(
     if json:
         print(json_.dumps([asdict(one) for one in found], indent=2))
         return
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    console = cli.Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     for each in dict.fromkeys(one.kind for one in found):
         console.print(f"\n[bold]{each}[/bold]")
         for one in (one for one in found if one.kind == each):

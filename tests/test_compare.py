@@ -152,3 +152,12 @@ def test_distillations_that_do_not_go_together(distillations, names, expected):
 def test_a_federation_is_not_compared_with_a_distillation(runs, distillations):
     with pytest.raises(UsageError, match="not of both"):
         compare(runs / "first", distillations / "logits")
+
+
+def test_curves_of_a_run_are_not_replaced(runs):
+    before = {path.name: path.read_bytes() for path in (runs / "first").iterdir() if path.is_file()}
+    with pytest.raises(UsageError, match=r"--out .*second is a run directory"):
+        compare(runs / "first", out=runs / "second")
+    with pytest.raises(UsageError, match=r"--out .*first is a run directory"):
+        compare(runs / "first", out=runs / "first")
+    assert before == {path.name: path.read_bytes() for path in (runs / "first").iterdir() if path.is_file()}

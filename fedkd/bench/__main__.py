@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
-from rich.console import Console
 
 from fedkd.bench import report, stacks
 from fedkd.bench.stacks import Timing, Work
@@ -65,7 +64,7 @@ def bench(
     Parts: peak (arithmetic of the machine), fedavg, ensemble, idle (rounds in which clients compute nothing) and many
     (few participants out of more and more clients).
     """
-    console = Console(width=160)
+    console = cli.Console(width=160)
     run_directory.create(out)
     work, count = Work(clients, images, rounds), cores()
     machine = {key: value for key, value in run_directory.environment("cpu", "noise", "").items() if key != "command"}
@@ -126,7 +125,7 @@ def _fedkd(workers: int) -> str:
     return f"fedkd, {workers} worker{'s' * (workers > 1)}"
 
 
-def _measure(measured: dict[str, Stack], repeats: int, console: Console) -> dict[str, Any]:
+def _measure(measured: dict[str, Stack], repeats: int, console: cli.Console) -> dict[str, Any]:
     """All timings of each stack. The last run of each measures memory and not time; its data is in the cache."""
     has_psutil = stacks.is_installed("psutil")
     results: dict[str, Any] = {name: {"reference": stack.reference, "runs": []} for name, stack in measured.items()}

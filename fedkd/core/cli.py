@@ -18,8 +18,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
+import rich.console
 from cyclopts import App, CycloptsError, Group, Parameter, Token, convert
 
+from fedkd import __version__ as version
 from fedkd.core import run_directory
 from fedkd.core.config import MAX_INTEGER, Options, underscored
 from fedkd.core.errors import FedkdError, ResumeError, StorageError, Terminated, UsageError
@@ -97,7 +99,9 @@ def new(name: str) -> App:
         name=name,
         usage=f"Usage: {usage} {'[OPTIONS] [ARGUMENTS]' if name in COMMANDS else 'COMMAND [OPTIONS]'}",
         help_flags=["--help", "-h"],
-        version_flags=[],
+        version=f"fedkd {version}",
+        version_flags=["--version"],
+        console=Console(),
         result_action="return_value",
         help_format="markdown",
         suppress_keyboard_interrupt=False,  # `run` handles it
@@ -112,10 +116,13 @@ def run(app: App, argv: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         app(tokens, exit_on_error=False, print_error=False)
+        sys.stdout.flush()
     except CycloptsError as error:
         _fail(UsageError(_with_synonym(" ".join(str(error).split()))), as_json)
     except FedkdError as error:
         _fail(error, as_json)
+    except BrokenPipeError:
+        _end_without_reader()
     except OSError as error:
         _fail(StorageError.of(error), as_json)
     except KeyboardInterrupt:
@@ -123,6 +130,19 @@ def run(app: App, argv: Sequence[str] | None = None) -> NoReturn:
         print("fedkd: interrupted.", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+class Console(rich.console.Console):
+    """Rich's console; if the reader of its output is gone (``| head``), the command ends."""
+
+    def on_broken_pipe(self) -> None:
+        _end_without_reader()
+
+
+def _end_without_reader() -> NoReturn:
+    """End quietly with the code that the shell gives to other tools: 128 and the number of SIGPIPE."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+    raise Terminated(141)
 
 
 def _wants_json(tokens: Sequence[str]) -> bool:

@@ -65,7 +65,7 @@ class StorageError(FedkdError):
 
 
 class Terminated(SystemExit):
-    """SIGTERM arrived; a type of its own, so that it differs from an exit that user-defined code requests."""
+    """SIGTERM arrived, or the reader of the output is gone; not an exit that user-defined code requests."""
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

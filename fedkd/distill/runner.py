@@ -10,10 +10,9 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
-from fedkd.core import run_directory, seeds, specs
+from fedkd.core import cli, run_directory, seeds, specs
 from fedkd.core.errors import FedkdError, PluginError, ResumeError, StorageError, UsageError
 from fedkd.core.runtime import settle
 from fedkd.data import corruptions
@@ -43,7 +42,7 @@ def run(config: DistillConfig, terms: Sequence[Term]) -> None:
 
     """
     settle(config.threads)
-    out, screen = Path(config.out), Screen(Console(stderr=config.json))
+    out, screen = Path(config.out), Screen(cli.Console(stderr=config.json))
     result: dict[str, Any] = {"status": "failed", "out": str(out), "dataset": config.dataset, "runs": []}
     progress, has_begun = Progress(config, screen), False
     try:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
-from rich.console import Console
 
 import fedkd
 from fedkd import models
@@ -73,7 +72,7 @@ def export(
     _check_student(student)
     test = _test(student, dataset, data_dir, images) if check else None
     training = _training(student, dataset, data_dir) if any(one.calibrated for one in selected) else None
-    screen = Screen(Console(stderr=json))
+    screen = Screen(cli.Console(stderr=json))
     place, prefix = out or file.parent, "" if file.stem == "student" else f"{file.stem}-"
     with _staged(place) as folder:
         for one in selected:

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 
-from rich.console import Console
-
-from fedkd.core import run_directory, specs
+from fedkd.core import cli, run_directory, specs
 from fedkd.core.errors import DataError, FedkdError, ResumeError, StorageError
 from fedkd.data.loading import choose_dataset
 from fedkd.evaluation import metrics, stopping
@@ -56,7 +54,7 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> None:
 
     """
     out = Path(config.out)
-    screen = Screen(Console(stderr=config.json))
+    screen = Screen(cli.Console(stderr=config.json))
     finished: list[Row] = []
     rounds = RoundsFile(out)
     has_begun = False

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
 
 import pytest
 
+from fedkd import __version__
 from fedkd.core import cli
 from fedkd.core.catalog import CATALOG
 from fedkd.list import component
@@ -32,7 +34,8 @@ def test_the_console_script_is_declared_and_has_all_commands():
 
 def options_of(shown: str) -> list[str]:
     """The lines of a help text that describe options and arguments."""
-    return [line for line in shown.splitlines() if line.startswith("│") and "--help" not in line]
+    ours = [line for line in shown.splitlines() if line.startswith("│")]
+    return [line for line in ours if "--help" not in line and "--version" not in line]
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -131,3 +134,25 @@ def test_a_list_shows_defaults_as_specs_and_what_is_optional():
     assert "size:sizes=str\n" in partitioners
     assert "logits:kind=kl,temperature=4.0,[weight=float]," in terms
     assert "multi-level:temperatures=2.0+3.0+4.0+5.0+6.0," in fedkd("list", "loss").stdout
+
+
+@pytest.mark.parametrize("name", ["", *cli.COMMANDS])
+def test_every_command_has_its_version(name):
+    done = fedkd(*([name] if name else []), "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"fedkd {__version__}\n", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes")
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["list", "--help"], ["--version"]])
+@pytest.mark.parametrize("is_joined", [False, True])
+def test_without_a_reader_a_command_ends_quietly(arguments, is_joined):
+    """As other tools with ``| head``; also with standard error in the same pipe."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "import sys; sys.argv[0] = 'fedkd'; from fedkd.core.cli import fedkd; fedkd()"
+    error = subprocess.STDOUT if is_joined else subprocess.PIPE
+    command = [sys.executable, "-c", code, *arguments]
+    with subprocess.Popen(command, stdout=writing, stderr=error, cwd=ROOT, text=True) as process:
+        os.close(writing)
+        assert process.wait(240) == 141
+        assert is_joined or process.stderr.read() == ""

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from fedkd.core import cli
 from fedkd.evaluation.report.text import percent, seconds, size
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class Screen:
     def show(self, table: Table) -> None:
         """Print a table at its own width: a narrow terminal may wrap its lines, but no number is cut."""
         needed = Console(width=1000).measure(table).maximum
-        wide = Console(file=self.console.file, width=max(self.console.width, needed), no_color=True)
+        wide = cli.Console(file=self.console.file, width=max(self.console.width, needed), no_color=True)
         wide.print(table)
 
     @contextmanager
