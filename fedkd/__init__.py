@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -47,3 +50,23 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fedkd' has no attribute {name!r}")
     module, _, attribute = _PLACES[name].partition(":")
     return getattr(import_module(module), attribute)
+
+
+def _end_at_once(signum: int, frame: object) -> None:
+    """End a command that is still importing modules; `fedkd.core.cli.run` replaces this."""
+    sys.stderr.write("fedkd: interrupted.\n" if signum == signal.SIGINT else "fedkd: terminated.\n")
+    sys.stderr.flush()
+    os._exit(128 + signum)
+
+
+def _is_command(words: list[str]) -> bool:
+    """Whether Python was started as ``python -m fedkd.NAME`` or by the console script ``fedkd``."""
+    if words[1:2] == ["-m"]:
+        return words[2].startswith("fedkd.") and words[2].count(".") == 1
+    return os.path.basename("".join(words[1:2])) == "fedkd"
+
+
+if _is_command(sys.orig_argv):
+    for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(_number) is _default:
+            signal.signal(_number, _end_at_once)

@@ -64,6 +64,14 @@ def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
         time.sleep(0.05)
 
 
+def is_over(status: Path) -> bool:
+    """Whether the process of a file ``/proc/ID/stat`` has ended, waited for or not."""
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 def simulated(out: Path, **changes: object) -> list[dict]:
     """Run in this process; the rows without the times."""
     simulate(tiny(out=str(out), **changes))

@@ -18,7 +18,7 @@ from tests.conftest import tiny
 def declared() -> dict[str, tuple[str, str]]:
     """What type checkers see: each name, the module that it is imported from, and its name there."""
     tree = ast.parse(Path(fedkd.__file__).read_text())
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     return {
         str(alias.asname): (str(node.module), alias.name)
         for node in block.body

@@ -24,7 +24,7 @@ from cyclopts import App, CycloptsError, Group, Parameter, Token, convert
 from fedkd import __version__ as version
 from fedkd.core import run_directory
 from fedkd.core.config import MAX_INTEGER, Options, underscored
-from fedkd.core.errors import FedkdError, ResumeError, StorageError, Terminated, UsageError
+from fedkd.core.errors import FedkdError, Interrupted, ResumeError, StorageError, Terminated, UsageError
 
 #: The commands, also subcommands of ``fedkd``: where each app is (imported when it is used), and one line.
 COMMANDS = {
@@ -113,7 +113,9 @@ def run(app: App, argv: Sequence[str] | None = None) -> NoReturn:
     """Parse, run, and end the process with the documented exit code; no traceback for a mistake."""
     tokens = list(sys.argv[1:] if argv is None else argv)
     as_json = _wants_json(tokens)
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell sets it for commands in the background
+            signal.signal(number, _end_in_order)
     try:
         app(tokens, exit_on_error=False, print_error=False)
         sys.stdout.flush()
@@ -126,7 +128,7 @@ def run(app: App, argv: Sequence[str] | None = None) -> NoReturn:
     except OSError as error:
         _fail(StorageError.of(error), as_json)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt this message
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would change the exit code
         print("fedkd: interrupted.", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
@@ -156,7 +158,12 @@ def _wants_json(tokens: Sequence[str]) -> bool:
     return value.lower() in ("1", "true", "yes", "on", "t", "y")
 
 
-def _terminated(signum: int, frame: object) -> NoReturn:
+def _end_in_order(signum: int, frame: object) -> NoReturn:
+    """The first Ctrl-C or SIGTERM: what is open is closed. From then on, Ctrl-C ends the process at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    if signum == signal.SIGINT:
+        raise Interrupted
     print("fedkd: terminated.", file=sys.stderr)
     raise Terminated(128 + signum)
 

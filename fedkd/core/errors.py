@@ -68,6 +68,14 @@ class Terminated(SystemExit):
     """SIGTERM arrived, or the reader of the output is gone; not an exit that user-defined code requests."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C.
+
+    A type of its own, since CPython ends by SIGINT and not with the exit code if KeyboardInterrupt itself passed
+    through `exec` (as in a dataclass), even if it is handled later.
+    """
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """A message with the unknown name, the nearest known name, and all known names."""
     names = sorted(known)

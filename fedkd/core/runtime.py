@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
+import threading
+import time
 from functools import lru_cache
 
 from fedkd.core.errors import UsageError
@@ -13,6 +16,21 @@ from fedkd.core.errors import UsageError
 def cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def end_with(parent: int) -> None:
+    """End this process as soon as its parent, the process ``parent``, has ended, whatever either of them is doing."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    if sys.platform != "linux" or os.getppid() != parent:  # it had ended before the signal was set
+        threading.Thread(target=watch, daemon=True).start()
 
 
 @lru_cache(maxsize=1)

@@ -54,7 +54,8 @@ def _run_locally(config: Config) -> None:
     from fedkd.simulate.flower.local_grid import LocalGrid, count_workers
     from fedkd.simulate.rounds import participants
 
-    device = runtime.device(config.device)
+    device, out = runtime.device(config.device), Path(config.out)
+    durable = config.checkpoint_every > 0 or (out / "checkpoint").exists()  # those of a resumed run are in it
     with LocalGrid(
         "fedkd.simulate.flower.client_app:app",
         config.clients,
@@ -63,8 +64,8 @@ def _run_locally(config: Config) -> None:
         timeout=config.client_timeout,
         crashes=faults.parse(config.faults).crash > 0,
         fork=is_fresh and device == "cpu" and sys.platform == "linux",
-        disk=Path(config.out),
-        memories=Path(config.out) / "checkpoint" if config.checkpoint_every else None,
+        memories=out / ("checkpoint" if durable else "memories"),
+        durable=durable,
     ) as grid:
         from fedkd.simulate.flower.server_app import run_on
 

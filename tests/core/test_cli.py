@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -14,7 +15,7 @@ from fedkd import __version__
 from fedkd.core import cli
 from fedkd.core.catalog import CATALOG
 from fedkd.list import component
-from tests.conftest import ROOT
+from tests.conftest import FLAGS, ROOT, run
 
 
 def fedkd(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -156,3 +157,51 @@ def test_without_a_reader_a_command_ends_quietly(arguments, is_joined):
         os.close(writing)
         assert process.wait(240) == 141
         assert is_joined or process.stderr.read() == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize(
+    ("number", "code", "shown"),
+    [(signal.SIGINT, 130, "fedkd: interrupted.\n"), (signal.SIGTERM, 143, "fedkd: terminated.\n")],
+)
+@pytest.mark.parametrize("module", ["pydantic", "fedkd.core.cli", "fedkd.simulate.experiment", "torch"])
+def test_a_signal_while_modules_are_imported_is_one_line(tmp_path, module, number, code, shown):
+    """Sent by the process itself, several times, at the start of the import of a module."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "class Sender:\n"
+        "    def find_spec(self, name, *rest):\n"
+        f"        if name == '{module}':\n"
+        "            sys.meta_path.remove(self)\n"
+        f"            for _ in range(3): os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Sender())\n"
+    )
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    done = run(*FLAGS, "--out", tmp_path / "out", PYTHONPATH=path)
+    assert (done.returncode, done.stderr) == (code, shown)
+    assert not (tmp_path / "out").exists()
+
+
+def test_signals_after_the_first(capsys, monkeypatch):
+    """SIGTERM is ignored while what is open is closed; Ctrl-C ends the process at once."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ended = []
+    monkeypatch.setattr(cli.os, "_exit", ended.append)
+    app = cli.new("x")
+
+    @app.default
+    def wait() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            for _ in range(8):
+                signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+
+    try:
+        with pytest.raises(SystemExit) as raised:
+            cli.run(app, [])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert (raised.value.code, ended, capsys.readouterr().err) == (143, [130], "fedkd: terminated.\n")

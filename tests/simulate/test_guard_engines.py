@@ -22,7 +22,7 @@ from fedkd.simulate import simulate
 from fedkd.simulate.flower import local_grid as grids
 from fedkd.simulate.flower import local_update, ray_engine, workers
 from fedkd.simulate.flower.local_grid import LocalGrid
-from tests.conftest import simulated, tiny, wait_for
+from tests.conftest import is_over, simulated, tiny, wait_for
 
 LIMIT = 3600.0  # seconds of --client-timeout, longer than any test: only `Clock` brings them about
 app = ClientApp()
@@ -337,14 +337,6 @@ def test_no_process_of_the_engine_outlives_it(child):
     beside = Path("/proc", (child.out / "beside").read_text().strip(), "stat")
     if sys.platform.startswith("linux"):
         wait_for(lambda: is_over(beside))
-
-
-def is_over(status: Path) -> bool:
-    """Whether a process has ended, waited for or not."""
-    try:
-        return status.read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 @pytest.mark.parametrize("ends", [KeyboardInterrupt, SystemExit])

@@ -315,4 +315,12 @@ def test_ray_and_deployments_are_refused(copied):
 def test_without_checkpoints_nothing_is_kept(tmp_path):
     out = simulate(tiny(algorithm="fedmd", **SMALL, checkpoint_every=0, out=str(tmp_path / "run")))
     assert not (out / "checkpoint").exists()
-    assert not list(out.glob("memories-*"))
+    assert not (out / "memories").exists()
+
+
+def test_a_run_that_is_resumed_without_further_checkpoints_keeps_client_memories(tmp_path):
+    options = {"algorithm": "fedmd", **SMALL}
+    simulate(tiny(**options, rounds=4, out=str(tmp_path / "whole")))
+    simulate(tiny(**options, rounds=2, out=str(tmp_path / "parts")))
+    resume(tmp_path / "parts", rounds=4, checkpoint_every=0)
+    assert result_of(tmp_path / "parts") == result_of(tmp_path / "whole")

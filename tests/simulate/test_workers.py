@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +18,12 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedkd.core import tensors
+from fedkd.core.errors import StorageError
+from fedkd.simulate.flower import local_grid as grids
 from fedkd.simulate.flower import workers as pool
 from fedkd.simulate.flower.local_grid import LocalGrid, count_workers
-from tests.conftest import CODED, simulated, wait_for
+from fedkd.simulate.flower.local_update import ClientRunner
+from tests.conftest import CODED, ROOT, is_over, simulated, wait_for
 
 DROPPING = """
 from torch import nn
@@ -106,3 +114,54 @@ def test_a_local_update_that_hangs_is_ended_and_the_others_continue(tmp_path, mo
     assert [replies[node].has_error() for node in (1, 2, 3)] == [False, True, False]
     assert "--client-timeout, twice" in replies[2].error.reason
     assert mark.read_bytes() == b"..", "it was tried twice"
+
+
+@app.evaluate()
+def lasting(message: Message, context: Context) -> Message:
+    """Writes its process and its parent's into a file, and does not end."""
+    with open(str(message.content["config"]["path"]), "a") as file:
+        file.write(f"{os.getpid()} {os.getppid()}\n")
+    while True:
+        time.sleep(1000)
+
+
+OWNER = """
+import sys
+from flwr.app import ConfigRecord, RecordDict
+from fedkd.simulate.flower.local_grid import LocalGrid
+
+asked = RecordDict({"config": ConfigRecord({"path": sys.argv[1]})})
+with LocalGrid("tests.simulate.test_workers:app", 2, {}, workers=2) as grid:
+    list(grid.send_and_receive([grid.create_message(asked, "evaluate", node, "1") for node in (1, 2)]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("first", ["fork server", "owner"])
+def test_no_process_outlives_the_run_whatever_is_killed(tmp_path, first):
+    """Also not a client in the middle of a local update that never ends."""
+    mark = tmp_path / "processes"
+    with subprocess.Popen([sys.executable, "-c", OWNER, str(mark)], cwd=ROOT, stderr=subprocess.DEVNULL) as owner:
+        wait_for(lambda: mark.exists() and len(mark.read_text().splitlines()) == 2)
+        running = {int(word) for word in mark.read_text().split()}
+        (fork_server,) = {int(line.split()[1]) for line in mark.read_text().splitlines()}
+        os.kill(fork_server if first == "fork server" else owner.pid, signal.SIGKILL)
+        if first == "fork server":
+            assert owner.wait(240) != 0
+    wait_for(lambda: all(is_over(Path(f"/proc/{pid}/stat")) for pid in running))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_an_error_with_the_path(tmp_path, monkeypatch, workers):
+    """In a worker as in this process; it is written to result.json."""
+
+    def full(runner: ClientRunner, file: str, memory: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ClientRunner, "_write", full)
+    monkeypatch.setattr(grids, "SMALL", 0.0)
+    monkeypatch.setattr(grids, "Workers", lambda *given, fork: pool.Workers(*given, fork=True))
+    out = tmp_path / "run"
+    with pytest.raises(StorageError, match=f"No space left on device: {out}/checkpoint/fedmd-.*/[123].new"):
+        simulated(out, algorithm="fedmd", workers=workers)
+    assert not out.exists() or json.loads((out / "result.json").read_text())["code"] == 74

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -41,8 +42,8 @@ class LocalGrid(Grid):
     With one worker, no time limit and no simulated ``crashes`` a client runs in this process when its reply is pulled.
     Otherwise clients run in worker processes, in the order in which messages were pushed, and replies arrive as
     clients finish; if the last ones of a kind were `SMALL`, the next run in this process too. A client that raises
-    gives an error message.
-    Client memories are in the directory ``memories``, where they stay, or in a temporary directory on ``disk``.
+    gives an error message. Client memories are in the directory ``memories``, by default a temporary one. They stay if
+    they are ``durable``.
     """
 
     def __init__(
@@ -55,12 +56,12 @@ class LocalGrid(Grid):
         timeout: float = 0,
         crashes: bool = False,
         fork: bool = False,
-        disk: Path | None = None,
         memories: Path | None = None,
+        durable: bool = False,
     ) -> None:
-        self._temporary = None if memories else tempfile.TemporaryDirectory(prefix="memories-", dir=disk)
+        self._temporary = None if memories else tempfile.TemporaryDirectory(prefix="memories-")
         folder = memories or Path(self._temporary.name)  # type: ignore[union-attr]
-        self._runner = ClientRunner(app, clients, run_config, folder, durable=memories is not None)
+        self._runner = ClientRunner(app, clients, run_config, folder, durable)
         self._is_isolated = timeout > 0 or crashes
         in_processes = workers > 1 or self._is_isolated
         self._workers = Workers(self._runner, workers, timeout, fork=fork) if in_processes else None
@@ -74,11 +75,13 @@ class LocalGrid(Grid):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the workers at once, whatever they are doing, and delete temporary client memories."""
+        """End the workers at once, whatever they are doing, and delete client memories that are not durable."""
         if self._workers is not None:
             self._workers.__exit__()
         if self._temporary is not None:
             self._temporary.cleanup()
+        elif not self._runner.durable:
+            shutil.rmtree(self._runner.memories, ignore_errors=True)
 
     def set_run(self, run: Run) -> None:
         """Does nothing: there is one run, known from the start."""

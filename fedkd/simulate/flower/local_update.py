@@ -17,7 +17,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
 from fedkd.core.checkpoint import with_checksum, without_checksum
-from fedkd.core.errors import Terminated
+from fedkd.core.errors import StorageError, Terminated
 
 RUN_ID, SERVER = 1, 0
 
@@ -38,7 +38,12 @@ class ClientRunner:
     durable: bool = False
 
     def run(self, message: Message, client: int) -> Message:
-        """The reply; an error message if the app raises, as on Flower's own engines."""
+        """The reply; an error message if the app raises, as on Flower's own engines.
+
+        Raises:
+            StorageError: the new memory cannot be written.
+
+        """
         node_config: UserConfig = {"partition-id": client, "num-partitions": self.clients}
         memory = MemoryFile.of(self.memories, message, client, self.durable)
         try:
@@ -85,18 +90,26 @@ class MemoryFile:
         return recorddict_from_proto(Proto.FromString(self._old))
 
     def write(self, state: RecordDict) -> None:
-        """Replace what `read` returned."""
+        """Replace what `read` returned.
+
+        Raises:
+            StorageError: it cannot be written.
+
+        """
         new: bytes = recorddict_to_proto(state).SerializeToString(deterministic=True)
         if new == self._old:
             return
-        os.makedirs(os.path.dirname(self._path), exist_ok=True)
         part = f"{self._path}.new"
-        with open(part, "wb") as file:
-            file.write(with_checksum(new))
-            if self._durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(part, self._path)
+        try:
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            with open(part, "wb") as file:
+                file.write(with_checksum(new))
+                if self._durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(part, self._path)
+        except OSError as error:
+            raise StorageError.of(error, self._path) from error
 
 
 def client_of(message: Message) -> int:

@@ -73,8 +73,8 @@ class ConfiguredClientApp(ClientApp):
         try:
             clients = int(self._run_config["clients"])
             return ClientRunner(client_app.app, clients, self._run_config, memories, durable=True).run(message, client)
-        except OSError as error:  # the disk is full
-            return failure(message, str(StorageError.of(error, memories)))
+        except StorageError as error:
+            return failure(message, str(error))
 
 
 def run(config: Config) -> None:

@@ -1,8 +1,8 @@
 """Worker processes that run clients: bounded in time, replaced when they die, all gone at the end.
 
 A fork server is forked (or spawned) once, imports the app, and never computes; it forks the workers, so that a new
-one starts within milliseconds and all share PyTorch's memory. The fork server ends when the process that owns it
-does, however that ends, and takes the workers along.
+one starts within milliseconds and all share PyTorch's memory. Each process ends when its parent does, however that
+ends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Self
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 
-from fedkd.core.errors import RunError
+from fedkd.core.errors import RunError, StorageError
+from fedkd.core.runtime import end_with
 from fedkd.simulate.flower.local_update import ClientRunner, client_of, failure
 
 TRIES = 2  # of a local update whose process died or hung
@@ -44,7 +45,9 @@ class Workers:
             gc.freeze()  # the collector would write to them
         self._socket, theirs = socket.socketpair()
         process = multiprocessing.get_context(self._method).Process  # type: ignore[attr-defined]
-        self._fork_server = process(target=_fork_server, args=(theirs, self._socket, self._runner), daemon=True)
+        self._fork_server = process(
+            target=_fork_server, args=(theirs, self._socket, self._runner, os.getpid()), daemon=True
+        )
         self._fork_server.start()
         theirs.close()
         self._workers = [_Worker(self._socket) for _ in range(self._count)]
@@ -69,8 +72,6 @@ class Workers:
                     message, worker.message = worker.message, None
                     assert message is not None
                     reply, fate = worker.finish()
-                    if isinstance(reply, OSError):
-                        raise reply
                     if reply is None:
                         worker.replace()
                         if tries[message.metadata.message_id] < TRIES:
@@ -120,14 +121,22 @@ class _Worker:
         with suppress(OSError):  # it died while idle: noticed when its reply is waited for
             self.connection.send(message)
 
-    def finish(self) -> tuple[Message | OSError | None, str]:
-        """The reply, an error of the disk, or what became of the process."""
+    def finish(self) -> tuple[Message | None, str]:
+        """The reply, or what became of the process.
+
+        Raises:
+            StorageError: it could not write the client's memory.
+
+        """
         if not self.connection.poll():
             return None, "took longer than --client-timeout"
         try:
-            return self.connection.recv(), ""
+            reply: Message | StorageError = self.connection.recv()
         except (EOFError, OSError):
             return None, "died"
+        if isinstance(reply, StorageError):
+            raise reply
+        return reply, ""
 
     def replace(self) -> None:
         self.connection.close()
@@ -139,13 +148,14 @@ class _Worker:
 # What runs in the fork server and in the workers.
 
 
-def _fork_server(sock: socket.socket, other_end: socket.socket, runner: ClientRunner) -> None:
+def _fork_server(sock: socket.socket, other_end: socket.socket, runner: ClientRunner, owner: int) -> None:
     """Fork a worker for each zero that arrives with a connection; end the worker whose process id arrives."""
+    end_with(owner)
     other_end.close()  # else this process would never see it closed
     for sent in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, but handled by the owner
         signal.signal(sent, signal.SIG_IGN)
     runner.load()
-    children: set[int] = set()
+    children, own_pid = set[int](), os.getpid()
     try:
         while True:
             number, ends, _, _ = socket.recv_fds(sock, PID, 1)
@@ -156,6 +166,7 @@ def _fork_server(sock: socket.socket, other_end: socket.socket, runner: ClientRu
                 children.discard(pid)
                 continue
             if not (pid := os.fork()):
+                end_with(own_pid)
                 sock.close()
                 _work(Connection(ends[0]), runner)
             os.close(ends[0])
@@ -176,12 +187,13 @@ def _end(pid: int) -> None:
 
 def _work(connection: Connection, runner: ClientRunner) -> None:
     """Run clients until the other end is closed. Does not return."""
+    reply: Message | StorageError
     try:
         while True:
             message = connection.recv()
             try:
-                reply: Message | OSError = runner.run(message, client_of(message))
-            except OSError as error:  # the client's memory cannot be written
+                reply = runner.run(message, client_of(message))
+            except StorageError as error:
                 reply = error
             connection.send(reply)
     except (EOFError, OSError):
