@@ -10,7 +10,6 @@ import re
 import reprlib
 import signal
 import sys
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
 from difflib import get_close_matches
@@ -23,8 +22,8 @@ from cyclopts import App, CycloptsError, Group, Parameter, Token, convert
 
 from fedkd import __version__ as version
 from fedkd.core import run_directory
-from fedkd.core.config import MAX_INTEGER, Options, underscored
-from fedkd.core.errors import FedkdError, Interrupted, ResumeError, StorageError, Terminated, UsageError
+from fedkd.core.config import MAX_INTEGER, Options, from_file
+from fedkd.core.errors import FedkdError, Interrupted, StorageError, Terminated, UsageError
 
 #: The commands, also subcommands of ``fedkd``: where each app is (imported when it is used), and one line.
 COMMANDS = {
@@ -195,7 +194,7 @@ def command(function: Callable[[AnyOptions], Path], options: type[AnyOptions]) -
         sources = dict.fromkeys(file, f" in {scenario}")
         sources |= {key: f" in FEDKD_{key.upper()}" for key in environment} | dict.fromkeys(given, "")
         if run := values.get("resume"):
-            values = run_directory.resumed(options, Path(run), _recorded(Path(run)), values)
+            values = run_directory.resumed(options, Path(run), values)
         config = options.parse(values, sources)
         # With --json, standard output holds one JSON object; what other code prints goes to standard error.
         with redirect_stdout(sys.stderr) if config.json else nullcontext():
@@ -262,34 +261,6 @@ def _shown(default: Any) -> str | None:
     if default in ("", (), None) or default is False:
         return None
     return str(default).lower() if default is True else str(default)
-
-
-def from_file(path: Path | None) -> dict[str, Any]:
-    """The keys of a scenario file.
-
-    Raises:
-        UsageError: there is no such file, or it is not TOML.
-
-    """
-    if path is None:
-        return {}
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"Cannot read the scenario file {path}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not TOML: {' '.join(str(error).split())}.") from error
-    try:
-        return underscored(values)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
-
-
-def _recorded(out: Path) -> dict[str, Any]:
-    """The options of a run, from its directory."""
-    if not (out / "config.toml").is_file():
-        raise ResumeError(f"{out} is not the directory of a run; there is no {out / 'config.toml'}.")
-    return from_file(out / "config.toml")
 
 
 def from_environment(environment: Mapping[str, str], options: type[Options]) -> dict[str, str]:

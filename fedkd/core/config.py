@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -70,6 +72,27 @@ def underscored(values: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(f"{name} is given twice, once as {name.replace('_', '-')}; remove one.")
         named[name] = value
     return named
+
+
+def from_file(path: Path | None) -> dict[str, Any]:
+    """The keys of a scenario file.
+
+    Raises:
+        UsageError: there is no such file, or it is not TOML.
+
+    """
+    if path is None:
+        return {}
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"Cannot read the scenario file {path}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not TOML: {' '.join(str(error).split())}.") from error
+    try:
+        return underscored(values)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
 
 
 def option(default: Any, group: str, text: str, several: bool = False) -> Any:

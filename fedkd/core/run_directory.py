@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fedkd
-from fedkd.core.config import Options
+from fedkd.core.config import Options, from_file
 from fedkd.core.errors import DataError, FedkdError, ResumeError, RunError, StorageError, UsageError
 from fedkd.core.seeds import derive
 
@@ -90,18 +90,19 @@ def unlock(out: Path) -> None:
         os.close(file)
 
 
-def resumed(
-    options: type[AnyOptions], out: Path, recorded: Mapping[str, Any], given: Mapping[str, Any]
-) -> dict[str, Any]:
+def resumed(options: type[AnyOptions], out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a run that is continued: those recorded in its directory, and given ones that may differ.
 
     Raises:
         ResumeError: a given option differs that results depend on, or the run is one of another command.
 
     """
+    if not (out / "config.toml").is_file():
+        raise ResumeError(f"{out} is not the directory of a run; there is no {out / 'config.toml'}.")
     if not (out / "checkpoint").is_dir():
         raise ResumeError(f"{out} has no checkpoint; start the run again ({out / 'config.toml'} has its options).")
     try:
+        recorded = from_file(out / "config.toml")
         before = options.parse(recorded)
     except UsageError as error:
         raise ResumeError(f"{out / 'config.toml'} is not that of a run of this command: {error}") from error

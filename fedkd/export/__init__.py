@@ -19,6 +19,7 @@ from cyclopts.validators import Number
 import fedkd
 from fedkd import models
 from fedkd.core import cli, run_directory, seeds, specs
+from fedkd.core.config import from_file
 from fedkd.core.errors import DataError, FedkdError, PluginError, UsageError
 from fedkd.data import sources
 from fedkd.evaluation.report.screen import Screen
@@ -103,7 +104,7 @@ def _file(run: Path) -> Path:
     if file.is_file():
         return file
     if (run / "config.toml").is_file():
-        method = cli.from_file(run / "config.toml").get("algorithm", "its method")
+        method = from_file(run / "config.toml").get("algorithm", "its method")
         raise DataError(f"{run} contains no student: the run was stopped too early, or {method} has no global model.")
     raise DataError(f"{run} is not a run directory.")
 

@@ -8,8 +8,8 @@ from typing import get_type_hints
 import pytest
 
 from fedkd.core import cli, run_directory
-from fedkd.core.cli import from_environment, from_file
-from fedkd.core.config import Config
+from fedkd.core.cli import from_environment
+from fedkd.core.config import Config, from_file
 from fedkd.core.errors import UsageError
 from fedkd.distill.config import DistillConfig
 from fedkd.simulate import simulate

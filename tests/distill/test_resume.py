@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedkd.core import cli, run_directory, tensors
+from fedkd.core.config import from_file
 from fedkd.core.errors import DataError, ResumeError
 from fedkd.distill import distill, progress, runner
 from fedkd.distill.config import DistillConfig
@@ -64,11 +65,10 @@ def run(out: Path, **changes: object) -> Path:
 
 
 def resume(out: Path, **changes: object) -> Path:
-    recorded = cli.from_file(out / "config.toml")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDKD_CACHE", f"{out}-cache")
         given = {"resume": str(out), **changes}
-        return distill(DistillConfig.parse(run_directory.resumed(DistillConfig, out, recorded, given)))
+        return distill(DistillConfig.parse(run_directory.resumed(DistillConfig, out, given)))
 
 
 def result_of(out: Path) -> dict[str, object]:
@@ -211,7 +211,7 @@ def test_options_that_change_no_result_may_differ_and_are_recorded(copied):
     resume(copied.with_name("other"))
     resume(copied, checkpoint_every=0, data_dir="elsewhere")
     assert result_of(copied)["students"] == result_of(copied.with_name("other"))["students"]
-    recorded = cli.from_file(copied / "config.toml")
+    recorded = from_file(copied / "config.toml")
     assert (recorded["checkpoint_every"], recorded["data_dir"], recorded["resume"]) == (0, "elsewhere", "")
 
 

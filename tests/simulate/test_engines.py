@@ -58,7 +58,14 @@ class Failing(Algorithm):
 @ray
 @pytest.mark.slow
 def test_ray_gives_the_same_bits(tmp_path):
-    process = run(*FLAGS, *SHARED, "--engine", "ray", "--json", "--out", tmp_path / "ray")
+    """Also after the command was killed, once with a checkpoint and without one."""
+    out, command = tmp_path / "ray", [sys.executable, "-m", "fedkd.simulate"]
+    flags = [*FLAGS, *SHARED, "--engine", "ray", "--out", out]
+    with subprocess.Popen([*command, *map(str, flags)], cwd=ROOT, stderr=subprocess.DEVNULL) as killed:
+        wait_for(lambda: list(out.glob("checkpoint/*/checkpoint.json")))
+        killed.kill()
+    wait_for(lambda: not left(tmp_path))
+    process = run("--resume", out, "--json")
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout)["status"] == "ok"
     rows = simulated(

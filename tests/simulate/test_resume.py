@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkd.core import cli, run_directory, tensors
+from fedkd.core import run_directory, tensors
 from fedkd.core.catalog import CATALOG
 from fedkd.core.config import Config
 from fedkd.core.errors import DataError, ResumeError, UsageError
@@ -50,8 +50,7 @@ def result_of(out: Path) -> dict[str, object]:
 def resume(out: Path, **changes: object) -> Path:
     """``--resume``, in this process."""
     given = {"resume": str(out), **changes}
-    recorded = cli.from_file(out / "config.toml")
-    return simulate(Config.parse(run_directory.resumed(Config, out, recorded, given)))
+    return simulate(Config.parse(run_directory.resumed(Config, out, given)))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -305,11 +304,6 @@ def test_what_has_no_checkpoint_is_refused_and_stays(copied):
     with pytest.raises(ResumeError, match="has no checkpoint; start the run again"):
         resume(copied, rounds=4)
     assert result_of(copied) == before
-
-
-def test_ray_and_deployments_are_refused(copied):
-    with pytest.raises(ResumeError, match="needs --engine local"):
-        resume(copied, engine="ray")
 
 
 def test_without_checkpoints_nothing_is_kept(tmp_path):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from PIL import Image
 
@@ -15,7 +19,7 @@ from fedkd.data import loading
 from fedkd.simulate import experiment
 from fedkd.simulate.flower import client_app, server_app
 from fedkd.simulate.flower.local_grid import LocalGrid
-from fedkd.simulate.flower.local_update import ClientRunner
+from fedkd.simulate.flower.local_update import ClientRunner, failure
 from fedkd.simulate.rounds import Memories
 from tests.conftest import tiny
 
@@ -135,6 +139,56 @@ def test_a_failed_local_update_leaves_the_old_memory(tmp_path, monkeypatch):
     assert runner.run(message_for("fedmd"), 0).has_error()
     assert (tmp_path / "1").read_bytes() == before
     assert not (tmp_path / "1.new").exists()
+
+
+def deployed(folder: Path | None, config) -> Callable[[Message, int], Message]:
+    """Clients of nodes that were started just now, with a folder for their memories, or without."""
+
+    def run(message: Message, client: int) -> Message:
+        node = {"partition-id": client} | ({"memory": str(folder / f"node{client}")} if folder else {})
+        try:
+            return client_app.app(message, Context(1, client, node, RecordDict(), config.run_config()))
+        except Exception as error:  # as an engine of Flower does
+            return failure(message, repr(error))
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["fedmd", "scarlet", "fedavg"])
+def test_nodes_with_a_memory_folder_go_on_after_a_restart(tmp_path, method):
+    """Each message reaches a node that has just been started, and the run itself is resumed after each round."""
+    config = tiny(algorithm=method, rounds=3, uplink_codec="float16:delta=true", out=str(tmp_path / "whole"))
+    server_app.run_on(foreign(config), run_directory.begin(config, method))
+    for number in (1, 2, 3):
+        grid = foreign(config)
+        object.__setattr__(grid._runner, "run", deployed(tmp_path / "nodes", config))
+        again = {"resume": str(tmp_path / "parts")} if number > 1 else {}
+        given = {**config.run_config(), "out": str(tmp_path / "parts"), "rounds": number, **again}
+        server_app.app(grid, Context(1, 0, {}, RecordDict(), given))
+    rows = [
+        [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in file.read_text().splitlines()]
+        for file in (tmp_path / "whole" / "rounds.jsonl", tmp_path / "parts" / "rounds.jsonl")
+    ]
+    assert rows[0] == rows[1]
+    if method != "fedmd":
+        students = [tensors.load(tmp_path / name / "student.safetensors") for name in ("whole", "parts")]
+        assert tensors.equal(*students)
+
+
+def test_a_node_that_lost_its_memory_fails_once_and_begins_anew(tmp_path):
+    config = tiny(algorithm="fedmd", rounds=4, out=str(tmp_path / "run"))
+    grid = foreign(config)
+    kept, asked = grid._runner.run, deployed(None, config)
+
+    def run(message: Message, client: int) -> Message:
+        forgets = client == 1 and message.metadata.group_id.endswith("/2")
+        return asked(message, client) if forgets else kept(message, client)
+
+    object.__setattr__(grid._runner, "run", run)
+    server_app.run_on(grid, run_directory.begin(config, "x"))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    assert [[(f["client"], f["cause"]) for f in row["failures"]] for row in rows] == [[], [(1, "lost memory")], [], []]
+    assert "lost its memory of round 1; it begins anew" in rows[1]["failures"][0]["reason"]
 
 
 def test_a_node_trains_on_its_own_images(tmp_path):

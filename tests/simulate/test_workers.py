@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import multiprocessing
 import os
 import signal
@@ -18,11 +16,8 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedkd.core import tensors
-from fedkd.core.errors import StorageError
-from fedkd.simulate.flower import local_grid as grids
 from fedkd.simulate.flower import workers as pool
 from fedkd.simulate.flower.local_grid import LocalGrid, count_workers
-from fedkd.simulate.flower.local_update import ClientRunner
 from tests.conftest import CODED, ROOT, is_over, simulated, wait_for
 
 DROPPING = """
@@ -149,19 +144,3 @@ def test_no_process_outlives_the_run_whatever_is_killed(tmp_path, first):
         if first == "fork server":
             assert owner.wait(240) != 0
     wait_for(lambda: all(is_over(Path(f"/proc/{pid}/stat")) for pid in running))
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_is_an_error_with_the_path(tmp_path, monkeypatch, workers):
-    """In a worker as in this process; it is written to result.json."""
-
-    def full(runner: ClientRunner, file: str, memory: bytes) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(ClientRunner, "_write", full)
-    monkeypatch.setattr(grids, "SMALL", 0.0)
-    monkeypatch.setattr(grids, "Workers", lambda *given, fork: pool.Workers(*given, fork=True))
-    out = tmp_path / "run"
-    with pytest.raises(StorageError, match=f"No space left on device: {out}/checkpoint/fedmd-.*/[123].new"):
-        simulated(out, algorithm="fedmd", workers=workers)
-    assert not out.exists() or json.loads((out / "result.json").read_text())["code"] == 74

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from fedkd.communication.ledger import SerializedBytes
 from fedkd.communication.replies import Expected, Reply
 from fedkd.core import run_directory
 from fedkd.core.config import Config
-from fedkd.core.errors import ResumeError, RunError, UsageError, last_line, printable
+from fedkd.core.errors import RunError, UsageError, last_line, printable
 from fedkd.core.runtime import settle
 from fedkd.simulate import checks, faults
 from fedkd.simulate.experiment import prepared
@@ -57,13 +56,14 @@ SILENCE = 3600.0  # seconds without any reply that end a round if --client-timeo
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """The entry point for Flower: the run config holds all options."""
-    config = Config.parse(context.run_config)
+    given = context.run_config
+    if resume := str(given.get("resume", "")):
+        given = run_directory.resumed(Config, Path(resume), {key.replace("-", "_"): v for key, v in given.items()})
+    config = Config.parse(given)
     checks.check(config)
     if config.faults or config.round_timeout:
         raise UsageError("faults and round-timeout are simulated; a deployment has its own.")
-    if config.resume:
-        raise ResumeError("resume is not supported in deployments: client memories of nodes end with a run.")
-    config = run_directory.begin(replace(config, checkpoint_every=0), config.algorithm)
+    config = run_directory.begin(config, config.algorithm)
     try:
         run_on(grid, config)
     finally:
