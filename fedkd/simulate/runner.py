@@ -102,8 +102,8 @@ def _restored(config: Config, runs: list[Config], rounds: RoundsFile) -> Mapping
     for run, start in zip(runs, checkpoints.values(), strict=True):
         if start and start.number > run.rounds:
             raise ResumeError(f"{run.algorithm} has {start.number} rounds already; --rounds cannot be less.")
-    run_directory.write(out / "config.toml", run_directory.toml(config))  # of a resumed run: with more rounds
     rounds.restore({key: each.number if each else 0 for key, each in checkpoints.items()})
+    run_directory.write(out / "config.toml", run_directory.toml(config))  # of a resumed run: with more rounds
     return checkpoints
 
 

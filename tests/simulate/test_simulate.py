@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import tomllib
@@ -31,15 +30,6 @@ class Name(Algorithm):
     scale: float = 1.0
     fail: str = ""
 
-    @property
-    def needs_one_model(self):
-        return self.fail == "property" and 1 / 0
-
-    def initial_state(self, setup):
-        if self.fail == "initial":
-            raise SystemExit(5)
-        return {}
-
     def upload_spec(self, setup, client, number):
         return {"mean": (setup.classes,)}
 
@@ -59,16 +49,6 @@ class Name(Algorithm):
 
 class NoAlgorithm:
     pass
-
-def failing(*, classes: int):
-    return 1 / 0
-
-def leaving(*, classes: int):
-    raise SystemExit(3)
-
-def narrow(*, classes: int):
-    from torch import nn
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
 '''
 
 
@@ -280,75 +260,6 @@ def test_a_participation_below_one(tmp_path):
         compare="dsfl fedmd fedavg",
     )
     assert {row["participants"] for row in rows} == {3}
-
-
-BAD = [
-    (2, ["--clients", "0"], "--clients '0'|--clients 0"),
-    (2, ["--clients", "-5"], "clients"),
-    (2, ["--clients", "many"], "clients"),
-    (2, ["--clienst", "3"], "Did you mean --clients"),
-    (2, ["--clients", "2000"], "2000 clients cannot share 1,?398 images"),
-    (2, ["--partitioner", "dirichlet:alpha=0"], "greater than 0"),
-    (2, ["--partitioner", "dirichlet:alpha=-1"], "greater than 0"),
-    (2, ["--partitioner", "dirichlet:beta=1"], "Known: alpha"),
-    (2, ["--proxy", "holdout:size=0"], "at least 1"),
-    (2, ["--proxy", "holdout:size=5000"], "use a smaller size"),
-    (2, ["--proxy", "digits"], "use another proxy set"),
-    (2, ["--algorithm", "fedag"], "Did you mean 'fedavg'"),
-    (2, ["--aggregator", "era:temperature=0"], "greater than 0"),
-    (2, ["--model", "resnet9"], "Did you mean 'resnet"),
-    (2, ["--algorithm", "fedavg", "--model", "cnn,resnet8"], "one model"),
-    (2, ["--compare", "fedavg", "--student", "resnet8"], "one model"),
-    (2, ["--participation", "0"], "greater than 0"),
-    (2, ["--participation", "1.5"], "less than or equal to 1"),
-    (2, ["--device", "cuda:99"], "use cpu or auto"),
-    (2, ["--device", "meta"], "--device meta cannot be used here; use cpu or auto"),
-    (2, ["--compare"], "--compare requires at least 1"),
-    (2, ["--ray-address", "auto"], "need --engine ray"),
-    (2, ["--client-cpus", "2"], "need --engine ray"),
-    (2, ["--client-gpus", "0.5"], "need --engine ray"),
-    (7, ["--model", "{own}:failing"], "--model .*:failing failed before the first round: ZeroDivisionError"),
-    (7, ["--model", "cnn:width=8,{own}:leaving"], "--model .*:leaving failed before the first round: SystemExit: 3"),
-    (7, ["--student", "{own}:narrow"], r"returns \(2, 3\) for 2 images"),
-    (7, ["--algorithm", "{own}:Name:fail=property"], "fail=property failed before the first round: ZeroDivisionError"),
-    (7, ["--algorithm", "{own}:Name:fail=initial"], "fail=initial failed before the first round: SystemExit: 5"),
-    (2, ["absent.toml"], "Cannot read the scenario file"),
-    (3, ["--dataset", "folder:/no/such/place"], "There is no folder"),
-    (7, ["--partitioner", "./absent.py:Name"], "there is no file"),
-    (7, ["--partitioner", "no.such:Name"], "No module named"),
-    (7, ["--algorithm", "{own}:NoAlgorithm"], "not a subclass of fedkd.algorithms.base.Algorithm"),
-    (7, ["--algorithm", "{own}:Nmae"], "Did you mean 'Name'"),
-    (
-        7,
-        ["--algorithm", "{own}:Name:fail=aggregate"],
-        "failed on the server: ZeroDivisionError: a server of mine .mine.py, line 3",
-    ),
-    (7, ["--algorithm", "{own}:Name:fail=exit"], "failed on the server: SystemExit: 3"),
-    (
-        4,
-        ["--algorithm", "{own}:Name:fail=local"],
-        "none of 3 clients sent a usable update; client 0: ZeroDivisionError",
-    ),
-]
-
-
-@pytest.mark.parametrize(("code", "flags", "expected"), BAD, ids=[" ".join(flags) for _, flags, _ in BAD])
-def test_bad_input_is_one_sentence_and_a_code(code, flags, expected, own, tmp_path, capsys):
-    """In this process, where hundreds of them cost nothing; one as a process follows."""
-    from fedkd.core import cli
-
-    words = [flag.replace("{own}", own) for flag in flags]
-    given = [part for key, value in TINY.items() if f"--{key}" not in words for part in (f"--{key}", str(value))]
-    with pytest.raises(SystemExit) as ended:
-        cli.run(cli.command(simulate, Config), [*words, *given, "--out", str(tmp_path / "out")])
-    error = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == code, error
-    assert len(error) == 1
-    assert error[0].startswith("fedkd: ")
-    assert re.search(expected, error[0]), error[0]
-    assert (tmp_path / "out").exists() is (code == 4), "a name is taken only by a run that started"
-    if code == 4:
-        assert "Traceback" in (tmp_path / "out" / "errors.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
