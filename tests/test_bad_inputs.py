@@ -31,6 +31,7 @@ class Name(Algorithm):
     """Every client sends the mean of its logits; the server sends nothing."""
     scale: float = 1.0
     fail: str = ""
+    metrics = ("scale",)
 
     @property
     def needs_one_model(self):
@@ -41,7 +42,7 @@ class Name(Algorithm):
             raise SystemExit(5)
         return {}
 
-    def upload_spec(self, setup, state, client):
+    def upload_spec(self, setup, client, number):
         return {"mean": (setup.classes,)}
 
     def local_update(self, setup, client, request):
@@ -281,7 +282,21 @@ OTHERS = [
     ("a file to resume", "simulate --resume file", 6, "file is not the directory of a run"),
     ("another directory to resume", "simulate --resume thesis", 6, "thesis is not the directory of a run"),
     ("a run without a checkpoint", "simulate --resume bare", 6, "bare has no checkpoint"),
-    ("a distillation to resume", "simulate --resume distilled", 6, "distilled has no checkpoint"),
+    ("an unknown fault", "simulate --faults drop=0.1", 2, "Did you mean 'dropout'"),
+    ("a fault that is no probability", "simulate --faults crash=1.5", 2, "--faults crash=1.5 is not usable"),
+    ("faults of more than all", "simulate --faults dropout=0.6,crash=0.6", 2, "sum to more than 1"),
+    ("late updates of other samples", "simulate --faults late=use --algorithm scarlet", 2, "use late=drop"),
+    ("more clients than there are", "simulate --min-clients 4", 2, "more than the 3 clients of a round"),
+    ("patience without validation", "simulate --patience 3", 2, "needs --validation"),
+    ("a condition that is none", "simulate --stop-when test_accuracy", 2, "cannot be read"),
+    ("a condition on an unknown key", "simulate --stop-when 'accuracy>=0.6'", 2, "Did you mean 'test_accuracy'"),
+    ("all samples for validation", "simulate --validation 1397", 2, "leaves fewer of .* private samples than clients"),
+    (
+        "a distillation to resume",
+        "simulate --resume distilled",
+        6,
+        "distilled/config.toml is not that of a run of this command",
+    ),
     (
         "another learning rate",
         "simulate --resume run --learning-rate 0.5",
@@ -289,7 +304,8 @@ OTHERS = [
         "--learning-rate 0.5 differs from",
     ),
     ("another algorithm", "simulate --resume run --algorithm local", 6, "--algorithm local differs from the run"),
-    ("a resumed run on Ray", "simulate --resume run --engine ray", 6, "needs --engine local"),
+    ("another number of samples for validation", "simulate --resume run --validation 5", 6, "--validation 5 differs"),
+    ("other faults", "simulate --resume run --faults dropout=0.1", 6, "--faults dropout=0.1 differs"),
     ("a bad option of a resumed run", "simulate --resume run --rounds 0", 2, "--rounds 0 is not usable"),
     ("a checkpoint of noise", "simulate --resume noisy --rounds 4", 3, "is damaged"),
     ("a checkpoint of another version", "simulate --resume later --rounds 4", 3, "another version of fedkd"),
@@ -396,7 +412,7 @@ def test_a_bad_input_is_one_sentence_and_loses_nothing(name, text, code, expecte
         with pytest.raises(SystemExit) as ended:
             cli.run(getattr(import_module(module), attribute), list(map(str, arguments)))
         after = hashes(folder)
-        assert code != 4 or "Traceback" in (folder / "new" / "errors.log").read_text()
+        assert code != 4 or "Traceback" in (folder / "new" / "errors.jsonl").read_text()
     finally:
         shutil.rmtree(folder / "new", ignore_errors=True)
     shown = capsys.readouterr().err.strip().splitlines()

@@ -29,6 +29,7 @@ class Name(Algorithm):
     """Every client sends the mean of its logits; the server sends nothing."""
     scale: float = 1.0
     fail: str = ""
+    metrics = ("scale",)
 
     def upload_spec(self, setup, client, number):
         return {"mean": (setup.classes,)}
