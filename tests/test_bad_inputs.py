@@ -134,6 +134,15 @@ FILES = {
 }
 
 SIMULATE = [
+    ("an unknown fault", "--faults drop=0.1", 2, "Did you mean 'dropout'"),
+    ("a fault that is no probability", "--faults crash=1.5", 2, "--faults crash=1.5 is not usable"),
+    ("faults of more than all", "--faults dropout=0.6,crash=0.6", 2, "sum to more than 1"),
+    ("late updates of other samples", "--faults late=use --algorithm scarlet", 2, "use late=drop"),
+    ("more clients than there are", "--min-clients 4", 2, "more than the 3 clients of a round"),
+    ("patience without validation", "--patience 3", 2, "needs --validation"),
+    ("a condition that is none", "--stop-when test_accuracy", 2, "cannot be read"),
+    ("a condition on an unknown key", "--stop-when 'accuracy>=0.6'", 2, "Did you mean 'test_accuracy'"),
+    ("all samples for validation", "--validation 1396", 2, "leaves fewer of .* private samples than clients"),
     ("no clients", "--clients 0", 2, "--clients 0 is not usable"),
     ("fewer clients", "--clients -5", 2, "--clients -5"),
     ("clients in words", "--clients many", 2, "--clients: 'many' is not an integer"),
@@ -282,15 +291,6 @@ OTHERS = [
     ("a file to resume", "simulate --resume file", 6, "file is not the directory of a run"),
     ("another directory to resume", "simulate --resume thesis", 6, "thesis is not the directory of a run"),
     ("a run without a checkpoint", "simulate --resume bare", 6, "bare has no checkpoint"),
-    ("an unknown fault", "simulate --faults drop=0.1", 2, "Did you mean 'dropout'"),
-    ("a fault that is no probability", "simulate --faults crash=1.5", 2, "--faults crash=1.5 is not usable"),
-    ("faults of more than all", "simulate --faults dropout=0.6,crash=0.6", 2, "sum to more than 1"),
-    ("late updates of other samples", "simulate --faults late=use --algorithm scarlet", 2, "use late=drop"),
-    ("more clients than there are", "simulate --min-clients 4", 2, "more than the 3 clients of a round"),
-    ("patience without validation", "simulate --patience 3", 2, "needs --validation"),
-    ("a condition that is none", "simulate --stop-when test_accuracy", 2, "cannot be read"),
-    ("a condition on an unknown key", "simulate --stop-when 'accuracy>=0.6'", 2, "Did you mean 'test_accuracy'"),
-    ("all samples for validation", "simulate --validation 1397", 2, "leaves fewer of .* private samples than clients"),
     (
         "a distillation to resume",
         "simulate --resume distilled",
