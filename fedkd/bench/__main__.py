@@ -20,7 +20,7 @@ from fedkd.bench.stacks import Timing, Work
 from fedkd.core import cli, run_directory
 from fedkd.core.runtime import cores
 
-Part = Literal["peak", "fedavg", "ensemble", "idle", "many"]
+Part = Literal["peak", "fedavg", "ensemble", "checkpoints", "idle", "many"]
 PARTS: tuple[Part, ...] = get_args(Part)
 # Fields of `stacks.Timing` in bench.json: of each timed run, and of the run that measures memory.
 TIMES = ("rounds", "seconds_outside_rounds", "seconds_to_first_client")
@@ -61,8 +61,8 @@ def bench(
     Each of these is called a stack. Stacks run alternately, so that a machine that slows down affects all of them.
     Libraries that are not installed are left out: pip install 'fedkd[bench]' installs Ray, psutil and pfl-research.
 
-    Parts: peak (arithmetic of the machine), fedavg, ensemble, idle (rounds in which clients compute nothing) and many
-    (few participants out of more and more clients).
+    Parts: peak (arithmetic of the machine), fedavg, ensemble, checkpoints (their cost), idle (rounds in which clients
+    compute nothing) and many (few participants out of more and more clients).
     """
     console = cli.Console(width=160)
     run_directory.create(out)
@@ -88,9 +88,14 @@ def plan(work: Work, cores: int) -> dict[str, dict[str, Stack]]:
     idle = Work(work.clients, 2, 100, "cnn:width=8", "fedkd.bench.idle:Idle")
     some = dataclasses.replace(idle, clients=10, images=1, registered=1_000_000)
     many = [Work(20, 2, 30, registered=registered) for registered in (20, 1_000, 100_000)]
+    ensemble = dataclasses.replace(work, algorithm="ensemble", proxy=1000)
     return {
         "fedavg": _own(work, cores) | _others(work, cores),
-        "ensemble": _own(dataclasses.replace(work, algorithm="ensemble", proxy=1000), cores),
+        "ensemble": _own(ensemble, cores),
+        "checkpoints": {
+            "none": Stack(partial(stacks.whole, ensemble)),
+            "one in each round": Stack(partial(stacks.whole, ensemble, checkpoint_every=1), "none"),
+        },
         "idle": {
             f"{idle.clients} of {idle.clients} clients": Stack(partial(stacks.fedkd, idle)),
             "10 of 1,000,000 clients": Stack(partial(stacks.fedkd, some, dataset="noise:size=1000512,pixels=8")),

@@ -93,12 +93,14 @@ def _first_step(stack: Mapping[str, Any], results: Mapping[str, Any], stacks: Ma
 TITLES = {
     "fedavg": "FedAvg",
     "ensemble": "Ensemble distillation, 1,000 proxy images",
+    "checkpoints": "Checkpoints in ensemble distillation; all of a run's time, divided among its rounds",
     "idle": "Rounds without computation on clients",
     "many": "20 participants with 2 images each, sampled from an increasing number of clients",
 }
 COLUMNS: dict[str, dict[str, Callable[..., str]]] = {
     "fedavg": {"images/s": _speed, "relative": _ratio},
     "ensemble": {"relative": _ratio},
+    "checkpoints": {"relative": _ratio},
     "idle": {"per message": _per_message, "first client (after import torch)": _first_step},
     "many": {"memory without images on disk": _memory_without_images, "relative": _ratio},
 }

@@ -100,7 +100,7 @@ def test_stacks_are_run_and_reported():
     }
     table = report.table("fedavg", json.loads(json.dumps(results)))
     assert table.row_count == 2
-    assert set(plan(work, 2)) == {"fedavg", "ensemble", "idle", "many"}
+    assert set(plan(work, 2)) == {"fedavg", "ensemble", "checkpoints", "idle", "many"}
     assert all(
         stack.reference in part or not stack.reference for part in plan(work, 2).values() for stack in part.values()
     )
