@@ -161,7 +161,8 @@ def _attempt(federation: _Federation, before: Progress, number: int, attempt: in
         client, most = reply.client, federation.samples[reply.client] if federation.samples else 0
         received[client] = reply.serialized
         outcomes[client] = accept_reply(reply, algorithm, setup, shapes[client], channel, known[client], most)
-    durations = _durations(federation, simulated, drawn, outcomes)
+    samples = federation.samples if simulated.straggler or config.round_timeout else None
+    durations = _durations(samples, simulated, drawn, outcomes) if samples else {}
     updates: dict[int, Update] = {}
     late: dict[int, Update] = {}
     failures, uplink = list[Failure](), Traffic()
@@ -191,7 +192,7 @@ def _attempt(federation: _Federation, before: Progress, number: int, attempt: in
         serialized=sum(received.values(), SerializedBytes()),
         downlink=sum((encoded.traffic for encoded in sent.values()), Traffic()),
         uplink=uplink,
-        duration=_duration(durations, len(updates) == len(sampled), config) if durations else None,
+        duration=_duration(durations, len(updates) == len(sampled), config) if samples else None,
     )
 
 
@@ -231,26 +232,24 @@ def accept_reply(
 
 
 def _durations(
-    federation: _Federation, simulated: Faults, drawn: Mapping[int, str], outcomes: Mapping[int, object]
+    samples: Sequence[int], simulated: Faults, drawn: Mapping[int, str], outcomes: Mapping[int, object]
 ) -> dict[int, float]:
-    """The simulated duration of the local update of each client that replied; empty if none are asked for."""
-    samples = federation.samples
-    if not samples or not (simulated.straggler or federation.setup.config.round_timeout):
-        return {}
+    """The simulated duration of the local update of each client that replied."""
     replied = {c: samples[c] for c, outcome in outcomes.items() if not isinstance(outcome, Failure)}
     return faults.durations(simulated, replied, sum(samples) / len(samples), drawn)
 
 
 def _duration(durations: Mapping[int, float], is_complete: bool, config: Config) -> float:
     """How long the server waits: for the last reply, or for those that do not come until ``--round-timeout``."""
-    return max(durations.values()) if is_complete or not config.round_timeout else config.round_timeout
+    is_last = is_complete or not config.round_timeout
+    return max(durations.values(), default=0.0) if is_last else config.round_timeout
 
 
 def _too_few(attempts: Sequence[Round], count: int, config: Config) -> RunError:
     """The error that ends a run."""
     number, failures = attempts[-1].number, [failure for each in attempts for failure in each.failures]
     if not attempts[-1].failures:
-        return RunError(f"Round {number}: no client is left; all are excluded (--exclude-after).")
+        return RunError(f"Round {number}: {count or 'no'} clients are left; the others are excluded (--exclude-after).")
     sampled = len(attempts[-1].failures) + len(attempts[-1].updates)
     first = min(attempts[-1].failures, key=lambda failure: failure.client)
     times = f" in each of {len(attempts)} attempts" if len(attempts) > 1 else ""

@@ -208,7 +208,7 @@ def test_a_run_ends_when_all_clients_are_excluded():
     exchange = answering(lambda number, attempt, client: float("nan") if number > 1 else 1.0)
     rounds = run_rounds(Adding(), setup_with(rounds=9, round_retries=5, exclude_after=2), exchange, 4, PLAIN)
     next(rounds)
-    with pytest.raises(RunError, match="Round 2: no client is left; all are excluded"):
+    with pytest.raises(RunError, match="Round 2: no clients are left; the others are excluded"):
         next(rounds)
 
 
@@ -228,6 +228,10 @@ def test_late_updates_are_dropped_or_used_in_the_next_round():
     assert [list(round_.updates) for round_ in use] == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
     in_time = next(run_rounds(Adding(), setup_with(round_timeout=3.0), exchange, 4, PLAIN, samples=samples))
     assert (in_time.failures, in_time.duration) == ([], 2.5)
+    silent = answering(lambda number, attempt, client: 1.0 if attempt and not client else None)
+    retried = setup_with(rounds=1, round_timeout=3.0, round_retries=1)
+    (last,) = run_rounds(Adding(), retried, silent, 4, PLAIN, samples=samples)
+    assert (last.attempts, last.duration) == (2, 6.0), "the server waits in both attempts"
     slow = setup_with(faults="straggler=1:slowdown=3")
     (first, *_) = run_rounds(Adding(), slow, exchange, 4, PLAIN, samples=samples)
     assert (first.failures, first.duration) == ([], 7.5)
