@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fedkd.algorithms.base import Algorithm, Client, Update
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Idle(Algorithm):
     """Clients reply at once, with the time in seconds at which the message arrived."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("time",)
 
     def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
         return Update({}, len(client.data), {"time": time.time()}), {}

@@ -222,7 +222,7 @@ def test_any_change_of_a_checkpoint_is_refused_or_changes_nothing(finished, tmp_
         assert (out / "rounds.jsonl").read_bytes() == rows
     else:
         assert (found.number, found.memories) == (whole.number, whole.memories)
-        assert tensors.equal(found.state, whole.state)
+        assert tensors.equal(found.progress.state, whole.progress.state)
 
 
 def changed(path: Path, data: st.DataObject) -> None:

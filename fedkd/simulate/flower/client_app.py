@@ -155,8 +155,10 @@ def _client(message: Message, context: Context) -> tuple[Experiment, Client]:
     run, number = _run_of(message, context), _int(config["round"])
     settle(run.threads)
     experiment = prepared(run)
-    kept = context.state.get(_memory_name(_int(config["memory"]))) if _is_owner(message, context) else None
-    if config["memory"] and kept is None:
+    is_owner = _is_owner(message, context)
+    kept = context.state.get(_memory_name(_int(config["memory"]))) if is_owner else None
+    is_empty = is_owner and not any(name.startswith(MEMORY) for name in context.state)  # the method keeps nothing
+    if config["memory"] and kept is None and not is_empty:
         raise RunError(f"{LOST} {_int(config['memory'])}; it begins anew, with the initial weights.")
     memory = from_record(kept) if isinstance(kept, ArrayRecord) else {}
     data = None
@@ -177,7 +179,8 @@ def _remember(message: Message, context: Context, memory: Tensors) -> None:
     needed = {_memory_name(_int(config[key])) for key in ("memory", "keep")} if _is_owner(message, context) else set()
     for name in [name for name in context.state if name.startswith(MEMORY) and name not in needed]:
         del context.state[name]
-    context.state[_memory_name(_int(config["round"]))] = to_record(memory)
+    if memory:
+        context.state[_memory_name(_int(config["round"]))] = to_record(memory)
     context.state[OWNER] = ConfigRecord({"run": _owner(message)})
 
 
