@@ -281,6 +281,23 @@ def read_failure(out: Path) -> FedkdError | None:
     return error
 
 
+def keep_environment(out: Path, device: str, dataset: str, fallback: str) -> str:
+    """Write ``env.json``; or, if a run is resumed, a sentence on what differs now, empty if nothing does."""
+    now = environment(device, dataset, fallback)
+    if not (out / "env.json").exists():
+        write_json(out / "env.json", now)
+        return ""
+    try:
+        before = dict(json.loads((out / "env.json").read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise DataError(f"{out / 'env.json'} is damaged; remove it to continue the run.") from error
+    keys = ("fedkd", "python", "packages", "processor", "device")
+    changed = [key for key in keys if before.get(key) != now[key]]
+    if not changed:
+        return ""
+    return f"The run began with other versions or hardware ({', '.join(changed)}), so the last bits may differ."
+
+
 def environment(device: str, dataset: str, fallback: str) -> dict[str, Any]:
     """What results may depend on besides the config: versions, processor, device, data."""
     import torch

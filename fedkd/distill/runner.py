@@ -51,9 +51,10 @@ def run(config: DistillConfig, terms: Sequence[Term]) -> None:
         progress.restore()
         has_begun = True
         run_directory.write(out / "config.toml", run_directory.toml(config))  # of a resumed run: with other options
-        if not (out / "env.json").exists():
-            run_directory.write_json(out / "env.json", run_directory.environment(task.device, task.dataset, fallback))
+        note = run_directory.keep_environment(out, task.device, task.dataset, fallback)
         screen.print(f"run directory: {out}")
+        if note:
+            screen.print(note)
         for line in _header(task, config, fallback):
             screen.print(line)
         _check_training_step(task, config, terms)

@@ -113,12 +113,10 @@ def _prepare(runs: list[Config], fallback: str, out: Path, screen: Screen) -> No
     for run in runs:
         experiments.setdefault(run.seed, prepared(run))
     first = experiments[runs[0].seed]
-    if not (out / "env.json").exists():
-        environment = run_directory.environment(first.setup.trainer.device, runs[0].dataset, fallback)
-        run_directory.write_json(out / "env.json", environment)
+    note = run_directory.keep_environment(out, first.setup.trainer.device, runs[0].dataset, fallback)
     _save_partitions(out / "partition.npz", experiments)
     screen.print(f"run directory: {out}")
-    for title, text in header.lines(first, fallback):
+    for title, text in [*([("notice", note)] if note else []), *header.lines(first, fallback)]:
         screen.print(f"{title:>13}  {text}")
 
 

@@ -262,6 +262,18 @@ def test_a_damaged_line_is_reported(copied):
         resume(copied)
 
 
+def test_a_resume_on_another_machine_says_so(copied, capsys):
+    resume(copied)
+    assert "other versions or hardware" not in capsys.readouterr().out
+    environment = json.loads((copied / "env.json").read_text())
+    (copied / "env.json").write_text(json.dumps({**environment, "processor": "another", "cores": 999}))
+    resume(copied)
+    assert "notice  The run began with other versions or hardware (processor), so the last" in capsys.readouterr().out
+    (copied / "env.json").write_text("{")
+    with pytest.raises(DataError, match=r"env\.json is damaged"):
+        resume(copied)
+
+
 def test_a_torn_last_line_is_repaired(copied):
     whole = result_of(copied)["rows"]
     with (copied / "rounds.jsonl").open("a") as file:
