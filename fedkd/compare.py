@@ -65,7 +65,10 @@ def compare(
 
 #: Options in which two runs may differ: methods, seeds, codecs and the machine.
 IGNORED = {"algorithm", "compare", "seed", "seeds", "evaluate-every", "uplink-codec", "downlink-codec"}
-IGNORED |= {key.replace("_", "-") for key in Config.RESUMABLE - {"rounds", "patience", "stop_when"}}
+IGNORED |= {
+    key.replace("_", "-")
+    for key in Config.RESUMABLE - {"rounds", "patience", "stop_when", "min_clients", "round_retries"}
+}
 #: The same for two distillations: the teachers and the loss.
 IGNORED_DISTILLATION = {"loss", "teacher", "teachers-from", "teacher-epochs", "teacher-weighting", "corrupted-images"}
 IGNORED_DISTILLATION |= {"out", "json", "data-dir"}

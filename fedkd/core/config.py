@@ -160,7 +160,17 @@ class Config(Options):
 
     RESUMABLE = frozenset(
         {"rounds", "workers", "engine", "device", "client_timeout", "ray_address", "client_cpus", "client_gpus"}
-        | {"data_dir", "checkpoint_every", "patience", "stop_when", "resume", "out", "json"}
+        | {
+            "data_dir",
+            "checkpoint_every",
+            "patience",
+            "stop_when",
+            "min_clients",
+            "round_retries",
+            "resume",
+            "out",
+            "json",
+        }
     )
 
     # Methods
@@ -226,9 +236,7 @@ class Config(Options):
     )
     proxy_samples: NonNegativeInt = option(0, "Data", "Proxy samples per round, drawn anew in each round; 0 for all.")
     validation: NonNegativeInt = option(
-        0,
-        "Data",
-        "Samples held out of the private training data, on which the student is evaluated in each round; 0: none.",
+        0, "Data", "Samples held out of the private training data, to evaluate the student in each round; 0: none."
     )
 
     # Models
@@ -284,8 +292,7 @@ class Config(Options):
     round_timeout: NonNegativeFloat = option(
         0.0,
         "Faults",
-        "Simulated time after which replies are late; 1 is the local update of a client with the mean number of "
-        "samples; 0: no limit.",
+        "Simulated time after which replies are late (1: a client with the mean number of samples); 0: no limit.",
     )
     min_clients: PositiveInt = option(1, "Faults", "The fewest updates with which a round continues.")
     round_retries: NonNegativeInt = option(

@@ -105,13 +105,15 @@ def resumed(options: type[AnyOptions], out: Path, given: Mapping[str, Any]) -> d
         recorded = from_file(out / "config.toml")
         before = options.parse(recorded)
     except UsageError as error:
-        raise ResumeError(f"{out / 'config.toml'} is not that of a run of this command: {error}") from error
+        raise ResumeError(f"{out / 'config.toml'} is not that of a run of this command.") from error
+    if given.get("out") and Path(given["out"]).resolve() != out.resolve():
+        raise UsageError(f"--out {given['out']} has no effect with --resume: the run stays in {out}.")
     for key, value in given.items():
         after = options.parse({**recorded, key: value})
         if key not in options.RESUMABLE and after != before:
-            name, old = key.replace("_", "-"), getattr(before, key)
+            name, old, new = key.replace("_", "-"), *(getattr(each, key) or "none" for each in (before, after))
             why = f" ({options.REASONS[key]})" if key in options.REASONS else ""
-            raise ResumeError(f"--{name} {value} differs from the run in {out}, which has {old}{why}; start a new run.")
+            raise ResumeError(f"--{name} {new} differs from the run in {out}, which has {old}{why}; start a new run.")
     changed = {key: value for key, value in given.items() if key in options.RESUMABLE}
     return {**recorded, **changed, "out": str(out), "resume": str(out)}
 

@@ -70,6 +70,8 @@ def conditions(text: str) -> list[Condition]:
         key = parts[1].replace("-", "_")
         if key not in KEYS:
             raise UsageError(unknown("key of --stop-when", key, KEYS))
+        if key.endswith("_accuracy") and not 0 <= number <= 1:
+            raise UsageError(f"--stop-when {word}: an accuracy is a fraction from 0 to 1, as in 'test_accuracy>=0.6'.")
         found.append(Condition(word, key, COMPARISONS[parts[2]], number))
     return found
 

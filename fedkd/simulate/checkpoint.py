@@ -6,12 +6,14 @@ machine one file for each client's memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd.algorithms.base import Update
+from fedkd.communication.ledger import Traffic
 from fedkd.core import checkpoint, run_directory
 from fedkd.core.errors import DataError, ResumeError
 from fedkd.core.tensors import put, take
@@ -35,6 +37,7 @@ class Checkpoint:
     progress: Progress
     memories: Memories
     best: Tensors
+    rows: str  # the digest of the rows so far
 
     @property
     def number(self) -> int:
@@ -42,13 +45,15 @@ class Checkpoint:
         return self.progress.number
 
 
-def save(out: Path, config: Config, round_: Round, memories: Memories, best: Tensors) -> None:
+def save(
+    out: Path, config: Config, round_: Round, memories: Memories, best: Tensors, rows: Sequence[Mapping[str, object]]
+) -> None:
     """Write the checkpoint of a round, then delete the previous one; ``memories`` keeps what it refers to."""
     folder = folder_of(out, config)
     content = put("state", round_.state) | put("best", best)
     for client, memory in round_.channel_memory.items():
         content |= put(f"channel/{client}", memory)
-    for client, update in round_.late.items():
+    for client, (update, _) in round_.late.items():
         content |= put(f"late/{client}", update.tensors)
     unique, aliases = _without_repetitions(content)
     memories.stored |= {name for client in round_.updates if (folder / (name := str(client + 1))).exists()}
@@ -57,8 +62,9 @@ def save(out: Path, config: Config, round_: Round, memories: Memories, best: Ten
         "run": memories.run,
         "stored": len(memories.stored),
         "memories": {str(client): number for client, number in sorted(memories.latest.items())},
+        "rows": digest(rows),
         "refusals": {str(client): count for client, count in sorted(round_.refusals.items())},
-        "late": {str(c): {"examples": u.examples, "metrics": dict(u.metrics)} for c, u in round_.late.items()},
+        "late": {str(c): _about(*late) for c, late in round_.late.items()},
     }
     checkpoint.write(folder, round_.number, unique, config, more)
     memories.kept = dict(memories.latest)
@@ -93,7 +99,10 @@ def load(out: Path, config: Config) -> Checkpoint | None:
     about, content = found
     content |= {name: content[first] for name, first in about["aliases"].items()}
     sent = _by_client(take("late", content))
-    late = {int(c): Update(sent.get(int(c), {}), u["examples"], u["metrics"]) for c, u in about["late"].items()}
+    late = {
+        int(c): (Update(sent.get(int(c), {}), u["examples"], u["metrics"]), Traffic(*u["traffic"]))
+        for c, u in about["late"].items()
+    }
     refusals = {int(client): count for client, count in about["refusals"].items()}
     channel = _by_client(take("channel", content))
     progress = Progress(about["number"], take("state", content), channel, refusals, late)
@@ -104,7 +113,17 @@ def load(out: Path, config: Config) -> Checkpoint | None:
     for name in stored:
         checkpoint.without_checksum((folder / name).read_bytes(), str(folder / name))
     memories = Memories(about["run"], latest, dict(latest), stored)
-    return Checkpoint(progress, memories, take("best", content))
+    return Checkpoint(progress, memories, take("best", content), about["rows"])
+
+
+def digest(rows: Sequence[Mapping[str, object]]) -> str:
+    """The SHA-256 of rows as they stand in ``rounds.jsonl``."""
+    return hashlib.sha256("".join(map(run_directory.line, rows)).encode()).hexdigest()
+
+
+def _about(update: Update, traffic: Traffic) -> dict[str, object]:
+    """What a late update has besides its tensors."""
+    return {"examples": update.examples, "metrics": dict(update.metrics), "traffic": astuple(traffic)}
 
 
 def _by_client(tensors: Tensors) -> dict[int, dict[str, Tensor]]:

@@ -71,6 +71,8 @@ def _check_faults(config: Config) -> None:
         raise UsageError(f"--min-clients {config.min_clients} is more than the {sampled} clients of a round.")
     if simulated.late != "use":
         return
+    if not config.round_timeout:
+        raise UsageError("late=use needs --round-timeout: without it no update is late.")
     if config.proxy_samples:
         raise UsageError("late=use needs the same proxy samples in every round; leave out --proxy-samples.")
     for run in config.runs(config.dataset):

@@ -208,7 +208,8 @@ def _validation(config: Config, private: NDArray[np.int64]) -> tuple[NDArray[np.
         return private[:0], private
     if count + config.clients > len(private):
         raise UsageError(
-            f"--validation {count} leaves fewer of {len(private):,} private samples than clients; use a smaller number."
+            f"--validation {count} and {config.clients} clients need more than the {len(private):,} private samples; "
+            "use a smaller number."
         )
     order = seeds.rng(config.seed, "validation").permutation(private)
     return np.sort(order[:count]), np.sort(order[count:])

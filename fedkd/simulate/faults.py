@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from fedkd.core import seeds
 from fedkd.core.errors import UsageError, unknown
 
-Probability = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 #: What a client that sends a corrupt reply sends: see `fedkd.simulate.flower.client_app`.
 CORRUPT = ("nan", "shape", "dtype", "missing", "extra", "oversized")
@@ -57,6 +57,8 @@ def parse(text: str) -> Faults:
         first = error.errors()[0]
         given = f"{first['loc'][0]}={first['input']}"
         raise UsageError(f"--faults {given} is not usable: {first['msg'].lower()}.") from error
+    if "slowdown" in values and not faults.straggler:
+        raise UsageError("slowdown in --faults needs stragglers: straggler=0.2:slowdown=10.")
     if faults.dropout + faults.straggler + faults.crash + faults.corrupt > 1:
         raise UsageError("The probabilities in --faults sum to more than 1.")
     return faults

@@ -45,14 +45,14 @@ class Progress:
     """Everything on the server that the next round depends on, after round ``number``.
 
     ``channel_memory`` is the server's copy of what each client remembers of the channel, ``refusals`` how many replies
-    of a client were refused in a row, ``late`` the updates that came too late for their round.
+    of a client were refused in a row, ``late`` the updates that came too late for their round, and their bytes.
     """
 
     number: int
     state: Tensors
     channel_memory: Mapping[int, Tensors] = field(default_factory=dict)
     refusals: Mapping[int, int] = field(default_factory=dict)
-    late: Mapping[int, Update] = field(default_factory=dict)
+    late: Mapping[int, tuple[Update, Traffic]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +112,13 @@ def _round(federation: _Federation, before: Progress) -> Round:
     """The next round: an attempt with enough updates, and the aggregate of these."""
     algorithm, setup, config = federation.algorithm, federation.setup, federation.setup.config
     attempts: list[Round] = []
-    arriving = dict(before.late)
     for attempt in range(config.round_retries + 1):
         last = _attempt(federation, attempts[-1] if attempts else before, before.number + 1, attempt)
         attempts.append(last)
-        updates = dict(sorted({**arriving, **last.updates}.items()))
+        arrived = {client: late for client, late in before.late.items() if client not in last.updates}
+        updates = dict(sorted({**{client: update for client, (update, _) in arrived.items()}, **last.updates}.items()))
         if len(updates) >= min(config.min_clients, federation.clients):
             break
-        arriving |= last.late
     else:
         raise _too_few(attempts, len(updates), config)
     state = algorithm.aggregate(setup, before.state, updates, seeds.derive(config.seed, "tell", last.number))
@@ -129,11 +128,12 @@ def _round(federation: _Federation, before: Progress) -> Round:
     return replace(
         last,
         state=state,
+        late={c: late for each in attempts for c, late in each.late.items() if c not in last.updates},
         updates=updates,
         failures=[failure for each in attempts for failure in each.failures],
         serialized=sum((each.serialized for each in attempts), SerializedBytes()),
         downlink=sum((each.downlink for each in attempts), Traffic()),
-        uplink=sum((each.uplink for each in attempts), Traffic()),
+        uplink=sum((traffic for _, traffic in arrived.values()), sum((each.uplink for each in attempts), Traffic())),
         attempts=len(attempts),
         duration=sum(durations) if durations else None,
     )
@@ -153,7 +153,8 @@ def _attempt(federation: _Federation, before: Progress, number: int, attempt: in
     known = {client: memories.pop(client, {}) for client in sampled}
     sent = {c: channel.encode_message(algorithm.broadcast(setup, state, c), known[c], cache) for c in sampled}
     shapes = {client: algorithm.upload_spec(setup, client, number) for client in sampled}
-    expected = {c: expected_update(algorithm, channel, shapes[c], drawn.get(c, "")) for c in sampled}
+    sizes = {client: channel.upload_sizes(shapes[client]) for client in sampled}
+    expected = {client: Expected(sizes[client], algorithm.metrics, drawn.get(client, "")) for client in sampled}
     # Each reply is checked when it arrives, so that what is refused is not held until the last one has come.
     outcomes: dict[int, tuple[Update, Encoded] | Failure] = {c: Failure(c, "no reply", "no reply") for c in sampled}
     received = dict.fromkeys(sampled, SerializedBytes())
@@ -164,7 +165,7 @@ def _attempt(federation: _Federation, before: Progress, number: int, attempt: in
     samples = federation.samples if simulated.straggler or config.round_timeout else None
     durations = _durations(samples, simulated, drawn, outcomes) if samples else {}
     updates: dict[int, Update] = {}
-    late: dict[int, Update] = {}
+    late: dict[int, tuple[Update, Traffic]] = {}
     failures, uplink = list[Failure](), Traffic()
     for client, outcome in outcomes.items():
         if isinstance(outcome, Failure):
@@ -175,8 +176,9 @@ def _attempt(federation: _Federation, before: Progress, number: int, attempt: in
         refusals.pop(client, None)
         update, encoded = outcome
         if 0 < config.round_timeout < durations.get(client, 0.0):
-            failures.append(Failure(client, "late", f"it took {durations[client]:.3g} of the simulated time"))
-            late |= {client: update} if simulated.late == "use" else {}
+            reason = f"its local update took {durations[client]:.3g}, and --round-timeout is {config.round_timeout:g}"
+            failures.append(Failure(client, "late", reason))
+            late |= {client: (update, encoded.traffic)} if simulated.late == "use" else {}
             continue
         updates[client], uplink = update, uplink + encoded.traffic
         if memory := channel.new_memory(number, sent[client], encoded):
@@ -194,11 +196,6 @@ def _attempt(federation: _Federation, before: Progress, number: int, attempt: in
         uplink=uplink,
         duration=_duration(durations, len(updates) == len(sampled), config) if samples else None,
     )
-
-
-def expected_update(algorithm: Algorithm, channel: Channel, shapes: Shapes, fault: str = "") -> Expected:
-    """What a client's reply to a request for a local update holds, by the declared shapes."""
-    return Expected(channel.upload_sizes(shapes), algorithm.metrics, fault)
 
 
 def accept_reply(
@@ -252,7 +249,7 @@ def _too_few(attempts: Sequence[Round], count: int, config: Config) -> RunError:
         return RunError(f"Round {number}: {count or 'no'} clients are left; the others are excluded (--exclude-after).")
     sampled = len(attempts[-1].failures) + len(attempts[-1].updates)
     first = min(attempts[-1].failures, key=lambda failure: failure.client)
-    times = f" in each of {len(attempts)} attempts" if len(attempts) > 1 else ""
+    times = f" in the last of {len(attempts)} attempts" if len(attempts) > 1 else ""
     limit = f", fewer than --min-clients {config.min_clients}" if count else ""
     return RunError(
         f"Round {number}: {count or 'none'} of {sampled} clients sent a usable update{times}{limit}; "

@@ -78,7 +78,7 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> None:
             screen.show(grid.rich())
         status = "ok"
     except FedkdError as error:
-        if error.details:
+        if "Traceback" in error.details:
             run_directory.log(out, {"message": str(error), "details": error.details})
         reason = {"code": error.code, "message": str(error)}
         raise
@@ -102,7 +102,7 @@ def _restored(config: Config, runs: list[Config], rounds: RoundsFile) -> Mapping
     for run, start in zip(runs, checkpoints.values(), strict=True):
         if start and start.number > run.rounds:
             raise ResumeError(f"{run.algorithm} has {start.number} rounds already; --rounds cannot be less.")
-    rounds.restore({key: each.number if each else 0 for key, each in checkpoints.items()})
+    rounds.restore(checkpoints)
     run_directory.write(out / "config.toml", run_directory.toml(config))  # of a resumed run: with more rounds
     return checkpoints
 
@@ -161,7 +161,7 @@ def _run(
             best = experiment.algorithm.global_model(experiment.setup, state)
         is_last = bool(stopping.ended(run, rows))
         if run.checkpoint_every and (round_.number % run.checkpoint_every == 0 or is_last):
-            checkpoint.save(out, run, round_, memories, best)
+            checkpoint.save(out, run, round_, memories, best, rows)
         screen.row(row, run.rounds, is_last)
     assert state is not None
     with _attributing(run):
@@ -181,13 +181,14 @@ class RoundsFile:
         self._path = out / "rounds.jsonl"
         self.curves: dict[tuple[str, int], list[Row]] = {}
 
-    def restore(self, done: Mapping[tuple[str, int], int]) -> None:
-        """Read the rows of the rounds that are ``done`` and drop all others.
+    def restore(self, checkpoints: Mapping[tuple[str, int], Checkpoint | None]) -> None:
+        """Read the rows of the rounds that have a checkpoint and drop all others.
 
         Raises:
-            DataError: rows are missing.
+            DataError: rows are missing, or have changed.
 
         """
+        done = {key: each.number if each else 0 for key, each in checkpoints.items()}
         self.curves = {key: [] for key in done}
         if not any(done.values()):
             self._path.unlink(missing_ok=True)
@@ -199,6 +200,8 @@ class RoundsFile:
         for key, rows in self.curves.items():
             if [row["round"] for row in rows] != list(range(1, done[key] + 1)):
                 raise DataError(f"{self._path} lacks rounds of {key[0]} that its checkpoint has; start the run again.")
+            if (saved := checkpoints[key]) and saved.rows != checkpoint.digest(rows):
+                raise DataError(f"{self._path} is damaged: rows of {key[0]} have changed; start the run again.")
         self._write()
 
     def append(self, row: Row) -> None:

@@ -13,7 +13,7 @@ from fedkd.core.errors import LINE, TEXT, last_line, printable
 from fedkd.simulate.experiment import prepare
 from fedkd.simulate.flower import client_app, records, server_app
 from fedkd.simulate.flower.local_grid import LocalGrid
-from fedkd.simulate.rounds import Memories, expected_update
+from fedkd.simulate.rounds import Memories
 from tests.conftest import simulated, tiny
 
 EXPECTED = Expected({"logits": 48}, ("loss",))
@@ -122,7 +122,8 @@ def test_a_plug_in_that_sends_too_much_sends_nothing(tmp_path):
         config = tiny(algorithm=f"{tmp_path}/leaky.py:Leaky:how={how}")
         held = prepare(config)
         grid = LocalGrid(client_app.app, 3, config.run_config())
-        expectation = expected_update(held.algorithm, held.channel, held.algorithm.upload_spec(held.setup, 0, 1))
+        sizes = held.channel.upload_sizes(held.algorithm.upload_spec(held.setup, 0, 1))
+        expectation = Expected(sizes, held.algorithm.metrics)
         nodes, memories = grid.get_node_ids(), Memories("run")
         (reply,) = server_app.exchange(grid, nodes, config, memories, "train", 1, {0: {}}, {0: expectation})
         assert "The client was about to send" in reply.failure

@@ -10,7 +10,7 @@ import torch
 from fedkd.algorithms.base import Algorithm, Update
 from fedkd.communication.channel import Channel
 from fedkd.communication.codecs import Float32
-from fedkd.communication.ledger import SerializedBytes
+from fedkd.communication.ledger import SerializedBytes, Traffic
 from fedkd.communication.replies import Reply
 from fedkd.core.errors import RunError, UsageError
 from fedkd.simulate import checks, faults, simulate
@@ -50,9 +50,16 @@ def test_options_that_exclude_each_other_are_refused():
     with pytest.raises(UsageError, match="--min-clients 4 is more than the 3 clients of a round"):
         checks.check(tiny(min_clients=4))
     with pytest.raises(UsageError, match="leave out --proxy-samples"):
-        checks.check(tiny(faults="late=use", proxy_samples=10))
+        checks.check(tiny(faults="late=use", round_timeout=2.0, proxy_samples=10))
     with pytest.raises(UsageError, match="scarlet asks for other proxy samples"):
-        checks.check(tiny(faults="late=use", compare="scarlet"))
+        checks.check(tiny(faults="late=use", round_timeout=2.0, compare="scarlet"))
+
+
+def test_what_has_no_effect_is_refused():
+    with pytest.raises(UsageError, match="late=use needs --round-timeout"):
+        checks.check(tiny(faults="straggler=0.2,late=use"))
+    with pytest.raises(UsageError, match="slowdown in --faults needs stragglers"):
+        checks.check(tiny(faults="slowdown=3"))
 
 
 def test_faults_occur_as_often_as_asked_and_depend_on_seed_round_attempt_and_client_alone():
@@ -181,8 +188,20 @@ def test_a_round_is_repeated_until_there_are_enough_updates():
     assert (round_.attempts, list(round_.updates), round_.state["sum"].item()) == (3, [0, 1, 2, 3], 4.0)
     assert [failure.client for failure in round_.failures] == [2, 3, 3]
     assert round_.serialized == SerializedBytes(9, 9, 9, 9), "bytes are of all attempts"
-    with pytest.raises(RunError, match=r"3 of 4 clients sent a usable update in each of 2 attempts, fewer than --min"):
+    with pytest.raises(
+        RunError, match=r"3 of 4 clients sent a usable update in the last of 2 attempts, fewer than --min"
+    ):
         list(run_rounds(Adding(), setup_with(min_clients=4, round_retries=1), exchange, 4, PLAIN))
+
+
+def test_a_late_update_of_a_repeated_round_counts_in_the_next_one():
+    """In the first attempt only client 3 replies, too late; in the second the others do."""
+    exchange = answering(lambda n, attempt, client: 10.0**client if (client == 3) == (n == 1 and not attempt) else None)
+    run = setup_with(faults="late=use", rounds=2, round_timeout=2.0, round_retries=1, min_clients=2)
+    first, second = run_rounds(Adding(), run, exchange, 4, PLAIN, samples=[10, 10, 10, 50])
+    assert (first.attempts, list(first.updates), first.state["sum"].item()) == (2, [0, 1, 2], 111)
+    assert (list(second.updates), second.state["sum"].item()) == ([0, 1, 2, 3], 1222)
+    assert not second.late
 
 
 def test_other_clients_are_sampled_when_a_round_is_repeated():
@@ -223,9 +242,13 @@ def test_late_updates_are_dropped_or_used_in_the_next_round():
     assert [round_.state["sum"].item() for round_ in drop] == [111, 333, 666]
     assert [round_.state["sum"].item() for round_ in use] == [111, 1333, 3666]
     for round_ in (*drop, *use):
-        assert reasons(round_.failures) == {3: "it took 2.5 of the simulated time"}
+        assert reasons(round_.failures) == {3: "its local update took 2.5, and --round-timeout is 2"}
         assert round_.duration == 2.0
     assert [list(round_.updates) for round_ in use] == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
+    size = Traffic(4, 4, 4)
+    assert [round_.uplink for round_ in drop] == [size + size + size] * 3
+    four = size + size + size + size
+    assert [round_.uplink for round_ in use] == [size + size + size, four, four], "bytes count with the update"
     in_time = next(run_rounds(Adding(), setup_with(round_timeout=3.0), exchange, 4, PLAIN, samples=samples))
     assert (in_time.failures, in_time.duration) == ([], 2.5)
     silent = answering(lambda number, attempt, client: 1.0 if attempt and not client else None)

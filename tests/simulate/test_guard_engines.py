@@ -176,12 +176,11 @@ def look(grid: LocalGrid, asked, node: int = 1) -> int:
     return int(reply.content["metrics"]["count"])
 
 
-@pytest.mark.parametrize("algorithm", ["fedmd", "scarlet", "scaffold"])
-def test_a_local_update_that_is_repeated_after_it_was_written_gives_the_same_bits(tmp_path, monkeypatch, algorithm):
+def test_a_local_update_that_is_repeated_after_it_was_written_gives_the_same_bits(tmp_path, monkeypatch):
     """It starts from the memory that the message names, not from the newest."""
-    whole = simulated(tmp_path / "whole", algorithm=algorithm, rounds=3)
+    whole = simulated(tmp_path / "whole", algorithm="scarlet", rounds=3)
     monkeypatch.setattr(grids, "ClientRunner", DiesOnce)
-    assert simulated(tmp_path / "cut", algorithm=algorithm, rounds=3, workers=2) == whole
+    assert simulated(tmp_path / "cut", algorithm="scarlet", rounds=3, workers=2) == whole
     assert (tmp_path / "cut" / "checkpoint" / "died").exists()
 
 

@@ -274,6 +274,19 @@ def test_a_resume_on_another_machine_says_so(copied, capsys):
         resume(copied)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [('"evaluation_seconds"', '"evaluation_secands"'), ('"test_accuracy": 0.', '"test_accuracy": 0.9')]
+)
+def test_rows_that_were_changed_are_refused(copied, old, new):
+    file = copied / "rounds.jsonl"
+    changed = file.read_text().replace(old, new, 1)
+    assert changed != file.read_text()
+    file.write_text(changed)
+    with pytest.raises(DataError, match=r"rows of .* have changed"):
+        resume(copied, rounds=4)
+    assert file.read_text() == changed
+
+
 def test_a_torn_last_line_is_repaired(copied):
     whole = result_of(copied)["rows"]
     with (copied / "rounds.jsonl").open("a") as file:

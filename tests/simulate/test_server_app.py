@@ -236,3 +236,18 @@ def test_a_node_trains_on_its_own_images(tmp_path):
     loading.read.cache_clear()
     with pytest.raises(DataError, match=r"1 of the 31 images in .* are in the proxy or the test set"):
         experiment.node_data(str(tmp_path / "mine"), config)
+
+
+def test_an_actor_of_ray_that_died_is_a_process_that_died():
+    """Ray's text has the number of the actor, and so would differ from run to run."""
+
+    def run(message: Message, client: int) -> Message:
+        kind = ("Died", "Unavailable")[client % 2]
+        return failure(message, f"<class 'ray.exceptions.Actor{kind}Error'>:<'4d23 is gone'>")
+
+    config = tiny()
+    grid = foreign(config)
+    object.__setattr__(grid._runner, "run", run)
+    asked = {client: {"round": torch.tensor(1)} for client in range(3)}
+    replies = list(server_app.exchange(grid, IDS, config, Memories("run"), "train", 1, asked, EXPECTED))
+    assert {(reply.cause, reply.failure) for reply in replies} == {("died", "the process of this client died, twice")}

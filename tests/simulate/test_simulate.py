@@ -215,7 +215,7 @@ def test_a_client_that_fails_is_shown_and_survived(own, tmp_path, capsys):
     assert rows[0]["failures"] == [{"client": 1, "cause": "error", "reason": "ZeroDivisionError: a client of mine"}]
     assert rows[0]["participants"] == 2
     shown = capsys.readouterr().out
-    assert shown.count("updates missing: 1 error") == 2
+    assert shown.count("updates missing: 1 error (client 1)") == 2
     assert shown.count("client 1: ZeroDivisionError: a client of mine") == 1, "each kind is shown once"
     assert "Traceback" in (tmp_path / "run" / "errors.jsonl").read_text()
 

@@ -178,7 +178,9 @@ def test_more_validation_samples_contain_fewer_ones_and_leave_the_proxy_as_it_is
 @pytest.mark.parametrize("count", [1396, 10**6])
 def test_too_many_validation_samples_are_refused(count):
     assert prepare(tiny(validation=1395)).partition.sizes.tolist() == [1, 1, 1]
-    with pytest.raises(UsageError, match=f"--validation {count} leaves fewer of 1,398 private samples than clients"):
+    with pytest.raises(
+        UsageError, match=f"--validation {count} and 3 clients need more than the 1,398 private samples"
+    ):
         prepare(tiny(validation=count))
 
 

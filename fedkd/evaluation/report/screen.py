@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ HEAD = (
     f"{'round':>7}  {'test acc':>8}  {'loss':>6}  {'teacher':>8}  {'clients':>8}  {'uplink':>8}  {'downlink':>8}  "
     f"{'training':>8}  {'evaluation':>10}"
 )
+LISTED = 5  # clients in a line
 QUIET = 10.0  # seconds between plain lines inside a round
 TRAINING_FRACTION = 0.75  # of the time of a round, until an evaluation has been measured
 ALMOST_DONE = 0.999  # a bar that is full before the end would stop its clock
@@ -116,6 +116,7 @@ class Screen:
     _bar: Progress | None = None
     _task: TaskID | None = None
     _shown: set[tuple[str, str]] = field(default_factory=set)  # kinds of failures
+    _excluded: dict[tuple[str, int], set[int]] = field(default_factory=dict)  # clients, by method and seed
     _estimate: Estimate = field(default_factory=lambda: Estimate(1, 0.0))
 
     def print(self, text: str = "") -> None:
@@ -199,13 +200,20 @@ class Screen:
             f"{seconds(row['training_seconds']):>8}  {seconds(row['evaluation_seconds']):>10}{validation}"
         )
         self._failures("updates missing", row["failures"])
+        run = row["algorithm"], row["seed"]
+        if excluded := set(row["excluded"]) - self._excluded.get(run, set()):
+            self.print(f"         excluded from now on: {_listed(excluded)}")
+        self._excluded[run] = set(row["excluded"])
         self._failures("clients not in the evaluated ensemble", row["evaluation_failures"])
 
     def _failures(self, what: str, failures: Sequence[Row]) -> None:
         """How many failures there are of each cause, and the first of each kind with its reason."""
-        if failures:
-            counts = Counter(failure["cause"] for failure in failures)
-            self.print(f"         {what}: {', '.join(f'{count} {cause}' for cause, count in counts.items())}")
+        causes: dict[str, list[int]] = {}
+        for failure in failures:
+            causes.setdefault(failure["cause"], []).append(failure["client"])
+        if causes:
+            counts = ", ".join(f"{len(clients)} {cause} ({_listed(clients)})" for cause, clients in causes.items())
+            self.print(f"         {what}: {counts}")
         for failure in failures:
             kind = failure["cause"], re.sub(r"[0-9]+", "", failure["reason"])
             if kind not in self._shown and failure["reason"] != failure["cause"]:
@@ -223,6 +231,13 @@ class Screen:
                 f"         best round: {run['best_round']} (validation accuracy {accuracies[0]}, "
                 f"test accuracy {accuracies[1]})"
             )
+
+
+def _listed(clients: Iterable[int]) -> str:
+    """The numbers of some clients; of many, the first."""
+    first, *rest = sorted(clients)
+    shown = [first, *rest][:LISTED]
+    return "client" + "s" * bool(rest) + f" {', '.join(map(str, shown))}" + ", …" * (len(rest) + 1 > LISTED)
 
 
 def duration(left: float) -> str:

@@ -14,6 +14,7 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from fedkd.algorithms.base import Client
 from fedkd.communication.channel import ENCODED
+from fedkd.communication.replies import Expected
 from fedkd.core.config import Config
 from fedkd.core.errors import DataError, PluginError, RunError, UsageError
 from fedkd.core.runtime import settle
@@ -36,7 +37,6 @@ from fedkd.simulate.flower.records import (
     undeclared_in_message,
     undeclared_in_reply,
 )
-from fedkd.simulate.rounds import expected_update
 from fedkd.training import loop
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def only_declared(message: Message, context: Context, call_next: ClientAppCallab
     expected = expected_evaluation(experiment)
     if kind == "train":
         shapes = experiment.algorithm.upload_spec(experiment.setup, client, number)
-        expected = expected_update(experiment.algorithm, experiment.channel, shapes)
+        expected = Expected(experiment.channel.upload_sizes(shapes), experiment.algorithm.metrics)
     if fault := undeclared_in_reply(reply.content, expected):
         raise PluginError(f"The client was about to send {fault}; nothing was sent.")
     return reply
@@ -80,7 +80,7 @@ def _corrupted(tensors: dict[str, Tensor], fault: str) -> dict[str, Tensor]:
     """The tensors of a reply with one of `faults.CORRUPT`: the server can notice each of them."""
     name = max(tensors, key=lambda n: tensors[n].numel(), default="")
     if fault == "extra" or not name:
-        return {**tensors, "undeclared": torch.zeros(3)}
+        return {**tensors, "extra": torch.zeros(3)}
     if fault == "missing":
         return {n: tensor for n, tensor in tensors.items() if n != name}
     tensor, is_encoded = tensors[name], name.endswith(ENCODED)

@@ -20,6 +20,7 @@ from fedkd.core.checkpoint import with_checksum, without_checksum
 from fedkd.core.errors import StorageError, Terminated
 
 RUN_ID, SERVER = 1, 0
+DIED = "the process of this client died, twice"
 
 
 @dataclass(frozen=True)

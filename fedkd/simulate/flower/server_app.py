@@ -21,6 +21,7 @@ from fedkd.core.errors import RunError, UsageError, last_line, printable
 from fedkd.core.runtime import settle
 from fedkd.simulate import checks, faults
 from fedkd.simulate.experiment import prepared
+from fedkd.simulate.flower.local_update import DIED
 from fedkd.simulate.flower.records import (
     ARRAYS,
     CONFIG,
@@ -48,6 +49,7 @@ CAUSES_BY_CODE = {
     ErrorCode.CLIENT_APP_CRASHED: "died",
 }
 IN_CLIENT = {"crash", *faults.CORRUPT}  # faults that the client simulates itself
+RAY_DIED = "ray.exceptions.Actor"  # ActorDiedError and ActorUnavailableError: Ray tried twice, as our workers do
 POLL = 0.05  # seconds between looks at a grid that has nothing yet
 START = 300.0  # seconds for all nodes of an engine to be there
 SILENCE = 3600.0  # seconds without any reply that end a round if --client-timeout sets no limit
@@ -185,6 +187,8 @@ def _reply(client: int, message: Message, expected: Expected, downlink_arrays: i
     sent = SerializedBytes(downlink_arrays, 0, downlink_metadata, 0)
     if message.has_error():
         reason = printable(message.error.reason or f"error {message.error.code}")
+        if RAY_DIED in reason:  # with the number of an actor, which is another one in each run
+            return Reply(client, None, DIED, sent, "died")
         cause = "lost memory" if LOST in reason else CAUSES_BY_CODE.get(message.error.code, "error")
         return Reply(client, None, reason, sent, cause)
     uplink_arrays, uplink_metadata = count_bytes(message.content)

@@ -46,6 +46,7 @@ def row(number: int) -> dict:
         "round": number, "test_accuracy": 0.5, "test_loss": 1.0, "teacher_accuracy": 0.6, "client_accuracy": 0.4,
         "uplink_serialized_bytes": 1000, "downlink_serialized_bytes": 2000, "training_seconds": 12.0,
         "evaluation_seconds": 3.0, "failures": [], "evaluation_failures": [], "validation_accuracy": None,
+        "algorithm": "fedmd", "seed": 0, "excluded": [],
     }  # fmt: skip
 
 
@@ -266,3 +267,23 @@ def test_the_bar_ends_with_the_block_also_after_an_error(clock):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_failures_are_listed_by_cause_with_their_clients_and_each_kind_is_explained_once(clock):
+    target, out = console(False)
+    screen = Screen(target, clock)
+
+    def failed(client: int, cause: str, reason: str) -> dict:
+        return {"client": client, "cause": cause, "reason": reason}
+
+    failures = [failed(client, "no reply", "no reply") for client in range(7)]
+    failures += [failed(8, "refused", "sent no logits"), failed(9, "refused", "sent no logits")]
+    screen.row({**row(1), "failures": failures, "excluded": [8]}, 2)
+    screen.row({**row(2), "failures": failures[-1:], "excluded": [8, 9, 10]}, 2)
+    lines = [line.strip() for line in out.getvalue().splitlines()]
+    assert "updates missing: 7 no reply (clients 0, 1, 2, 3, 4, …), 2 refused (clients 8, 9)" in lines
+    assert lines.count("client 8: sent no logits") == 1
+    assert "client 9: sent no logits" not in lines
+    assert "excluded from now on: client 8" in lines
+    assert "updates missing: 1 refused (client 9)" in lines
+    assert "excluded from now on: clients 9, 10" in lines
