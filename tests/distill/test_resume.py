@@ -152,7 +152,7 @@ def rows_of(out: Path) -> int:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_has_the_bits_of_one_that_was_not(tmp_path, kills, monkeypatch):
     whole = result_of(run(tmp_path / "whole"))
     out, source = tmp_path / "killed", random.Random(kills)

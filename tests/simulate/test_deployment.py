@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 DEALT = "dataset='digits' clients=3 rounds=2 proxy='holdout:size=40' model='cnn:width=8' partitioner='iid'"
-OPTIONS = "local-epochs=1 distill-epochs=1 device='cpu' algorithm='ensemble:downlink=labels'"
+OPTIONS = "evaluate-every=2 local-epochs=1 distill-epochs=1 device='cpu' algorithm='ensemble:downlink=labels'"
 
 
 def test_the_how_to_word_for_word(tmp_path):
@@ -60,7 +60,7 @@ flwr run . fedkd --stream --run-config "{DEALT} {OPTIONS} resume='$WORK/dealt'"
     assert (own["runs"][0]["rounds"], own["runs"][0]["failures"]) == (3, 0), "it was extended"
     assert tensors.numel(tensors.load(work / "result" / "student.safetensors")) == 66_730
 
-    rows = simulated(tmp_path / "local", clients=3, algorithm="ensemble:downlink=labels")
+    rows = simulated(tmp_path / "local", clients=3, algorithm="ensemble:downlink=labels", evaluate_every=2)
     deployed = [json.loads(line) for line in (work / "dealt" / "rounds.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in row.items() if "seconds" not in k} for row in deployed] == rows, shown
     students = [tensors.load(path / "student.safetensors") for path in (work / "dealt", tmp_path / "local")]

@@ -17,7 +17,8 @@ from fedkd.simulate import checks, faults, simulate
 from fedkd.simulate.experiment import prepare
 from fedkd.simulate.flower.client_app import _corrupted
 from fedkd.simulate.rounds import run_rounds, sample
-from tests.conftest import reasons, simulated, tiny, wait_for
+from tests.conftest import TINY, reasons, run, simulated, tiny
+from tests.simulate.test_engines import left
 
 PLAIN = Channel(Float32(), Float32())
 
@@ -106,18 +107,24 @@ QUICK = {"model": "cnn:width=4", "algorithm": "fedmd", "partitioner": "tests.sim
 @pytest.mark.slow
 def test_twenty_rounds_with_faults_finish_with_the_same_bits(tmp_path):
     """On one worker and on two, where crashes end processes; none of these is left."""
-    import psutil
-
-    runs = [simulated(tmp_path / w, **QUICK, **FAULTS, rounds=20, workers=w, compare="fedavg") for w in ("1", "2")]
-    assert runs[0] == runs[1]
-    assert len(runs[0]) == 40
-    students = [(tmp_path / w / "student-fedavg-seed0.safetensors").read_bytes() for w in ("1", "2")]
+    options = TINY | QUICK | FAULTS | {"algorithm": "fedavg", "rounds": 20}
+    del options["workers"]
+    flags = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)]
+    rows = []
+    for workers in (1, 2):
+        process = run(*flags, "--workers", workers, "--out", tmp_path / str(workers))
+        assert process.returncode == 0, process.stderr
+        assert not left(tmp_path)
+        lines = (tmp_path / str(workers) / "rounds.jsonl").read_text().splitlines()
+        rows.append([{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in lines])
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 20
+    students = [(tmp_path / workers / "student.safetensors").read_bytes() for workers in ("1", "2")]
     assert students[0] == students[1]
-    causes = [failure["cause"] for row in runs[0] for failure in row["failures"]]
-    assert {cause: causes.count(cause) / 800 for cause in set(causes)} == pytest.approx(
+    causes = [failure["cause"] for row in rows[0] for failure in row["failures"]]
+    assert {cause: causes.count(cause) / 400 for cause in set(causes)} == pytest.approx(
         {"no reply": 0.3, "died": 0.1, "refused": 0.1}, abs=0.08
     )
-    wait_for(lambda: not psutil.Process().children(recursive=True), 20)
 
 
 def test_a_run_with_faults_is_resumed_with_the_same_bits(tmp_path):
