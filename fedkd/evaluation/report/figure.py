@@ -38,7 +38,8 @@ def draw(curves: Curves, title: str, out: Path) -> None:
             color, style = COLORS[index % len(COLORS)], STYLES[index // len(COLORS) % len(STYLES)]
             _curve(over_rounds, curves, name, color, style, len(names) <= 3)
             _against_bytes(over_bytes, curves, name, color, style)
-        over_rounds.set(xlabel="round", ylabel="test accuracy (%)")
+        bands = " (bands: range over seeds)" if len(curves) > len(names) else ""
+        over_rounds.set(xlabel=f"round{bands}", ylabel="test accuracy (%)")
         over_rounds.xaxis.get_major_locator().set_params(integer=True)
         # Methods differ by orders of magnitude here.
         over_bytes.set(xlabel="bytes in both directions, all clients (MB)", xscale="log")
