@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -160,16 +161,16 @@ def _status(out: Path) -> str:
         return "not finished"
 
 
-def ended(out: Path, error: BaseException, command: str, record: str) -> None:
-    """After an error: remove the directory if nothing was recorded, so that its name can be used again.
+def ended(out: Path, error: BaseException, command: str, record: str, is_new: bool) -> None:
+    """After an error: remove a new directory if nothing was recorded, so that its name can be used again.
 
     Otherwise print the command that continues the run, if it can be continued.
     """
-    if getattr(error, "code", None) != RunError.code and not (out / record).exists():
+    if is_new and getattr(error, "code", None) != RunError.code and not (out / record).exists():
         shutil.rmtree(out, ignore_errors=True)
     is_resumable = isinstance(error, KeyboardInterrupt | SystemExit | RunError | StorageError)
     if is_resumable and (out / "checkpoint").exists():
-        print(f"fedkd: continue with: python -m fedkd.{command} --resume {out}", file=sys.stderr)
+        print(f"fedkd: continue with: python -m fedkd.{command} --resume {shlex.quote(str(out))}", file=sys.stderr)
 
 
 def write(path: Path, text: str) -> None:

@@ -23,14 +23,14 @@ def distill(config: DistillConfig) -> Path:
     Components are named by specs, as in fedkd.simulate.
     """
     terms = check(config)  # before torch is imported, so that a mistake is reported within a second
-    config = run_directory.begin(config, config.student)
+    is_new, config = not config.resume, run_directory.begin(config, config.student)
     out = Path(config.out)
     from fedkd.distill import runner
 
     try:
         runner.run(config, terms)
     except (FedkdError, KeyboardInterrupt, SystemExit) as error:
-        run_directory.ended(out, error, "distill", "epochs.jsonl")
+        run_directory.ended(out, error, "distill", "epochs.jsonl", is_new)
         raise
     finally:
         run_directory.unlock(out)

@@ -34,12 +34,12 @@ def simulate(config: Config) -> Path:
         raise UsageError("--ray-address, --client-cpus and --client-gpus need --engine ray.")
     if config.engine == "ray" and (sys.platform == "win32" or find_spec("ray") is None):
         raise UsageError("--engine ray needs Ray, on Linux or macOS: pip install 'fedkd[ray]'.")
-    config = run_directory.begin(config, config.algorithm)
+    is_new, config = not config.resume, run_directory.begin(config, config.algorithm)
     out = Path(config.out)
     try:
         (_run_on_ray if config.engine == "ray" else _run_locally)(config)
     except (FedkdError, KeyboardInterrupt, SystemExit) as error:
-        run_directory.ended(out, error, "simulate", "rounds.jsonl")
+        run_directory.ended(out, error, "simulate", "rounds.jsonl", is_new)
         raise
     finally:
         run_directory.unlock(out)

@@ -262,6 +262,16 @@ def test_a_damaged_line_is_reported(copied):
         resume(copied)
 
 
+def test_a_run_without_rounds_that_cannot_be_resumed_stays(copied):
+    """It was killed in its first round: there are client memories, and no row yet."""
+    (copied / "rounds.jsonl").unlink()
+    for file in copied.glob("checkpoint/*/*.json"):
+        file.unlink()
+    with pytest.raises(UsageError):
+        resume(copied, device="cuda:99")
+    assert (copied / "config.toml").exists()
+
+
 def test_a_resume_on_another_machine_says_so(copied, capsys):
     resume(copied)
     assert "other versions or hardware" not in capsys.readouterr().out
