@@ -221,7 +221,7 @@ def test_a_run_of_another_command_is_refused(copied, capsys):
     with pytest.raises(SystemExit) as end:
         cli.run(app, ["--resume", str(copied)])
     assert end.value.code == ResumeError.code
-    assert "config.toml is not that of a run of this command: Unknown key: 'teacher'" in capsys.readouterr().err
+    assert "config.toml is not that of a run of this command" in capsys.readouterr().err
 
 
 def test_other_data_and_other_teachers_are_refused(tmp_path, monkeypatch):
