@@ -56,7 +56,9 @@ class Scaffold(Algorithm):
         return Update({**put("student", weights), **put("control", change)}, len(client.data)), memory
 
     def upload_spec(self, setup: Setup, client: int, number: int) -> Shapes:
-        return shapes(self.initial_state(setup))
+        control = shapes(setup.trainer.parameter_zeros(setup.student))
+        named = {"student": setup.trainer.weight_shapes(setup.student), "control": control}
+        return {f"{prefix}/{name}": shape for prefix, those in named.items() for name, shape in those.items()}
 
     def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         mean = weighted_mean([update.tensors for update in updates.values()], [1.0] * len(updates))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -35,6 +36,7 @@ class Faults:
     late: Literal["drop", "use"] = "drop"
 
 
+@lru_cache
 def parse(text: str) -> Faults:
     """The faults that a text such as ``dropout=0.3,straggler=0.2:slowdown=10`` names.
 

@@ -47,7 +47,7 @@ class Trainer:
 
     def parameter_zeros(self, model: str) -> dict[str, Tensor]:
         """A zero tensor for each parameter of a model, without its buffers."""
-        module = self._module(model, self.initial_weights(model))
+        module = _architecture(model, self.classes, self.config.norm, self.device)
         return {name: torch.zeros(tensor.shape) for name, tensor in module.named_parameters()}
 
     def train(

@@ -55,10 +55,11 @@ def only_declared(message: Message, context: Context, call_next: ClientAppCallab
     reply = call_next(message, context)
     experiment = prepared(_run_of(message, context))
     number, client = _int(_config(message)["round"]), _int(context.node_config["partition-id"])
-    expected = expected_evaluation(experiment)
     if kind == "train":
         shapes = experiment.algorithm.upload_spec(experiment.setup, client, number)
         expected = Expected(experiment.channel.upload_sizes(shapes), experiment.algorithm.metrics)
+    else:
+        expected = expected_evaluation(experiment)
     if fault := undeclared_in_reply(reply.content, expected):
         raise PluginError(f"The client was about to send {fault}; nothing was sent.")
     return reply

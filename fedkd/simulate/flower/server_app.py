@@ -16,7 +16,7 @@ from fedkd.algorithms.base import Update
 from fedkd.communication.ledger import SerializedBytes
 from fedkd.communication.replies import Expected, Reply
 from fedkd.core import run_directory
-from fedkd.core.config import Config
+from fedkd.core.config import Config, underscored
 from fedkd.core.errors import RunError, UsageError, last_line, printable
 from fedkd.core.runtime import settle
 from fedkd.simulate import checks, faults
@@ -60,7 +60,7 @@ def main(grid: Grid, context: Context) -> None:
     """The entry point for Flower: the run config holds all options."""
     given = context.run_config
     if resume := str(given.get("resume", "")):
-        given = run_directory.resumed(Config, Path(resume), {key.replace("-", "_"): v for key, v in given.items()})
+        given = run_directory.resumed(Config, Path(resume), underscored(given))
     config = Config.parse(given)
     checks.check(config)
     if config.faults or config.round_timeout:
