@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fedkd.communication.replies import Failure
+from fedkd.core import run_directory
 from fedkd.core.config import Config
 from fedkd.core.runtime import settle
 from fedkd.simulate import simulate
@@ -79,6 +80,26 @@ def simulated(out: Path, **changes: object) -> list[dict]:
         {k: v for k, v in json.loads(line).items() if "seconds" not in k}
         for line in (out / "rounds.jsonl").read_text().splitlines()
     ]
+
+
+def is_interrupted_after(rows: int, run: Callable[[], object]) -> bool:
+    """Run until so many lines of rounds or epochs are written, and no further; whether there were as many."""
+    written = []
+
+    def append(path: Path, row: dict) -> None:
+        original(path, row)
+        written.append(row)
+        if len(written) == rows:
+            raise KeyboardInterrupt
+
+    original, run_directory.append = run_directory.append, append
+    try:
+        run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        run_directory.append = original
+    return False
 
 
 def reasons(failures: Iterable[Failure]) -> dict[int, str]:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from fedkd.core.config import from_file
 from fedkd.core.errors import DataError, ResumeError
 from fedkd.distill import distill, progress, runner
 from fedkd.distill.config import DistillConfig
-from tests.conftest import ROOT, wait_for
+from tests.conftest import ROOT, is_interrupted_after, wait_for
 from tests.simulate.test_resume import changed
 
 SMALL = {
@@ -83,26 +82,6 @@ def result_of(out: Path) -> dict[str, object]:
         "result": {key: value for key, value in result.items() if key != "out"},
         "students": {path.name: path.read_bytes() for path in sorted(out.glob("*.safetensors"))},
     }
-
-
-def is_interrupted_after(rows: int, run: Callable[[], object]) -> bool:
-    """Run until the lines of so many epochs are written, and no further; whether there were as many."""
-    written = []
-
-    def append(path: Path, row: dict) -> None:
-        original(path, row)
-        written.append(row)
-        if len(written) == rows:
-            raise KeyboardInterrupt
-
-    original, run_directory.append = run_directory.append, append
-    try:
-        run()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        run_directory.append = original
-    return False
 
 
 @pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS)

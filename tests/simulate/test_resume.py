@@ -21,7 +21,7 @@ from fedkd.core.catalog import CATALOG
 from fedkd.core.config import Config
 from fedkd.core.errors import DataError, ResumeError, UsageError
 from fedkd.simulate import checkpoint, simulate
-from tests.conftest import ROOT, TINY, tiny, wait_for
+from tests.conftest import ROOT, TINY, is_interrupted_after, tiny, wait_for
 
 SMALL = {"dataset": "noise:size=200,pixels=8", "participation": 0.6, "partitioner": "linear"}
 MEMORIES = "fedmd fedavg cfd scarlet scaffold"  # client memory, none, channel memory, a cache, control variates
@@ -87,20 +87,7 @@ def test_rounds_after_the_last_checkpoint_are_repeated(tmp_path, every):
 
 def stop_after(config: Config, rounds: int) -> None:
     """Run until the line of a round is written, and no further."""
-    written = []
-
-    def append(path: Path, row: dict) -> None:
-        original(path, row)
-        written.append(row)
-        if len(written) == rounds:
-            raise KeyboardInterrupt
-
-    original, run_directory.append = run_directory.append, append
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            simulate(config)
-    finally:
-        run_directory.append = original
+    assert is_interrupted_after(rounds, lambda: simulate(config))
 
 
 def rows_of(out: Path) -> int:
