@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import sys
 import zlib
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedkd.core import tensors
+from fedkd.core import notes, tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +40,7 @@ def get(name: str, make: Callable[[], Tensors]) -> dict[str, Tensor]:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors.save(made, path, {CHECKSUM: _checksum(name, made)})
     except OSError as error:
-        _say(
+        notes.say(
             f"the cache {directory()} cannot be written ({error.strerror}); the run does without it. "
             "Set FEDKD_CACHE to another folder."
         )
@@ -61,7 +58,7 @@ def _read(path: Path, name: str) -> dict[str, Tensor] | None:
             return kept
     except Exception:  # whatever a damaged file causes
         pass
-    _say(f"{path} is damaged; it is made again.")
+    notes.say(f"{path} is damaged; it is made again.")
     return None
 
 
@@ -71,10 +68,3 @@ def _checksum(name: str, kept: Tensors) -> str:
     for part in tensors.parts(kept):
         value = zlib.crc32(part, value)
     return f"{value:08x}"
-
-
-@lru_cache
-def _say(text: str) -> None:
-    """Print a line once, and not from each of the processes that simulate clients."""
-    if multiprocessing.parent_process() is None:
-        print(f"fedkd: {text}", file=sys.stderr)

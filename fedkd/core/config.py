@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from fedkd.core.errors import UsageError, unknown
 
 MAX_INTEGER = 2**32 - 1  # of any option: PyTorch and Flower have 64 bits, NumPy's seeds 32
+MAX_PIXELS = 100_000_000  # of an image that is decoded, by default: 300 MB
 MAX_PROCESSES = 1024  # also of threads: PyTorch crashes long before 100,000
 
 
@@ -56,6 +57,7 @@ Seed = Annotated[int, Number, Field(ge=0, le=2**63 - 1)]  # also one that is der
 Fraction = Annotated[float, Number, Field(gt=0, le=1, allow_inf_nan=False)]
 Rate = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
+Resize = Literal["crop", "stretch", "pad"]
 Momentum = Annotated[float, Number, Field(ge=0, lt=1)]
 
 
@@ -100,11 +102,19 @@ def option(default: Any, group: str, text: str, several: bool = False) -> Any:
     return Field(default, description=text, json_schema_extra={"group": group, "several": several})
 
 
+RESIZE_TEXT = "Images that are not square: crop keeps the center, stretch changes proportions, pad adds black borders."
+MAX_PIXELS_TEXT = "The most pixels of an image file; a larger one is an error."
+SKIP_TEXT = "Leave out images that are damaged or too large, and say how many, instead of ending with an error."
+
+
 class Options:
     """What the configs of all commands have in common."""
 
     seed: int
     seeds: int
+    resize: Resize
+    max_pixels: int
+    skip_damaged: bool
     out: str
     json: bool
     resume: str
@@ -238,6 +248,10 @@ class Config(Options):
     validation: NonNegativeInt = option(
         0, "Data", "Samples held out of the private training data, to evaluate the student in each round; 0: none."
     )
+
+    resize: Resize = option("crop", "Data", RESIZE_TEXT)
+    max_pixels: PositiveInt = option(MAX_PIXELS, "Data", MAX_PIXELS_TEXT)
+    skip_damaged: bool = option(False, "Data", SKIP_TEXT)
 
     # Models
     model: str = option(

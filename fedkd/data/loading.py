@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from fedkd.core import notes
 from fedkd.core.errors import DataError
 from fedkd.data import sources
 
@@ -35,6 +36,8 @@ def splits(source: Source, data_dir: str) -> tuple[Images, Images]:
         DataError: they cannot be read, have other classes, or only one.
 
     """
+    import numpy as np
+
     from fedkd.data.readers import renumbered
 
     train, test = (read(source, split, data_dir) for split in ("train", "test"))
@@ -42,4 +45,6 @@ def splits(source: Source, data_dir: str) -> tuple[Images, Images]:
         raise DataError(f"{source.name} has only one class ({', '.join(train.names) or 0}); two or more are needed.")
     if train.names and test.names and train.names != test.names:
         test = renumbered(test, train.names, train.classes, f"The test set of {source.name}")
+    if both := int(np.isin(test.keys, train.keys).sum()):
+        notes.say(f"{both} of the {len(test)} test images of {source.name} are also in its training set.")
     return train, test

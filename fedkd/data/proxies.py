@@ -6,14 +6,12 @@ Its labels are dropped here, except for algorithms that declare that they read t
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedkd.core import seeds, specs
+from fedkd.core import notes, seeds, specs
 from fedkd.core.errors import UsageError
 from fedkd.core.lazy import torch
 from fedkd.data import sources
@@ -75,6 +73,7 @@ def parse(text: str) -> tuple[Source | None, int | None]:
         source = sources.named(":".join([spec.name, *([",".join(items)] if items else [])]))
     except UsageError as error:
         raise UsageError(f"--proxy {text!r}: {error} Or holdout, images held out of the training set.") from error
+    source = dataclasses.replace(source, labeled=False)
     if source.reader == "noise":  # generated in the requested number; others are decoded once for all sizes
         source = dataclasses.replace(source, count=size or DEFAULT_SIZE)
     return source, size
@@ -94,29 +93,17 @@ def hold_out(size: int | None, rows: int, seed: int) -> tuple[NDArray[np.int64],
     return np.sort(order[:count]), np.sort(order[count:])
 
 
-def draw(public: Tensor, size: int | None, known: list[Images], seed: int, text: str) -> Tensor:
+def draw(public: Images, size: int | None, known: list[Images], seed: int, text: str) -> Tensor:
     """``size`` images [P, H, W, 3] of another data set, without those that occur in ``known``."""
-    taken = _all_keys(images.pixels for images in known)
-    fresh = np.array([i for i, key in enumerate(_keys(public)) if key not in taken], dtype=np.int64)
+    taken = np.isin(public.keys, np.concatenate([images.keys for images in known]))
+    fresh = np.flatnonzero(~taken)
     count = min(DEFAULT_SIZE, len(fresh)) if size is None else size
     if not 0 < count <= len(fresh):
         raise UsageError(
             f"--proxy {text!r}: only {len(fresh)} of its {len(public)} images are neither private nor test images; "
             f"{'use another proxy set' if not len(fresh) else f'use size={len(fresh)} or less'}."
         )
+    if taken.any():
+        notes.say(f"{taken.sum()} of the {len(public)} images of --proxy {text} are private or test images; left out.")
     rows = np.sort(seeds.rng(seed, "proxy").permutation(fresh)[:count])
-    return public[torch.from_numpy(rows)]
-
-
-def shared(pixels: Tensor, public: list[Tensor]) -> int:
-    """The number of images that occur among public images."""
-    known = _all_keys(public)
-    return sum(key in known for key in _keys(pixels))
-
-
-def _all_keys(sets: Iterable[Tensor]) -> set[bytes]:
-    return {key for pixels in sets for key in _keys(pixels)}
-
-
-def _keys(pixels: Tensor) -> list[bytes]:
-    return [hashlib.blake2b(image.tobytes(), digest_size=12).digest() for image in pixels.numpy()]
+    return public.pixels[torch.from_numpy(rows)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,22 +15,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkd.core import cache, seeds, tensors
+from fedkd.core import cache, notes, seeds, tensors
 from fedkd.core.errors import DataError, FedkdError
+from fedkd.data import folders
+from fedkd.data.samples import Samples, decode
 from fedkd.data.scaling import Scaling
 from fedkd.data.sources import Source, is_reachable, parquet_files, searched
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from numpy.typing import NDArray
 
-LAYOUT = 3  # version of the cached files; increase it when their content changes
+LAYOUT = 4  # version of the cached files; increase it when their content changes
+KEY_BYTES = 12  # of the hash of an image
 
 
 @dataclass(frozen=True)
 class Images:
     """Pixels [N, H, W, 3] uint8, labels [N] int64, and the number of classes.
 
-    ``names`` are the names of the classes, if the data has any; ``scaling`` is that of the whole split.
+    ``names`` are the names of the classes, if the data has any; ``scaling`` is that of the whole split. ``clients``
+    [N] are the numbers, among ``client_names``, of the clients that the samples belong to, if the data says so.
     """
 
     pixels: Tensor
@@ -37,13 +42,33 @@ class Images:
     classes: int
     names: tuple[str, ...] = ()
     scaling: Scaling | None = None
+    clients: Tensor | None = None
+    client_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def first(self, count: int) -> Images:
         """The first ``count`` images."""
-        return Images(self.pixels[:count], self.labels[:count], self.classes, self.names)
+        return self.select(slice(count))
+
+    def select(self, rows: Tensor | slice) -> Images:
+        """Some of the images, without the scaling of the whole split."""
+        clients = None if self.clients is None else self.clients[rows]
+        return dataclasses.replace(
+            self, pixels=self.pixels[rows], labels=self.labels[rows], scaling=None, clients=clients
+        )
+
+    @cached_property
+    def keys(self) -> NDArray[np.void]:
+        """A hash [N] of the pixels of each image."""
+        return keys_of(self.pixels)
+
+
+def keys_of(pixels: Tensor) -> NDArray[np.void]:
+    """A hash [N] of each of the images [N, H, W, 3]."""
+    digests = (hashlib.blake2b(image.tobytes(), digest_size=KEY_BYTES).digest() for image in pixels.cpu().numpy())
+    return np.frombuffer(b"".join(digests), f"V{KEY_BYTES}")
 
 
 def read(source: Source, split: str, data_dir: str = "") -> Images:
@@ -54,73 +79,111 @@ def read(source: Source, split: str, data_dir: str = "") -> Images:
 
     """
     try:
-        files = parquet_files(source, split, data_dir)
-        stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        described = json.dumps([LAYOUT, source.__dict__, split, stamps, _place(source)], sort_keys=True)
+        files, load, said = _found(source, split, data_dir)
+        described = json.dumps([LAYOUT, source.__dict__, split, [_stamp(file) for file in files]], sort_keys=True)
     except OSError as error:
         raise DataError(f"Cannot read {source.name} ({split}): {error}.") from error
     name = f"{source.reader}-{split}-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
-    return _from_tensors(cache.get(f"decoded/{name}", lambda: _to_tensors(_decoded(source, split, data_dir, files))))
+    kept = cache.get(f"decoded/{name}", lambda: _to_tensors(*_decoded(source, split, load)))
+    for note in (*said, *json.loads(kept["notes"].numpy().tobytes())):
+        notes.say(note)
+    return _from_tensors(kept)
 
 
-def _decoded(source: Source, split: str, data_dir: str, files: list[Path]) -> Images:
+def _found(
+    source: Source, split: str, data_dir: str
+) -> tuple[Sequence[Path], Callable[[], Samples | Images], tuple[str, ...]]:
+    """The files that a split is read from, as far as they are known; what reads them; and notes for the user."""
+    root = Path(source.argument).expanduser()
+    files = parquet_files(source, split, data_dir)
+    if source.reader == "own":
+        files = [root] if root.suffix == ".parquet" else sorted(root.glob("*.parquet"))
+    if files:
+        return files, lambda: _parquet(source, files), ()
+    if source.reader in ("folder", "own"):
+        samples = _folder(source, root, split)
+        return samples.files, lambda: samples, samples.notes
+    if source.reader == "hugging_face" and root.is_dir():
+        files = list(folders.walk(root))
+    return files, lambda: READERS[source.reader](source, split, data_dir), ()
+
+
+def _folder(source: Source, root: Path, split: str) -> Samples:
+    if not source.labeled:
+        return folders.unlabeled(root)
+    return folders.class_folders(root) if source.reader == "own" else folders.labeled(root, split, source.held_out)
+
+
+def _stamp(file: Path) -> list[object]:
+    """What changes when the content of a file changes, or the file that a link names."""
+    state = file.stat()
+    return [str(file), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns]
+
+
+def _decoded(source: Source, split: str, load: Callable[[], Samples | Images]) -> tuple[Images, tuple[str, ...]]:
     try:
-        images = _parquet(source, files) if files else READERS[source.reader](source, split, data_dir)
+        found = load()
+        images, said = _images(found, source) if isinstance(found, Samples) else (found, ())
     except FedkdError:
         raise
     except Exception as error:  # anything that a reader raises for damaged files
         raise DataError(f"Cannot read {source.name} ({split}): {type(error).__name__}: {error}.") from error
-    if len(images) and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < images.classes:
+    if source.labeled and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < images.classes:
         raise DataError(f"{source.name} ({split}) has labels that are not classes; hidden labels are often -1.")
     if count := getattr(source, split):
         images = images.first(count)
-    return dataclasses.replace(images, scaling=Scaling.of(images.pixels))
+    return dataclasses.replace(images, scaling=Scaling.of(images.pixels)), said
 
 
-def _place(source: Source) -> object:
-    """The state of a local folder, for the key of the cache."""
-    root = Path(source.argument).expanduser()
-    if source.reader not in ("class_folders", "hugging_face", "own") or not root.exists():
-        return None
-    # `rglob` does not follow links; a class may be a link to a folder.
-    files = sorted({*root.rglob("*"), *root.glob("*/*"), *root.glob("*/*/*")}) or [root]
-    return [str(root.resolve()), [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
+def _images(samples: Samples, source: Source) -> tuple[Images, tuple[str, ...]]:
+    """The samples, decoded, and notes for the user."""
+    pixels, used, said = decode(samples, source)
+    samples = samples.select(used)
+    labels = torch.from_numpy(samples.labels)
+    images = Images(torch.from_numpy(pixels), labels, len(samples.names) or int(labels.max()) + 1, samples.names)
+    if samples.clients is None:
+        return images, said
+    names, numbers = np.unique(samples.clients, return_inverse=True)
+    return dataclasses.replace(images, clients=torch.from_numpy(numbers), client_names=(*names.tolist(),)), said
 
 
-def _to_tensors(images: Images) -> dict[str, Tensor]:
-    """Images as they are cached."""
+def _to_tensors(images: Images, said: tuple[str, ...]) -> dict[str, Tensor]:
+    """Images as they are cached, with notes for the user."""
     assert images.scaling is not None
     return {
         "pixels": images.pixels,
         "labels": images.labels,
         "classes": torch.tensor(images.classes),
-        "names": torch.from_numpy(np.frombuffer(json.dumps(images.names).encode(), np.uint8).copy()),
+        "names": _text(images.names),
         "scaling": torch.tensor([images.scaling.mean, images.scaling.std], dtype=torch.float64),
+        "keys": torch.from_numpy(images.keys.view(np.uint8).copy()),
+        "clients": torch.zeros(0, dtype=torch.int64) if images.clients is None else images.clients,
+        "client_names": _text(images.client_names),
+        "notes": _text(said),
     }
 
 
+def _text(texts: tuple[str, ...]) -> Tensor:
+    return torch.from_numpy(np.frombuffer(json.dumps(texts).encode(), np.uint8).copy())
+
+
 def _from_tensors(kept: tensors.Tensors) -> Images:
-    names = json.loads(kept["names"].numpy().tobytes())
+    names, client_names = (tuple(json.loads(kept[key].numpy().tobytes())) for key in ("names", "client_names"))
     mean, std = kept["scaling"].tolist()
-    return Images(kept["pixels"], kept["labels"], int(kept["classes"]), (*names,), Scaling((*mean,), (*std,)))
+    images = Images(
+        kept["pixels"],
+        kept["labels"],
+        int(kept["classes"]),
+        names,
+        Scaling((*mean,), (*std,)),
+        kept["clients"] if client_names else None,
+        client_names,
+    )
+    images.__dict__["keys"] = kept["keys"].numpy().view(f"V{KEY_BYTES}")  # so that they are not computed again
+    return images
 
 
-def pixels_of(pictures: Iterable[Image], size: int) -> Tensor:
-    """Pictures as RGB [N, size, size, 3] uint8, scaled bicubically where they differ in size."""
-    import PIL.Image
-
-    rows = []
-    for picture in pictures:
-        rgb = picture.convert("RGB")
-        if rgb.size != (size, size):
-            rgb = rgb.resize((size, size), PIL.Image.Resampling.BICUBIC)
-        rows.append(np.asarray(rgb))
-    if not rows:
-        raise DataError("A data set without images cannot be used.")
-    return torch.from_numpy(np.stack(rows))
-
-
-def _torchvision(source: Source, split: str, data_dir: str) -> Images:
+def _torchvision(source: Source, split: str, data_dir: str) -> Samples:
     """A class of torchvision.datasets; its archives are checked by MD5 before they are opened."""
     import torchvision
 
@@ -145,15 +208,14 @@ def _torchvision(source: Source, split: str, data_dir: str) -> Images:
         raise DataError(help_.format(f"its download failed ({type(error).__name__}: {error})")) from error
 
 
-def _of_torchvision(dataset: Any, source: Source) -> Images:
+def _of_torchvision(dataset: Any, source: Source) -> Samples:
     labels = getattr(dataset, "targets", None)
-    labels = torch.as_tensor(np.asarray(dataset.labels if labels is None else labels), dtype=torch.int64)
-    pictures = (dataset[i][0] for i in range(len(dataset)))
-    names = tuple(getattr(dataset, "classes", ()))
-    return Images(pixels_of(pictures, source.pixels), labels, len(names) or int(labels.max()) + 1, names)
+    labels = np.asarray(dataset.labels if labels is None else labels)
+    pictures = [dataset[i][0] for i in range(len(dataset))]
+    return Samples.of(source.name, pictures, labels, getattr(dataset, "classes", ()))
 
 
-def _parquet(source: Source, files: list[Path]) -> Images:
+def _parquet(source: Source, files: list[Path]) -> Samples:
     """Local parquet files in the layout of the hub."""
     import datasets
 
@@ -161,7 +223,7 @@ def _parquet(source: Source, files: list[Path]) -> Images:
     return _of_hugging_face(datasets.Dataset.from_parquet([str(f) for f in files]), source)
 
 
-def _hugging_face(source: Source, split: str, data_dir: str) -> Images:
+def _hugging_face(source: Source, split: str, data_dir: str) -> Samples:
     import datasets
 
     datasets.disable_progress_bars()
@@ -177,64 +239,31 @@ def _hugging_face(source: Source, split: str, data_dir: str) -> Images:
     raise DataError(f"{source.name} has no {split} split; it has {', '.join(splits)}.")
 
 
-def _of_hugging_face(table: Any, source: Source) -> Images:
+def _of_hugging_face(table: Any, source: Source) -> Samples:
     """The first image column and the label column of a Hugging Face table."""
     import datasets
 
     images = [n for n, f in table.features.items() if isinstance(f, datasets.Image)]
     labels = [n for n, f in table.features.items() if isinstance(f, datasets.ClassLabel)]
     labels += [n for n in ("label", "labels", "fine_label") if n in table.features and n not in labels]
-    if not images or not labels:
+    if not images or (not labels and source.labeled):
         raise DataError(f"{source.name} has no image and label columns; it has {', '.join(table.features)}.")
-    values = torch.tensor(table[labels[0]][:], dtype=torch.int64)
-    names = tuple(getattr(table.features[labels[0]], "names", None) or ())
-    pictures = (row[images[0]] for row in table.select_columns(images[:1]))
-    return Images(pixels_of(pictures, source.pixels), values, len(names) or int(values.max()) + 1, names)
+    values = np.asarray(table[labels[0]][:], np.int64) if source.labeled else np.full(len(table), -1)
+    names = (getattr(table.features[labels[0]], "names", None) or ()) if source.labeled else ()
+    column = table.select_columns(images[:1]).cast_column(images[0], datasets.Image(decode=False))
+
+    def fetch(rows: NDArray[np.int64]) -> list[Path | bytes | None]:
+        return [_encoded(entry) for entry in column[rows][images[0]]]
+
+    return Samples(source.name, fetch, np.arange(len(table)), values, (*names,))
 
 
-def _class_folders(source: Source, split: str, data_dir: str) -> Images:
-    root = Path(source.argument).expanduser()
-    if not (root / split).is_dir():
-        raise DataError(f"There is no folder {root / split}; it should hold one folder of images per class.")
-    return _image_folder(root / split, source)
-
-
-def _image_folder(root: Path, source: Source) -> Images:
-    """The images of a folder with a folder per class.
-
-    Raises:
-        DataError: a class has folders in it, two classes are the same folder (by a link), or an image is damaged.
-
-    """
-    from torchvision.datasets import ImageFolder
-
-    classes: dict[Path, Path] = {}
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        if nested := [path for path in folder.iterdir() if path.is_dir()]:
-            raise DataError(f"{min(nested)} is a folder in the folder of a class, which should hold only images.")
-        if (same := classes.setdefault(folder.resolve(), folder)) != folder:
-            raise DataError(f"The folders {same} and {folder} are the same (by a link); each class needs its own.")
-    return _of_torchvision(ImageFolder(str(root), loader=_picture), source)
-
-
-def _picture(path: str) -> Image:
-    from torchvision.datasets.folder import default_loader
-
-    try:
-        picture: Image = default_loader(path)
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise DataError(f"{path} is damaged or no image ({type(error).__name__}); repair or remove it.") from error
-    return picture
-
-
-def _own(source: Source, split: str, data_dir: str) -> Images:
-    """The data of a node: a folder with a folder of images per class, or with parquet files."""
-    root = Path(source.argument).expanduser()
-    if files := [root] if root.suffix == ".parquet" else sorted(root.glob("*.parquet")):
-        return _parquet(source, files)
-    if not root.is_dir():
-        raise DataError(f"There is no folder {root}; it should hold parquet files, or a folder of images per class.")
-    return _image_folder(root, source)
+def _encoded(entry: dict[str, Any] | None) -> Path | bytes | None:
+    """The encoded image of a table's entry: its bytes, or the file that it names."""
+    if entry is None or (entry["bytes"] is None and not entry["path"]):
+        return None
+    content: bytes | None = entry["bytes"]
+    return Path(entry["path"]) if content is None else content
 
 
 def renumbered(images: Images, names: Sequence[str], classes: int, where: str) -> Images:
@@ -257,17 +286,14 @@ def renumbered(images: Images, names: Sequence[str], classes: int, where: str) -
     return dataclasses.replace(images, classes=classes, names=tuple(names))
 
 
-def _digits(source: Source, split: str, data_dir: str) -> Images:
+def _digits(source: Source, split: str, data_dir: str) -> Samples:
     """Every fifth sample is a test sample: the data set is not sorted, so writers stay mixed."""
-    import PIL.Image
     from sklearn.datasets import load_digits
 
     data, labels = load_digits(return_X_y=True)
     rows = (np.arange(len(labels)) % 5 == 4) == (split == "test")
     gray = (data[rows].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
-    pictures = (PIL.Image.fromarray(image) for image in gray)
-    names = tuple(map(str, range(10)))
-    return Images(pixels_of(pictures, source.pixels), torch.from_numpy(labels[rows]).long(), 10, names)
+    return Samples.of(source.name, list(gray), labels[rows], [*map(str, range(10))])
 
 
 def _noise(source: Source, split: str, data_dir: str) -> Images:
@@ -277,11 +303,9 @@ def _noise(source: Source, split: str, data_dir: str) -> Images:
     return Images(pixels, torch.randint(10, (count,), generator=generator), 10)
 
 
-READERS = {
+READERS: dict[str, Callable[[Source, str, str], Samples | Images]] = {
     "torchvision": _torchvision,
     "hugging_face": _hugging_face,
-    "class_folders": _class_folders,
-    "own": _own,
     "digits": _digits,
     "noise": _noise,
 }

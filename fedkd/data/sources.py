@@ -5,6 +5,7 @@ A `Source` describes where the images are; nothing heavy is imported before they
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import socket
@@ -17,6 +18,7 @@ from typing import Annotated
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from fedkd.core import specs
+from fedkd.core.config import MAX_PIXELS, Options, Resize
 from fedkd.core.errors import DataError, PluginError
 
 Pixels = Annotated[int, Field(ge=8, le=1024)]
@@ -36,6 +38,16 @@ class Source:
     count: int = 0
     train: int = 0  # number of training images, the first ones; 0 for all
     test: int = 0  # number of test images
+    held_out: str = ""  # the name of the test part, or the fraction of the images that it gets
+    labeled: bool = True
+    resize: Resize = "crop"
+    max_pixels: int = MAX_PIXELS  # of an image that is decoded
+    skip_damaged: bool = False
+
+    def read_by(self, config: Options) -> Source:
+        """The same with the options that say how images are read."""
+        how = {"resize": config.resize, "max_pixels": config.max_pixels, "skip_damaged": config.skip_damaged}
+        return dataclasses.replace(self, **how)  # type: ignore[arg-type]
 
 
 def named(text: str) -> Source:
@@ -87,9 +99,26 @@ def hf(name: str, /, *, pixels: Pixels = 32, flip: bool = True) -> Source:
     return Source(f"hf:{name}", "hugging_face", name, pixels=pixels, flip=flip)
 
 
-def folder(path: str, /, *, pixels: Pixels = 32, flip: bool = True) -> Source:
-    """A folder with ``train/CLASS/*.png`` and ``test/CLASS/*.png`` (or jpg, ...)."""
-    return Source(f"folder:{path}", "class_folders", path, pixels=pixels, flip=flip)
+def folder(path: str, /, *, pixels: Pixels = 32, flip: bool = True, test: str = "") -> Source:
+    """A folder with ``train/CLASS/FILE`` and ``test/CLASS/FILE`` (or val), or ``CLASS/FILE`` with ``test=0.2``."""
+    fraction_of(test)
+    return Source(f"folder:{path}", "folder", path, pixels=pixels, flip=flip, held_out=test)
+
+
+def fraction_of(test: str) -> float | None:
+    """The fraction in ``test=0.2``; None if it is the name of a part.
+
+    Raises:
+        ValueError: it is a number, but not a fraction.
+
+    """
+    try:
+        fraction = float(test)
+    except ValueError:
+        return None
+    if not 0 < fraction < 1:
+        raise ValueError(f"test={test} is neither a name nor a fraction between 0 and 1")
+    return fraction
 
 
 def own(path: str, pixels: int) -> Source:

@@ -8,6 +8,10 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from fedkd.core.config import (
+    MAX_PIXELS,
+    MAX_PIXELS_TEXT,
+    RESIZE_TEXT,
+    SKIP_TEXT,
     Momentum,
     NonNegativeFloat,
     NonNegativeInt,
@@ -16,6 +20,7 @@ from fedkd.core.config import (
     Processes,
     Rate,
     Repetitions,
+    Resize,
     Seed,
     Several,
     option,
@@ -78,6 +83,10 @@ class DistillConfig(Options):
         "Number of training images used for validation and for the ranking of teachers, not for training; at most a "
         "tenth of the training set.",
     )
+
+    resize: Resize = option("crop", "Data", RESIZE_TEXT)
+    max_pixels: PositiveInt = option(MAX_PIXELS, "Data", MAX_PIXELS_TEXT)
+    skip_damaged: bool = option(False, "Data", SKIP_TEXT)
 
     epochs: PositiveInt = option(30, "Training", "Epochs of a student, with a teacher or without.")
     teacher_epochs: NonNegativeInt = option(0, "Training", "Epochs of a teacher; 0 for the same as the student.")

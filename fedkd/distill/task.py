@@ -54,7 +54,7 @@ def prepare(config: DistillConfig) -> tuple[Task, str]:
 
     """
     dataset, fallback = loading.choose_dataset(config.dataset, config.data_dir)
-    source = sources.named(dataset)
+    source = sources.named(dataset).read_by(config)
     device = runtime.device(config.device)
     train, test = loading.splits(source, config.data_dir)
     classes = max(train.classes, test.classes)
@@ -68,7 +68,7 @@ def prepare(config: DistillConfig) -> tuple[Task, str]:
 
     shifted = None
     if config.shifted:
-        other = loading.read(sources.named(config.shifted), "test", config.data_dir)
+        other = loading.read(sources.named(config.shifted).read_by(config), "test", config.data_dir)
         if other.classes != classes or other.pixels.shape[1:] != test.pixels.shape[1:]:
             raise DataError(
                 f"--shifted {config.shifted} has {other.classes} classes of {other.pixels.shape[1]} pixels, "

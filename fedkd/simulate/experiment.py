@@ -63,10 +63,7 @@ class Experiment:
         """Samples of the training set."""
         import torch
 
-        from fedkd.data.readers import Images
-
-        indices = torch.from_numpy(rows)
-        return Images(self.train.pixels[indices], self.train.labels[indices], self.train.classes)
+        return self.train.select(torch.from_numpy(rows))
 
     def pooled(self, round_number: int) -> NDArray[np.int64]:
         """The samples of all clients sampled in a round, so that pooled data is trained on as often as shared data."""
@@ -122,7 +119,7 @@ def _prepare(config: Config) -> Experiment:
     from fedkd.data.scaling import Scaling
     from fedkd.training.trainer import Trainer
 
-    source = sources.named(loading.choose_dataset(config.dataset, config.data_dir)[0])
+    source = sources.named(loading.choose_dataset(config.dataset, config.data_dir)[0]).read_by(config)
     algorithm, device = algorithm_of(config), runtime.device(config.device)
     train, test = _images(source, config)
     classes = max(train.classes, test.classes)
@@ -193,9 +190,9 @@ def _proxy(
         indices = torch.from_numpy(rows)
         labels = train.labels[indices] if with_labels else None
         return proxies.ProxySet(train.pixels[indices], labels, config.proxy_samples, config.seed), rows, private
-    proxy_source = dataclasses.replace(proxy_source, pixels=source.pixels)
+    proxy_source = dataclasses.replace(proxy_source.read_by(config), pixels=source.pixels)
     public = loading.read(proxy_source, "train", config.data_dir)
-    images = proxies.draw(public.pixels, size, [train, test], config.seed, config.proxy)
+    images = proxies.draw(public, size, [train, test], config.seed, config.proxy)
     private = np.arange(len(train), dtype=np.int64)
     return proxies.ProxySet(images, None, config.proxy_samples, config.seed), None, private
 
@@ -235,13 +232,17 @@ def node_data(path: str, config: Config) -> Images:
         DataError: it cannot be read, has unknown classes, or images of the proxy or the test set.
 
     """
+    import numpy as np
+
+    from fedkd.data import readers
     from fedkd.data.readers import renumbered
 
     experiment = prepared(config)
     proxy = experiment.setup.proxy.images
-    read = loading.read(sources.own(path, proxy.shape[1]), "train", "")
+    read = loading.read(sources.own(path, proxy.shape[1]).read_by(config), "train", "")
     images = renumbered(read, experiment.test.names, experiment.setup.classes, path)
-    if public := proxies.shared(images.pixels, [proxy.cpu(), experiment.test.pixels.cpu()]):
+    public_keys = np.concatenate([readers.keys_of(proxy.cpu()), experiment.test.keys])
+    if public := int(np.isin(images.keys, public_keys).sum()):
         raise DataError(
             f"{public} of the {len(images)} images in {path} are in the proxy or the test set; remove them."
         )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fedkd.core import cache, specs, tensors
+from fedkd.core import cache, notes, specs, tensors
 from fedkd.data import partitioners, readers
 from fedkd.distill import teachers
 from fedkd.distill.config import DistillConfig
@@ -28,7 +28,7 @@ OPTIONS = {"dataset": "digits", "student": "cnn:width=4", "epochs": 1, "device":
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDKD_CACHE", str(tmp_path / "cache"))
-    cache._say.cache_clear()
+    notes.say.cache_clear()
 
 
 def images() -> str:

@@ -102,7 +102,7 @@ def test_options_have_types_in_words():
     options = {option.name: option for option in component("algorithm", "dsfl").options}
     assert options["aggregation"].type == "era|sa"
     assert options["temperature"].type == "float"
-    (name,) = [option for option in component("dataset", "folder").options if option.default is None]
+    (name,) = [option for option in component("dataset", "folder").options if option.required]
     assert name.name.isupper()
 
 

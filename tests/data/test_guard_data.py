@@ -47,18 +47,18 @@ TRAIN, TEST = (
 
 @pytest.mark.parametrize("known", [[TRAIN, TEST], [TEST, TRAIN]], ids=["train, test", "test, train"])
 def test_an_external_proxy_leaves_out_the_images_of_every_known_set(known):
-    drawn = proxies.draw(PUBLIC, None, known, 0, "public")
+    drawn = proxies.draw(images(PUBLIC), None, known, 0, "public")
     assert torch.equal(drawn, PUBLIC[10:45]), "all others, each once, in their order"
-    assert torch.equal(proxies.draw(PUBLIC, 35, known, 0, "public"), drawn)
+    assert torch.equal(proxies.draw(images(PUBLIC), 35, known, 0, "public"), drawn)
     with pytest.raises(UsageError, match="only 35 of its 60 images are neither private nor test images"):
-        proxies.draw(PUBLIC, 36, known, 0, "public")
+        proxies.draw(images(PUBLIC), 36, known, 0, "public")
 
 
 def test_an_external_proxy_of_a_given_size_is_drawn_by_the_seed_from_the_images_left():
     allowed = {image: row for row, image in enumerate(raw(PUBLIC)) if 10 <= row < 45}
     chosen = {}
     for seed in range(40):
-        rows = [allowed[image] for image in raw(proxies.draw(PUBLIC, 12, [TRAIN, TEST], seed, "public"))]
+        rows = [allowed[image] for image in raw(proxies.draw(images(PUBLIC), 12, [TRAIN, TEST], seed, "public"))]
         assert len(set(rows)) == 12
         assert rows == sorted(seeds.rng(seed, "proxy").permutation(np.arange(10, 45))[:12].tolist())
         chosen[seed] = tuple(rows)
@@ -70,16 +70,17 @@ def test_an_image_that_differs_in_one_number_is_another_image():
     near = PUBLIC[:3].clone()
     near[:, -1, -1, -1] += 1  # wraps around
     near[1, 0, 0, 0] += 1
-    assert torch.equal(proxies.draw(near, None, [images(PUBLIC)], 0, "near"), near)
-    assert proxies.shared(PUBLIC[:9], [PUBLIC[5:20], PUBLIC[40:], PUBLIC[:2]]) == 6
-    assert proxies.shared(near, [PUBLIC]) == 0
+    assert torch.equal(proxies.draw(images(near), None, [images(PUBLIC)], 0, "near"), near)
+    keys = images(PUBLIC).keys
+    assert len(set(keys.tolist())) == 60
+    assert not set(images(near).keys.tolist()) & set(keys.tolist())
 
 
 @pytest.mark.parametrize(("fresh", "expected"), [(proxies.DEFAULT_SIZE + 1, proxies.DEFAULT_SIZE), (70, 70)])
 def test_an_external_proxy_has_5000_images_unless_there_are_fewer_or_a_size_is_given(fresh, expected):
     public = torch.randint(256, (fresh + 3, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
     assert proxies.DEFAULT_SIZE == 5000
-    assert len(proxies.draw(public, None, [images(public[:1]), images(public[1:3])], 0, "public")) == expected
+    assert len(proxies.draw(images(public), None, [images(public[:1]), images(public[1:3])], 0, "public")) == expected
 
 
 def write(root, split: str, classes: dict[str, torch.Tensor]) -> None:

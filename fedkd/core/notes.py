@@ -1,0 +1,14 @@
+"""Notes for the user: one line each on standard error."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from functools import lru_cache
+
+
+@lru_cache
+def say(text: str) -> None:
+    """Print a line once, and not from each of the processes that simulate clients."""
+    if multiprocessing.parent_process() is None:
+        print(f"fedkd: {text}", file=sys.stderr)
