@@ -12,3 +12,8 @@ def say(text: str) -> None:
     """Print a line once, and not from each of the processes that simulate clients."""
     if multiprocessing.parent_process() is None:
         print(f"fedkd: {text}", file=sys.stderr)
+
+
+def plain(count: int, noun: str) -> str:
+    """``1 client``, ``20 clients``, ``40,000 images``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fedkd.core.errors import DataError
+from fedkd.core.notes import plain
 from fedkd.data import pictures
 from fedkd.data.samples import Samples
 from fedkd.data.sources import fraction_of
@@ -24,18 +25,21 @@ class _Ignored:
     """Counts of what is not read, for the user."""
 
     hidden: int = 0
+    outside: int = 0  # the folders of the classes
     suffixes: Counter[str] = field(default_factory=Counter)
 
     def notes(self, where: object) -> tuple[str, ...]:
         """A line for each kind of file."""
         notes = []
         if self.hidden:
-            notes.append(f"{self.hidden} hidden files and folders in {where} are ignored.")
+            notes.append(f"{where}: {plain(self.hidden, 'hidden file')} or folders ignored.")
+        if self.outside:
+            notes.append(f"{where}: {plain(self.outside, 'file')} beside the folders of the classes ignored.")
         if self.suffixes:
             kinds = ", ".join(f"{count} {kind or 'without a suffix'}" for kind, count in sorted(self.suffixes.items()))
             needs_decoder = self.suffixes.keys() & pictures.HEIF_SUFFIXES
             advice = " To read HEIC and HEIF: pip install 'fedkd[heic]'." if needs_decoder else ""
-            notes.append(f"{self.suffixes.total()} files in {where} are not read as images ({kinds}).{advice}")
+            notes.append(f"{where}: {plain(self.suffixes.total(), 'file')} not read as images ({kinds}).{advice}")
         return tuple(notes)
 
 
@@ -96,7 +100,9 @@ def class_folders(root: Path) -> Samples:
     files: list[Path] = []
     labels: list[int] = []
     empty: list[Path] = []
-    folders = [folder for folder in _listed(root, ignored) if folder.is_dir()]
+    entries = _listed(root, ignored)
+    folders = [entry for entry in entries if entry.is_dir()]
+    ignored.outside = len(entries) - len(folders)
     for number, folder in enumerate(folders):
         if (same := classes.setdefault(os.path.realpath(folder), folder)) != folder:
             raise DataError(f"The folders {same} and {folder} are the same (by a link); each class needs its own.")

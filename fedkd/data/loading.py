@@ -46,5 +46,5 @@ def splits(source: Source, data_dir: str) -> tuple[Images, Images]:
     if train.names and test.names and train.names != test.names:
         test = renumbered(test, train.names, train.classes, f"The test set of {source.name}")
     if both := int(np.isin(test.keys, train.keys).sum()):
-        notes.say(f"{both} of the {len(test)} test images of {source.name} are also in its training set.")
+        notes.say(f"{source.name}: {both:,} of {len(test):,} test images are also training images.")
     return train, test

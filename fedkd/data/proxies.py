@@ -104,6 +104,6 @@ def draw(public: Images, size: int | None, known: list[Images], seed: int, text:
             f"{'use another proxy set' if not len(fresh) else f'use size={len(fresh)} or less'}."
         )
     if taken.any():
-        notes.say(f"{taken.sum()} of the {len(public)} images of --proxy {text} are private or test images; left out.")
+        notes.say(f"--proxy {text}: {taken.sum():,} of {len(public):,} images left out: private or test images.")
     rows = np.sort(seeds.rng(seed, "proxy").permutation(fresh)[:count])
     return public.pixels[torch.from_numpy(rows)]

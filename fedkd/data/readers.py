@@ -277,9 +277,10 @@ def renumbered(images: Images, names: Sequence[str], classes: int, where: str) -
     """
     if images.names and images.names != tuple(names):
         known = names or [str(number) for number in range(classes)]
-        if strangers := sorted(set(images.names) - set(known)):
+        present = {images.names[label] for label in set(images.labels.tolist())}
+        if strangers := sorted(present - set(known)):
             raise DataError(f"{where} has classes {', '.join(strangers)}, which are none of {', '.join(known)}.")
-        places = torch.tensor([known.index(name) for name in images.names])
+        places = torch.tensor([known.index(name) if name in known else -1 for name in images.names])
         images = dataclasses.replace(images, labels=places[images.labels])
     if not 0 <= int(images.labels.min()) <= int(images.labels.max()) < classes:
         raise DataError(f"{where} has labels beyond the {classes} classes of this run.")

@@ -14,6 +14,7 @@ import PIL.Image
 
 from fedkd.core import seeds
 from fedkd.core.errors import DataError
+from fedkd.core.notes import plain
 from fedkd.core.runtime import cores
 from fedkd.data import pictures
 
@@ -104,7 +105,7 @@ def decode(samples: Samples, source: Source) -> tuple[NDArray[np.uint8], Rows, t
     used = np.setdiff1d(np.arange(len(samples), dtype=np.int64), list(bad))
     if not len(used):
         raise DataError(f"{samples.where} has no image that can be used.")
-    note = f"{len(bad)} images of {samples.where} are left out; the first: {next(iter(bad.values()), '')}."
+    note = f"{samples.where}: {plain(len(bad), 'image')} left out, the first since {next(iter(bad.values()), '')}."
     return (decoded[used], used, (note,)) if bad else (decoded, used, ())
 
 

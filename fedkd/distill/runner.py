@@ -14,6 +14,7 @@ from torch import nn
 
 from fedkd.core import cli, run_directory, seeds, specs
 from fedkd.core.errors import FedkdError, PluginError, ResumeError, StorageError, UsageError
+from fedkd.core.notes import plain
 from fedkd.core.runtime import settle
 from fedkd.data import corruptions
 from fedkd.distill import teacher_names, teachers, train
@@ -27,7 +28,7 @@ from fedkd.evaluation.report import students as report
 from fedkd.evaluation.report.screen import Screen
 from fedkd.evaluation.report.students import BASELINE, STUDENT
 from fedkd.evaluation.report.table import Grid
-from fedkd.evaluation.report.text import percent, plain, points
+from fedkd.evaluation.report.text import percent, points
 from fedkd.training.terms import BornAgain, Logits, Term
 
 if TYPE_CHECKING:

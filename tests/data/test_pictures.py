@@ -189,7 +189,7 @@ def test_a_bad_image_is_named_or_left_out_and_counted(folder, tmp_path, capsys):
         assert images.labels.tolist() == [0, 1]
         assert torch.equal(images.pixels, torch.from_numpy(np.stack([COLOR, gray(GRAY)])))
     assert (
-        f"2 images of {tmp_path}/train are left out; the first: {tmp_path}/train/b/4.png has" in capsys.readouterr().err
+        f"{tmp_path}/train: 2 images left out, the first since {tmp_path}/train/b/4.png has" in capsys.readouterr().err
     )
 
 

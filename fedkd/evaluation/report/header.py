@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from fedkd.communication.ledger import break_even, is_soft_label
 from fedkd.core import tensors
+from fedkd.core.notes import plain
 from fedkd.data import skew
-from fedkd.evaluation.report.text import percent, plain, size
+from fedkd.evaluation.report.text import percent, size
 
 if TYPE_CHECKING:
     from fedkd.simulate.experiment import Experiment

@@ -7,9 +7,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from fedkd.core.notes import plain
 from fedkd.evaluation.report.figure import COLORS, STYLES, save
 from fedkd.evaluation.report.table import Grid
-from fedkd.evaluation.report.text import plain, points, size, spread
+from fedkd.evaluation.report.text import points, size, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

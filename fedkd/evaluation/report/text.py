@@ -37,8 +37,3 @@ def points(differences: Sequence[float]) -> str:
 def seconds(value: float) -> str:
     """A duration: ``12.3 s``, ``4.5 min``."""
     return f"{value:.1f} s" if value < 100 else f"{value / 60:.1f} min"
-
-
-def plain(count: int, noun: str) -> str:
-    """``1 client``, ``20 clients``, ``40,000 images``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

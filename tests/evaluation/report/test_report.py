@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from fedkd.core.notes import plain
 from fedkd.evaluation import metrics
 from fedkd.evaluation.report import figure, table, text
 from fedkd.evaluation.report.screen import Screen
@@ -145,5 +146,5 @@ def test_percentages_times_and_plurals():
     assert text.percent(None) == "–"
     assert text.seconds(99.9) == "99.9 s"
     assert text.seconds(150) == "2.5 min"
-    assert text.plain(1, "client") == "1 client"
-    assert text.plain(20_000, "image") == "20,000 images"
+    assert plain(1, "client") == "1 client"
+    assert plain(20_000, "image") == "20,000 images"
