@@ -238,7 +238,7 @@ class Config(Options):
         "auto (CIFAR-10, else digits), cifar10, cifar100, svhn, stl10, fashion-mnist, digits, noise, hf:NAME, "
         "folder:PATH.",
     )
-    data_dir: str = option("", "Data", "Directory of the data: torchvision's files or parquet; also FEDKD_DATA.")
+    data_dir: str = option("", "Data", "Folder with torchvision's files, their archive, or parquet; also FEDKD_DATA.")
     proxy: str = option(
         "holdout",
         "Data",

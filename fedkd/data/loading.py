@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fedkd.core import notes
 from fedkd.core.errors import DataError
-from fedkd.data import sources
+from fedkd.data import places
 
 if TYPE_CHECKING:
     from fedkd.data.readers import Images
@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 
 
 def choose_dataset(dataset: str, data_dir: str) -> tuple[str, str]:
-    """The spec of the data set, and why it is not CIFAR-10 if ``auto`` fell back to another one."""
+    """The spec of the data set, and why it is not CIFAR-10 if ``auto`` fell back to another one.
+
+    Raises:
+        DataError: ``auto``, and the folder that is named for the data does not hold CIFAR-10.
+
+    """
     if dataset != "auto":
         return dataset, ""
-    return sources.by_auto(lambda source: read(source, "train", data_dir))
+    return places.by_auto(lambda source: read(source, "train", data_dir), data_dir)
 
 
 @lru_cache(maxsize=8)

@@ -18,9 +18,10 @@ from torch import Tensor
 from fedkd.core import cache, notes, seeds, tensors
 from fedkd.core.errors import DataError, FedkdError
 from fedkd.data import folders
+from fedkd.data.places import parquet_files
 from fedkd.data.samples import Samples, decode
 from fedkd.data.scaling import Scaling
-from fedkd.data.sources import Source, is_reachable, parquet_files, searched
+from fedkd.data.sources import Source
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -185,27 +186,9 @@ def _from_tensors(kept: tensors.Tensors) -> Images:
 
 def _torchvision(source: Source, split: str, data_dir: str) -> Samples:
     """A class of torchvision.datasets; its archives are checked by MD5 before they are opened."""
-    import torchvision
+    from fedkd.data import downloads
 
-    kind = getattr(torchvision.datasets, source.argument)
-    is_split = source.argument in ("SVHN", "STL10")
-    options: dict[str, Any] = {"split": split} if is_split else {"train": split == "train"}
-    roots = searched(data_dir)
-    for root in roots:
-        try:
-            return _of_torchvision(kind(str(root), download=False, **options), source)
-        except (RuntimeError, FileNotFoundError, NotADirectoryError):
-            continue  # missing or incomplete: torchvision raises RuntimeError for both
-    help_ = (
-        f"{source.name} is not in {', '.join(map(str, roots))} and {{}}. Point --data-dir (or FEDKD_DATA) to a "
-        f"folder with torchvision's files or parquet files, or try --dataset digits, which needs no download."
-    )
-    if not is_reachable(source.host):
-        raise DataError(help_.format(f"{source.host} cannot be reached within ten seconds"))
-    try:
-        return _of_torchvision(kind(str(roots[-1]), download=True, **options), source)
-    except Exception as error:  # urllib, ssl, a full disk, a checksum: all have the same remedy
-        raise DataError(help_.format(f"its download failed ({type(error).__name__}: {error})")) from error
+    return _of_torchvision(downloads.dataset(source, split, data_dir), source)
 
 
 def _of_torchvision(dataset: Any, source: Source) -> Samples:

@@ -6,20 +6,14 @@ A `Source` describes where the images are; nothing heavy is imported before they
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-import socket
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from fedkd.core import specs
 from fedkd.core.config import MAX_PIXELS, Options, Resize
-from fedkd.core.errors import DataError, PluginError
+from fedkd.core.errors import PluginError
 
 Pixels = Annotated[int, Field(ge=8, le=1024)]
 
@@ -129,58 +123,3 @@ def own(path: str, pixels: int) -> Source:
 def noise(*, size: PositiveInt = 5000, pixels: Pixels = 32) -> Source:
     """Uniform noise with random labels, for measuring speed: nothing can be learned from it."""
     return Source("noise", "noise", count=size, pixels=pixels)
-
-
-def searched(data_dir: str) -> list[Path]:
-    """The directories that may hold data, in order."""
-    named = data_dir or os.environ.get("FEDKD_DATA", "")
-    from fedkd.core import cache
-
-    return [*([Path(named).expanduser()] if named else []), cache.directory() / "data"]
-
-
-def parquet_files(source: Source, split: str, data_dir: str) -> list[Path]:
-    """The parquet files of a split in the layout of the Hugging Face hub, if there are any."""
-    for root in searched(data_dir):
-        for place in (root / source.folder, root / source.folder / "data", root):
-            files = sorted(place.glob(f"{split}-*.parquet"))
-            named_otherwise = place == root and root.name != source.folder
-            if files and source.folder and not named_otherwise:
-                _require_all(files, split)
-                return files
-    return []
-
-
-def _require_all(files: list[Path], split: str) -> None:
-    """Refuse a split with missing files: each file name states how many there are."""
-    counts = {int(match[1]) for file in files if (match := re.search(r"-of-(\d+)", file.name))}
-    if counts and len(files) != max(counts):
-        raise DataError(
-            f"{files[0].parent} holds {len(files)} of {max(counts)} parquet files of {split}; fetch the rest."
-        )
-
-
-def is_reachable(host: str, seconds: float = 10.0) -> bool:
-    """Whether a connection to ``host`` opens in time, including the name lookup."""
-    opened = threading.Event()
-
-    def connect() -> None:
-        try:
-            socket.create_connection((host, 443), timeout=seconds).close()
-        except OSError:
-            return
-        opened.set()
-
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return opened.is_set()
-
-
-def by_auto(load: Callable[[Source], object]) -> tuple[str, str]:
-    """CIFAR-10 if it is found or can be downloaded, otherwise digits: the name, and the reason for the fallback."""
-    try:
-        load(cifar10())
-    except DataError as error:
-        return "digits", str(error)
-    return "cifar10", ""

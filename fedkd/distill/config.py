@@ -76,7 +76,7 @@ class DistillConfig(Options):
         "Data",
         "A data set of the same classes with shifted test images; by default the test images, rotated and translated.",
     )
-    data_dir: str = option("", "Data", "Directory of the data: torchvision's files or parquet; also FEDKD_DATA.")
+    data_dir: str = option("", "Data", "Folder with torchvision's files, their archive, or parquet; also FEDKD_DATA.")
     validation: PositiveInt = option(
         1000,
         "Data",

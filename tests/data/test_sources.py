@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import threading
 
 import numpy as np
 import PIL.Image
@@ -11,7 +10,7 @@ import torch
 
 from fedkd.core import specs
 from fedkd.core.errors import DataError, UsageError
-from fedkd.data import loading, proxies, readers, sources
+from fedkd.data import downloads, loading, places, proxies, readers, sources
 from fedkd.data.readers import Images, read
 
 
@@ -23,7 +22,7 @@ def _own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def offline(monkeypatch):
     monkeypatch.delenv("FEDKD_DATA", raising=False)
-    monkeypatch.setattr(readers, "is_reachable", lambda host: False)
+    monkeypatch.setattr(downloads, "is_reachable", lambda url: False)
 
 
 def picture(value: int):
@@ -206,30 +205,11 @@ def test_damaged_parquet_is_a_data_error(tmp_path):
         read(sources.cifar10(), "train", str(tmp_path))
 
 
-def test_auto_falls_back_and_gives_the_reason(offline, tmp_path):
-    def load(source):
-        return read(source, "train", str(tmp_path))
-
-    name, why = sources.by_auto(load)
+def test_auto_falls_back_and_gives_the_reason(offline):
+    name, why = places.by_auto(lambda source: read(source, "train"), "")
     assert name == "digits"
     assert "cannot be reached" in why
-    assert sources.by_auto(lambda source: None) == ("cifar10", "")
-
-
-def test_a_host_that_does_not_respond_is_not_waited_for(monkeypatch):
-    asked, over = threading.Event(), threading.Event()
-
-    def never(*_: object, **__: object) -> None:
-        asked.set()
-        over.wait()
-        raise OSError
-
-    monkeypatch.setattr(sources.socket, "create_connection", never)
-    try:
-        assert not sources.is_reachable("host.invalid", seconds=0.1)  # else it is still waiting
-        assert asked.wait(120)
-    finally:
-        over.set()
+    assert places.by_auto(lambda source: None, "") == ("cifar10", "")
 
 
 def test_noise_is_the_same_every_time():
@@ -297,6 +277,15 @@ def test_cifar10_as_stored(data_dir):
     # The published statistics of CIFAR-10's channels are close to (125.3, 123.0, 113.9).
     assert test.pixels.double().mean((0, 1, 2)).tolist() == pytest.approx([126.0, 123.7, 114.9], abs=1.0)
     assert dataclasses.astuple(test)[2] == 10
+
+
+@pytest.mark.real
+def test_the_files_of_cifar10_are_those_of_their_layout(data_dir):
+    root = places.chosen(data_dir)
+    files = places.parquet_files(sources.cifar10(), "train", data_dir)
+    assert files == sorted((root / "cifar10").glob("train-*.parquet")) != []
+    assert places.parquet_files(sources.cifar10(), "train", str(root / "cifar10")) == files
+    assert places.parquet_files(sources.cifar100(), "train", str(root / "cifar10")) == []
 
 
 def test_classes_are_numbered_by_their_names_where_a_node_lacks_some(tmp_path):
