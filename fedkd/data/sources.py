@@ -26,7 +26,6 @@ class Source:
     reader: str  # a function of fedkd.data.readers
     argument: str = ""
     folder: str = ""  # its directory in the parquet layout
-    host: str = ""  # host of the download
     pixels: int = 32  # height and width to which images are scaled
     flip: bool = True  # whether a mirrored image keeps its class
     count: int = 0
@@ -59,28 +58,27 @@ def named(text: str) -> Source:
 
 def cifar10(*, train: NonNegativeInt = 0, test: NonNegativeInt = 0) -> Source:
     """CIFAR-10 (Krizhevsky, 2009): 50,000 and 10,000 images of 10 classes, or the first of them."""
-    return Source("cifar10", "torchvision", "CIFAR10", "cifar10", "www.cs.toronto.edu", train=train, test=test)
+    return Source("cifar10", "torchvision", "CIFAR10", "cifar10", train=train, test=test)
 
 
 def cifar100(*, train: NonNegativeInt = 0, test: NonNegativeInt = 0) -> Source:
     """CIFAR-100 (Krizhevsky, 2009): 50,000 and 10,000 images of 100 classes, or the first of them."""
-    return Source("cifar100", "torchvision", "CIFAR100", "cifar100", "www.cs.toronto.edu", train=train, test=test)
+    return Source("cifar100", "torchvision", "CIFAR100", "cifar100", train=train, test=test)
 
 
 def svhn() -> Source:
     """Street View House Numbers (Netzer et al., 2011)."""
-    return Source("svhn", "torchvision", "SVHN", "svhn", "ufldl.stanford.edu", flip=False)
+    return Source("svhn", "torchvision", "SVHN", "svhn", flip=False)
 
 
 def stl10(*, pixels: Pixels = 32) -> Source:
     """STL-10 (Coates et al., 2011), its labeled images, scaled from 96 pixels."""
-    return Source("stl10", "torchvision", "STL10", "stl10", "ai.stanford.edu", pixels=pixels)
+    return Source("stl10", "torchvision", "STL10", "stl10", pixels=pixels)
 
 
 def fashion_mnist() -> Source:
     """Fashion-MNIST (Xiao et al., 2017), converted to RGB and scaled from 28 pixels."""
-    host = "fashion-mnist.s3-website.eu-central-1.amazonaws.com"
-    return Source("fashion-mnist", "torchvision", "FashionMNIST", "fashion_mnist", host)
+    return Source("fashion-mnist", "torchvision", "FashionMNIST", "fashion_mnist")
 
 
 def digits() -> Source:
