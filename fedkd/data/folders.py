@@ -32,7 +32,7 @@ class _Ignored:
         """A line for each kind of file."""
         notes = []
         if self.hidden:
-            notes.append(f"{where}: {plain(self.hidden, 'hidden file or folder')} ignored.")
+            notes.append(f"{where}: {plain(self.hidden, 'hidden file')} ignored.")
         if self.outside:
             notes.append(f"{where}: {plain(self.outside, 'file')} beside the folders of the classes ignored.")
         if self.suffixes:

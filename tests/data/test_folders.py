@@ -59,7 +59,7 @@ def test_hidden_files_and_folders_are_ignored_and_counted_once(kind, tmp_path, c
     assert values(images) == [0, 50]
     assert images.names == (() if kind == "unlabeled" else ("cat", "dog"))
     assert capsys.readouterr().err.splitlines() == [
-        f"fedkd: {tmp_path}/train: {len(HIDDEN)} hidden files or folders ignored."
+        f"fedkd: {tmp_path}/train: {len(HIDDEN)} hidden files ignored."
     ]
 
 
