@@ -130,6 +130,11 @@ class Algorithm(ABC):
         return False
 
     @property
+    def private_models(self) -> tuple[str, ...]:
+        """Models that every client trains besides its own."""
+        return ()
+
+    @property
     def codecs(self) -> tuple[str, str] | None:
         """The uplink and the downlink codec if they are part of the method; by default those of the run."""
         return None

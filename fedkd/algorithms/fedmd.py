@@ -77,6 +77,11 @@ class NFDP(FedMD):
     samples: PositiveInt = 100
     replacement: bool = False
 
+    def initial_state(self, setup: Setup) -> Tensors:
+        for model in setup.models:
+            setup.trainer.check_batch_norm(model, self.samples, "nfdp:samples")
+        return super().initial_state(setup)
+
     def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
         total = len(client.data)
         count = self.samples if self.replacement else min(self.samples, total)

@@ -47,6 +47,10 @@ class Mentor(FedAvg):
         term: Term = specs.call("distillation", f"{self.term}:{options}" if options else self.term)
         return term
 
+    @property
+    def private_models(self) -> tuple[str, ...]:
+        return (self.model,)
+
     def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
         mentor = take("mentor", client.memory) or setup.trainer.initial_weights(self.model)
         mentor = setup.trainer.train(replace(client, model=self.model), mentor)

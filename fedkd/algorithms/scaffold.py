@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
 from typing import TYPE_CHECKING
 
 from fedkd.algorithms.base import Algorithm, Client, Update
@@ -47,10 +46,10 @@ class Scaffold(Algorithm):
         own = take("control", client.memory) or setup.trainer.parameter_zeros(client.model)
         slope = {name: common[name] - own[name] for name in common}
         weights = setup.trainer.train(client, start, penalty=loop.linear(slope, setup.trainer.device))
-        config = setup.config
-        steps = config.local_epochs * ceil(len(client.data) / config.batch_size)
-        moved = config.learning_rate * total_step(steps, config.momentum)
-        new = {n: ((start[n].double() - weights[n].double()) / moved - slope[n].double()).float() for n in own}
+        moved = setup.config.learning_rate * total_step(setup.trainer.steps(client), setup.config.momentum)
+        new = own  # without a step there is no gradient
+        if moved:
+            new = {n: ((start[n].double() - weights[n].double()) / moved - slope[n].double()).float() for n in own}
         change = {name: new[name] - own[name] for name in own}
         memory = {**put("model", weights), **put("control", new)}
         return Update({**put("student", weights), **put("control", change)}, len(client.data)), memory

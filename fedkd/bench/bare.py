@@ -23,6 +23,7 @@ from fedkd.core.config import Config
 from fedkd.core.runtime import settle
 from fedkd.data.augment import crop_and_flip
 from fedkd.simulate.experiment import Experiment, prepare
+from fedkd.training import loop
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -77,9 +78,10 @@ class Script:
 
     def _train(self, optimizer, pixels, targets, loss, epochs, size, seed, augment) -> None:  # type: ignore[no-untyped-def]
         generator = torch.Generator().manual_seed(seed)
+        sizes = loop.batch_sizes(self.model, len(pixels), size)
         self.model.train()
         for _ in range(epochs):
-            for rows in torch.split(torch.randperm(len(pixels), generator=generator), size):
+            for rows in loop.batches(sizes, generator):
                 images = pixels[rows]
                 if augment:
                     images = crop_and_flip(images, self.experiment.setup.trainer.flip, generator)

@@ -56,7 +56,8 @@ class Job:
     def batches(self) -> Iterator[Tensor]:
         """The indices of every client's next batch [K, B], in the order of the plain loop."""
         clients, images = self.labels.shape
-        orders = [loop.batches(images, BATCH, torch.Generator().manual_seed(k)) for k in range(clients)]
+        sizes = loop.batch_sizes(self.module, images, BATCH)
+        orders = [loop.batches(sizes, torch.Generator().manual_seed(k)) for k in range(clients)]
         for rows in zip(*orders, strict=True):
             yield torch.stack(rows).to(self.labels.device)
 

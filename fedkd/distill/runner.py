@@ -29,6 +29,7 @@ from fedkd.evaluation.report.screen import Screen
 from fedkd.evaluation.report.students import BASELINE, STUDENT
 from fedkd.evaluation.report.table import Grid
 from fedkd.evaluation.report.text import percent, points
+from fedkd.training import loop
 from fedkd.training.terms import BornAgain, Logits, Term
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def _header(task: Task, config: DistillConfig, fallback: str) -> Iterator[str]:
 def _check_training_step(task: Task, config: DistillConfig, terms: Sequence[Term]) -> None:
     """Compute one training step with untrained networks, so that unknown layers are found before teachers are trained.
 
-    On a small batch, and on a single image if the last batch has one; some networks cannot be trained on that.
+    On a small batch, and on a single image if a batch has one; some losses and networks cannot be trained on that.
 
     Raises:
         UsageError, DataError: losses and networks cannot be combined.
@@ -129,31 +130,32 @@ def _check_training_step(task: Task, config: DistillConfig, terms: Sequence[Term
     """
     texts = _teacher_specs(config, terms)
     user_defined = [text for _, text in _components(config) if specs.is_user_defined(text)]
-    counts = {min(8, len(task.train))} | ({1} if len(task.train) % config.batch_size == 1 else set())
-    culprit = " or ".join(user_defined) or f"--loss {config.loss}"
-    for count in sorted(counts, reverse=True):
-        indices = torch.arange(count)
-        suffix = " on a last batch of one image, which another --batch-size avoids" if count == 1 else ""
-        try:
-            with seeds.seeded(0):
-                student = train.build_untrained(task, config, config.student)
-                modules = [teachers.frozen(teachers.untrained(task, config, text)) for text in texts]
-                modules = modules or [teachers.frozen(train.build_untrained(task, config, config.student))]
-                objective = train.objective_of(task, config, student, modules, terms).train()
+    wrong = PluginError if user_defined else UsageError
+    culprit, suffix = " or ".join(user_defined) or f"--loss {config.loss}", ""
+    try:
+        with seeds.seeded(0):
+            student = train.build_untrained(task, config, config.student)
+            modules = [teachers.untrained(task, config, text) for text in texts]
+            for text, module in [(config.student, student), *zip(texts, modules, strict=True)]:
+                if not (teacher_names.is_path(text) or teacher_names.pretrained(text)[1]):  # it is trained here
+                    loop.check_batch_norm(module, text, config.batch_size, "--batch-size")
+                    loop.check_batch_norm(module, text, len(task.train), "the number of training images")
+            frozen = [*map(teachers.frozen, modules or [train.build_untrained(task, config, config.student)])]
+            objective = train.objective_of(task, config, student, frozen, terms).train()
+            sizes = loop.batch_sizes(objective, len(task.train), config.batch_size)
+            for count in (min(8, len(task.train)), *([1] if 1 in sizes else [])):
+                suffix = " on a last batch of one image, which another --batch-size avoids" if count == 1 else ""
+                indices = torch.arange(count)
                 outputs = objective(task.scaling(task.train.pixels[indices]))
                 loss = objective.loss(outputs, torch.stack([task.train.labels[indices], indices], 1).to(task.device))
                 torch.autograd.grad(loss, list(objective.parameters()), allow_unused=True)
-        except FedkdError:
-            raise
-        except Exception as error:
-            raise (PluginError if user_defined else UsageError)(
-                f"{culprit} cannot be used with these networks{suffix} "
-                f"({', '.join([*texts, config.student])}): {error}."
-            ) from error
-        if loss.shape != () or not loss.isfinite():
-            raise (PluginError if user_defined else UsageError)(
-                f"{culprit} returned {loss.detach()}{suffix}; the loss must be a finite scalar."
-            )
+                if loss.shape != () or not loss.isfinite():
+                    raise wrong(f"{culprit} returned {loss.detach()}{suffix}; the loss must be a finite scalar.")
+    except FedkdError:
+        raise
+    except Exception as error:
+        networks = ", ".join([*texts, config.student])
+        raise wrong(f"{culprit} cannot be used with these networks{suffix} ({networks}): {error}.") from error
 
 
 def _teacher_specs(config: DistillConfig, terms: Sequence[Term]) -> list[str]:

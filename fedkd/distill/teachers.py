@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fedkd.distill.progress import Progress
     from fedkd.distill.task import Task
 
-LAYOUT = 3  # version of the training of teachers, part of the cache key; increase it when the training changes
+LAYOUT = 4  # version of the training of teachers, part of the cache key; increase it when the training changes
 
 
 @dataclass(frozen=True, eq=False)

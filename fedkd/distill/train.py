@@ -67,7 +67,7 @@ def train(
     """
     with seeds.seeded(seeds.derive(seed, "adapters")):
         objective = objective_of(task, config, module, teachers, terms)
-    steps = -(-len(task.train) // config.batch_size)
+    steps = len(loop.batch_sizes(objective, len(task.train), config.batch_size))
     rate = optimizers.cosine(config.learning_rate, epochs * steps)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     velocities: list[Tensor | None] = [None] * len(parameters)

@@ -147,6 +147,9 @@ def _prepare(config: Config) -> Experiment:
     uplink, downlink = (_codec(text, classes) for text in codecs)
     for model in {*names, setup.student}:
         _check_model(setup, model)
+        setup.trainer.check_batch_norm(model, config.distill_batch_size, "--distill-batch-size")
+    for model in {*names, *algorithm.private_models}:
+        setup.trainer.check_batch_norm(model, config.batch_size, "--batch-size")
     _check_initial_state(algorithm, setup)
     train, test = (
         dataclasses.replace(images, classes=classes, pixels=images.pixels.to(device)) for images in (train, test)

@@ -110,13 +110,16 @@ def _restored(config: Config, runs: list[Config], rounds: RoundsFile) -> Mapping
 def _prepare(runs: list[Config], fallback: str, out: Path, screen: Screen) -> None:
     """Build every experiment once, so that a mistake shows before the first round; print what will run."""
     experiments: dict[int, Experiment] = {}
+    notices: dict[str, None] = {}  # in order, each once
     for run in runs:
         experiments.setdefault(run.seed, prepared(run))
+        notices |= dict.fromkeys(header.too_small(prepared(run)))
     first = experiments[runs[0].seed]
     note = run_directory.keep_environment(out, first.setup.trainer.device, runs[0].dataset, fallback)
     _save_partitions(out / "partition.npz", experiments)
     screen.print(f"run directory: {out}")
-    for title, text in [*([("notice", note)] if note else []), *header.lines(first, fallback)]:
+    noted = [("notice", text) for text in filter(None, (note, *notices))]
+    for title, text in [*noted, *header.lines(first, fallback)]:
         screen.print(f"{title:>13}  {text}")
 
 

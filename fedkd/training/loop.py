@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedkd.core.errors import UsageError
 from fedkd.core.seeds import seeded
 from fedkd.data.augment import crop_and_flip
 from fedkd.data.scaling import Scaling
@@ -65,11 +67,12 @@ def train(
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
+    sizes = batch_sizes(model, len(pixels), batch_size)
     model.train()
     with seeded(seed):  # for dropout, which draws from torch's own stream
         sums = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in _floats(model)} if average else {}
         for _ in range(epochs):
-            for indices in batches(len(pixels), batch_size, generator):
+            for indices in batches(sizes, generator):
                 images = augmentation(pixels[indices].to(device), indices, generator)
                 loss = objective(model(scaling(images)), targets[indices].to(device))
                 if penalty is not None:
@@ -83,9 +86,40 @@ def train(
                 weights.copy_(sums[name] / epochs)
 
 
-def batches(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """The indices of the samples in each batch of an epoch, shuffled; the last batch may be smaller."""
-    return torch.split(torch.randperm(count, generator=generator), size)
+def batch_sizes(model: nn.Module, count: int, size: int) -> list[int]:
+    """The number of samples in each batch of an epoch over ``count`` samples; the last batch may be smaller.
+
+    BatchNorm has no statistics of one sample: with it, a last batch of one is merged with the batch before it, and
+    left out if it is the only batch.
+    """
+    sizes = [size] * (count // size) + [count % size] * (count % size > 0)
+    if sizes[-1:] == [1] and has_batch_norm(model):
+        sizes[-2:] = [sum(sizes[-2:])] if len(sizes) > 1 else []
+    return sizes
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether it has BatchNorm layers. In training they compare samples, so that a batch needs at least two."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def check_batch_norm(model: nn.Module, name: str, size: int, option: str) -> None:
+    """Refuse batches of a single sample for a network with BatchNorm layers.
+
+    Raises:
+        UsageError: the size is one, and the network ``name`` has such layers; the message says so of ``option``.
+
+    """
+    if size == 1 and has_batch_norm(model):
+        raise UsageError(
+            f"{option} cannot be 1 with {name}, whose BatchNorm layers cannot be trained on one sample; "
+            "it must be at least 2."
+        )
+
+
+def batches(sizes: list[int], generator: torch.Generator) -> tuple[Tensor, ...]:
+    """The indices of the samples in each batch of an epoch, shuffled, for the size of each batch."""
+    return torch.split(torch.randperm(sum(sizes), generator=generator), sizes)
 
 
 def _floats(model: nn.Module) -> list[tuple[str, Tensor]]:

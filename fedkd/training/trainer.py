@@ -50,6 +50,20 @@ class Trainer:
         module = _architecture(model, self.classes, self.config.norm, self.device)
         return {name: torch.zeros(tensor.shape) for name, tensor in module.named_parameters()}
 
+    def has_batch_norm(self, model: str) -> bool:
+        """Whether a model has BatchNorm layers, so that it is not trained on a single sample (`loop.batch_sizes`)."""
+        return loop.has_batch_norm(_architecture(model, self.classes, self.config.norm, self.device))
+
+    def check_batch_norm(self, model: str, size: int, option: str) -> None:
+        """Raise a `UsageError` if ``option`` gives the model batches of a single sample and it has BatchNorm layers."""
+        module = _architecture(model, self.classes, self.config.norm, self.device)
+        loop.check_batch_norm(module, model, size, option)
+
+    def steps(self, client: Client) -> int:
+        """The number of steps of local training on the client's samples."""
+        module = _architecture(client.model, self.classes, self.config.norm, self.device)
+        return self.config.local_epochs * len(loop.batch_sizes(module, len(client.data), self.config.batch_size))
+
     def train(
         self,
         client: Client,

@@ -20,7 +20,7 @@ from fedkd.distill import check, distill, teacher_names, teachers, train
 from fedkd.distill.config import DistillConfig
 from fedkd.distill.task import prepare
 from fedkd.models import checkpoint
-from fedkd.training import layers
+from fedkd.training import layers, optimizers
 from fedkd.training.layers import Outputs, WatchedModel
 from fedkd.training.terms.objective import DistillationObjective, teacher_weights
 
@@ -475,11 +475,13 @@ def fails(capsys, *flags: object) -> tuple[int, str]:
         (["--student", "vit-tiny:width=100"], 2, "width must be a multiple of 32"),
         (["--student", "resnet8:width=28", "--norm", "group"], 2, "num_channels (28)"),
         (["--student", "torchvision:googlenet"], 2, "cannot be used with these networks"),
+        (["--batch-size", "1"], 2, "--batch-size cannot be 1 with cnn:width=4, whose BatchNorm layers"),
         (
-            ["--student", "torchvision:shufflenet_v2_x0_5", "--dataset", "noise:size=72", "--batch-size", "8"],
+            ["--batch-size", "1", "--norm", "group", "--teacher", "torchvision:resnet18"],
             2,
-            "on a last batch of one image, which another --batch-size avoids",
+            "1 with torchvision:resnet18",
         ),
+        (["--dataset", "noise:size=2"], 2, "the number of training images cannot be 1 with cnn:width=4"),
         (["--loss", "logits:temperature=0"], 2, "greater than 0"),
         (["--loss", "logits:kind=nothing"], 2, "Unknown loss 'nothing'"),
     ],
@@ -489,6 +491,33 @@ def test_mistakes_are_reported_in_one_sentence(flags, code, message, tmp_path, c
     exit_code, line = fails(capsys, *flags, "--out", tmp_path / "run")
     assert (exit_code, message in line) == (code, True), line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_last_batch_of_one_image(tmp_path, capsys, monkeypatch):
+    """It is merged with the batch before it if the network has BatchNorm layers, and tried before training otherwise.
+
+    The learning rate follows the number of batches: it reaches zero after the last one.
+    """
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(
+        "from torch import nn\n"
+        "def spread(student_logits, teacher_probs):\n"
+        "    return student_logits.std(0).sum()\n"
+        "def pixel(*, classes):\n"
+        "    layers = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3), nn.Linear(3, classes)]\n"
+        "    return nn.Sequential(*layers)\n"
+    )
+    flags = ["--loss", "logits:kind=./mine.py:spread", "--dataset", "noise:size=72", "--batch-size", "8"]
+    code, line = fails(capsys, *flags, "--norm", "group", "--out", tmp_path / "run")
+    assert code == 7
+    assert "returned nan on a last batch of one image, which another --batch-size avoids" in line
+    steps = []
+    cosine = optimizers.cosine
+    monkeypatch.setattr(optimizers, "cosine", lambda peak, count: (steps.append(count), cosine(peak, count))[1])
+    networks = {"teacher": "./mine.py:pixel", "student": "./mine.py:pixel"}
+    result = run_distill(tmp_path / "merged", dataset="noise:size=72", batch_size=8, **networks)
+    assert result["status"] == "ok"
+    assert steps == [8] * 3  # of 65 images, for the teacher, the baseline and the student
 
 
 def test_files_that_are_not_weights_of_the_teacher(tmp_path, capsys, monkeypatch):

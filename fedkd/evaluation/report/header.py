@@ -45,6 +45,26 @@ def lines(experiment: Experiment, fallback: str) -> list[tuple[str, str]]:
     ]
 
 
+def too_small(experiment: Experiment) -> list[str]:
+    """What has a single sample, on which a network with BatchNorm layers is not trained (`loop.batch_sizes`)."""
+    setup, config, algorithm = experiment.setup, experiment.config, experiment.algorithm
+    singles: dict[str, list[int]] = {}  # the clients that train a model on one sample
+    for client in (experiment.training_partition.sizes == 1).nonzero()[0].tolist():
+        for model in {setup.model_of(client), *algorithm.private_models}:
+            singles.setdefault(model, []).append(client)
+    found = [(f"with seed {config.seed}, {_clients(numbers)} one sample", name) for name, numbers in singles.items()]
+    if setup.proxy.samples == 1:
+        found += [("the proxy has one sample in a round", model) for model in {*setup.models, setup.student}]
+    why = "is not trained on one sample, since it has BatchNorm layers"
+    return sorted(f"{what}; {name} {why}" for what, name in found if setup.trainer.has_batch_norm(name))
+
+
+def _clients(numbers: list[int]) -> str:
+    """Clients by their numbers, at most ten of them, as the subject of ``has``."""
+    named = ", ".join(map(str, numbers[:10])) + (f" and {len(numbers) - 10:,} others" if len(numbers) > 10 else "")
+    return f"client {named} has" if len(numbers) == 1 else f"clients {named} have"
+
+
 def uplink(experiment: Experiment) -> str:
     """What a client of this method uploads in the first round, and the codecs of both directions."""
     setup, config, algorithm = experiment.setup, experiment.config, experiment.algorithm

@@ -162,12 +162,15 @@ def _client(message: Message, context: Context) -> tuple[Experiment, Client]:
     if config["memory"] and kept is None and not is_empty:
         raise RunError(f"{LOST} {_int(config['memory'])}; it begins anew, with the initial weights.")
     memory = from_record(kept) if isinstance(kept, ArrayRecord) else {}
-    data = None
+    data, partition_id = None, _int(context.node_config["partition-id"])
     if run.partitioner == OWN:
         if "data" not in context.node_config:
             raise DataError("This node has no data; start it with --node-config \"... data='/path/to/its/folder'\".")
-        data = node_data(str(context.node_config["data"]), run)
-    return experiment, experiment.client(_int(context.node_config["partition-id"]), number, memory, data)
+        path, setup = str(context.node_config["data"]), experiment.setup
+        data = node_data(path, run)
+        for model in (setup.model_of(partition_id), *experiment.algorithm.private_models):
+            setup.trainer.check_batch_norm(model, len(data), f"the number of images in {path}")
+    return experiment, experiment.client(partition_id, number, memory, data)
 
 
 def _remember(message: Message, context: Context, memory: Tensors) -> None:
