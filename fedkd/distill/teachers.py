@@ -132,7 +132,7 @@ def student_of(task: Task, config: DistillConfig, model: str, module: nn.Module)
     """The content of a student's file for a trained network."""
     pixels = task.test.pixels.shape[1]
     metadata = (model, config.norm, task.classes, task.test.names, pixels, task.scaling, task.dataset)
-    return Student(*metadata, weights_of(module), len(task.validation))
+    return Student(*metadata, weights_of(module), config.resize, len(task.validation))
 
 
 def _module_of(task: Task, text: str, student: Student) -> nn.Module:

@@ -19,7 +19,7 @@ from cyclopts.validators import Number
 import fedkd
 from fedkd import models
 from fedkd.core import cli, run_directory, seeds, specs
-from fedkd.core.config import from_file
+from fedkd.core.config import MAX_PIXELS, MAX_PIXELS_TEXT, SKIP_TEXT, from_file
 from fedkd.core.errors import DataError, FedkdError, PluginError, UsageError
 from fedkd.data import sources
 from fedkd.evaluation.report.screen import Screen
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedkd.data.readers import Images
+    from fedkd.data.sources import Source
     from fedkd.export.formats import Format
     from fedkd.models.checkpoint import Student
 
 app = cli.new("export")
 CALIBRATION = 512  # training images for the ranges of activations
-MAX_PIXELS = 1024  # side length of images; no data set has larger ones
+MAX_SIDE = 1024  # pixels; no data set has larger images
 
 
 @app.default
@@ -51,6 +52,8 @@ def export(
     dataset: Annotated[str, Parameter(help="The data set of the check; by default the student's.")] = "",
     data_dir: Annotated[str, Parameter(help="Directory of the data set; also FEDKD_DATA.")] = "",
     images: Annotated[int, Parameter(help="Check on the first N test images; 0 for all.", validator=Number(gte=0))] = 0,
+    max_pixels: Annotated[int, Parameter(help=MAX_PIXELS_TEXT, validator=Number(gte=1))] = MAX_PIXELS,
+    skip_damaged: Annotated[bool, Parameter(help=SKIP_TEXT)] = False,
     check: Annotated[bool, Parameter(help="Run each file on test images and compare it with the student.")] = True,
     json: Annotated[bool, Parameter(help="Print export.json on standard output.", negative=())] = False,
 ) -> None:
@@ -71,8 +74,10 @@ def export(
 
     student = checkpoint.load(file, model)
     _check_student(student)
-    test = _test(student, dataset, data_dir, images) if check else None
-    training = _training(student, dataset, data_dir) if any(one.calibrated for one in selected) else None
+    is_calibrated = any(one.calibrated for one in selected)
+    source = _source(student, dataset, max_pixels, skip_damaged) if check or is_calibrated else None
+    test = _test(student, source, data_dir, images) if source and check else None
+    training = _training(source, data_dir) if source and is_calibrated else None
     screen = Screen(cli.Console(stderr=json))
     place, prefix = out or file.parent, "" if file.stem == "student" else f"{file.stem}-"
     with _staged(place) as folder:
@@ -118,7 +123,7 @@ def _check_student(student: Student) -> None:
     """
     import torch
 
-    if not 1 <= student.pixels <= MAX_PIXELS:
+    if not 1 <= student.pixels <= MAX_SIDE:
         raise DataError(f"The file of the student has images of {student.pixels} pixels, which no data set has.")
     gray = torch.full((1, student.pixels, student.pixels, 3), 128, dtype=torch.uint8)
     try:
@@ -132,10 +137,13 @@ def _check_student(student: Student) -> None:
         raise DataError(f"The student does not return {student.classes} finite logits; was its training interrupted?")
 
 
-def _read(student: Student, dataset: str, data_dir: str, split: str) -> Images:
-    """A split of a data set, resized to the student's input."""
-    from fedkd.data import readers
+def _source(student: Student, dataset: str, max_pixels: int, skip_damaged: bool) -> Source:
+    """The data set, by default the student's own, whose images are read as those that the student was trained on.
 
+    Raises:
+        DataError: the student's file names a data set that cannot be used.
+
+    """
     try:
         if not dataset and specs.parse(student.dataset).is_plugin:
             raise DataError(
@@ -147,29 +155,32 @@ def _read(student: Student, dataset: str, data_dir: str, split: str) -> Images:
         raise DataError(
             f"The student's file names a data set that cannot be used; give it by --dataset. {error}"
         ) from error
-    return readers.read(dataclasses.replace(source, pixels=student.pixels), split, data_dir)
+    how = {"resize": student.resize, "max_pixels": max_pixels, "skip_damaged": skip_damaged}
+    return dataclasses.replace(source, pixels=student.pixels, **how)  # type: ignore[arg-type]
 
 
-def _test(student: Student, dataset: str, data_dir: str, count: int) -> Images:
+def _test(student: Student, source: Source, data_dir: str, count: int) -> Images:
     """The test images for the check.
 
     Raises:
         DataError: they cannot be read, or have other classes.
 
     """
-    test = _read(student, dataset, data_dir, "test")
+    from fedkd.data import readers
+
+    test = readers.read(source, "test", data_dir)
     if test.classes > student.classes or (test.names and student.names and test.names != student.names):
-        raise DataError(
-            f"The classes of {dataset or student.dataset} are not those of the student; give its own data set."
-        )
+        raise DataError(f"The classes of {source.name} are not those of the student; give its own data set.")
     return test.first(count) if count else test
 
 
-def _training(student: Student, dataset: str, data_dir: str) -> Tensor:
+def _training(source: Source, data_dir: str) -> Tensor:
     """Random training images [M, P, P, 3] for calibration."""
     import torch
 
-    pixels = _read(student, dataset, data_dir, "train").pixels
+    from fedkd.data import readers
+
+    pixels = readers.read(source, "train", data_dir).pixels
     return pixels[torch.randperm(len(pixels), generator=seeds.generator(0, "calibration"))[:CALIBRATION]]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkd.core import run_directory
+from fedkd.data import pictures
 from fedkd.evaluation.report.table import Grid
 from fedkd.evaluation.report.text import percent
 from fedkd.export.check import grid
@@ -41,7 +42,7 @@ def card(report: dict[str, Any], trained: list[str]) -> str:
             "## Input and output",
             "",
             f"- Input `pixels`: uint8 [N, {pixels}, {pixels}, 3], RGB, 0 to 255, not scaled; rows from the top.",
-            f"- Images of another size are resized to {pixels} x {pixels} first (bicubic, in Pillow).",
+            f"- Pixels of an image: {pictures.words(pixels, about['resize'])}.",
             "- The file includes the scaling `(pixels - mean) / std` by channel, with mean "
             f"{about['mean']} and std {about['std']}.",
             f"- Output `logits`: float32 [N, {classes}]; softmax gives probabilities, the largest logit is the class.",

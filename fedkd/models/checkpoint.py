@@ -6,11 +6,12 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from fedkd import models
 from fedkd.core import specs, tensors
 from fedkd.core.catalog import CATALOG
+from fedkd.core.config import Resize
 from fedkd.core.errors import DataError, PluginError, UsageError
 from fedkd.data.scaling import Scaling
 
@@ -27,7 +28,8 @@ class Student:
     """A trained classifier of square images: model, weights, classes, and the scaling of its input.
 
     ``names`` are the names of the classes, if the data has any; ``dataset`` is the data set it was trained on.
-    ``held_out`` is the number of training images that `fedkd.distill` held out for validation (0: unknown).
+    ``resize`` is how its images were made square. ``held_out`` is the number of training images that `fedkd.distill`
+    held out for validation (0: unknown).
     """
 
     model: str
@@ -38,6 +40,7 @@ class Student:
     scaling: Scaling
     dataset: str
     weights: Tensors
+    resize: Resize
     held_out: int = 0
 
     def module(self) -> nn.Module:
@@ -109,6 +112,7 @@ class Student:
             "mean": list(self.scaling.mean),
             "std": list(self.scaling.std),
             "dataset": self.dataset,
+            "resize": self.resize,
             "held_out": self.held_out,
         }
 
@@ -143,6 +147,7 @@ def load(path: Path | str, model: str = "") -> Student:
             Scaling((mean[0], mean[1], mean[2]), (std[0], std[1], std[2])),
             _text(about["dataset"]),
             weights,
+            _resize(about.get("resize", "stretch")),  # files without it are older, and were trained so
             int(about.get("held_out", 0)),
         )
     except (KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError, UsageError) as error:
@@ -154,6 +159,12 @@ def load(path: Path | str, model: str = "") -> Student:
     if not model and is_user_defined:
         raise DataError(f"{path} has a user-defined model; give it by --model {named}, which runs its code.")
     return student
+
+
+def _resize(value: Any) -> Resize:
+    if value not in get_args(Resize):
+        raise ValueError(f"{value!r} is no way to make an image square")
+    return value  # type: ignore[no-any-return]
 
 
 def _text(value: object) -> str:

@@ -6,8 +6,9 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from fedkd.core.config import Resize
 from fedkd.core.errors import DataError, FedkdError
 
 if TYPE_CHECKING:
@@ -30,6 +31,12 @@ class Network:
         """The side length of the input images."""
         side: int = self.about["pixels"]
         return side
+
+    @property
+    def resize(self) -> Resize:
+        """How images that are not square are made so, as in training."""
+        resize: Resize = self.about["resize"]
+        return resize
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
         """Logits float32 [N, C] of images uint8 [N, P, P, 3]."""
@@ -125,11 +132,14 @@ def _about(text: str, path: Path) -> dict[str, Any]:
         about: dict[str, Any] = {key: _valid_text(metadata[key]) for key in ("model", "norm", "dataset")}
         about |= {key: int(metadata[key]) for key in ("classes", "pixels")}
         about |= {key: [float(value) for value in metadata[key]] for key in ("mean", "std")}
+        about["resize"] = metadata.get("resize", "stretch")  # files without it are older, and were trained so
         about["names"] = [_valid_text(name) for name in metadata["names"]]
         if not all(len(about[key]) == 3 and all(map(math.isfinite, about[key])) for key in ("mean", "std")):
             raise ValueError("mean and std must be three finite numbers")
         if not (about["classes"] > 0 and about["pixels"] > 0 and len(about["names"]) in (0, about["classes"])):
             raise ValueError("counts do not fit")
+        if about["resize"] not in get_args(Resize):
+            raise ValueError("there is no such way to make an image square")
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} has no valid metadata: it was not written by fedkd.export.") from error
     return about

@@ -80,7 +80,7 @@ class Experiment:
 
         setup, test = self.setup, self.test
         about = (setup.student, self.config.norm, setup.classes, test.names, test.pixels.shape[1])
-        return Student(*about, setup.trainer.scaling, self.config.dataset, weights)
+        return Student(*about, setup.trainer.scaling, self.config.dataset, weights, self.config.resize)
 
     @property
     def clients(self) -> int:

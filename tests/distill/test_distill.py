@@ -296,7 +296,7 @@ def test_validation_images_are_no_training_images():
     ids=str,
 )
 def test_all_losses_train_a_student(changes, tmp_path):
-    result = run_distill(tmp_path / "run", **changes)
+    result = run_distill(tmp_path / "run", resize="stretch", **changes)
     assert result["status"] == "ok"
     for run in result["runs"]:
         evaluation = run["evaluation"]
@@ -304,7 +304,7 @@ def test_all_losses_train_a_student(changes, tmp_path):
         assert evaluation["student"]["nll"] < 2.5
         assert ("teacher" in evaluation) == (changes.get("loss") != "exits:layers=0+3")
     saved = checkpoint.load(tmp_path / "run")
-    assert (saved.model, saved.dataset) == ("cnn:width=4", "digits")
+    assert (saved.model, saved.dataset, saved.resize) == ("cnn:width=4", "digits", "stretch")
     assert len(list((tmp_path / "run").glob("student*.safetensors"))) == len(result["runs"])
 
 

@@ -32,7 +32,8 @@ IMAGES = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8, generator=torc
 def student(model: str = "cnn:width=4", norm: models.Norm = "group", dataset: str = "digits") -> Student:
     torch.manual_seed(0)
     weights = models.build(model, 10, norm).state_dict()
-    return Student(model, norm, 10, (), 32, Scaling((78.0, 79.0, 80.0), (89.0, 88.0, 87.0)), dataset, weights)
+    scaling = Scaling((78.0, 79.0, 80.0), (89.0, 88.0, 87.0))
+    return Student(model, norm, 10, (), 32, scaling, dataset, weights, "pad")
 
 
 @pytest.fixture
@@ -140,6 +141,8 @@ def test_a_run_is_exported(tmp_path, one_repeat, capsys):
     card = (tmp_path / "run" / "MODEL_CARD.md").read_text()
     assert report["files"]["int8"]["sha256"] in card
     assert "Method: `ensemble`" in card
+    assert report["student"]["resize"] == "crop"
+    assert "the central square is kept; resized to 32 x 32" in card
     assert "No formal privacy is claimed" in card
 
 
@@ -154,12 +157,26 @@ def test_calibration_uses_no_test_images(saved, monkeypatch):
     monkeypatch.setattr(readers, "read", watched)
     command.export(saved, to=("int8",), check=False)
     assert splits == ["train"]
-    images = command._training(checkpoint.load(saved), "", "")
+    source = command._source(checkpoint.load(saved), "", 10**8, False)
+    images = command._training(source, "")
     train = read(dataclasses.replace(specs.call("dataset", "digits"), pixels=32), "train", "")
     rows = {image.numpy().tobytes() for image in train.pixels}
     assert len(images) == command.CALIBRATION
     assert all(image.numpy().tobytes() in rows for image in images)
-    assert torch.equal(images, command._training(checkpoint.load(saved), "", ""))
+    assert torch.equal(images, command._training(source, ""))
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_images_are_read_as_those_that_the_student_was_trained_on(split, saved, monkeypatch):
+    def stopped(source, of, data_dir):
+        assert of == split
+        assert (source.pixels, source.resize, source.max_pixels, source.skip_damaged) == (32, "pad", 5, True)
+        raise DataError("as it should be")
+
+    monkeypatch.setattr(readers, "read", stopped)
+    name = {"test": "onnx", "train": "int8"}[split]
+    with pytest.raises(DataError, match="as it should be"):
+        command.export(saved, to=(name,), check=split == "test", max_pixels=5, skip_damaged=True)
 
 
 def test_without_a_check(saved):
@@ -192,6 +209,7 @@ def broken(folder, **changes):
         ({"dataset": "digitz"}, "give it by --dataset"),
         ({"dataset": "a.b:"}, "give it by --dataset"),
         ({"names": list("abcdefghij")}, "not those of the student"),
+        ({"resize": "squash"}, "without a description"),
     ],
 )
 def test_a_student_that_cannot_be_used(changes, message, saved):

@@ -23,7 +23,7 @@ from tests.conftest import simulated
 def student(model: str = "cnn:width=8") -> Student:
     module = models.build(model, 10, "group")
     scaling = Scaling((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
-    return Student(model, "group", 10, ("zero", "one"), 32, scaling, "digits", module.state_dict())
+    return Student(model, "group", 10, ("zero", "one"), 32, scaling, "digits", module.state_dict(), "pad")
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -37,10 +37,18 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 
 def test_every_run_leaves_one(tmp_path):
-    simulated(tmp_path / "run")
+    simulated(tmp_path / "run", resize="pad")
     held = checkpoint.load(tmp_path / "run")
     assert (held.model, held.classes, held.pixels, held.dataset) == ("cnn:width=8", 10, 32, "digits")
+    assert held.resize == "pad"
     assert held.module()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_a_file_without_a_way_to_make_images_square_was_trained_on_stretched_ones(tmp_path):
+    about = student().about()
+    del about["resize"]
+    tensors.save(student().weights, tmp_path / "a.safetensors", {checkpoint.KEY: json.dumps(about)})
+    assert checkpoint.load(tmp_path / "a.safetensors").resize == "stretch"
 
 
 def test_a_file_cannot_name_code(tmp_path):
@@ -110,6 +118,8 @@ def test_weights_that_do_not_say_whose_they_are(tmp_path):
     [
         ('{"model": "cnn", "norm": "batch", "classes": Infinity}', "without a description of their model"),
         ("[" * 100_000, "without a description of their model"),
+        (json.dumps(student().about() | {"resize": "squash"}), "without a description of their model"),
+        (json.dumps(student().about() | {"resize": ["crop"]}), "without a description of their model"),
     ],
 )
 def test_the_metadata_of_a_file_may_be_invalid(about, expected, tmp_path):

@@ -558,6 +558,7 @@ BAD = {
     "no metadata": (lambda: toy.model({}), "was not written by fedkd.export"),
     "names": (lambda: toy.model({**toy.ABOUT, "names": ["a"]}), "was not written by fedkd.export"),
     "mean": (lambda: toy.model({**toy.ABOUT, "mean": [0.5, float("nan"), 0.5]}), "was not written by fedkd.export"),
+    "resize": (lambda: toy.model({**toy.ABOUT, "resize": "squash"}), "was not written by fedkd.export"),
     "list": (lambda: toy.model([1, 2]), "was not written by fedkd.export"),
     "size": (lambda: toy.model({**toy.ABOUT, "pixels": 9}), r"pixels must be tensor\(uint8\) of \[N, 9, 9, 3\]"),
     "classes": (lambda: toy.model({**toy.ABOUT, "names": [], "classes": 9}), "logits must be"),
@@ -576,6 +577,11 @@ def test_files_of_another_form_are_refused(case, tmp_path):
     with pytest.raises(DataError, match=message) as caught:
         network.load(tmp_path / "bad.onnx")
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_without_a_way_to_make_images_square_was_trained_on_stretched_ones(tmp_path):
+    about = {key: value for key, value in toy.ABOUT.items() if key != "resize"}
+    assert network.load(toy.write(tmp_path / "old.onnx", about=about)).resize == "stretch"
 
 
 def test_damaged_files_are_refused(file, tmp_path):

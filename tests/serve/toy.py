@@ -28,6 +28,7 @@ ABOUT = {
     "mean": [0.5, 0.5, 0.5],
     "std": [0.25, 0.25, 0.25],
     "dataset": "cifar10",
+    "resize": "crop",
 }
 
 
