@@ -5,13 +5,15 @@ PyTorch is not imported here, so that `fedkd.serve` works without it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError, features
 
 from fedkd.core.config import MAX_PIXELS, Resize
 
@@ -28,6 +30,8 @@ SUFFIXES = frozenset(
     )
 )
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"})
+AVIF_BRANDS = frozenset({b"avif", b"avis"})
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -82,29 +86,60 @@ def decode(file: Path | bytes, side: int, resize: Resize, max_pixels: int = MAX_
 
     """
     content = file if isinstance(file, bytes) else file.read_bytes()
+    with opened(content, max_pixels) as image:
+        return pixels(image, side, resize)
+
+
+@contextmanager
+def opened(content: bytes, max_pixels: int, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image]:
+    """An image of which only the header has been read. It is decoded in the block, whose errors are `BadPicture` too.
+
+    Raises:
+        Unsupported, TooLarge, Damaged: it cannot be used.
+
+    """
     try:
-        with Image.open(BytesIO(content), formats=_formats()) as image:
+        with Image.open(BytesIO(content), formats=installed(formats)) as image:
             if image.width * image.height > max_pixels:
                 raise TooLarge(f"has {image.width:,} x {image.height:,} pixels, more than {max_pixels:,}")
-            # A JPEG is decoded at a fraction of its size, at least four times the side: a photo takes a quarter of the
-            # time. It is part of the way to the pixels, in serving as in training.
-            image.draft("RGB", (4 * side, 4 * side))
-            return pixels(image, side, resize)
+            yield image
     except BadPicture:
         raise
     except MemoryError as error:
         raise TooLarge("does not fit into memory") from error
     except UnidentifiedImageError as error:
-        raise Unsupported("is damaged or no image of a known format") from error
+        raise _unidentified(content, installed(formats)) from error
     except Exception as error:  # Pillow's decoders raise many types of errors for damaged bytes
         raise Damaged(f"is damaged ({type(error).__name__}: {' '.join(str(error).split()).rstrip('.')})") from error
 
 
-@lru_cache
-def _formats() -> tuple[str, ...]:
+def installed(formats: Sequence[str] = FORMATS) -> tuple[str, ...]:
+    """Those of the formats that can be decoded here."""
     can_read_heif()
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    return tuple(name for name in formats if name in Image.OPEN and (name != "AVIF" or features.check("avif")))
+
+
+def _unidentified(content: bytes, formats: tuple[str, ...]) -> BadPicture:
+    """Why Pillow does not open it: no decoder, a damaged header, or another format."""
+    brands = _brands(content)
+    if "HEIF" not in formats and brands & HEIF_BRANDS and not brands & AVIF_BRANDS:
+        return Unsupported("is HEIC, for which no decoder is installed (pip install 'fedkd[heic]')")
+    if "AVIF" not in formats and brands & AVIF_BRANDS:
+        return Unsupported("is AVIF, for which no decoder is installed (pip install --upgrade pillow)")
+    head = content[:16].ljust(16, b"\0")
+    signatures = (Image.OPEN[name][1] for name in formats)
+    if any(is_own is not None and is_own(head) is True for is_own in signatures):
+        return Damaged("is damaged: its header cannot be read")
+    return Unsupported("is damaged or no image of a known format")
+
+
+def _brands(content: bytes) -> set[bytes]:
+    """The brands of a file in the family of MPEG-4, to which HEIC and AVIF belong."""
+    if content[4:8] != b"ftyp":
+        return set()
+    end = min(int.from_bytes(content[:4], "big"), 256)
+    return {content[start : start + 4] for start in range(8, end, 4)}
 
 
 def pixels(image: Image.Image, side: int, resize: Resize) -> NDArray[np.uint8]:
@@ -117,6 +152,9 @@ def pixels(image: Image.Image, side: int, resize: Resize) -> NDArray[np.uint8]:
         Damaged: its values have no known range.
 
     """
+    # A JPEG is decoded at a fraction of its size, at least four times the side: a photo takes a quarter of the time.
+    # It is part of the way to the pixels, in serving as in training.
+    image.draft("RGB", (4 * side, 4 * side))
     return np.asarray(_square(_upright(rgb(image), image), side, resize))
 
 
