@@ -171,12 +171,17 @@ def rgb(image: Image.Image) -> Image.Image:
     if image.mode == "LAB":
         return _from_lab(image)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return _converted(image, "RGB")
     opaque = {"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)  # alpha that is multiplied is divided first
-    layer = image.convert(opaque).convert("RGBA")
+    layer = _converted(_converted(image, opaque), "RGBA")
     white = Image.new("RGB", layer.size, "white")
     white.paste(layer, mask=layer)
     return white
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """The image in a mode. Pillow would copy one that has it already, and a photo takes 100 MB."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

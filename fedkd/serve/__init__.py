@@ -36,21 +36,27 @@ def serve(
     max_wait: Annotated[
         float, _option("Maximum time in milliseconds that an image waits for others.", 0, 10_000)
     ] = 2.0,
-    max_bytes: Annotated[int, _option("Maximum size of a request in bytes.")] = 5_000_000,
+    max_bytes: Annotated[
+        int, _option("Maximum size of a request in bytes; all that arrive together may have 256 MB.")
+    ] = 20_000_000,
+    max_pixels: Annotated[
+        int, _option("Maximum number of pixels of an image: two are decoded at a time.")
+    ] = 25_000_000,
     backlog: Annotated[int, _option("Maximum number of concurrent requests; further ones get status 503.")] = 128,
     timeout: Annotated[float, _option("Seconds for a request to arrive, and then for its response.", 0.1, 3600)] = 20.0,
 ) -> None:
     """Classify images over HTTP: POST /predict, and a page at / to try it by hand.
 
-    After Ctrl-C or SIGTERM, accepted requests are finished. There is no password, no encryption, and no limit for one
-    client: if strangers have access, use a reverse proxy that limits connections and requests per address.
+    Images get the pixels that they would have had in training. After Ctrl-C or SIGTERM, accepted requests are finished.
+    There is no password, no encryption, and no limit for one client: if strangers have access, use a reverse proxy that
+    limits connections and requests per address.
     """
     if any(find_spec(name) is None for name in NEEDED):
         raise UsageError("Serving needs libraries that are not installed: pip install 'fedkd[serve]'.")
     from fedkd.serve import http, network, web
 
     loaded = network.load(file, threads)
-    limits = web.Limits(max_bytes, backlog, timeout, max_batch, max_wait)
+    limits = web.Limits(max_bytes, max_pixels, backlog, timeout, max_batch, max_wait)
     with http.listen(host, port) as listening:
         address = f"[{host}]" if ":" in host else host
         print(

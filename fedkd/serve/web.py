@@ -22,22 +22,24 @@ from starlette.routing import Route
 
 from fedkd.serve import bodies
 from fedkd.serve.batches import Batches
-from fedkd.serve.images import FORMATS, MAX_PIXELS, MAX_SIDE, Refused, pixels
+from fedkd.serve.images import MAX_PIXELS, MAX_SIDE, Refused, accepted, pixels
 from fedkd.serve.network import Network
 
 TOP = 10  # classes in a response, at most
 DECODERS = 2  # threads; each needs memory for one image of the maximum size
+MEMORY = 256_000_000  # bytes of the bodies of all requests; those of forms are there twice while they are read
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a server: bytes per request, concurrent requests, and batching.
+    """Limits of a server: bytes per request, pixels per image, concurrent requests, and batching.
 
     ``timeout`` is the number of seconds until a request has arrived, and of those that it then waits for its response.
     """
 
-    max_bytes: int = 5_000_000
+    max_bytes: int = 20_000_000
+    max_pixels: int = MAX_PIXELS
     backlog: int = 128
     timeout: float = 20.0
     max_batch: int = 64
@@ -50,7 +52,7 @@ class Service:
     def __init__(self, network: Network, limits: Limits) -> None:
         self.network, self.limits = network, limits
         self.active = 0  # requests that have arrived and wait for their response
-        self.memory = bodies.Memory(limits.backlog * limits.max_bytes)
+        self.memory = bodies.Memory(max(MEMORY, limits.max_bytes))
         self.batches: Batches  # created within the event loop
 
     @asynccontextmanager
@@ -91,8 +93,9 @@ class Service:
 
     async def _predict_one(self, content: bytes) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
-        image = await loop.run_in_executor(self.decoders, pixels, content, self.network.pixels)
-        return prediction(await self.batches.logits(image), self.network.about["names"])
+        network, limit = self.network, self.limits.max_pixels
+        image = await loop.run_in_executor(self.decoders, pixels, content, network.pixels, network.resize, limit)
+        return prediction(await self.batches.logits(image), network.about["names"])
 
     async def health(self, request: Request) -> Response:
         """The status, and the numbers of images and of batches so far."""
@@ -101,8 +104,8 @@ class Service:
 
     async def model(self, request: Request) -> Response:
         """The metadata of the file and the limits of a request."""
-        of_images = {"pixels": MAX_PIXELS, "side": MAX_SIDE, "files": bodies.FILES, "formats": FORMATS}
-        return JSONResponse({**self.network.about, "limits": asdict(self.limits) | of_images}, headers=HEADERS)
+        fixed = {"max_side": MAX_SIDE, "max_files": bodies.FILES, "memory": self.memory.limit, "formats": accepted()}
+        return JSONResponse({**self.network.about, "limits": asdict(self.limits) | fixed}, headers=HEADERS)
 
 
 def prediction(logits: np.ndarray, names: list[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from fedkd.serve import images
 from tests.serve import toy
 from tests.serve.toy import direct, encoded, noise, serving
 
@@ -100,6 +101,24 @@ def test_a_chosen_image_is_shown_and_classified(page, file):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # no overflow in a narrow window
 
 
+def test_the_file_is_sent_as_it_is_and_shown_as_the_network_gets_it(page):
+    page.evaluate(
+        """() => {
+            const { fetch } = window;
+            window.fetch = (url, options) => {
+                window.sent = options.body.get("image");
+                return fetch(url, options);
+            };
+        }"""
+    )
+    choose(page)
+    page.locator("#answer").wait_for()
+    assert bytes(page.evaluate("sent.arrayBuffer().then(buffer => [...new Uint8Array(buffer)])")) == IMAGE
+    assert page.locator("#picture").evaluate("image => getComputedStyle(image).objectFit") == "cover"
+    assert page.locator("#square").inner_text().startswith("The network gets its central square at 8")
+    assert page.locator("#file").get_attribute("accept").split(",") == [f"image/{n.lower()}" for n in images.accepted()]
+
+
 def test_a_dropped_image_is_classified(page, file):
     drop(page, IMAGE)
     check_prediction(page, file)
@@ -123,7 +142,7 @@ def test_a_file_that_is_no_image_gets_a_message_and_the_next_one_is_classified(p
     choose(page, b"hello", "a.png")
     alert = page.get_by_role("alert")
     alert.wait_for()
-    assert alert.inner_text() == "This is not a supported image; use PNG, JPEG, WebP, GIF or BMP."
+    assert alert.inner_text().startswith("This is not a supported image: it is damaged or no image of a known format; ")
     assert page.locator("#picture").is_hidden()
     drop(page, IMAGE)
     check_prediction(page, file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from fedkd.core.errors import DataError, UsageError
+from fedkd.data import pictures, readers, sources
 from fedkd.serve import bodies, http, images, network, web
 from fedkd.serve.batches import Batches
 from fedkd.serve.images import Refused
@@ -45,6 +47,11 @@ def file(tmp_path_factory):
 def url(file):
     with serving(file, max_bytes=2_000_000) as (address, _):
         yield address
+
+
+def made(content, side, resize="crop"):
+    """The pixels that the server makes."""
+    return images.pixels(content, side, resize, 20_000_000)
 
 
 def test_a_prediction_is_that_of_the_network(url, file):
@@ -70,59 +77,127 @@ def test_a_form_gets_predictions_in_its_order(url, file):
 def test_formats(kind):
     gray = np.repeat(noise(3, channels=1)[:, :, None], 3, 2)  # 256 colors, as GIF can hold them
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {})
-    got = images.pixels(encoded(gray if kind != "GIF" else gray[:, :, 0], kind, **options), toy.SIDE)
+    got = made(encoded(gray if kind != "GIF" else gray[:, :, 0], kind, **options), toy.SIDE)
     assert np.abs(got.astype(int) - gray).max() <= (3 if kind == "JPEG" else 0)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_is_rotated_upright(orientation):
-    upright = Image.fromarray(noise(4, (30, 18)))
-    undo = {None: None} | {5: 5, 6: 8, 7: 7, 8: 6}
-    stored = upright if orientation == 1 else upright.transpose(images.ORIENTATIONS[undo.get(orientation, orientation)])
-    exif = Image.Exif()
-    exif[images.ORIENTATION] = orientation
-    got = images.pixels(encoded(stored, exif=exif), 6)
-    expected = images.pixels(encoded(upright), 6)
-    assert len(np.unique(expected)) > 50
-    np.testing.assert_allclose(got.astype(int), expected, atol=1)  # rows and columns are rounded in turn
 
 
 def test_the_central_square_is_used():
     wide = np.zeros((8, 20, 3), np.uint8)
     wide[:, 6:14] = noise()
-    np.testing.assert_array_equal(images.pixels(encoded(wide), 8), noise())
-    np.testing.assert_array_equal(images.pixels(encoded(wide.swapaxes(0, 1)), 8), noise().swapaxes(0, 1))
+    np.testing.assert_array_equal(made(encoded(wide), 8), noise())
+    np.testing.assert_array_equal(made(encoded(wide.swapaxes(0, 1)), 8), noise().swapaxes(0, 1))
 
 
 def test_a_large_image_is_averaged_and_not_subsampled():
     board = (np.indices((400, 400)).sum(0) % 2 * 255).astype(np.uint8)
     for kind in ("PNG", "JPEG"):
-        got = images.pixels(encoded(board, kind, **({"quality": 95} if kind == "JPEG" else {})), 8)
+        got = made(encoded(board, kind, **({"quality": 95} if kind == "JPEG" else {})), 8)
         assert np.abs(got.astype(int) - 127).max() <= 3
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
-def test_modes_are_converted_to_rgb_on_white(mode):
-    """A square that is half white, half transparent or black."""
-    if mode == "I;16":
-        image = Image.fromarray(np.full((8, 8), 40_000, np.uint16))
-        assert (images.pixels(encoded(image), 8) == 40_000 // 256).all()
-        return
-    if mode in ("LA", "RGBA"):
-        image = Image.new(mode, (8, 8), (0,) * len(mode))  # black, but transparent
-        assert (images.pixels(encoded(image), 8) == 255).all()
-        return
-    image = Image.new("L", (8, 8), 0)
-    image.paste(255, (0, 0, 4, 8))
-    got = images.pixels(encoded(image.convert(mode)), 8)
-    assert (got[:, :4] == 255).all()
-    assert (got[:, 4:] == 0).all()
+def photo(size=(60, 36), mode="RGB"):
+    """An image with a different color everywhere, which shows how it is rotated and cut."""
+    x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(255, 0, size[1]))
+    return Image.fromarray(np.stack([x, y, (x + y) / 2], -1).astype(np.uint8)).convert(mode)
 
 
-def test_the_first_frame_of_an_animation_is_used():
+def transparent(mode):
+    image = photo(mode="RGBA")
+    image.putalpha(photo(mode="L"))
+    return image.convert(mode)
+
+
+def rotated(orientation):
+    exif = Image.Exif()
+    exif[pictures.ORIENTATION] = orientation
+    return encoded(photo(), "JPEG", exif=exif)
+
+
+def animated(kind, mode):
+    return encoded(photo(mode=mode), kind, save_all=True, append_images=[photo().rotate(180).convert(mode)])
+
+
+def lab():
+    from PIL import ImageCms
+
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    return ImageCms.profileToProfile(photo(), *profiles, outputMode="LAB")
+
+
+GRAY_16 = (np.asarray(photo(mode="L")).astype(np.uint16) * 257).astype("<u2")
+SERVED = {
+    **{f"{mode} {kind}": encoded(photo(mode=mode), kind) for kind in ("PNG", "BMP") for mode in ("1", "L", "P", "RGB")},
+    **{f"{mode} PNG": encoded(transparent(mode), "PNG") for mode in ("LA", "RGBA")},
+    "transparent colors PNG": encoded(photo(mode="P"), "PNG", transparency=bytes(range(256))),
+    "color to be transparent PNG": encoded(photo(mode="L"), "PNG", transparency=100),
+    "16 bits PNG": encoded(Image.fromarray(GRAY_16), "PNG"),
+    "transparent WEBP": encoded(transparent("RGBA"), "WEBP"),
+    "transparent GIF": encoded(photo(mode="P"), "GIF", transparency=3),
+    **{f"animated {kind}": animated(kind, mode) for kind, mode in (("GIF", "P"), ("WEBP", "RGB"), ("PNG", "RGBA"))},
+    **{f"{mode} JPEG": encoded(photo(mode=mode), "JPEG") for mode in ("L", "CMYK", "YCbCr")},
+    **{f"orientation {number}": rotated(number) for number in range(1, 9)},
+    **{f"size {size}": encoded(photo(size), "PNG") for size in ((7, 90), (144, 48), (8, 8), (3, 5), (1, 40))},
+    **{f"large {kind}": encoded(photo((1600, 1000)), kind) for kind in ("JPEG", "PNG")},
+    **({"AVIF": encoded(photo(), "AVIF")} if "AVIF" in images.accepted() else {}),
+}
+NOT_SERVED = {
+    "TIFF": encoded(photo(), "TIFF"),
+    "16 bits TIFF": encoded(Image.fromarray(GRAY_16), "TIFF"),
+    "16 bits big-endian TIFF": encoded(Image.frombytes("I;16B", (60, 36), GRAY_16.astype(">u2").tobytes()), "TIFF"),
+    "32 bits TIFF": encoded(Image.fromarray(GRAY_16.astype(np.int32)), "TIFF"),
+    "floats TIFF": encoded(Image.fromarray((GRAY_16 / 65535).astype(np.float32)), "TIFF"),
+    "Lab TIFF": encoded(lab(), "TIFF"),
+    "JPEG2000": encoded(photo(), "JPEG2000"),
+    "PPM": encoded(photo(), "PPM"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The files, in the folder of one class."""
+    root = tmp_path_factory.mktemp("files")
+    (root / "class").mkdir()
+    for index, content in enumerate((SERVED | NOT_SERVED).values()):
+        (root / "class" / f"{index:03}.png").write_bytes(content)
+    return root
+
+
+@pytest.mark.parametrize("resize", ["crop", "stretch", "pad"])
+def test_an_image_has_the_bits_that_it_has_in_training(resize, folder):
+    trained = readers.read(dataclasses.replace(sources.own(str(folder), 8), resize=resize), "train").pixels.numpy()
+    for name, expected in zip(SERVED, trained, strict=False):
+        np.testing.assert_array_equal(made(SERVED[name], 8, resize), expected, name)
+    for name, content in NOT_SERVED.items():
+        with pytest.raises(Refused, match="not a supported image") as refused:
+            made(content, 8, resize)
+        assert refused.value.status == 415, name
+    assert len(trained) == len(SERVED) + len(NOT_SERVED)
+    assert len({each.tobytes() for each in trained}) > len(SERVED) // 2
+
+
+@pytest.mark.parametrize("resize", ["crop", "stretch", "pad"])
+def test_an_image_is_made_square_as_the_networks_were_in_training(resize, tmp_path):
+    content = encoded(photo((144, 48)))
+    expected = {how: pictures.decode(content, toy.SIDE, how) for how in ("crop", "stretch", "pad")}
+    path = toy.write(tmp_path / "a.onnx", about={**toy.ABOUT, "resize": resize})
+    with serving(path) as (url, _):
+        answer = probs(post(f"{url}/predict", content=content, headers=PNG).json())
+    for how, pixels in expected.items():
+        assert (answer == pytest.approx(direct(path, pixels).tolist(), rel=1e-5)) == (how == resize), how
+
+
+def test_what_a_person_sees_is_classified():
+    """On white, with the gray of its 16 bits, upright, its first frame."""
+    for mode in ("LA", "RGBA"):
+        assert (made(encoded(Image.new(mode, (8, 8), (0,) * len(mode))), 8) == 255).all()
+    assert (made(encoded(Image.fromarray(np.full((8, 8), 40_000, np.uint16))), 8) == 40_000 // 256).all()
+    upright, quarter = Image.fromarray(noise()), Image.Exif()
+    quarter[pictures.ORIENTATION] = 6
+    content = encoded(upright.transpose(Image.Transpose.ROTATE_90), exif=quarter)
+    np.testing.assert_array_equal(made(content, 8), noise())
     frames = [Image.fromarray(noise(seed, channels=1)) for seed in (1, 2)]
     content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    np.testing.assert_array_equal(images.pixels(content, toy.SIDE)[:, :, 0], noise(1, channels=1))
+    np.testing.assert_array_equal(made(content, 8)[:, :, 0], noise(1, channels=1))
 
 
 def scans(count):
@@ -154,11 +229,11 @@ REFUSED = {
     "cut": (encoded(noise(0, (200, 200)))[:-5000], PNG, 422, "damaged"),
     "head only": (b"\x89PNG\r\n\x1a\n", PNG, 422, "damaged"),
     "bytes": (b"\0" * 2_000_001, PNG, 413, "larger than 2,000,000 bytes"),
-    "pixels": (flat(5_001, 4_000), PNG, 413, "20 million pixels"),
-    "bomb": (flat(30_000, 20_000), PNG, 413, "20 million pixels"),
+    "pixels": (flat(5_001, 5_000), PNG, 413, "has 5,001 x 5,000 pixels, more than 25,000,000"),
+    "bomb": (flat(30_000, 20_000), PNG, 413, "more than 25,000,000"),
     "height": (flat(1, 16_385), PNG, 413, "a side of more than 16,384"),
     "width": (flat(16_385, 1), PNG, 413, "a side of more than 16,384"),
-    "scans": (scans(80), {"Content-Type": "image/jpeg"}, 422, "scans"),
+    "scans": (scans(110), {"Content-Type": "image/jpeg"}, 422, "scans"),
     "no boundary": (b"x", {"Content-Type": "multipart/form-data"}, 400, "form"),
     "broken form": (b"--x\r\nnothing", {"Content-Type": "multipart/form-data; boundary=x"}, 400, "form"),
     "no file": (
@@ -180,12 +255,12 @@ def test_refused_requests(url, case):
 
 
 def test_requests_at_the_limits_are_accepted(url):
-    assert post(f"{url}/predict", content=flat(5_000, 4_000), headers=PNG).status_code == 200
-    assert images.pixels(flat(1, 16_384), 8).shape == (8, 8, 3)
+    assert post(f"{url}/predict", content=flat(5_712, 4_284), headers=PNG).status_code == 200
+    assert made(flat(1, 16_384), 8).shape == (8, 8, 3)
     bmp = encoded(noise(0, (810, 820)), "BMP")
     assert 1_990_000 < len(bmp) <= 2_000_000
     assert post(f"{url}/predict", content=bmp, headers=PNG).status_code == 200
-    assert images.pixels(scans(20), 8).shape == (8, 8, 3)
+    assert made(scans(20), 8).shape == (8, 8, 3)
 
 
 def test_forms_have_limits_and_errors_name_the_file(url):
@@ -204,7 +279,11 @@ def test_damaged_requests_never_cause_a_server_error(url):
     rng = np.random.default_rng(0)
     seen = set()
     form = httpx.Request("POST", url, files={"image": ("a.png", encoded(noise()))})
-    sources = [(encoded(noise(1, (40, 30)), kind), "image/png") for kind in images.FORMATS]
+    sources = [
+        (encoded(noise(1, (40, 30)), kind), "image/png")
+        for kind in pictures.installed(images.FORMATS)
+        if kind != "HEIF"
+    ]
     sources.append((form.read(), form.headers["Content-Type"]))
     with httpx.Client(timeout=120) as client:
         for content, kind in sources:
@@ -434,9 +513,10 @@ def test_slow_uploads_take_no_place_of_other_requests(file):
             assert receive(connection).startswith(b"HTTP/1.1 200 ")
 
 
-def test_the_bodies_in_memory_have_a_limit(file):
+def test_the_bodies_in_memory_have_a_limit(file, monkeypatch):
     content = encoded(noise())
     limit = len(content) + 1
+    monkeypatch.setattr(web, "MEMORY", 2 * limit)
     with serving(file, backlog=2, max_bytes=limit) as (url, service), connect(url) as first, connect(url) as second:
         for connection in (first, second):
             begin(connection, limit)
@@ -513,7 +593,9 @@ def test_metadata_and_limits(url):
     about = get(f"{url}/model").json()
     limits = about.pop("limits")
     assert about == toy.ABOUT
-    assert limits["max_bytes"] == 2_000_000
+    assert (limits["max_bytes"], limits["max_pixels"], limits["max_side"]) == (2_000_000, 25_000_000, 16_384)
+    assert limits["memory"] == 256_000_000
+    assert limits["formats"][:5] == ["PNG", "JPEG", "WebP", "GIF", "BMP"]
     assert get(f"{url}/health").json()["status"] == "ok"
     for response, status in ((get(f"{url}/predict"), 405), (get(f"{url}/docs"), 404)):
         assert response.status_code == status
