@@ -343,10 +343,12 @@ OTHERS = [
     ("an unknown format", "export run --to onx", 2, "Did you mean 'onnx'"),
     ("fewer images", "export run --to onnx --images -1", 2, "--images"),
     ("images in base 16", "export run --to onnx --images 0x10", 2, "'0x10' is not an integer"),
+    ("pixels of an export", "export run --to onnx --max-pixels 0", 2, "--max-pixels"),
     ("a directory without a student", "export thesis --to onnx", 3, "thesis is not a run directory"),
     ("a student of noise", "export bad.safetensors --to onnx", 3, "bad.safetensors"),
     ("a student of one byte", "export short.safetensors --to onnx", 3, "short.safetensors"),
     ("threads of a server", "serve model.onnx --threads 100000", 2, "--threads"),
+    ("pixels of a server", "serve model.onnx --max-pixels 0", 2, "--max-pixels"),
     ("a port", "serve model.onnx --port 70000", 2, "--port"),
     ("rounds of a benchmark", "bench --rounds 1", 2, "--rounds"),
 ]

@@ -25,8 +25,10 @@ HEIC = base64.b64decode(
 
 def without(monkeypatch, name):
     """Pretend that a decoder is not installed."""
-    some = tuple(one for one in pictures.installed() if one != name)
-    monkeypatch.setattr(pictures, "installed", lambda formats=(): some)
+    original = pictures.installed
+    monkeypatch.setattr(
+        pictures, "installed", lambda formats=pictures.FORMATS: tuple(one for one in original(formats) if one != name)
+    )
 
 
 def avif():

@@ -31,6 +31,7 @@ from fedkd.serve import bodies, http, images, network, web
 from fedkd.serve.batches import Batches
 from fedkd.serve.images import Refused
 from tests.conftest import ROOT, wait_for
+from tests.data.test_heif import HEIC, without
 from tests.serve import toy
 from tests.serve.toy import direct, encoded, noise, probs, serving
 
@@ -175,6 +176,17 @@ def test_an_image_has_the_bits_that_it_has_in_training(resize, folder):
     assert len({each.tobytes() for each in trained}) > len(SERVED) // 2
 
 
+def test_heic_is_accepted_where_its_decoder_is_installed(monkeypatch):
+    if "HEIC" in images.accepted():
+        np.testing.assert_array_equal(made(HEIC, 8), pictures.decode(HEIC, 8, "crop"))
+    without(monkeypatch, "HEIF")
+    with pytest.raises(
+        Refused, match=r"'fedkd\[heic\]'\); use PNG, JPEG, WebP, GIF(, BMP or AVIF| or BMP)\."
+    ) as refused:
+        made(HEIC, 8)
+    assert refused.value.status == 415
+
+
 @pytest.mark.parametrize("resize", ["crop", "stretch", "pad"])
 def test_an_image_is_made_square_as_the_networks_were_in_training(resize, tmp_path):
     content = encoded(photo((144, 48)))
@@ -284,7 +296,7 @@ def test_damaged_requests_never_cause_a_server_error(url):
         for kind in pictures.installed(images.FORMATS)
         if kind != "HEIF"
     ]
-    sources.append((form.read(), form.headers["Content-Type"]))
+    sources += [(HEIC, "image/heic"), (form.read(), form.headers["Content-Type"])]
     with httpx.Client(timeout=120) as client:
         for content, kind in sources:
             for _ in range(40):
