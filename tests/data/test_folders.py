@@ -58,9 +58,7 @@ def test_hidden_files_and_folders_are_ignored_and_counted_once(kind, tmp_path, c
         images = read(source, "train")
     assert values(images) == [0, 50]
     assert images.names == (() if kind == "unlabeled" else ("cat", "dog"))
-    assert capsys.readouterr().err.splitlines() == [
-        f"fedkd: {tmp_path}/train: {len(HIDDEN)} hidden files ignored."
-    ]
+    assert capsys.readouterr().err.splitlines() == [f"fedkd: {tmp_path}/train: {len(HIDDEN)} hidden files ignored."]
 
 
 def test_other_suffixes_are_read_or_counted(tmp_path, capsys):
