@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fedkd import models
 from fedkd.algorithms.base import Client, Update
 from fedkd.algorithms.fedavg import FedAvg
-from fedkd.core import specs
+from fedkd.core import quotes, specs
 from fedkd.core.tensors import put, take
 from fedkd.training.terms import Term, Weight
 
@@ -43,7 +43,8 @@ class Mentor(FedAvg):
     def loss_term(self) -> Term:
         """The loss term."""
         given = {"kind": self.kind, "weight": self.weight}
-        options = ",".join(f"{key}={value}" for key, value in given.items() if value not in ("", None))
+        named = {key: quotes.quoted(str(value)) for key, value in given.items() if value not in ("", None)}
+        options = ",".join(map("=".join, named.items()))
         term: Term = specs.call("distillation", f"{self.term}:{options}" if options else self.term)
         return term
 

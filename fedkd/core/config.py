@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from fedkd.core import quotes
 from fedkd.core.errors import UsageError, unknown
 
 MAX_INTEGER = 2**32 - 1  # of any option: PyTorch and Flower have 64 bits, NumPy's seeds 32
@@ -183,7 +184,6 @@ class Config(Options):
         }
     )
 
-    # Methods
     algorithm: str = option(
         "ensemble",
         "Methods",
@@ -340,5 +340,5 @@ class Config(Options):
 
     def runs(self, dataset: str) -> list[Self]:
         """The config of each run: all algorithms for the first seed, then for the next."""
-        algorithms = list(dict.fromkeys([self.algorithm, *self.compare.split()]))
+        algorithms = list(dict.fromkeys([self.algorithm, *quotes.split(self.compare)]))
         return [self.run(a, self.seed + r, dataset) for r in range(self.seeds) for a in algorithms]

@@ -26,7 +26,7 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 def default_out(config: Options, name: str) -> Path:
     """``runs/NAME-TIME-HASH``: the method, the time in UTC, and a hash of config and process."""
-    name = name.partition(":")[0].rpartition("/")[2].removesuffix(".py")
+    name = name.partition(":")[0].strip('"').rpartition("/")[2].removesuffix(".py")
     tail = f"{derive(time.time_ns(), str(config), os.getpid()):016x}"[-6:]
     return Path("runs") / f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{tail}"
 

@@ -2,7 +2,7 @@
 
 A component is a name in the catalog or of an installed package, ``package.module:Name``, or ``./file.py:Name``.
 Its options are its keyword-only parameters (of a class: all parameters of its constructor). Their annotations check
-and convert the values.
+and convert the values. A path or a value that has ``=``, ``,``, ``:`` or spaces stands in double quotes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 from fedkd.core.catalog import CATALOG
 from fedkd.core.config import MAX_INTEGER
 from fedkd.core.errors import FedkdError, PluginError, Terminated, UsageError, unknown
+from fedkd.core.quotes import split, unquoted
 from fedkd.core.seeds import derive
 
 
@@ -43,32 +44,79 @@ class Spec:
         return ":" in self.name
 
 
+#: For people whose path has such a character. The shell removes double quotes that are not inside single ones.
+QUOTED = """a value with = or , stands in double quotes, on the command line as 'name:key="VALUE"'."""
+
+
 def parse(text: str) -> Spec:
-    """The parts of a spec string."""
-    head, _, rest = text.strip().partition(":")
-    if head.endswith(".py") or re.fullmatch(r"\w+(\.\w+)+", head):
-        attribute, *more = re.split("[:,]", rest, maxsplit=1)
-        if not attribute.isidentifier():
-            raise UsageError(f"{text!r} names no component; write {head}:Name.")
-        head, rest = f"{head}:{attribute}", more[0] if more else ""
+    """The parts of a spec string, without quotes.
+
+    Raises:
+        UsageError: it cannot be read.
+
+    """
+    head, items = _items(text)
     argument: str | None = None
     options: dict[str, str] = {}
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals and argument is None and not options:
-            argument = item
-        elif not equals or key in options or not key.isidentifier():
-            raise UsageError(f"Cannot read {item!r} in {text!r}; write name:key=value,key=value.")
+    for item in items:
+        key, *value = split(item, "=", 1)
+        key = _key(key)
+        if not value and argument is None and not options:
+            argument = unquoted(item)
+        elif not value or key in options or not key.isidentifier():
+            raise UsageError(f"Cannot read {item!r} in {text!r}; write name:key=value,key=value; {QUOTED}")
         else:
-            options[key] = value.strip()
-    return Spec(text, head, argument, options)
+            options[key] = unquoted(value[0].strip())
+    return Spec(text, _name(head), argument, options)
+
+
+def without(text: str, key: str) -> tuple[str, str | None]:
+    """A spec without one of its options, otherwise as it is written, and the value of that option (None: not given)."""
+    value = parse(text).options.get(key)
+    if value is None:
+        return text, None
+    head, items = _items(text)
+    rest = ",".join(item for item in items if "=" not in item or _key(item.partition("=")[0]) != key)
+    return head + (f":{rest}" if rest else ""), value
+
+
+def _items(text: str) -> tuple[str, list[str]]:
+    """What stands before the options of a spec, and its comma-separated items, as they are written."""
+    head, *rest = split(text.strip(), ":", 1)
+    if _is_file(head) or re.fullmatch(r"\w+(\.\w+)+", head):
+        attribute, *rest = split(rest[0], ":,", 1) if rest else [""]
+        if not attribute.isidentifier():
+            raise UsageError(f"{text!r} names no component; write {head}:Name.")
+        head = f"{head}:{attribute}"
+    return head, [item for item in split(rest[0], ",") if item] if rest else []
+
+
+def _is_file(head: str) -> bool:
+    return unquoted(head).endswith(".py")
+
+
+def _name(head: str) -> str:
+    """The name in a spec: of a component in a file, without the quotes of its path."""
+    path, *attribute = split(head, ":", 1)
+    return ":".join([unquoted(path) if _is_file(path) else path, *attribute])
+
+
+def _key(text: str) -> str:
+    return text.strip().replace("-", "_")
 
 
 def is_user_defined(text: str) -> bool:
     """Whether it names a user-defined component, or has an option that does."""
     spec = parse(text)
-    return spec.is_plugin or any(parse(value).is_plugin for value in spec.options.values() if ":" in value)
+    return spec.is_plugin or any(_is_plugin(value) for value in spec.options.values() if ":" in value)
+
+
+def _is_plugin(value: str) -> bool:
+    """Whether the value of an option names a user-defined component; it may be no spec at all, but a path."""
+    try:
+        return parse(value).is_plugin
+    except UsageError:
+        return False
 
 
 @contextmanager
@@ -115,12 +163,14 @@ def bind(kind: str, text: str, reserved: tuple[str, ...] = ()) -> partial[Any]:
     if spec.argument is not None and not positional:
         raise UsageError(f"{kind} {spec.name!r} takes key=value options, not {spec.argument!r}.")
     if spec.argument is None and positional and positional[0].default is inspect.Parameter.empty:
-        raise UsageError(f"{kind} {spec.name!r} needs a value: {spec.name}:{positional[0].name.upper()}.")
+        hint = f"; {QUOTED}" if spec.options else "."
+        raise UsageError(f"{kind} {spec.name!r} needs a value: {spec.name}:{positional[0].name.upper()}{hint}")
     options = _options(component, parameters, reserved)
     values = {}
     for key, value in spec.options.items():
         if key not in options:
-            raise UsageError(unknown(f"option of {kind} {spec.name!r}:", key, options))
+            hint = f" In {text}, {QUOTED}" if "/" in text else ""  # it may be a part of a path
+            raise UsageError(unknown(f"option of {kind} {spec.name!r}:", key, options) + hint)
         values[key] = _convert(f"{spec.name}:{key}", value, _annotation(component, options[key]))
     arguments = () if spec.argument is None else (spec.argument,)
     return partial(component, *arguments, **values)

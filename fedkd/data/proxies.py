@@ -58,19 +58,16 @@ class ProxySet:
 
 def parse(text: str) -> tuple[Source | None, int | None]:
     """The source of the images (None: held out of the training set) and the requested number."""
-    spec = specs.parse(text)
-    options = dict(spec.options)
-    wanted = options.pop("size", None)
+    name, wanted = specs.without(text, "size")
     if wanted is not None and (not wanted.isdecimal() or int(wanted) < 1):
         raise UsageError(f"--proxy {text!r}: size is the number of images, at least 1, not {wanted!r}.")
     size = None if wanted is None else int(wanted)
-    if spec.name == "holdout":
-        if options or spec.argument:
+    if (spec := specs.parse(name)).name == "holdout":
+        if spec.options or spec.argument:
             raise UsageError(f"--proxy {text!r}: holdout has one option, size (holdout:size=5000).")
         return None, size
-    items = [*([spec.argument] if spec.argument else []), *(f"{k}={v}" for k, v in options.items())]
     try:
-        source = sources.named(":".join([spec.name, *([",".join(items)] if items else [])]))
+        source = sources.named(name)
     except UsageError as error:
         raise UsageError(f"--proxy {text!r}: {error} Or holdout, images held out of the training set.") from error
     source = dataclasses.replace(source, labeled=False)

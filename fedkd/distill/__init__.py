@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd import models
-from fedkd.core import run_directory, specs
+from fedkd.core import quotes, run_directory, specs
 from fedkd.core.errors import DataError, FedkdError, PluginError, UsageError
 from fedkd.data import sources
 from fedkd.distill import teacher_names
@@ -44,8 +44,8 @@ def check(config: DistillConfig) -> list[Term]:
         UsageError, DataError, PluginError: an option cannot be used; the first one found is reported.
 
     """
-    terms = [specs.call("distillation", text) for text in config.loss.split()]
-    for text, term in zip(config.loss.split(), terms, strict=True):
+    terms = [specs.call("distillation", text) for text in quotes.split(config.loss)]
+    for text, term in zip(quotes.split(config.loss), terms, strict=True):
         if not isinstance(term, Term):
             raise PluginError(f"--loss {text} is not a subclass of fedkd.training.terms.Term.")
     if not terms:
@@ -56,7 +56,9 @@ def check(config: DistillConfig) -> list[Term]:
         if not teacher_names.is_path(text):
             specs.bind("model", teacher_names.pretrained(text)[0], models.RESERVED)
         elif not Path(text).expanduser().exists():
-            raise DataError(f"--teacher {text}: no such run or file.")
+            raise DataError(
+                f"--teacher {text}: no such run or file; a path with a space or a comma stands in double quotes."
+            )
     specs.bind("model", config.student, models.RESERVED)
     for dataset in {config.dataset, config.shifted} - {"auto", ""}:
         sources.named(dataset)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fedkd.core import cli, run_directory, seeds, specs
+from fedkd.core import cli, quotes, run_directory, seeds, specs
 from fedkd.core.errors import FedkdError, PluginError, ResumeError, StorageError, UsageError
 from fedkd.core.notes import plain
 from fedkd.core.runtime import settle
@@ -103,7 +103,7 @@ def _attributing(config: DistillConfig) -> AbstractContextManager[None]:
 
 def _components(config: DistillConfig) -> list[tuple[str, str]]:
     """Option and spec of everything that can be user-defined: losses, and networks that are not files."""
-    components = [("loss", text) for text in config.loss.split()]
+    components = [("loss", text) for text in quotes.split(config.loss)]
     components += [("teacher", text) for text in teacher_names.named(config) if not teacher_names.is_path(text)]
     return [*components, ("student", config.student)]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd import models
-from fedkd.core import specs
+from fedkd.core import quotes, specs
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import UsageError
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 def named(config: DistillConfig) -> list[str]:
-    """The specs in ``--teacher``, separated by commas or spaces; a single path may have them in its name."""
+    """The specs in ``--teacher``, separated by commas or spaces outside of quotes; a single path needs no quotes."""
     if is_path(config.teacher) and _exists(config.teacher):
         return [config.teacher]
-    return [spec for text in config.teacher.split() for spec in models.split(text)]
+    return [quotes.unquoted(spec) for text in quotes.split(config.teacher) for spec in models.split(text)]
 
 
 def is_path(text: str) -> bool:
     """Whether the text is the path of a run or of a student's file, not a model. A model's name is never a path."""
     if text.partition(":")[0] not in CATALOG["model"] and _exists(text):
         return True
-    return "=" not in text and ".py:" not in text and ("/" in text or text.endswith(".safetensors"))
+    return "=" not in text and ".py:" not in text.replace('"', "") and ("/" in text or text.endswith(".safetensors"))
 
 
 def _exists(text: str) -> bool:
@@ -37,15 +37,12 @@ def _exists(text: str) -> bool:
 
 def pretrained(text: str) -> tuple[str, Path | None]:
     """A model's spec without the option ``pretrained=PATH``, and the path."""
-    spec = specs.parse(text)
-    if "pretrained" not in spec.options:
+    spec, value = specs.without(text, "pretrained")
+    if value is None:
         return text, None
-    value = spec.options["pretrained"]
     if not value:
         raise UsageError(f"{text}: pretrained= has no file.")
-    head, _, rest = text.partition(":")
-    options = [item for item in rest.split(",") if not item.replace("-", "_").strip().startswith("pretrained=")]
-    return head + (f":{','.join(options)}" if options else ""), Path(value).expanduser()
+    return spec, Path(value).expanduser()
 
 
 def candidates(directory: Path, out: str) -> list[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import PositiveInt
 
-from fedkd.core import specs
+from fedkd.core import quotes, specs
 from fedkd.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -83,9 +83,9 @@ RESERVED = ("classes",)
 def split(text: str) -> list[str]:
     """The specs in a comma list: ``cnn,resnet8:norm=batch,width=8`` names two models."""
     specs_: list[str] = []
-    for item in text.split(","):
-        continues = "=" in item and ":" not in item.partition("=")[0]
-        if continues and specs_:
+    for item in quotes.split(text, ","):
+        key, *value = quotes.split(item, "=", 1)
+        if value and ":" not in key and specs_:
             specs_[-1] += f",{item}"
         else:
             specs_.append(item.strip())

@@ -1,10 +1,17 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from fedkd import models
 from fedkd.core import specs
 from fedkd.core.catalog import CATALOG
+from fedkd.core.config import Config
 from fedkd.core.errors import PluginError, UsageError
+from fedkd.core.quotes import quoted, split
+from fedkd.core.run_directory import default_out
+from fedkd.data import proxies
 
 OWN = """
 import dataclasses
@@ -113,3 +120,76 @@ def test_a_module_that_exits_and_components_that_fail_are_user_defined_mistakes(
             specs.call("algorithm", f"{own}:{text}")
     with pytest.raises(PluginError, match="annotation of x in annotated is wrong: name 'Nowhere' is not defined"):
         specs.bind("loss", f"{own}:annotated:x=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "argument", "options"),
+    [
+        ('folder:"/x/split=train/y"', "folder", "/x/split=train/y", {}),
+        ('hf:"a,b",image=img', "hf", "a,b", {"image": "img"}),
+        ('folder:"C:/x",pixels=64', "folder", "C:/x", {"pixels": "64"}),
+        (
+            'torchvision:resnet18,pretrained="/my models/a,b=1.pt"',
+            "torchvision",
+            "resnet18",
+            {"pretrained": "/my models/a,b=1.pt"},
+        ),
+        ('"./my=models/net,1.py":Net:step="2"', "./my=models/net,1.py:Net", None, {"step": "2"}),
+        ('x:a="say ""no""",b=""', "x", None, {"a": 'say "no"', "b": ""}),
+    ],
+)
+def test_what_stands_in_quotes_is_not_split(text, name, argument, options):
+    assert specs.parse(text) == specs.Spec(text, name, argument, options)
+
+
+def test_a_proxy_set_in_quotes_keeps_them():
+    source, size = proxies.parse('folder:"/x/split=train/a,b",size=30,pixels=16')
+    assert source is not None
+    assert (source.argument, source.pixels, size) == ("/x/split=train/a,b", 16, 30)
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+@given(st.one_of(st.none(), words), st.dictionaries(st.sampled_from(["a", "pixels", "k_1"]), words))
+def test_quoted_parts_are_read_as_they_were(argument, options):
+    items = [*([quoted(argument)] if argument is not None else []), *(f"{k}={quoted(v)}" for k, v in options.items())]
+    text = ":".join(["name", ",".join(items)])
+    assert specs.parse(text) == specs.Spec(text, "name", argument, options)
+    assert models.split(f"{text},cnn") == [text, "cnn"]
+    assert specs.without(text, "k_1")[1] == options.get("k_1")
+    rest = specs.parse(specs.without(text, "k_1")[0])
+    assert (rest.argument, rest.options) == (argument, {k: v for k, v in options.items() if k != "k_1"})
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters='"')))
+def test_a_text_without_quotes_is_split_as_by_python(text):
+    assert split(text) == text.split()
+    assert split(text, ",") == text.split(",")
+    assert split(text, ":", 1) == text.split(":", 1)
+
+
+@pytest.mark.parametrize("text", ['folder:"/x', 'folder:/x"y', 'x:a="b,c'])
+def test_a_quote_that_is_not_closed_is_said(text):
+    with pytest.raises(UsageError, match="has a double quote that is not closed"):
+        specs.parse(text)
+
+
+@pytest.mark.parametrize("text", ["folder:/x/split=train/y", "folder:/a,b", "folder:split=train/y", "folder:/x,v=1/y"])
+def test_a_path_that_needs_quotes_is_said(text):
+    with pytest.raises(UsageError, match="stands in double quotes"):
+        specs.bind("dataset", text)
+
+
+def test_a_file_in_a_folder_with_a_space_or_a_comma(tmp_path):
+    (tmp_path / "my, own=models").mkdir()
+    (tmp_path / "my, own=models" / "mine.py").write_text(OWN)
+    text = f'"{tmp_path}/my, own=models/mine.py":function'
+    assert specs.bind("partitioner", f"{text}:step=3")(0, 0, 0) == (0, 3, "x")
+    assert specs.is_user_defined(text)
+    assert specs.is_user_defined(f"ensemble:x={quoted(text)}")
+    assert not specs.is_user_defined('cnn:pretrained="/d:x/a,b.pt"')
+    assert specs.call("algorithm", f"mentor:term=logits,kind={quoted(text)}").loss_term.kind == text
+    config = Config.parse({"compare": [text, "fedavg"]})
+    assert [run.algorithm for run in config.runs("digits")] == ["ensemble", text, "fedavg"]
+    assert default_out(config, text).name.startswith("mine-")

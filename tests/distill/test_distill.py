@@ -601,6 +601,8 @@ def test_a_user_defined_loss(tmp_path):
         ("resnet8:pretrained=a.pth", ("resnet8", "a.pth")),
         ("torchvision:resnet50,pretrained=a/b.pth", ("torchvision:resnet50", "a/b.pth")),
         ("resnet8:width=8,pretrained=a.pth,norm=batch", ("resnet8:width=8,norm=batch", "a.pth")),
+        ('resnet8:width="8",pretrained="/my a,b=1.pth"', ('resnet8:width="8"', "/my a,b=1.pth")),
+        ("./net.py:Net:pretrained=a.pth", ("./net.py:Net", "a.pth")),
     ],
 )
 def test_pretrained_is_separated_from_the_options_of_the_model(text, expected):
@@ -628,6 +630,19 @@ def test_a_path_is_no_model_whatever_its_name(name, tmp_path, monkeypatch):
     assert teacher_names.named(chosen) == [name]
     assert teacher_names.is_path(name)
     assert check(chosen)
+
+
+def test_paths_in_quotes_are_among_several_teachers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("my run", "a,b=1"):
+        Path(name).mkdir()
+    chosen = config(teacher=('"my run"', "resnet8", '"a,b=1",cnn:width=8,pretrained="my run/a b.pth"'))
+    names = teacher_names.named(chosen)
+    assert names == ["my run", "resnet8", "a,b=1", 'cnn:width=8,pretrained="my run/a b.pth"']
+    assert [teacher_names.is_path(name) for name in names] == [True, False, True, False]
+    assert not teacher_names.is_path('"./my models/net.py":Net')
+    with pytest.raises(DataError, match="a path with a space or a comma stands in double quotes"):
+        check(config(teacher=("./my run/x", "resnet8")))
 
 
 def test_the_name_of_a_model_is_no_path(tmp_path, monkeypatch):
