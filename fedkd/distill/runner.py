@@ -134,6 +134,7 @@ def _check_training_step(task: Task, config: DistillConfig, terms: Sequence[Term
     culprit, suffix = " or ".join(user_defined) or f"--loss {config.loss}", ""
     try:
         with seeds.seeded(0):
+            _check_logits(task, config)
             student = train.build_untrained(task, config, config.student)
             modules = [teachers.untrained(task, config, text) for text in texts]
             for text, module in [(config.student, student), *zip(texts, modules, strict=True)]:
@@ -156,6 +157,16 @@ def _check_training_step(task: Task, config: DistillConfig, terms: Sequence[Term
     except Exception as error:
         networks = ", ".join([*texts, config.student])
         raise wrong(f"{culprit} cannot be used with these networks{suffix} ({networks}): {error}.") from error
+
+
+def _check_logits(task: Task, config: DistillConfig) -> None:
+    """Refuse networks that are trained here and do not return logits."""
+    for option, text in _components(config):
+        if option == "loss" or (option == "teacher" and teacher_names.pretrained(text)[1]):
+            continue
+        images = task.scaling(task.train.pixels[:2])
+        if misfit := loop.misfit(train.build_untrained(task, config, text), images, task.classes):
+            raise (PluginError if specs.is_user_defined(text) else UsageError)(f"--{option} {text} {misfit}.")
 
 
 def _teacher_specs(config: DistillConfig, terms: Sequence[Term]) -> list[str]:

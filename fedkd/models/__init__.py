@@ -65,7 +65,7 @@ def row_gru(*, classes: int, width: PositiveInt = 128) -> nn.Module:
 
 
 def torchvision(name: str, /, *, classes: int) -> nn.Module:
-    """A classifier of torchvision.models, untrained, with its own normalization layers."""
+    """A classifier of torchvision.models, untrained, with its own normalization layers, without auxiliary outputs."""
     import torchvision as library
 
     from fedkd.core.errors import unknown
@@ -73,7 +73,9 @@ def torchvision(name: str, /, *, classes: int) -> nn.Module:
     known = library.models.list_models(module=library.models)
     if name not in known:
         raise UsageError(unknown("model of torchvision", name, known))
-    model: nn.Module = library.models.get_model(name, weights=None, num_classes=classes)
+    has_auxiliary = name in ("googlenet", "inception_v3")  # in training they would return a tuple
+    options = {"aux_logits": False, "init_weights": True} if has_auxiliary else {}
+    model: nn.Module = library.models.get_model(name, weights=None, num_classes=classes, **options)
     return model
 
 

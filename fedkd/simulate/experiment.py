@@ -287,17 +287,16 @@ def _check_initial_state(algorithm: Algorithm, setup: Setup) -> None:
 
 
 def _check_model(setup: Setup, model: str) -> None:
-    """Try the model on two proxy images, so that a mistake shows before the first round."""
-    images = setup.proxy.images[:2]
+    """Try a new model on two proxy images, in training too, so that a mistake shows before the first round."""
+    images = setup.proxy.images[:2].repeat(2, 1, 1, 1)[:2]  # BatchNorm cannot train on one
+    is_user_defined = specs.is_user_defined(model)
     try:
-        shape = tuple(setup.trainer.predict(model, setup.trainer.initial_weights(model), images).shape)
+        misfit = setup.trainer.misfit(model, images)
     except (UsageError, PluginError):
         raise
     except Exception as error:
-        if specs.is_user_defined(model):
+        if is_user_defined:
             raise
         raise UsageError(f"--model {model} cannot be used on these images: {error}.") from error
-    count = len(images)
-    if shape != (count, setup.classes):
-        wrong = PluginError if specs.is_user_defined(model) else UsageError
-        raise wrong(f"--model {model} returns {shape} for {count} images, not ({count}, {setup.classes}).")
+    if misfit:
+        raise (PluginError if is_user_defined else UsageError)(f"--model {model} {misfit}.")

@@ -188,6 +188,21 @@ def predict(model: nn.Module, pixels: Tensor, scaling: Scaling) -> Tensor:
     return logits.clone()  # a normal tensor, not an inference tensor, so that it can be a training target
 
 
+def misfit(model: nn.Module, images: Tensor, classes: int) -> str:
+    """What a model returns for images [B, 3, H, W] instead of logits [B, C], in words; empty if nothing.
+
+    It is tried in evaluation and in training, which changes the statistics of its normalization layers.
+    """
+    expected = (len(images), classes)
+    for mode in ("", " in training"):
+        with seeded(0), torch.no_grad():
+            output = model.train(bool(mode))(images)
+        what = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        if what != expected:
+            return f"returns {what} for {len(images)} images{mode}, not {expected}"
+    return ""
+
+
 def score(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     """Accuracy in [0, 1] and mean negative log-likelihood, in nats."""
     accuracy = (logits.argmax(-1) == labels).double().mean().item()

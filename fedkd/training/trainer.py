@@ -41,6 +41,12 @@ class Trainer:
             module = models.build(model, self.classes, self.config.norm)
         return _weights(module)
 
+    def misfit(self, model: str, pixels: Tensor) -> str:
+        """What a new model returns instead of logits for images [N, H, W, 3], in words; empty if it returns logits."""
+        with seeds.seeded(0):
+            module = _build(model, self.classes, self.config.norm, self.device)
+        return loop.misfit(module, self.scaling(pixels.to(self.device)), self.classes)
+
     def weight_shapes(self, model: str) -> Shapes:
         """The names and shapes of a model's weights."""
         return shapes(_architecture(model, self.classes, self.config.norm, self.device).state_dict())
@@ -209,10 +215,13 @@ def _joint(objective: Objective, soft_objective: Objective) -> Objective:
     return joint
 
 
-@lru_cache(maxsize=32)
-def _architecture(model: str, classes: int, norm: Any, device: str) -> nn.Module:
-    """A module to load weights into. Cached, since building costs more than loading."""
+def _build(model: str, classes: int, norm: Any, device: str) -> nn.Module:
+    """A new module on the device."""
     return models.build(model, classes, norm).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+#: A module to load weights into. Cached, since building costs more than loading.
+_architecture = lru_cache(maxsize=32)(_build)
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from fedkd.models import checkpoint
 from fedkd.training import layers, optimizers
 from fedkd.training.layers import Outputs, WatchedModel
 from fedkd.training.terms.objective import DistillationObjective, teacher_weights
+from tests.conftest import OTHERWISE_IN_TRAINING
 
 TINY = {
     "dataset": "digits",
@@ -474,8 +475,9 @@ def fails(capsys, *flags: object) -> tuple[int, str]:
         (["--dataset", "noise:size=1"], 3, "at least two"),
         (["--student", "vit-tiny:width=100"], 2, "width must be a multiple of 32"),
         (["--student", "resnet8:width=28", "--norm", "group"], 2, "num_channels (28)"),
-        (["--student", "torchvision:googlenet"], 2, "cannot be used with these networks"),
         (["--batch-size", "1"], 2, "--batch-size cannot be 1 with cnn:width=4, whose BatchNorm layers"),
+        (["--student", "{own}:Pair"], 7, "Pair returns a tuple for 2 images in training, not (2, 10)"),
+        (["--teacher", "{own}:Wide"], 7, "Wide returns (2, 11) for 2 images in training, not (2, 10)"),
         (
             ["--batch-size", "1", "--norm", "group", "--teacher", "torchvision:resnet18"],
             2,
@@ -488,6 +490,8 @@ def fails(capsys, *flags: object) -> tuple[int, str]:
 )
 def test_mistakes_are_reported_in_one_sentence(flags, code, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OTHERWISE_IN_TRAINING)
+    flags = [flag.replace("{own}", f"{tmp_path}/own.py") for flag in flags]
     exit_code, line = fails(capsys, *flags, "--out", tmp_path / "run")
     assert (exit_code, message in line) == (code, True), line
     assert not (tmp_path / "run").exists()

@@ -27,6 +27,13 @@ def test_torchvisions_models():
         models.build("torchvision:resnet118", 10, "group")
 
 
+@pytest.mark.parametrize(("name", "pixels"), [("googlenet", 32), ("inception_v3", 75)])
+@pytest.mark.filterwarnings("error")
+def test_networks_with_auxiliary_classifiers_are_built_without_them(name, pixels):
+    model = models.build(f"torchvision:{name}", 10, "group").train()
+    assert model(torch.zeros(2, 3, pixels, pixels)).shape == (2, 10)
+
+
 @pytest.mark.parametrize(("name", "parameters"), [("vit-tiny", 453_226), ("row-gru", 176_138)])
 def test_sizes_of_sequential_models(name, parameters):
     assert count(name) == parameters

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fedkd.core import tensors
 from fedkd.core.config import Config
@@ -17,7 +18,8 @@ from fedkd.core.errors import PluginError, RunError, UsageError
 from fedkd.data import readers
 from fedkd.data.partition import Partition
 from fedkd.simulate import simulate
-from tests.conftest import FLAGS, ROOT, TINY, run, simulated, tiny, wait_for
+from fedkd.simulate.experiment import prepare
+from tests.conftest import FLAGS, OTHERWISE_IN_TRAINING, ROOT, TINY, run, simulated, tiny, wait_for
 
 OWN = '''
 from dataclasses import dataclass
@@ -278,6 +280,8 @@ def test_a_participation_below_one(tmp_path):
         ({"proxy": "{own}:listed"}, PluginError, "is list, not a fedkd.data.sources.Source"),
         ({"algorithm": "{own}:Deploying:house=3"}, PluginError, "annotate the option otherwise"),
         ({"model": "cnn:width=8,resnet8:width=8", "compare": "fedproto"}, UsageError, "embeddings of one width"),
+        ({"model": "{own}:Pair"}, PluginError, "Pair returns a tuple for 2 images in training, not"),
+        ({"student": "{own}:Wide"}, PluginError, r"Wide returns \(2, 11\) for 2 images in training, not \(2, 10\)"),
     ],
 )
 def test_what_cannot_work_is_one_sentence(tmp_path, changes, error, expected):
@@ -290,12 +294,19 @@ def test_what_cannot_work_is_one_sentence(tmp_path, changes, error, expected):
         "class House: pass\n"
         "class Deploying(FedAvg):\n"
         "    def __init__(self, house: House = None): pass\n"
-        "    def global_model(self, setup, state): raise KeyError('oops')\n"
+        "    def global_model(self, setup, state): raise KeyError('oops')\n" + OTHERWISE_IN_TRAINING
     )
     named = {k: v.replace("{own}", f"{tmp_path}/own.py") if isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises(error, match=expected):
         simulated(tmp_path / "run", **named)
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+def test_checking_a_model_with_dropout_changes_no_random_number():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    prepare(tiny(model="torchvision:squeezenet1_1"))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_proxy_of_one_image_is_enough(tmp_path):
