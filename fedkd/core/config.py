@@ -258,7 +258,7 @@ class Config(Options):
         "cnn",
         "Models",
         "The clients' model: cnn, resnet8, resnet20, resnet32, resnet56, vit-tiny, row-gru, torchvision:NAME, "
-        "or ./mine.py:Name; a comma-separated list is assigned round-robin.",
+        "or ./mine.py:Name; each optionally with pretrained=FILE; a comma-separated list is assigned round-robin.",
     )
     student: str = option("", "Models", "The server's global student; by default the clients' (first) model.")
     norm: Literal["group", "batch"] = option("group", "Models", "Normalization layers of the built-in models.")

@@ -284,9 +284,9 @@ def read_failure(out: Path) -> FedkdError | None:
     return error
 
 
-def keep_environment(out: Path, device: str, dataset: str, fallback: str) -> str:
+def keep_environment(out: Path, device: str, dataset: str, fallback: str, pretrained: Mapping[str, str]) -> str:
     """Write ``env.json``; or, if a run is resumed, a sentence on what differs now, empty if nothing does."""
-    now = environment(device, dataset, fallback)
+    now = environment(device, dataset, fallback) | {"pretrained": dict(pretrained)}
     if not (out / "env.json").exists():
         write_json(out / "env.json", now)
         return ""
@@ -294,6 +294,8 @@ def keep_environment(out: Path, device: str, dataset: str, fallback: str) -> str
         before = dict(json.loads((out / "env.json").read_text(encoding="utf-8")))
     except ValueError as error:
         raise DataError(f"{out / 'env.json'} is damaged; remove it to continue the run.") from error
+    if files := dict(pretrained.items() - before.get("pretrained", {}).items()):
+        raise ResumeError(f"{' and '.join(files)} changed after the run in {out} began; start a new run.")
     keys = ("fedkd", "python", "packages", "processor", "device")
     changed = [key for key in keys if before.get(key) != now[key]]
     if not changed:

@@ -208,6 +208,12 @@ def options_of(kind: str, name: str) -> tuple[Callable[..., Any], dict[str, tupl
     return component, {n: (_annotation(component, p), p.default) for n, p in chosen.items()}
 
 
+def has_option(kind: str, text: str, key: str) -> bool:
+    """Whether the component that ``text`` names has an option of this name."""
+    component = _find(kind, parse(text))
+    return key in _options(component, inspect.signature(component).parameters, ())
+
+
 def names(kind: str) -> list[str]:
     """The names of all components of a kind, built-in ones first."""
     return [*CATALOG[kind], *sorted(point.name for point in entry_points(group=f"fedkd.{kind}"))]

@@ -54,12 +54,12 @@ def check(config: DistillConfig) -> list[Term]:
     _check_combination(config, terms, named)
     for text in named:
         if not teacher_names.is_path(text):
-            specs.bind("model", teacher_names.pretrained(text)[0], models.RESERVED)
+            models.check(text)
         elif not Path(text).expanduser().exists():
             raise DataError(
                 f"--teacher {text}: no such run or file; a path with a space or a comma stands in double quotes."
             )
-    specs.bind("model", config.student, models.RESERVED)
+    models.check(config.student)
     for dataset in {config.dataset, config.shifted} - {"auto", ""}:
         sources.named(dataset)
     return terms

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fedkd import models
 from fedkd.core import cli, quotes, run_directory, seeds, specs
 from fedkd.core.errors import FedkdError, PluginError, ResumeError, StorageError, UsageError
 from fedkd.core.notes import plain
@@ -29,6 +30,7 @@ from fedkd.evaluation.report.screen import Screen
 from fedkd.evaluation.report.students import BASELINE, STUDENT
 from fedkd.evaluation.report.table import Grid
 from fedkd.evaluation.report.text import percent, points
+from fedkd.models import checkpoint
 from fedkd.training import loop
 from fedkd.training.terms import BornAgain, Logits, Term
 
@@ -53,13 +55,14 @@ def run(config: DistillConfig, terms: Sequence[Term]) -> None:
         progress.restore()
         has_begun = True
         run_directory.write(out / "config.toml", run_directory.toml(config))  # of a resumed run: with other options
-        note = run_directory.keep_environment(out, task.device, task.dataset, fallback)
+        pretrained = models.digests([config.student])  # the weights of teachers are compared themselves
+        note = run_directory.keep_environment(out, task.device, task.dataset, fallback, pretrained)
         screen.print(f"run directory: {out}")
         if note:
             screen.print(note)
+        _check_training_step(task, config, terms)
         for line in _header(task, config, fallback):
             screen.print(line)
-        _check_training_step(task, config, terms)
         with _attributing(config):
             obtained, ranking = _obtain_teachers(task, config, terms, progress)
         result |= {"teachers": [teacher.name for teacher in obtained], "ranking": ranking}
@@ -116,6 +119,8 @@ def _header(task: Task, config: DistillConfig, fallback: str) -> Iterator[str]:
     if fallback:
         yield f"            not CIFAR-10: {fallback}"
     yield f"   student  {config.student}, {plain(config.epochs, 'epoch')}, {config.loss}"
+    if note := checkpoint.initial(config.student, task.classes, config.norm, config.seed)[1]:
+        yield f"            {note}"
 
 
 def _check_training_step(task: Task, config: DistillConfig, terms: Sequence[Term]) -> None:
@@ -162,7 +167,7 @@ def _check_training_step(task: Task, config: DistillConfig, terms: Sequence[Term
 def _check_logits(task: Task, config: DistillConfig) -> None:
     """Refuse networks that are trained here and do not return logits."""
     for option, text in _components(config):
-        if option == "loss" or (option == "teacher" and teacher_names.pretrained(text)[1]):
+        if option == "loss" or (option == "teacher" and models.pretrained(text)[1]):
             continue
         images = task.scaling(task.train.pixels[:2])
         if misfit := loop.misfit(train.build_untrained(task, config, text), images, task.classes):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd import models
-from fedkd.core import quotes, specs
+from fedkd.core import quotes
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import UsageError
 
@@ -33,16 +33,6 @@ def _exists(text: str) -> bool:
     """Whether there is such a directory or student's file."""
     path = os.path.expanduser(text)
     return os.path.isdir(path) or (path.endswith(".safetensors") and os.path.isfile(path))
-
-
-def pretrained(text: str) -> tuple[str, Path | None]:
-    """A model's spec without the option ``pretrained=PATH``, and the path."""
-    spec, value = specs.without(text, "pretrained")
-    if value is None:
-        return text, None
-    if not value:
-        raise UsageError(f"{text}: pretrained= has no file.")
-    return spec, Path(value).expanduser()
 
 
 def candidates(directory: Path, out: str) -> list[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fedkd import models
 from fedkd.core import cache, seeds, specs
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import DataError
@@ -65,7 +66,7 @@ def obtain(task: Task, config: DistillConfig, texts: Sequence[str], progress: Pr
                 )
             )
             continue
-        spec, path = teacher_names.pretrained(text)
+        spec, path = models.pretrained(text)
         if path is not None:
             obtained.append(Teacher(text, frozen(untrained(task, config, text)), f"read from {path.name}", False))
             continue
@@ -86,14 +87,11 @@ def untrained(task: Task, config: DistillConfig, text: str) -> nn.Module:
     """
     if teacher_names.is_path(text):
         return _module_of(task, text, checkpoint.load(Path(text).expanduser()))
-    spec, path = teacher_names.pretrained(text)
-    module = build_untrained(task, config, spec)
-    if path is not None:
-        try:
-            checkpoint.fill(module, checkpoint.read_weights(path), f"the weights in {path}")
-        except DataError as error:
-            raise DataError(f"{error} The teacher must be a {spec} with {task.classes} classes.") from error
-    return module
+    spec, path = models.pretrained(text)
+    module, note = checkpoint.initial(text, task.classes, config.norm, config.seed)
+    if note:
+        raise DataError(f"The weights in {path} do not fit: the teacher must be a {spec} with {task.classes} classes.")
+    return module.to(task.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def trained(
@@ -101,7 +99,7 @@ def trained(
 ) -> nn.Module:
     """A network trained on the labels only. It is cached by its data and settings.
 
-    Only networks of fedkd and torchvision are cached: user-defined code may change under the same name.
+    Only networks of fedkd and torchvision are cached, without pretrained weights: code and files may change.
     """
     config = dataclasses.replace(config, seed=seed)
     module = build_untrained(task, config, model)
@@ -110,7 +108,8 @@ def trained(
         progress.train(name, module, task, config, epochs=epochs, seed=seed)
         return weights_of(module)
 
-    if specs.parse(model).name not in CATALOG["model"] or progress.is_finished(name, epochs):
+    spec, file = models.pretrained(model)
+    if file or specs.parse(spec).name not in CATALOG["model"] or progress.is_finished(name, epochs):
         weights()
         return module
     module.load_state_dict(cache.get(f"teachers/{_key(task, config, model, epochs)}", weights))
@@ -130,8 +129,8 @@ def _key(task: Task, config: DistillConfig, model: str, epochs: int) -> str:
 
 def student_of(task: Task, config: DistillConfig, model: str, module: nn.Module) -> Student:
     """The content of a student's file for a trained network."""
-    pixels = task.test.pixels.shape[1]
-    metadata = (model, config.norm, task.classes, task.test.names, pixels, task.scaling, task.dataset)
+    (spec, _), pixels = models.pretrained(model), task.test.pixels.shape[1]
+    metadata = (spec, config.norm, task.classes, task.test.names, pixels, task.scaling, task.dataset)
     return Student(*metadata, weights_of(module), config.resize, len(task.validation))
 
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from fedkd import models
 from fedkd.core import seeds
 from fedkd.core.errors import RunError
 from fedkd.core.tensors import put, take
+from fedkd.models import checkpoint
 from fedkd.training import loop, optimizers
 from fedkd.training.terms.modules import TermModule
 from fedkd.training.terms.objective import DistillationObjective
@@ -38,9 +38,8 @@ class Epoch:
 
 
 def build_untrained(task: Task, config: DistillConfig, model: str, *path: int) -> nn.Module:
-    """An untrained network; the same for the same seed and path."""
-    with seeds.seeded(seeds.derive(config.seed, "initial", model, *path)):
-        module = models.build(model, task.classes, config.norm)
+    """A network before its training here; the same for the same seed and path."""
+    module, _ = checkpoint.initial(model, task.classes, config.norm, config.seed, *path)
     return module.to(task.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import PositiveInt
 
 from fedkd.core import quotes, specs
-from fedkd.core.errors import UsageError
+from fedkd.core.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,9 +97,49 @@ def split(text: str) -> list[str]:
     return specs_
 
 
+def pretrained(text: str) -> tuple[str, Path | None]:
+    """A model's spec without the option ``pretrained=FILE``, and the file (None: initial weights follow from the seed).
+
+    A user-defined model that has an option of this name keeps it.
+
+    Raises:
+        UsageError, PluginError: there is no such model, or no file is given.
+
+    """
+    spec, value = specs.without(text, "pretrained")
+    if value is None or specs.has_option("model", spec, "pretrained"):
+        return text, None
+    if not value:
+        raise UsageError(f"{text}: pretrained= has no file.")
+    return spec, Path(value).expanduser()
+
+
+def check(text: str) -> None:
+    """Resolve a model's name, options and file of pretrained weights; nothing heavy is imported.
+
+    Raises:
+        UsageError, PluginError: as `specs.bind`.
+        DataError: there is no such file.
+
+    """
+    spec, file = pretrained(text)
+    specs.bind("model", spec, RESERVED)
+    if file is not None and not file.is_file():
+        raise DataError(f"{text}: there is no file {file}.")
+
+
+def digests(texts: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of each file of pretrained weights that these models have, by its path."""
+    found = {}
+    for file in sorted({file for text in texts if (file := pretrained(text)[1])}):
+        with file.open("rb") as opened:
+            found[str(file)] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
+
+
 def build(text: str, classes: int, norm: Norm) -> nn.Module:
-    """A new module for a spec; ``norm`` applies if the spec does not give one."""
-    bound = specs.bind("model", text, RESERVED)
+    """A new module for a spec, without pretrained weights; ``norm`` applies if the spec does not give one."""
+    bound = specs.bind("model", pretrained(text)[0], RESERVED)
     if bound.func in (cnn, resnet8, resnet20, resnet32, resnet56):
         bound.keywords.setdefault("norm", norm)
     module: nn.Module = bound(classes=classes)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from fedkd import models
-from fedkd.core import specs, tensors
+from fedkd.core import seeds, specs, tensors
 from fedkd.core.catalog import CATALOG
 from fedkd.core.config import Resize
 from fedkd.core.errors import DataError, PluginError, UsageError
@@ -80,7 +80,7 @@ class Student:
         from torch.nn.modules.module import register_module_parameter_registration_hook
 
         count = tensors.numel(self.weights)
-        larger = DataError(f"{self._whose.capitalize()} do not fit it: it has more than these {count:,} parameters.")
+        larger = DataError(f"{_capitalized(self._whose)} do not fit it: it has more than these {count:,} parameters.")
         left = 2 * count  # a model may replace some layers while it is built
 
         def registered(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -205,6 +205,40 @@ def read_weights(path: Path) -> Tensors:
     return {str(name).removeprefix("module."): tensor.detach() for name, tensor in contents.items()}
 
 
+def initial(model: str, classes: int, norm: models.Norm, seed: int, *path: int) -> tuple[nn.Module, str]:
+    """A new module with the weights of its ``pretrained`` file, else random ones, the same for the same seed and path.
+
+    If the file is of another number of classes, its last layer is random too; then a sentence that says so, else "".
+
+    Raises:
+        DataError: the file cannot be read, or does not fit the model.
+
+    """
+    spec, file = models.pretrained(model)
+    with seeds.seeded(seeds.derive(seed, "initial", spec, *path)):
+        module = models.build(spec, classes, norm)
+    if file is None:
+        return module, ""
+    own, weights, note = module.state_dict(), dict(read_weights(file)), ""
+    if hasattr(module, "aux_logits"):  # torchvision's files of such networks have more classifiers
+        weights = {n: t for n, t in weights.items() if not n.startswith(("aux1.", "aux2.", "AuxLogits."))}
+    other = [name for name, tensor in own.items() if name in weights and weights[name].shape != tensor.shape]
+    is_last_layer = len({name.rpartition(".")[0] for name in other}) == 1 and all(
+        (weights[name].ndim, *weights[name].shape[1:]) == (own[name].ndim, *own[name].shape[1:])
+        and own[name].shape[:1] == (classes,)
+        for name in other
+    )
+    if is_last_layer:
+        layer, count = other[0].rpartition(".")[0], len(weights[other[0]])
+        note = f"{file} has {count} classes, not {classes}, so the last layer ({layer}) starts with random weights."
+        weights |= {name: own[name] for name in other}
+    try:
+        fill(module, weights, f"the weights in {file}")
+    except DataError as error:
+        raise DataError(f"{error} Name the model that they were saved from; here it is {spec}.") from error
+    return module, note
+
+
 def fill(module: nn.Module, weights: Tensors, whose: str) -> None:
     """Load weights into a module.
 
@@ -215,7 +249,7 @@ def fill(module: nn.Module, weights: Tensors, whose: str) -> None:
     check_fit(module, weights, whose)
     for name, tensor in weights.items():
         if not tensor.double().isfinite().all():
-            raise DataError(f"{whose.capitalize()} cannot be used: {name} has values that are not finite.")
+            raise DataError(f"{_capitalized(whose)} cannot be used: {name} has values that are not finite.")
     module.load_state_dict(dict(weights))
 
 
@@ -231,13 +265,18 @@ def check_fit(module: nn.Module, weights: Tensors, whose: str) -> None:
     for text, names in (("lack", missing), ("hold an unknown", foreign)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise DataError(f"{whose.capitalize()} do not fit it: they {text} {names[0]}{more}.")
+            raise DataError(f"{_capitalized(whose)} do not fit it: they {text} {names[0]}{more}.")
     for name, tensor in own.items():
         if tensor.shape != weights[name].shape:
             shapes = f"{list(weights[name].shape)}, not {list(tensor.shape)}"
-            raise DataError(f"{whose.capitalize()} do not fit it: {name} is {shapes}.")
+            raise DataError(f"{_capitalized(whose)} do not fit it: {name} is {shapes}.")
         if weights[name].is_complex() or (tensor.is_floating_point() and not weights[name].is_floating_point()):
-            raise DataError(f"{whose.capitalize()} do not fit it: {name} has the type {weights[name].dtype}.")
+            raise DataError(f"{_capitalized(whose)} do not fit it: {name} has the type {weights[name].dtype}.")
+
+
+def _capitalized(text: str) -> str:
+    """The text with a capital letter; the others are left alone, as they may be those of a path."""
+    return text[:1].upper() + text[1:]
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

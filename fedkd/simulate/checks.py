@@ -33,7 +33,7 @@ def check(config: Config) -> None:
     for codec in (config.uplink_codec, config.downlink_codec):
         specs.call("codec", codec)
     for model in [*models.split(config.model), *([config.student] if config.student else [])]:
-        specs.bind("model", model, models.RESERVED)
+        models.check(model)
     if config.dataset != "auto":
         sources.named(config.dataset)
     proxies.parse(config.proxy)

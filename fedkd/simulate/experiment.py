@@ -79,7 +79,7 @@ class Experiment:
         from fedkd.models.checkpoint import Student
 
         setup, test = self.setup, self.test
-        about = (setup.student, self.config.norm, setup.classes, test.names, test.pixels.shape[1])
+        about = (models.pretrained(setup.student)[0], self.config.norm, setup.classes, test.names, test.pixels.shape[1])
         return Student(*about, setup.trainer.scaling, self.config.dataset, weights, self.config.resize)
 
     @property
@@ -291,8 +291,9 @@ def _check_model(setup: Setup, model: str) -> None:
     images = setup.proxy.images[:2].repeat(2, 1, 1, 1)[:2]  # BatchNorm cannot train on one
     is_user_defined = specs.is_user_defined(model)
     try:
+        setup.trainer.initial_weights(model)
         misfit = setup.trainer.misfit(model, images)
-    except (UsageError, PluginError):
+    except FedkdError:
         raise
     except Exception as error:
         if is_user_defined:

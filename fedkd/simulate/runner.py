@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 
+from fedkd import models
 from fedkd.core import cli, run_directory, specs
 from fedkd.core.errors import DataError, FedkdError, ResumeError, StorageError
 from fedkd.data.loading import choose_dataset
@@ -115,7 +117,11 @@ def _prepare(runs: list[Config], fallback: str, out: Path, screen: Screen) -> No
         experiments.setdefault(run.seed, prepared(run))
         notices |= dict.fromkeys(header.too_small(prepared(run)))
     first = experiments[runs[0].seed]
-    note = run_directory.keep_environment(out, first.setup.trainer.device, runs[0].dataset, fallback)
+    setup = first.setup
+    named = list(dict.fromkeys([*setup.models, setup.student]))
+    note = run_directory.keep_environment(out, setup.trainer.device, runs[0].dataset, fallback, models.digests(named))
+    for about_file in dict.fromkeys(filter(None, map(setup.trainer.note, named))):
+        print(f"fedkd: {about_file}", file=sys.stderr)
     _save_partitions(out / "partition.npz", experiments)
     screen.print(f"run directory: {out}")
     noted = [("notice", text) for text in filter(None, (note, *notices))]

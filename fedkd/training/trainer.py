@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from fedkd import models
 from fedkd.core import seeds
+from fedkd.core.errors import DataError
 from fedkd.core.tensors import shapes
+from fedkd.models import checkpoint
 from fedkd.training import loop, optimizers
 
 if TYPE_CHECKING:
@@ -34,12 +37,28 @@ class Trainer:
     scaling: Scaling
     flip: bool
     device: str
+    _files: dict[Path, tuple[int, int]] = field(default_factory=dict, compare=False)  # time and size
 
     def initial_weights(self, model: str) -> dict[str, Tensor]:
-        """The initial weights of a model; the same wherever the model is used, as paired comparisons need."""
-        with seeds.seeded(seeds.derive(self.config.seed, "initial", model)):
-            module = models.build(model, self.classes, self.config.norm)
-        return _weights(module)
+        """The initial weights of a model; the same wherever the model is used, as paired comparisons need.
+
+        Raises:
+            DataError: they are in a file that cannot be used, or that has changed since it was used first.
+
+        """
+        return _weights(self._initial(model)[0])
+
+    def note(self, model: str) -> str:
+        """A sentence on the initial weights of a model, if there is something to know about them."""
+        return self._initial(model)[1]
+
+    def _initial(self, model: str) -> tuple[nn.Module, str]:
+        initial = checkpoint.initial(model, self.classes, self.config.norm, self.config.seed)
+        if file := models.pretrained(model)[1]:
+            found = (file.stat().st_mtime_ns, file.stat().st_size)
+            if self._files.setdefault(file, found) != found:
+                raise DataError(f"{file} has changed during the run; start a new one.")
+        return initial
 
     def misfit(self, model: str, pixels: Tensor) -> str:
         """What a new model returns instead of logits for images [N, H, W, 3], in words; empty if it returns logits."""

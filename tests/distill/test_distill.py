@@ -435,6 +435,15 @@ def test_a_teacher_from_a_file(tmp_path):
     assert again["teachers"] == [str(tmp_path / "run")]
 
 
+def test_a_teacher_from_torchvisions_file_with_auxiliary_classifiers(tmp_path):
+    from torchvision.models import googlenet
+
+    torch.save(googlenet(weights=None, init_weights=False, num_classes=10).state_dict(), tmp_path / "a.pth")
+    text = f"torchvision:googlenet,pretrained={tmp_path}/a.pth"
+    module = teachers.untrained(prepare(config())[0], config(), text)
+    assert torch.equal(module.state_dict()["fc.bias"], torch.load(tmp_path / "a.pth")["fc.bias"])
+
+
 def test_another_scaling_is_converted():
     task, _ = prepare(config())
     model = built("cnn:width=4").eval()
@@ -606,12 +615,30 @@ def test_a_user_defined_loss(tmp_path):
         ("torchvision:resnet50,pretrained=a/b.pth", ("torchvision:resnet50", "a/b.pth")),
         ("resnet8:width=8,pretrained=a.pth,norm=batch", ("resnet8:width=8,norm=batch", "a.pth")),
         ('resnet8:width="8",pretrained="/my a,b=1.pth"', ('resnet8:width="8"', "/my a,b=1.pth")),
-        ("./net.py:Net:pretrained=a.pth", ("./net.py:Net", "a.pth")),
     ],
 )
 def test_pretrained_is_separated_from_the_options_of_the_model(text, expected):
-    spec, path = teacher_names.pretrained(text)
+    spec, path = models.pretrained(text)
     assert (spec, None if path is None else str(path)) == expected
+
+
+def test_a_student_with_pretrained_weights_starts_from_them(tmp_path, capsys):
+    """Baseline and student, and the student's file does not name the file."""
+    for classes in (10, 7):
+        weights = models.build("cnn:width=4", classes, "batch").state_dict()
+        tensors.save(weights, tmp_path / f"{classes}.safetensors")
+    student = f"cnn:width=4,pretrained={tmp_path}/10.safetensors"
+    run_distill(tmp_path / "run", student=student, learning_rate=1e-12, weight_decay=0, teacher="cnn:width=4")
+    assert "last layer" not in capsys.readouterr().out
+    for name in ("student", "baseline-seed0"):
+        saved = checkpoint.load(tmp_path / "run" / f"{name}.safetensors")
+        assert saved.model == "cnn:width=4"
+        weights = tensors.load(tmp_path / "10.safetensors")
+        assert all(
+            torch.allclose(saved.weights[key], weights[key]) for key in weights if key.endswith(("weight", "bias"))
+        )
+    run_distill(tmp_path / "seven", student=student.replace("10.", "7."), teacher="cnn:width=4")
+    assert "7.safetensors has 7 classes, not 10, so the last layer" in " ".join(capsys.readouterr().out.split())
 
 
 def test_teachers_are_separated_by_commas_or_spaces():
@@ -659,7 +686,9 @@ def test_the_name_of_a_model_is_no_path(tmp_path, monkeypatch):
     assert teacher_names.named(config(teacher="")) == []
 
 
-def test_documented_commands_are_accepted():
+def test_documented_commands_are_accepted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("path.pth").touch()
     for changes in (
         {"teacher": "resnet56", "student": "cnn", "loss": "logits:temperature=4,weight=0.9"},
         {"teacher": "torchvision:resnet50,pretrained=path.pth", "student": "cnn", "loss": "features"},

@@ -88,6 +88,50 @@ def test_a_state_dict_is_read(tmp_path):
         assert all(torch.equal(held[name], weights[name]) for name in weights)
 
 
+@pytest.mark.parametrize("model", ["cnn:width=8", "resnet8:width=8", "vit-tiny", "row-gru", "torchvision:resnet18"])
+def test_a_last_layer_of_other_classes_starts_as_without_a_file(model, tmp_path):
+    start, _ = checkpoint.initial(model, 10, "group", 0)
+    expected = start.state_dict()
+    torch.save(models.build(model, 7, "group").state_dict(), tmp_path / "a.pth")
+    held = checkpoint.read_weights(tmp_path / "a.pth")
+    text = f"{model}{',' if ':' in model else ':'}pretrained={tmp_path}/a.pth"
+    module, note = checkpoint.initial(text, 10, "group", 0)
+    from_file = {n for n, tensor in module.state_dict().items() if tensor.shape == held[n].shape}
+    assert len(expected) - len(from_file) in (1, 2), "a weight, and a bias"
+    assert all(torch.equal(t, (held if n in from_file else expected)[n]) for n, t in module.state_dict().items())
+    assert f"{tmp_path}/a.pth has 7 classes, not 10, so the last layer (" in note
+    assert not checkpoint.initial(text, 7, "group", 0)[1]
+
+
+def test_files_of_other_layers_are_refused(tmp_path):
+    tensors.save(models.build("cnn:width=10", 10, "group").state_dict(), tmp_path / "Own.safetensors")
+    text = f"cnn:width=8,pretrained={tmp_path}/Own.safetensors"
+    with pytest.raises(DataError, match=r"The weights in .*/Own\.safetensors do not .* here it is cnn:width=8\."):
+        checkpoint.initial(text, 10, "group", 0)
+
+
+def test_auxiliary_classifiers_in_torchvisions_files_are_left_out(tmp_path):
+    from torchvision.models import googlenet
+
+    weights = googlenet(weights=None, init_weights=False, num_classes=7, aux_logits=True).state_dict()
+    torch.save(weights, tmp_path / "a.pth")
+    module, _ = checkpoint.initial(f"torchvision:googlenet,pretrained={tmp_path}/a.pth", 10, "group", 0)
+    assert torch.equal(module.state_dict()["conv1.conv.weight"], weights["conv1.conv.weight"])
+
+
+def test_a_user_defined_model_keeps_its_own_option_pretrained(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net(*, classes, pretrained: bool = False):\n    return nn.Linear(3, classes, bias=pretrained)\n"
+        "def other(*, classes, x: 'Nowhere' = 3):\n    return nn.Linear(3, classes)\n"
+    )
+    text = f"{tmp_path}/mine.py:net:pretrained=true"
+    assert models.pretrained(text) == (text, None)
+    assert models.build(text, 10, "group").bias is not None
+    spec, file = models.pretrained(f"{tmp_path}/mine.py:other:pretrained=a.pt")
+    assert (spec, str(file)) == (f"{tmp_path}/mine.py:other", "a.pt")
+
+
 def test_weights_that_do_not_fit():
     module, other = (models.build(name, 10, "group") for name in ("cnn", "cnn:width=8"))
     with pytest.raises(DataError, match=r"0\.0\.weight is \[8, 3, 3, 3\], not \[32, 3, 3, 3\]"):
