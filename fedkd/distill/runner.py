@@ -143,7 +143,7 @@ def _check_training_step(task: Task, config: DistillConfig, terms: Sequence[Term
             student = train.build_untrained(task, config, config.student)
             modules = [teachers.untrained(task, config, text) for text in texts]
             for text, module in [(config.student, student), *zip(texts, modules, strict=True)]:
-                if not (teacher_names.is_path(text) or teacher_names.pretrained(text)[1]):  # it is trained here
+                if not (teacher_names.is_path(text) or models.pretrained(text)[1]):  # it is trained here
                     loop.check_batch_norm(module, text, config.batch_size, "--batch-size")
                     loop.check_batch_norm(module, text, len(task.train), "the number of training images")
             frozen = [*map(teachers.frozen, modules or [train.build_untrained(task, config, config.student)])]
