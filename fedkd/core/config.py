@@ -10,56 +10,34 @@ import reprlib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fedkd.core import quotes
 from fedkd.core.errors import UsageError, unknown
-
-MAX_INTEGER = 2**32 - 1  # of any option: PyTorch and Flower have 64 bits, NumPy's seeds 32
-MAX_PIXELS = 100_000_000  # of an image that is decoded, by default: 300 MB
-MAX_PROCESSES = 1024  # also of threads: PyTorch crashes long before 100,000
-
-
-def _joined(value: object) -> object:
-    """A list from a scenario file or from several flags, as one string."""
-    is_list = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-    return " ".join(value) if is_list else value  # type: ignore[arg-type]
-
-
-def _workers(value: object) -> str:
-    """A number of processes, or auto."""
-    text = str(value)
-    if text != "auto" and not (text.isdecimal() and len(text) < 5 and 0 < int(text) <= MAX_PROCESSES):
-        raise ValueError(f"it should be auto or an integer from 1 to {MAX_PROCESSES}")
-    return text
+from fedkd.core.values import (
+    MAX_INTEGER,
+    MAX_PIXELS,
+    Fraction,
+    Momentum,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Processes,
+    Rate,
+    Repetitions,
+    Resize,
+    Seed,
+    Several,
+    Workers,
+)
 
 
 def _is_text(value: str) -> bool:
     """Whether it has no control characters and can be encoded."""
     return not any(letter < " " or "\x7f" <= letter < "\xa0" or "\ud800" <= letter <= "\udfff" for letter in value)
-
-
-def _number(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("it should be a number")
-    return value
-
-
-Several = Annotated[str, BeforeValidator(_joined)]
-Number = BeforeValidator(_number)  # true is not 1
-PositiveInt = Annotated[int, Number, Field(ge=1, le=MAX_INTEGER)]
-NonNegativeInt = Annotated[int, Number, Field(ge=0, le=MAX_INTEGER)]
-Processes = Annotated[int, Number, Field(ge=1, le=MAX_PROCESSES)]
-Repetitions = Annotated[int, Number, Field(ge=1, le=10_000)]
-Seed = Annotated[int, Number, Field(ge=0, le=2**63 - 1)]  # also one that is derived
-Fraction = Annotated[float, Number, Field(gt=0, le=1, allow_inf_nan=False)]
-Rate = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
-Resize = Literal["crop", "stretch", "pad"]
-Momentum = Annotated[float, Number, Field(ge=0, lt=1)]
 
 
 def underscored(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,17 +149,8 @@ class Config(Options):
 
     RESUMABLE = frozenset(
         {"rounds", "workers", "engine", "device", "client_timeout", "ray_address", "client_cpus", "client_gpus"}
-        | {
-            "data_dir",
-            "checkpoint_every",
-            "patience",
-            "stop_when",
-            "min_clients",
-            "round_retries",
-            "resume",
-            "out",
-            "json",
-        }
+        | {"data_dir", "checkpoint_every", "patience", "stop_when", "min_clients", "round_retries"}
+        | {"resume", "out", "json"}
     )
 
     algorithm: str = option(
@@ -284,9 +253,7 @@ class Config(Options):
     threads: Processes = option(
         1, "Run", "Threads of PyTorch in each process; changing it can change the last bits of results."
     )
-    workers: Annotated[str, BeforeValidator(_workers)] = option(
-        "auto", "Run", "Processes that run clients in parallel; auto: as many as fit the cores."
-    )
+    workers: Workers = option("auto", "Run", "Processes that run clients in parallel; auto: as many as fit the cores.")
     client_timeout: NonNegativeFloat = option(
         0.0, "Run", "Time limit of a local update in seconds; it is retried once, then the client fails; 0: no limit."
     )

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from fedkd.core.catalog import CATALOG
-from fedkd.core.config import MAX_INTEGER
 from fedkd.core.errors import FedkdError, PluginError, Terminated, UsageError, unknown
 from fedkd.core.quotes import split, unquoted
 from fedkd.core.seeds import derive
+from fedkd.core.values import MAX_INTEGER
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError, features
 
-from fedkd.core.config import MAX_PIXELS, Resize
+from fedkd.core.values import MAX_PIXELS, Resize
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

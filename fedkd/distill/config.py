@@ -7,15 +7,12 @@ from typing import Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from fedkd.core.config import (
+from fedkd.core.config import MAX_PIXELS_TEXT, RESIZE_TEXT, SKIP_TEXT, Options, option
+from fedkd.core.values import (
     MAX_PIXELS,
-    MAX_PIXELS_TEXT,
-    RESIZE_TEXT,
-    SKIP_TEXT,
     Momentum,
     NonNegativeFloat,
     NonNegativeInt,
-    Options,
     PositiveInt,
     Processes,
     Rate,
@@ -23,7 +20,6 @@ from fedkd.core.config import (
     Resize,
     Seed,
     Several,
-    option,
 )
 
 CLASSIC = "resnet20"  # the default teacher

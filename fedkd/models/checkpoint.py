@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from fedkd import models
 from fedkd.core import seeds, specs, tensors
 from fedkd.core.catalog import CATALOG
-from fedkd.core.config import Resize
 from fedkd.core.errors import DataError, PluginError, UsageError
+from fedkd.core.values import Resize
 from fedkd.data.scaling import Scaling
 
 if TYPE_CHECKING:

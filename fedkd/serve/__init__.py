@@ -11,8 +11,8 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from fedkd.core import cli
-from fedkd.core.config import MAX_PROCESSES
 from fedkd.core.errors import UsageError
+from fedkd.core.values import MAX_PROCESSES
 
 app = cli.new("serve")
 NEEDED = ("onnx", "onnxruntime", "PIL", "python_multipart", "starlette", "uvicorn")

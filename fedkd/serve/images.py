@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from fedkd.core.config import Resize
+    from fedkd.core.values import Resize
 
 # Those that browsers and phones write. TIFF, JPEG 2000 and PPM are refused: each further decoder is one more that
 # strangers can attack, and browsers show none of these.

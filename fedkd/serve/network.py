@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from fedkd.core.config import Resize
 from fedkd.core.errors import DataError, FedkdError
+from fedkd.core.values import Resize
 
 if TYPE_CHECKING:
     import numpy as np

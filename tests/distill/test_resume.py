@@ -270,3 +270,14 @@ def test_any_change_of_a_checkpoint_is_refused_or_changes_nothing(interrupted, t
         for (_, state), (_, expected) in zip(found._found.values(), whole._found.values(), strict=True):
             assert tensors.equal(state, expected)
     assert (out / "epochs.jsonl").read_bytes() == rows
+
+
+def test_pretrained_weights_that_changed_are_refused(tmp_path):
+    first = run(tmp_path / "first", loss="logits")
+    weights = tmp_path / "weights.safetensors"
+    shutil.copy(first / "student.safetensors", weights)
+    student = f'cnn:width=2,pretrained="{weights}"'
+    other = run(tmp_path / "other", loss="logits", student=student)
+    shutil.copy(other / "student.safetensors", weights)
+    with pytest.raises(ResumeError, match=f"{weights} changed after the run in {other} began"):
+        resume(other)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from fedkd.core.config import Rate
 from fedkd.core.errors import UsageError
+from fedkd.core.values import Rate
 
 if TYPE_CHECKING:
     from torch import Tensor
