@@ -204,8 +204,8 @@ class Config(Options):
     dataset: str = option(
         "auto",
         "Data",
-        "auto (CIFAR-10, else digits), cifar10, cifar100, svhn, stl10, fashion-mnist, digits, noise, hf:NAME, "
-        "folder:PATH.",
+        "auto (CIFAR-10, else digits), cifar10, cifar100, svhn, stl10, fashion-mnist, digits, noise, folder:PATH, "
+        "hf:NAME (a table).",
     )
     data_dir: str = option("", "Data", "Folder with torchvision's files, their archive, or parquet; also FEDKD_DATA.")
     proxy: str = option(

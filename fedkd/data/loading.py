@@ -48,6 +48,8 @@ def splits(source: Source, data_dir: str) -> tuple[Images, Images]:
     train, test = (read(source, split, data_dir) for split in ("train", "test"))
     if train.classes < 2:
         raise DataError(f"{source.name} has only one class ({', '.join(train.names) or 0}); two or more are needed.")
+    if not train.names and (seen := len(np.unique(train.labels))) < train.classes:
+        notes.say(f"{source.name}: only {seen} of the classes 0 to {train.classes - 1} have training images.")
     if train.names and test.names and train.names != test.names:
         test = renumbered(test, train.names, train.classes, f"The test set of {source.name}")
     if both := int(np.isin(test.keys, train.keys).sum()):

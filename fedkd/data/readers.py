@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fedkd.core import cache, notes, seeds, tensors
 from fedkd.core.errors import DataError, FedkdError
-from fedkd.data import folders
+from fedkd.data import folders, tables
 from fedkd.data.places import parquet_files
 from fedkd.data.samples import Samples, decode
 from fedkd.data.scaling import Scaling
@@ -100,12 +101,15 @@ def _found(
     if source.reader == "own":
         files = [root] if root.suffix == ".parquet" else sorted(root.glob("*.parquet"))
     if files:
-        return files, lambda: _parquet(source, files), ()
+        return files, lambda: tables.of_parquet(source, files, split), ()
     if source.reader in ("folder", "own"):
         samples = _folder(source, root, split)
-        return samples.files, lambda: samples, samples.notes
-    if source.reader == "hugging_face" and root.is_dir():
-        files = list(folders.walk(root))
+        return samples.files, lambda: dataclasses.replace(samples, notes=()), samples.notes
+    if source.reader == "hugging_face" and root.suffix.lower() in tables.TEXT and root.is_file():
+        samples = tables.of_source(source, split)  # now, since its images are other files
+        return [root, *samples.files], lambda: samples, ()
+    if source.reader == "hugging_face" and root.exists():
+        files = list(folders.walk(root)) if root.is_dir() else [root]
     return files, lambda: READERS[source.reader](source, split, data_dir), ()
 
 
@@ -129,23 +133,36 @@ def _decoded(source: Source, split: str, load: Callable[[], Samples | Images]) -
         raise
     except Exception as error:  # anything that a reader raises for damaged files
         raise DataError(f"Cannot read {source.name} ({split}): {type(error).__name__}: {error}.") from error
-    if source.labeled and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < images.classes:
+    if not source.labeled:
+        images = dataclasses.replace(images, labels=torch.full_like(images.labels, -1))
+    elif not 0 <= int(images.labels.min()) <= int(images.labels.max()) < images.classes:
         raise DataError(f"{source.name} ({split}) has labels that are not classes; hidden labels are often -1.")
+    has_column = images.clients is not None and (source.reader != "folder" or source.client_column == "client")
+    if split == "train" and source.client_column and not has_column:
+        raise DataError(
+            f"{source.name} has no column {source.client_column!r}: only tables have columns of any name, "
+            "and folders with clients/ID/train/CLASS/FILE the column client."
+        )
     if count := getattr(source, split):
         images = images.first(count)
     return dataclasses.replace(images, scaling=Scaling.of(images.pixels)), said
 
 
 def _images(samples: Samples, source: Source) -> tuple[Images, tuple[str, ...]]:
-    """The samples, decoded, and notes for the user."""
+    """The samples, decoded, and notes for the user. Clients are in the order of their names, numbers in their own."""
     pixels, used, said = decode(samples, source)
+    said = (*samples.notes, *said)
     samples = samples.select(used)
     labels = torch.from_numpy(samples.labels)
     images = Images(torch.from_numpy(pixels), labels, len(samples.names) or int(labels.max()) + 1, samples.names)
     if samples.clients is None:
         return images, said
-    names, numbers = np.unique(samples.clients, return_inverse=True)
-    return dataclasses.replace(images, clients=torch.from_numpy(numbers), client_names=(*names.tolist(),)), said
+    names = sorted(set(samples.clients.tolist()))
+    with suppress(ValueError):
+        names.sort(key=int)
+    numbers = {name: number for number, name in enumerate(names)}
+    clients = torch.tensor([numbers[name] for name in samples.clients.tolist()])
+    return dataclasses.replace(images, clients=clients, client_names=tuple(names)), said
 
 
 def _to_tensors(images: Images, said: tuple[str, ...]) -> dict[str, Tensor]:
@@ -198,57 +215,6 @@ def _of_torchvision(dataset: Any, source: Source) -> Samples:
     return Samples.of(source.name, pictures, labels, getattr(dataset, "classes", ()))
 
 
-def _parquet(source: Source, files: list[Path]) -> Samples:
-    """Local parquet files in the layout of the hub."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    return _of_hugging_face(datasets.Dataset.from_parquet([str(f) for f in files]), source)
-
-
-def _hugging_face(source: Source, split: str, data_dir: str) -> Samples:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        splits = datasets.load_dataset(source.argument)
-    except Exception as error:  # the library raises many kinds
-        reason = str(error).splitlines()[0]
-        raise DataError(f"Hugging Face cannot load {source.argument!r}: {reason}") from error
-    names = [split] if split == "train" else ["test", "validation"]
-    for name in names:
-        if name in splits:
-            return _of_hugging_face(splits[name], source)
-    raise DataError(f"{source.name} has no {split} split; it has {', '.join(splits)}.")
-
-
-def _of_hugging_face(table: Any, source: Source) -> Samples:
-    """The first image column and the label column of a Hugging Face table."""
-    import datasets
-
-    images = [n for n, f in table.features.items() if isinstance(f, datasets.Image)]
-    labels = [n for n, f in table.features.items() if isinstance(f, datasets.ClassLabel)]
-    labels += [n for n in ("label", "labels", "fine_label") if n in table.features and n not in labels]
-    if not images or (not labels and source.labeled):
-        raise DataError(f"{source.name} has no image and label columns; it has {', '.join(table.features)}.")
-    values = np.asarray(table[labels[0]][:], np.int64) if source.labeled else np.full(len(table), -1)
-    names = (getattr(table.features[labels[0]], "names", None) or ()) if source.labeled else ()
-    column = table.select_columns(images[:1]).cast_column(images[0], datasets.Image(decode=False))
-
-    def fetch(rows: NDArray[np.int64]) -> list[Path | bytes | None]:
-        return [_encoded(entry) for entry in column[rows][images[0]]]
-
-    return Samples(source.name, fetch, np.arange(len(table)), values, (*names,))
-
-
-def _encoded(entry: dict[str, Any] | None) -> Path | bytes | None:
-    """The encoded image of a table's entry: its bytes, or the file that it names."""
-    if entry is None or (entry["bytes"] is None and not entry["path"]):
-        return None
-    content: bytes | None = entry["bytes"]
-    return Path(entry["path"]) if content is None else content
-
-
 def renumbered(images: Images, names: Sequence[str], classes: int, where: str) -> Images:
     """The same images with the common numbering of classes.
 
@@ -289,7 +255,7 @@ def _noise(source: Source, split: str, data_dir: str) -> Images:
 
 READERS: dict[str, Callable[[Source, str, str], Samples | Images]] = {
     "torchvision": _torchvision,
-    "hugging_face": _hugging_face,
+    "hugging_face": lambda source, split, data_dir: tables.of_source(source, split),
     "digits": _digits,
     "noise": _noise,
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from fedkd.data.sources import Source
 
     Rows = NDArray[np.int64]
-    #: A file, an encoded image, an open image, its pixels, or nothing.
-    Picture = Path | bytes | PIL.Image.Image | NDArray[np.uint8] | None
+    #: A file, an encoded image, an open image, its pixels, why it cannot be used, or nothing.
+    Picture = Path | bytes | PIL.Image.Image | NDArray[np.uint8] | pictures.BadPicture | None
 
 CHUNK = 512  # pictures that are in memory at a time, besides their pixels
 
@@ -80,7 +80,13 @@ class Samples:
             chosen[order[: round(fraction * len(members))]] = True
         if chosen.all() or not chosen.any():
             raise DataError(f"test={fraction:g} of the {len(self)} images of {self.where} leaves a part empty.")
-        return self.select(np.flatnonzero(chosen == (split == "test")))
+        part = self.select(np.flatnonzero(chosen == (split == "test")))
+        if split == "test" or self.clients is None or not (lost := {*self.clients} - {*self.clients[~chosen]}):
+            return part
+        note = (
+            f"{self.where}: test={fraction:g} leaves {plain(len(lost), 'client')} without training images: {min(lost)}."
+        )
+        return dataclasses.replace(part, notes=(*self.notes, note))
 
 
 def decode(samples: Samples, source: Source) -> tuple[NDArray[np.uint8], Rows, tuple[str, ...]]:
@@ -132,7 +138,19 @@ def _results(samples: Samples, source: Source) -> Iterator[NDArray[np.uint8] | p
 def _pixels(picture: Picture, source: Source) -> NDArray[np.uint8]:
     if picture is None:
         raise pictures.Damaged("has no image")
+    if isinstance(picture, pictures.BadPicture):
+        raise picture
     if isinstance(picture, Path | bytes):
         return pictures.decode(picture, source.pixels, source.resize, source.max_pixels)
     image = PIL.Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     return pictures.pixels(image, source.pixels, source.resize)
+
+
+def array(values: NDArray[Any]) -> NDArray[np.uint8] | pictures.Unsupported:
+    """Pixels uint8 [H, W], [H, W, 3] or [H, W, 4], or what is wrong with them."""
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[:, :, 0]
+    if values.dtype == np.uint8 and values.size and (values.ndim == 2 or values.shape[2:] in ((3,), (4,))):
+        return values
+    shape = ", ".join(map(str, values.shape))
+    return pictures.Unsupported(f"is {values.dtype} [{shape}], not whole numbers from 0 to 255 in [H, W] or [H, W, 3]")

@@ -32,7 +32,11 @@ class Source:
     count: int = 0
     train: int = 0  # number of training images, the first ones; 0 for all
     test: int = 0  # number of test images
+    train_part: str = ""  # the name of the training part
     held_out: str = ""  # the name of the test part, or the fraction of the images that it gets
+    image_column: str = ""
+    label_column: str = ""
+    client_column: str = ""  # with the client of each training sample, if they are to be known
     labeled: bool = True
     resize: Resize = "crop"
     max_pixels: int = MAX_PIXELS  # of an image that is decoded
@@ -87,9 +91,24 @@ def digits() -> Source:
     return Source("digits", "digits", flip=False)
 
 
-def hf(name: str, /, *, pixels: Pixels = 32, flip: bool = True) -> Source:
-    """A Hugging Face image data set: its name on the hub, or a folder."""
-    return Source(f"hf:{name}", "hugging_face", name, pixels=pixels, flip=flip)
+def hf(
+    name: str,
+    /,
+    *,
+    image: str = "",
+    label: str = "",
+    train: str = "",
+    test: str = "",
+    pixels: Pixels = 32,
+    flip: bool = True,
+) -> Source:
+    """A table of images: a data set's name on the Hugging Face hub, or a folder or file.
+
+    ``image`` and ``label`` are columns, ``train`` and ``test`` splits; ``test=0.2`` holds out a part of the images.
+    """
+    fraction_of(test)
+    source = Source(f"hf:{name}", "hugging_face", name, pixels=pixels, flip=flip, train_part=train, held_out=test)
+    return dataclasses.replace(source, image_column=image, label_column=label)
 
 
 def folder(path: str, /, *, pixels: Pixels = 32, flip: bool = True, test: str = "") -> Source:

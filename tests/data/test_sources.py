@@ -178,7 +178,7 @@ def test_a_hugging_face_folder_and_parquet(tmp_path):
 
 def test_the_second_start_maps_the_decoded_tensors(tmp_path, monkeypatch, offline):
     test_a_hugging_face_folder_and_parquet(tmp_path)
-    monkeypatch.setattr(readers, "_parquet", None)
+    monkeypatch.setattr(readers.tables, "of_parquet", None)
     assert len(read(sources.cifar10(), "test", str(tmp_path))) == 2
 
 
