@@ -27,13 +27,14 @@ COMMANDS = re.findall(
 
 
 def test_the_recipes_are_short_and_work(tmp_path):
-    assert len(RECIPES) == 3
+    assert len(RECIPES) == 4
     assert all(len(recipe.strip().splitlines()) <= 15 for recipe in RECIPES)
-    for name, recipe in zip(("algorithm", "partitioner", "loss"), RECIPES, strict=True):
+    for name, recipe in zip(("algorithm", "dataset", "partitioner", "loss"), RECIPES, strict=True):
         (tmp_path / f"{name}.py").write_text(recipe)
     simulate(
         tiny(
             algorithm=f"{tmp_path}/algorithm.py:Slow:rate=0.3",
+            dataset=f"{tmp_path}/dataset.py:squares:count=200",
             partitioner=f"{tmp_path}/partitioner.py:every_other:step=3",
             loss=f"{tmp_path}/loss.py:squared:weight=2",
             out=str(tmp_path / "run"),

@@ -205,7 +205,7 @@ class Config(Options):
         "auto",
         "Data",
         "auto (CIFAR-10, else digits), cifar10, cifar100, svhn, stl10, fashion-mnist, digits, noise, folder:PATH, "
-        "hf:NAME (a table).",
+        "hf:NAME (a table), ./mine.py:Name.",
     )
     data_dir: str = option("", "Data", "Folder with torchvision's files, their archive, or parquet; also FEDKD_DATA.")
     proxy: str = option(

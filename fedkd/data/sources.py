@@ -6,6 +6,7 @@ A `Source` describes where the images are; nothing heavy is imported before they
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from fedkd.core.errors import PluginError
 from fedkd.core.values import MAX_PIXELS, Resize
 
 Pixels = Annotated[int, Field(ge=8, le=1024)]
+SPLIT = ("split",)  # the parameter of user-defined data sets that fedkd fills in
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,22 @@ class Source:
 
 
 def named(text: str) -> Source:
-    """The source that a spec names.
+    """The source that a spec names. Parameters ``pixels`` and ``flip`` of a user-defined data set hold for it, too.
 
     Raises:
         UsageError, PluginError: there is no such source.
 
     """
+    bound = specs.bind("dataset", text, SPLIT)
+    if "split" in (parameters := inspect.signature(bound.func).parameters):
+        values = {name: p.default for name, p in parameters.items() if p.default is not p.empty} | bound.keywords
+        source = Source(text, "user_defined", text)
+        source = dataclasses.replace(source, **{k: v for k, v in values.items() if k in ("pixels", "flip")})
+        if type(source.pixels) is not int or not 8 <= source.pixels <= 1024 or not isinstance(source.flip, bool):
+            raise PluginError(
+                f"{text}: pixels is a side from 8 to 1024 and flip a bool, not {source.pixels} and {source.flip}."
+            )
+        return source
     source = specs.call("dataset", text)
     if not isinstance(source, Source):
         raise PluginError(f"--dataset {text} is {type(source).__name__}, not a fedkd.data.sources.Source.")
