@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
+
+from fedkd.core.errors import UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -17,10 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Partition(Sequence["Rows"]):
-    """Client i has the samples ``rows[ends[i - 1] : ends[i]]``."""
+    """Client i has the samples ``rows[ends[i - 1] : ends[i]]``; ``ids`` are the clients' own, if the data has any."""
 
     rows: Rows
     ends: Rows
+    ids: tuple[str, ...] = ()
 
     @staticmethod
     def of(parts: Iterable[Rows]) -> Partition:
@@ -56,9 +60,26 @@ class Partition(Sequence["Rows"]):
 
     def sorted(self) -> Partition:
         """The same with each client's samples in ascending order."""
-        return Partition(self.rows[np.lexsort((self.rows, self.owners))], self.ends)
+        return dataclasses.replace(self, rows=self.rows[np.lexsort((self.rows, self.owners))])
 
     def digest(self) -> str:
         """SHA-256 over each client's size and samples, little-endian: the same on every machine."""
         starts = self.ends - self.sizes
         return hashlib.sha256(np.insert(self.rows, starts, self.sizes).astype("<i8").tobytes()).hexdigest()
+
+
+def by_ids(owners: Rows, ids: Sequence[str], group: int) -> Partition:
+    """A client for each ``group`` of the ids, in order; ``owners`` [N] are the numbers of the samples' ids.
+
+    Raises:
+        UsageError: a client has no samples.
+
+    """
+    names = tuple("+".join(ids[start : start + group]) for start in range(0, len(ids), group))
+    sizes = np.bincount(owners // group, minlength=len(names))
+    if not sizes.all():
+        raise UsageError(
+            f"All samples of client {names[sizes.argmin()]} are in the proxy or validation set; hold fewer out "
+            "(--proxy holdout:size=N, --validation N), take the proxy from another data set, or remove this client."
+        )
+    return Partition(np.argsort(owners // group, kind="stable"), np.cumsum(sizes), names)

@@ -10,8 +10,8 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,7 +22,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from fedkd.core import cache, seeds, specs
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import FedkdError, PluginError, UsageError
-from fedkd.data.partition import Partition
+from fedkd.data.partition import Partition, by_ids
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,6 +48,7 @@ class Recipe:
     options: Mapping[str, object] = field(default_factory=dict)
     by_clients: Callable[[Rows, int, int], Mapping[str, object]] | None = None  # labels, clients, seed
     direct: Callable[[Rows, int], Partition] | None = None
+    by_column: tuple[str, int] = ("", 1)  # the column whose values are client ids, and how many of them a client has
 
 
 def iid() -> Recipe:
@@ -143,15 +144,16 @@ def continuous(*, strictness: Annotated[float, Field(ge=0, le=1)] = 0.5) -> Reci
     return Recipe("ContinuousPartitioner", True, True, True, {"strictness": strictness})
 
 
-def natural_id() -> Recipe:
-    """One class per client: the labels are the only natural id."""
-    return Recipe("NaturalIdPartitioner", by_label=True, is_counted=False)
+def natural_id(*, column: str = "") -> Recipe:
+    """A client for each value of a column of the data, in order; by default for each class."""
+    return Recipe("NaturalIdPartitioner", by_label=True, is_counted=False, by_column=(column, 1))
 
 
-def grouped_natural_id(*, group: PositiveInt = 2) -> Recipe:
-    """``group`` classes per client, in order."""
+def grouped_natural_id(*, group: PositiveInt = 2, column: str = "") -> Recipe:
+    """``group`` values of a column of the data per client, in order; by default ``group`` classes."""
     options = {"group_size": group, "sort_unique_ids": True}
-    return Recipe("GroupedNaturalIdPartitioner", by_label=True, is_counted=False, options=options)
+    recipe = Recipe("GroupedNaturalIdPartitioner", by_label=True, is_counted=False, options=options)
+    return replace(recipe, by_column=(column, group))
 
 
 #: Nothing is assigned: every node of a deployment brings its own data.
@@ -176,8 +178,17 @@ def _is_plugin(text: str) -> bool:
     return specs.parse(text).name not in CATALOG["partitioner"]
 
 
-def assign(text: str, labels: Rows, clients: int, seed: int) -> Partition:
+def column(text: str) -> str:
+    """The column of client ids that a partitioner needs, if it needs one."""
+    return "" if text == OWN or _is_plugin(text) else specs.call("partitioner", text).by_column[0]
+
+
+def assign(
+    text: str, labels: Rows, clients: int, seed: int, owners: Rows | None = None, ids: Sequence[str] = ()
+) -> Partition:
     """Indices into ``labels`` for each client, sorted, without repetition.
+
+    ``owners`` are the numbers of the client ids of the samples, for a partitioner that needs a `column`.
 
     Raises:
         UsageError: the labels cannot be partitioned in this way.
@@ -189,6 +200,11 @@ def assign(text: str, labels: Rows, clients: int, seed: int) -> Partition:
     if _is_plugin(text):
         return _checked(_by_plugin(text, labels, clients, seed), len(labels), clients, text, PluginError)
     recipe: Recipe = specs.call("partitioner", text)
+    if recipe.by_column[0]:
+        assert owners is not None
+        partition = by_ids(owners, ids, recipe.by_column[1])
+        _require_count(len(partition), clients, text, UsageError)
+        return partition
     if recipe.direct is not None:
         return recipe.direct(_shuffled(labels, seed), clients).sorted()
     versions = [np.__version__, version("flwr-datasets")]

@@ -120,6 +120,7 @@ def _prepare(config: Config) -> Experiment:
     from fedkd.training.trainer import Trainer
 
     source = sources.named(loading.choose_dataset(config.dataset, config.data_dir)[0]).read_by(config)
+    source = dataclasses.replace(source, client_column=partitioners.column(config.partitioner))
     algorithm, device = algorithm_of(config), runtime.device(config.device)
     train, test = _images(source, config)
     classes = max(train.classes, test.classes)
@@ -223,8 +224,11 @@ def _partition(config: Config, train: Images, private: NDArray[np.int64]) -> Par
 
     if config.partitioner == partitioners.OWN:
         return Partition.of([np.zeros(0, np.int64)] * config.clients)
-    assigned = partitioners.assign(config.partitioner, train.labels.numpy()[private], config.clients, config.seed)
-    return Partition(private[assigned.rows], assigned.ends)
+    owners = None if train.clients is None else train.clients.numpy()[private]
+    labels = train.labels.numpy()[private]
+    ids = train.client_names
+    assigned = partitioners.assign(config.partitioner, labels, config.clients, config.seed, owners, ids)
+    return Partition(private[assigned.rows], assigned.ends, assigned.ids)
 
 
 @lru_cache(maxsize=2)

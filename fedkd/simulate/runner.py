@@ -275,7 +275,7 @@ def _student_name(name: str, run: Config, is_first: bool) -> str:
 
 
 def _save_partitions(path: Path, experiments: Mapping[int, Experiment]) -> None:
-    """For each seed: samples of every client (split at ``ends``), class counts, proxy and validation samples."""
+    """For each seed: samples of every client (split at ``ends``), class counts, client ids, held-out samples."""
     import numpy as np
 
     from fedkd.data import skew
@@ -287,6 +287,8 @@ def _save_partitions(path: Path, experiments: Mapping[int, Experiment]) -> None:
         arrays[f"seed{seed}_ends"] = partition.ends
         labels = experiment.train.labels.numpy()
         arrays[f"seed{seed}_counts"] = skew.counts(labels, partition, experiment.setup.classes)
+        if partition.ids:
+            arrays[f"seed{seed}_ids"] = np.asarray(partition.ids)
         if experiment.proxy_rows is not None:
             arrays[f"seed{seed}_proxy"] = experiment.proxy_rows
         if experiment.config.validation:

@@ -194,3 +194,31 @@ def test_a_plug_in_cannot_change_the_labels(own):
     before = LABELS.copy()
     deal(f"{own}:greedy")
     assert np.array_equal(LABELS, before)
+
+
+OWNERS = np.array([2, 0, 1, 2, 0, 3])
+IDS = ("1", "2", "10", "x")
+
+
+def test_natural_ids_of_a_column():
+    parts = partitioners.assign("natural-id:column=writer", LABELS[:6], 4, 0, OWNERS, IDS)
+    assert [part.tolist() for part in parts] == [[1, 4], [2], [0, 3], [5]]
+    assert parts.ids == IDS
+    pairs = partitioners.assign("grouped-natural-id:column=writer,group=3", LABELS[:6], 2, 0, OWNERS, IDS)
+    assert [part.tolist() for part in pairs] == [[0, 1, 2, 3, 4], [5]]
+    assert pairs.ids == ("1+2+10", "x")
+    assert partitioners.assign("natural-id", LABELS, 10, 0, OWNERS, IDS).ids == (), "by label, as ever"
+
+
+def test_natural_ids_need_as_many_clients_and_samples_of_each():
+    with pytest.raises(UsageError, match="makes 4 shares for 5 clients; use --clients 4"):
+        partitioners.assign("natural-id:column=writer", LABELS[:6], 5, 0, OWNERS, IDS)
+    with pytest.raises(UsageError, match="All samples of client x are in the proxy or validation set; hold fewer out"):
+        partitioners.assign("natural-id:column=writer", LABELS[:5], 4, 0, OWNERS[:5], IDS)
+
+
+def test_columns_that_partitioners_need():
+    assert partitioners.column("natural-id:column=writer") == "writer"
+    assert partitioners.column("grouped-natural-id:group=3,column=site") == "site"
+    for text in ("natural-id", "iid", "own", "./mine.py:split"):
+        assert partitioners.column(text) == ""
