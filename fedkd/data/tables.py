@@ -13,7 +13,7 @@ import numpy as np
 
 from fedkd.core.errors import DataError, last_line, unknown
 from fedkd.core.notes import plain
-from fedkd.data import pictures
+from fedkd.data import folders, pictures
 from fedkd.data.folders import TEST
 from fedkd.data.samples import Samples, array
 from fedkd.data.sources import Source, fraction_of
@@ -54,6 +54,7 @@ def of_source(source: Source, split: str) -> Samples:
         raise DataError(f"{unknown(f'split of {source.name}:', part, splits)} Choose one with {option}=SPLIT.")
     has_clients = split == "train" or fraction is not None  # the parts of a split are drawn from the same rows
     samples = _samples(splits[part], source, f"{source.name} ({part})", has_clients)
+    samples = dataclasses.replace(samples, notes=(*samples.notes, *_unread(source, splits)))
     return samples if fraction is None else samples.part(split, fraction)
 
 
@@ -69,6 +70,16 @@ def of_parquet(source: Source, files: Sequence[Path], split: str) -> Samples:
 
         table = datasets.Dataset.from_parquet([str(file) for file in files])
     return _samples(table, source, str(files[0]) if len(files) == 1 else source.name, split == "train")
+
+
+def _unread(source: Source, splits: Mapping[str, Any]) -> Iterator[str]:
+    """A note if a folder has more image files than rows: the library follows no links to folders, for example."""
+    root = Path(source.argument).expanduser()
+    files = folders.walk(root) if root.is_dir() else ()
+    count = sum(path.suffix.lower() in pictures.suffixes() for path in files)
+    if (rows := sum(map(len, splits.values()))) < count:
+        what = f"the library datasets reads {plain(rows, 'row')}, but there are {plain(count, 'image file')}"
+        yield f"{source.name}: {what}; folder:{source.argument} reads them all."
 
 
 @contextmanager

@@ -264,3 +264,15 @@ def test_rows_without_a_client_are_in_neither_part(tmp_path):
     options = {"client_column": "writer", "skip_damaged": True}
     train, test = (seen(tmp_path / "t.parquet", "test=0.2", split=s, **options)[0] for s in ("train", "test"))
     assert sorted(train + test) == [v for v in range(60) if v % 7]
+
+
+def test_images_that_the_library_does_not_read_are_reported(tmp_path, capsys):
+    """It follows no links to folders."""
+    for name in ("train/cat", "train/eel", "elsewhere/dog"):
+        (tmp_path / name).mkdir(parents=True)
+        PIL.Image.new("RGB", (9, 9), (7, 7, 7)).save(tmp_path / name / "1.png")
+        PIL.Image.new("RGB", (9, 9), (8, 8, 8)).save(tmp_path / name / "2.png")
+    (tmp_path / "train" / "dog").symlink_to(tmp_path / "elsewhere" / "dog")
+    read(sources.hf(str(tmp_path / "train")), "train")
+    said = capsys.readouterr().err
+    assert f"reads 4 rows, but there are 6 image files; folder:{tmp_path}/train reads them all" in said
