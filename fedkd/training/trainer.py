@@ -236,7 +236,9 @@ def _joint(objective: Objective, soft_objective: Objective) -> Objective:
 
 def _build(model: str, classes: int, norm: Any, device: str) -> nn.Module:
     """A new module on the device."""
-    return models.build(model, classes, norm).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    with seeds.seeded(0):  # its values are replaced, but drawing them would change torch's own stream
+        module = models.build(model, classes, norm)
+    return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 #: A module to load weights into. Cached, since building costs more than loading.
