@@ -17,7 +17,7 @@ from cyclopts.validators import Number
 
 from fedkd.bench import report, stacks
 from fedkd.bench.stacks import Timing, Work
-from fedkd.core import cli, run_directory
+from fedkd.core import cli, environment, run_directory
 from fedkd.core.runtime import cores
 
 Part = Literal["peak", "fedavg", "ensemble", "checkpoints", "idle", "many"]
@@ -67,7 +67,7 @@ def bench(
     console = cli.Console(width=160)
     run_directory.create(out)
     work, count = Work(clients, images, rounds), cores()
-    machine = {key: value for key, value in run_directory.environment("cpu", "noise", "").items() if key != "command"}
+    machine = {key: value for key, value in environment.environment("cpu", "noise", "").items() if key != "command"}
     results: dict[str, Any] = {"machine": machine, "cores": count, "options": sys.argv[1:]}
     results |= {"work": dataclasses.asdict(work), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     if "peak" in parts:

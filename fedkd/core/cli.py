@@ -137,6 +137,9 @@ def run(app: App, argv: Sequence[str] | None = None) -> NoReturn:
 class Console(rich.console.Console):
     """Rich's console; if the reader of its output is gone (``| head``), the command ends."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(emoji=False, **options)  # folder:cl is no emoji
+
     def on_broken_pipe(self) -> None:
         _end_without_reader()
 

@@ -12,11 +12,9 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fedkd
 from fedkd.core.config import Options, from_file
 from fedkd.core.errors import DataError, FedkdError, ResumeError, RunError, StorageError, UsageError
 from fedkd.core.seeds import derive
@@ -282,44 +280,6 @@ def read_failure(out: Path) -> FedkdError | None:
     error = FedkdError(result["message"])
     error.code = result["code"]
     return error
-
-
-def keep_environment(out: Path, device: str, dataset: str, fallback: str, pretrained: Mapping[str, str]) -> str:
-    """Write ``env.json``; or, if a run is resumed, a sentence on what differs now, empty if nothing does."""
-    now = environment(device, dataset, fallback) | {"pretrained": dict(pretrained)}
-    if not (out / "env.json").exists():
-        write_json(out / "env.json", now)
-        return ""
-    try:
-        before = dict(json.loads((out / "env.json").read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise DataError(f"{out / 'env.json'} is damaged; remove it to continue the run.") from error
-    if files := dict(pretrained.items() - before.get("pretrained", {}).items()):
-        raise ResumeError(f"{' and '.join(files)} changed after the run in {out} began; start a new run.")
-    keys = ("fedkd", "python", "packages", "processor", "device")
-    changed = [key for key in keys if before.get(key) != now[key]]
-    if not changed:
-        return ""
-    return f"The run began with other versions or hardware ({', '.join(changed)}), so the last bits may differ."
-
-
-def environment(device: str, dataset: str, fallback: str) -> dict[str, Any]:
-    """What results may depend on besides the config: versions, processor, device, data."""
-    import torch
-
-    names = ("torch", "torchvision", "numpy", "flwr", "flwr-datasets", "safetensors")
-    return {
-        "fedkd": fedkd.__version__,
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in names},
-        "platform": platform.platform(),
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-        "dataset": dataset,
-        "dataset_fallback": fallback,
-        "command": sys.argv,
-    }
 
 
 def student_file(algorithm: str, seed: int) -> str:

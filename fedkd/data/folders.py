@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -57,17 +58,26 @@ def labeled(root: Path, split: str, test: str) -> Samples:
         DataError: there are no such folders.
 
     """
-    if (fraction := fraction_of(test)) is not None:
-        at = root / "train" if (root / "train").is_dir() or (root / "clients").is_dir() else root
-        return (_split(root, ("train",)) if at != root else class_folders(root)).part(split, fraction)
-    return _split(root, ("train",) if split == "train" else (test,) if test else TEST)
+    if (fraction := fraction_of(test)) is None:
+        return _split(root, ("train",) if split == "train" else (test,) if test else TEST)
+    if any(root.glob("train/*/")) or any(root.glob("clients/*/train/")):
+        samples = _split(root, ("train",))
+        if unused := [name for name in TEST if (root / name).is_dir()]:
+            note = f"{root}: the folder {unused[0]} is ignored, since test={test} holds out training images."
+            samples = dataclasses.replace(samples, notes=(*samples.notes, note))
+    else:
+        samples = class_folders(root)
+    return samples.part(split, fraction)
 
 
 def _split(root: Path, names: tuple[str, ...]) -> Samples:
     for name in names:
+        clients = sorted(path for path in root.glob(f"clients/*/{name}") if not is_hidden(path.parent.name))
         if (root / name).is_dir():
-            return class_folders(root / name)
-        if clients := sorted(path for path in root.glob(f"clients/*/{name}") if not is_hidden(path.parent.name)):
+            samples = class_folders(root / name)
+            note = f"{root}: the folder clients is ignored, since there is a folder {name}."
+            return dataclasses.replace(samples, notes=(*samples.notes, note)) if clients else samples
+        if clients:
             return _of_clients(root, clients)
     expected = f"There is no folder {root / names[0]}; it should hold one folder of images per class"
     if names != ("train",):
@@ -83,6 +93,9 @@ def _of_clients(root: Path, splits: list[Path]) -> Samples:
     files = [file for part in parts for file in part.files]
     clients = np.repeat([split.parent.name for split in splits], [len(part) for part in parts])
     notes = tuple(note for part in parts for note in part.notes)
+    entries = [path for path in sorted((root / "clients").iterdir()) if not is_hidden(path.name)]
+    if unread := [path.name for path in entries if path not in {split.parent for split in splits}]:
+        notes += (f"{root}/clients: without a folder {splits[0].name}, ignored: {', '.join(unread)}.",)
     return _samples(root, files, np.concatenate(labels), names, notes, clients)
 
 
@@ -94,7 +107,7 @@ def class_folders(root: Path) -> Samples:
 
     """
     if not root.is_dir():
-        raise DataError(f"There is no folder {root}; it should hold parquet files, or a folder of images per class.")
+        raise DataError(f"There is no folder {root}; it should hold a folder of images per class.")
     ignored = _Ignored()
     classes: dict[str, Path] = {}
     files: list[Path] = []
@@ -141,7 +154,8 @@ def unlabeled(root: Path) -> Samples:
     top = root / "train" if (root / "train").is_dir() else root
     ignored = _Ignored()
     files = [path for path in walk(top, ignored) if _is_image(path, ignored)]
-    return _samples(root, files, [-1] * len(files), (), ignored.notes(top))
+    only = () if top == root else (f"{root}: of the proxy, only its folder train is read.",)
+    return _samples(root, files, [-1] * len(files), (), (*ignored.notes(top), *only))
 
 
 def walk(top: Path, ignored: _Ignored | None = None) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,14 @@ def read(source: Source, split: str, data_dir: str) -> Images:
     return readers.read(source, split, data_dir)
 
 
+def digest(*parts: Images) -> str:
+    """A hash of images, their labels and the names of their classes."""
+    sha = hashlib.sha256()
+    for images in parts:
+        sha.update(images.keys.tobytes() + images.labels.numpy().tobytes() + "|".join(images.names).encode())
+    return sha.hexdigest()
+
+
 def splits(source: Source, data_dir: str) -> tuple[Images, Images]:
     """Training and test images with the same numbering of classes: a folder may lack some classes in its test set.
 
@@ -52,6 +61,23 @@ def splits(source: Source, data_dir: str) -> tuple[Images, Images]:
         notes.say(f"{source.name}: only {seen} of the classes 0 to {train.classes - 1} have training images.")
     if train.names and test.names and train.names != test.names:
         test = renumbered(test, train.names, train.classes, f"The test set of {source.name}")
+    if bool(train.names) != bool(test.names):
+        raise DataError(f"{source.name} has names of classes in one of its parts and only numbers in the other.")
+    _report_classes(source, train, test)
     if both := int(np.isin(test.keys, train.keys).sum()):
         notes.say(f"{source.name}: {both:,} of {len(test):,} test images are also training images.")
     return train, test
+
+
+def _report_classes(source: Source, train: Images, test: Images) -> None:
+    """Say which classes are in one part only, and which names are easily confused."""
+    trained, tested = (set(images.labels.tolist()) for images in (train, test))
+    for missing, part in ((tested - trained, "training"), (trained - tested, "test")):
+        if missing:
+            names = ", ".join(train.names[label] if train.names else str(label) for label in sorted(missing)[:10])
+            notes.say(f"{source.name}: {len(missing)} of {train.classes} classes have no {part} images ({names}).")
+    similar: dict[str, list[str]] = {}
+    for name in train.names:
+        similar.setdefault("".join(name.split()).casefold(), []).append(name)
+    for group in filter(lambda each: len(each) > 1, similar.values()):
+        notes.say(f"{source.name}: the classes {' and '.join(map(repr, group))} differ only in case or spaces.")

@@ -33,6 +33,7 @@ HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"})
 AVIF_BRANDS = frozenset({b"avif", b"avis"})
 ORIENTATION = 0x0112  # the EXIF tag
+PHOTOMETRIC = 262  # the TIFF tag
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -188,6 +189,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """A gray image of 16 or 32 bits, or of floats, with 8 bits."""
     values = np.asarray(image)
     high = _range(image, values)
+    if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:  # type: ignore[attr-defined]
+        values = high - values  # white is zero; Pillow inverts only 8 bits
     is_16_bit = high == 65535 and image.mode != "F"
     gray = Image.fromarray((values >> 8 if is_16_bit else np.rint(values * (255 / high))).astype(np.uint8))
     if (transparent := image.info.get("transparency")) is not None:  # the one value that a PNG declares transparent
@@ -243,11 +246,8 @@ def _square(image: Image.Image, side: int, resize: Resize) -> Image.Image:
 def words(side: int, resize: Resize) -> str:
     """How pixels are made, for people who have to do it elsewhere."""
     shape = {
-        "crop": "the central square is kept",
-        "stretch": "images that are not square are stretched",
-        "pad": "images that are not square get black borders",
+        "crop": f"the central square is resized to {side} x {side}; its edges may lie between two pixels",
+        "stretch": f"resized to {side} x {side}, which stretches images that are not square",
+        "pad": f"resized so that the longer side has {side} pixels, and centered on a black square of {side} x {side}",
     }[resize]
-    return (
-        f"upright by EXIF, converted to RGB with 8 bits on white; {shape}; resized to {side} x {side} "
-        "(bicubic with antialiasing, as in Pillow)"
-    )
+    return f"upright by EXIF, converted to RGB with 8 bits on white; {shape} (bicubic with antialiasing, as in Pillow)"

@@ -126,7 +126,10 @@ def _folder(source: Source, root: Path, split: str) -> Samples:
 
 def _stamp(file: Path) -> list[object]:
     """What changes when the content of a file changes, or the file that a link names."""
-    state = file.stat()
+    try:
+        state = file.stat()
+    except OSError:  # reading it says what is wrong
+        return [str(file)]
     return [str(file), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns]
 
 

@@ -83,9 +83,8 @@ class Samples:
         part = self.select(np.flatnonzero(chosen == (split == "test")))
         if split == "test" or self.clients is None or not (lost := {*self.clients} - {*self.clients[~chosen]}):
             return part
-        note = (
-            f"{self.where}: test={fraction:g} leaves {plain(len(lost), 'client')} without training images: {min(lost)}."
-        )
+        which = f"{plain(len(lost), 'client')} without training images, {min(lost)} first"
+        note = f"{self.where}: test={fraction:g} leaves {which}."
         return dataclasses.replace(part, notes=(*self.notes, note))
 
 
@@ -141,7 +140,10 @@ def _pixels(picture: Picture, source: Source) -> NDArray[np.uint8]:
     if isinstance(picture, pictures.BadPicture):
         raise picture
     if isinstance(picture, Path | bytes):
-        return pictures.decode(picture, source.pixels, source.resize, source.max_pixels)
+        try:
+            return pictures.decode(picture, source.pixels, source.resize, source.max_pixels)
+        except OSError as error:
+            raise pictures.Damaged(f"cannot be opened ({error.strerror}: {error.filename})") from error
     image = PIL.Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     return pictures.pixels(image, source.pixels, source.resize)
 

@@ -69,7 +69,10 @@ def named(text: str) -> Source:
         return source
     source = specs.call("dataset", text)
     if not isinstance(source, Source):
-        raise PluginError(f"--dataset {text} is {type(source).__name__}, not a fedkd.data.sources.Source.")
+        raise PluginError(
+            f"--dataset {text} is {type(source).__name__}; a function or class that gives pairs (image, label) needs "
+            "the parameter split."
+        )
     return source
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,7 +112,9 @@ def _loaded(source: Source) -> Mapping[str, Any]:
     if root.is_file():
         if (kind := (TEXT | BINARY).get(root.suffix.lower())) is None:
             raise DataError(f"{root} is no table; known are {', '.join(TEXT | BINARY)}.")
-        options = {"sep": "\t"} if root.suffix.lower() == ".tsv" else {}
+        options: dict[str, Any] = {"sep": "\t"} if root.suffix.lower() == ".tsv" else {}
+        if TEXT.get(root.suffix.lower()) == "csv":
+            options |= {"keep_default_na": False, "na_values": [""]}  # a class may be called None or NA
         return datasets.load_dataset(kind, data_files=str(root), **options)  # type: ignore[no-any-return]
     if not root.is_dir() and source.argument.startswith(("/", ".", "~")):
         raise DataError(f"There is no folder or file {root}.")
@@ -120,8 +123,8 @@ def _loaded(source: Source) -> Mapping[str, Any]:
 
 def _samples(table: Any, source: Source, where: str, has_clients: bool) -> Samples:
     image = _image_column(table, source)
-    fetch, files = _fetch(table, image, source)
     missing: dict[int, str] = {}
+    fetch, files = _fetch(table, image, source, missing)
     labels, names = np.full(len(table), -1), tuple[str, ...]()
     clients = None
     if source.labeled:
@@ -195,36 +198,42 @@ def _label_column(table: Any, source: Source) -> str:
     return _chosen(preferred or classes, table, source, "label")
 
 
-def _fetch(table: Any, image: str, source: Source) -> tuple[Callable[[Rows], list[Picture]], Sequence[Path]]:
+def _fetch(
+    table: Any, image: str, source: Source, missing: dict[int, str]
+) -> tuple[Callable[[Rows], list[Picture]], Sequence[Path]]:
     """What gets the images of some rows, and the files of all of them if the table only has their paths."""
     import datasets
 
     feature = table.features[image]
     column = table.select_columns([image])
+    root = Path(source.argument).expanduser()
     if _is_array(feature):
         return lambda rows: [_array(entry) for entry in column[rows][image]], ()
     if isinstance(feature, datasets.Image) or _holds_images(feature):
         column = column.cast_column(image, datasets.Image(decode=False))
-        return lambda rows: [_encoded(entry) for entry in column[rows][image]], ()
-    root = Path(source.argument).expanduser()
+        return lambda rows: [_encoded(entry, root) for entry in column[rows][image]], ()
     if getattr(feature, "dtype", "") not in ("string", "large_string") or root.suffix.lower() not in TEXT:
         raise DataError(
             f"Column {image} of {source.name} holds no images, but {getattr(feature, 'dtype', feature)}; "
             "choose another with image=COLUMN. (Paths of images are read from .csv and .jsonl files.)"
         )
     paths = column[image][:]
-    if None in paths:
-        raise DataError(f"Image {paths.index(None)} of {source.name} has no path.")
-    files = [root.parent / path for path in paths]
+    missing |= {row: "has no path" for row, path in enumerate(paths) if not path}
+    files = [root.parent / (path or "") for path in paths]
     return lambda rows: [files[row] for row in rows], files
 
 
-def _encoded(entry: Mapping[str, Any] | None) -> Picture:
-    """The encoded image of an entry: its bytes, or the file that it names."""
+def _encoded(entry: Mapping[str, Any] | None, root: Path) -> Picture:
+    """The encoded image of an entry: its bytes, or the file that it names, which must be in the folder that is read."""
     if entry is None or (entry["bytes"] is None and not entry["path"]):
         return None
-    content: bytes | None = entry["bytes"]
-    return Path(entry["path"]) if content is None else content
+    if entry["bytes"] is not None:
+        content: bytes = entry["bytes"]
+        return content
+    path = Path(entry["path"])
+    if root.exists() and not (path.is_absolute() and os.path.realpath(root) in map(os.path.realpath, path.parents)):
+        return pictures.Unsupported(f"is only a path ({path}); store the image itself, or list paths in a .csv file")
+    return path
 
 
 def _array(entry: Any) -> Picture:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fedkd import models
-from fedkd.core import cli, quotes, run_directory, seeds, specs
+from fedkd.core import cli, environment, quotes, run_directory, seeds, specs
 from fedkd.core.errors import FedkdError, PluginError, ResumeError, StorageError, UsageError
 from fedkd.core.notes import plain
 from fedkd.core.runtime import settle
@@ -56,7 +56,7 @@ def run(config: DistillConfig, terms: Sequence[Term]) -> None:
         has_begun = True
         run_directory.write(out / "config.toml", run_directory.toml(config))  # of a resumed run: with other options
         pretrained = models.digests([config.student])  # the weights of teachers are compared themselves
-        note = run_directory.keep_environment(out, task.device, task.dataset, fallback, pretrained)
+        note = environment.keep(out, task.device, task.dataset, fallback, pretrained)
         screen.print(f"run directory: {out}")
         if note:
             screen.print(note)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkd import models
-from fedkd.core import cache, seeds, specs
+from fedkd.core import cache, notes, seeds, specs
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import DataError
 from fedkd.distill import teacher_names
@@ -60,11 +60,8 @@ def obtain(task: Task, config: DistillConfig, texts: Sequence[str], progress: Pr
         if teacher_names.is_path(text):
             student = checkpoint.load(Path(text).expanduser())
             unseen_validation = student.dataset == task.dataset and student.held_out >= len(task.validation)
-            obtained.append(
-                Teacher(
-                    text, frozen(_module_of(task, text, student)), f"read from {Path(text).name}", unseen_validation
-                )
-            )
+            module = frozen(_module_of(task, config, text, student))
+            obtained.append(Teacher(text, module, f"read from {Path(text).name}", unseen_validation))
             continue
         spec, path = models.pretrained(text)
         if path is not None:
@@ -86,7 +83,7 @@ def untrained(task: Task, config: DistillConfig, text: str) -> nn.Module:
 
     """
     if teacher_names.is_path(text):
-        return _module_of(task, text, checkpoint.load(Path(text).expanduser()))
+        return _module_of(task, config, text, checkpoint.load(Path(text).expanduser()))
     spec, path = models.pretrained(text)
     module, note = checkpoint.initial(text, task.classes, config.norm, config.seed)
     if note:
@@ -134,7 +131,7 @@ def student_of(task: Task, config: DistillConfig, model: str, module: nn.Module)
     return Student(*metadata, weights_of(module), config.resize, len(task.validation))
 
 
-def _module_of(task: Task, text: str, student: Student) -> nn.Module:
+def _module_of(task: Task, config: DistillConfig, text: str, student: Student) -> nn.Module:
     """The network of a student from a file or a run directory, for input scaled as the task's."""
     if (student.classes, student.pixels) != (task.classes, task.test.pixels.shape[1]):
         raise DataError(
@@ -143,6 +140,8 @@ def _module_of(task: Task, text: str, student: Student) -> nn.Module:
         )
     if student.names and task.test.names and student.names != task.test.names:
         raise DataError(f"{text} has other classes than {task.dataset}, or another order of them.")
+    if student.resize != config.resize:
+        notes.say(f"{text} was trained with --resize {student.resize}, and is given images with {config.resize}.")
     module: nn.Module = student.module().to(task.device)
     if student.scaling != task.scaling:
         rescale(module, task.scaling, student.scaling)

@@ -170,7 +170,12 @@ def _test(student: Student, source: Source, data_dir: str, count: int) -> Images
     from fedkd.data import readers
 
     test = readers.read(source, "test", data_dir)
-    if test.classes > student.classes or (test.names and student.names and test.names != student.names):
+    try:
+        if student.names:  # a class may have no test images
+            test = readers.renumbered(test, student.names, student.classes, f"The test set of {source.name}")
+    except DataError as error:
+        raise DataError(f"{error} Give the student's own data set.") from error
+    if test.classes > student.classes:
         raise DataError(f"The classes of {source.name} are not those of the student; give its own data set.")
     return test.first(count) if count else test
 

@@ -86,12 +86,13 @@ RESERVED = ("classes",)
 
 
 def split(text: str) -> list[str]:
-    """The specs in a comma list: ``cnn,resnet8:norm=batch,width=8`` names two models."""
+    """The specs in a comma list: ``cnn,resnet8:norm=batch,width=8`` names two models, also without the colon."""
     specs_: list[str] = []
     for item in quotes.split(text, ","):
         key, *value = quotes.split(item, "=", 1)
         if value and ":" not in key and specs_:
-            specs_[-1] += f",{item}"
+            begins = len(quotes.split(specs_[-1], ":")) == 1  # cnn,width=8
+            specs_[-1] += f"{':' if begins else ','}{item.strip()}"
         else:
             specs_.append(item.strip())
     return specs_

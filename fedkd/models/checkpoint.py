@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -237,6 +238,19 @@ def initial(model: str, classes: int, norm: models.Norm, seed: int, *path: int) 
     except DataError as error:
         raise DataError(f"{error} Name the model that they were saved from; here it is {spec}.") from error
     return module, note
+
+
+def other_classes(model: str, names: Sequence[str]) -> str:
+    """A sentence if the pretrained file is of a student with as many, but other classes; else ""."""
+    file = models.pretrained(model)[1]
+    if file is None or file.suffix != ".safetensors" or not names:
+        return ""
+    try:
+        own = [_text(name) for name in json.loads(_read_safetensors(file)[1][KEY])["names"]]
+    except (KeyError, ValueError, TypeError):  # it was not written by fedkd
+        return ""
+    is_other = len(own) == len(names) and own != list(names)
+    return f"{file} is of other classes ({', '.join(own[:5])}); its last layer is kept." if is_other else ""
 
 
 def fill(module: nn.Module, weights: Tensors, whose: str) -> None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from fedkd import models
 from fedkd.algorithms.base import Algorithm
-from fedkd.core import runtime, seeds, specs
-from fedkd.core.errors import DataError, FedkdError, PluginError, UsageError
+from fedkd.core import runtime, seeds, specs, tensors
+from fedkd.core.errors import FedkdError, PluginError, UsageError
 from fedkd.data import loading, partitioners, proxies, sources
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -35,7 +35,8 @@ class Experiment:
     """An algorithm on its data: everything that the server and its clients share.
 
     ``partition`` assigns samples of the training set to clients, sorted for each; ``training_partition`` is the same,
-    or one client with all samples if the algorithm pools data.
+    or one client with all samples if the algorithm pools data. ``data_hashes`` are those of the data set and of a
+    proxy set from another one.
     """
 
     config: Config
@@ -48,6 +49,7 @@ class Experiment:
     validation_rows: NDArray[np.int64]  # of the training set
     partition: Partition
     training_partition: Partition
+    data_hashes: Mapping[str, str]
 
     def client(self, number: int, round_number: int, memory: Tensors, data: Images | None = None) -> Client:
         """A client in a round, with ``data`` of its own or its share, which is selected here and only here."""
@@ -152,6 +154,9 @@ def _prepare(config: Config) -> Experiment:
     for model in {*names, *algorithm.private_models}:
         setup.trainer.check_batch_norm(model, config.batch_size, "--batch-size")
     _check_initial_state(algorithm, setup)
+    hashes = {config.dataset: loading.digest(train, test)}
+    if proxy_rows is None:
+        hashes[f"--proxy {config.proxy}"] = tensors.digest({"images": proxy.images.cpu()})
     train, test = (
         dataclasses.replace(images, classes=classes, pixels=images.pixels.to(device)) for images in (train, test)
     )
@@ -166,6 +171,7 @@ def _prepare(config: Config) -> Experiment:
         validation_rows=validation_rows,
         partition=partition,
         training_partition=pooled if algorithm.pools_data else partition,
+        data_hashes=hashes,
     )
 
 
@@ -229,31 +235,6 @@ def _partition(config: Config, train: Images, private: NDArray[np.int64]) -> Par
     ids = train.client_names
     assigned = partitioners.assign(config.partitioner, labels, config.clients, config.seed, owners, ids)
     return Partition(private[assigned.rows], assigned.ends, assigned.ids)
-
-
-@lru_cache(maxsize=2)
-def node_data(path: str, config: Config) -> Images:
-    """The data of a node in a deployment, with classes numbered as in the public set.
-
-    Raises:
-        DataError: it cannot be read, has unknown classes, or images of the proxy or the test set.
-
-    """
-    import numpy as np
-
-    from fedkd.data import readers
-    from fedkd.data.readers import renumbered
-
-    experiment = prepared(config)
-    proxy = experiment.setup.proxy.images
-    read = loading.read(sources.own(path, proxy.shape[1]).read_by(config), "train", "")
-    images = renumbered(read, experiment.test.names, experiment.setup.classes, path)
-    public_keys = np.concatenate([readers.keys_of(proxy.cpu()), experiment.test.keys])
-    if public := int(np.isin(images.keys, public_keys).sum()):
-        raise DataError(
-            f"{public} of the {len(images)} images in {path} are in the proxy or the test set; remove them."
-        )
-    return dataclasses.replace(images, pixels=images.pixels.to(experiment.setup.trainer.device))
 
 
 def algorithm_of(config: Config) -> Algorithm:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 
 from fedkd import models
-from fedkd.core import cli, run_directory, specs
+from fedkd.core import cli, environment, run_directory, specs
 from fedkd.core.errors import DataError, FedkdError, ResumeError, StorageError
 from fedkd.data.loading import choose_dataset
 from fedkd.evaluation import metrics, stopping
 from fedkd.evaluation.report import figure, header, table
 from fedkd.evaluation.report.screen import HEAD, Screen
+from fedkd.models.checkpoint import other_classes
 from fedkd.simulate import checkpoint
 from fedkd.simulate.experiment import Experiment, prepared
 from fedkd.simulate.rounds import Memories, run_rounds
@@ -119,8 +120,10 @@ def _prepare(runs: list[Config], fallback: str, out: Path, screen: Screen) -> No
     first = experiments[runs[0].seed]
     setup = first.setup
     named = list(dict.fromkeys([*setup.models, setup.student]))
-    note = run_directory.keep_environment(out, setup.trainer.device, runs[0].dataset, fallback, models.digests(named))
-    for about_file in dict.fromkeys(filter(None, map(setup.trainer.note, named))):
+    inputs = {**first.data_hashes, **models.digests(named)}
+    note = environment.keep(out, setup.trainer.device, runs[0].dataset, fallback, inputs)
+    about = [text for model in named for text in (setup.trainer.note(model), other_classes(model, first.test.names))]
+    for about_file in dict.fromkeys(filter(None, about)):
         print(f"fedkd: {about_file}", file=sys.stderr)
     _save_partitions(out / "partition.npz", experiments)
     screen.print(f"run directory: {out}")

@@ -120,6 +120,7 @@ FILES = [
     File("I-bytes.tif", saved(of(GRAY.astype(np.int32))), gray(GRAY)),
     File("F.tif", saved(of((GRAY / 255).astype(np.float32))), gray(GRAY)),
     File("F-bytes.tif", saved(of(GRAY.astype(np.float32))), gray(GRAY)),
+    File("WhiteIsZero.tif", saved(of(65535 - GRAY.astype(np.uint16) * 257), tiffinfo={262: 0}), gray(GRAY)),
     File("CMYK.tif", saved(of(COLOR).convert("CMYK")), COLOR, 1),
     File("CMYK.jpg", saved(of(COLOR).convert("CMYK"), quality=100), COLOR, 8),
     File("YCbCr.tif", saved(of(COLOR).convert("YCbCr")), COLOR, 3),

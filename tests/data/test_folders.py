@@ -11,7 +11,7 @@ import pytest
 
 from fedkd.core import notes, specs
 from fedkd.core.errors import DataError, UsageError
-from fedkd.data import loading, proxies, readers, sources
+from fedkd.data import loading, pictures, proxies, readers, sources
 from fedkd.data.readers import read
 
 
@@ -58,10 +58,13 @@ def test_hidden_files_and_folders_are_ignored_and_counted_once(kind, tmp_path, c
         images = read(source, "train")
     assert values(images) == [0, 50]
     assert images.names == (() if kind == "unlabeled" else ("cat", "dog"))
-    assert capsys.readouterr().err.splitlines() == [f"fedkd: {tmp_path}/train: {len(HIDDEN)} hidden files ignored."]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"fedkd: {tmp_path}/train: {len(HIDDEN)} hidden files ignored."
+    assert len(said) == (2 if kind == "unlabeled" else 1), "once"
 
 
-def test_other_suffixes_are_read_or_counted(tmp_path, capsys):
+def test_other_suffixes_are_read_or_counted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pictures, "can_read_heif", lambda: False)
     classes(tmp_path / "train", "cat", "dog")
     (tmp_path / "train" / "cat" / "0.png").rename(tmp_path / "train" / "cat" / "0.JPEG")
     PIL.Image.new("RGB", (9, 9), (7, 7, 7)).save(tmp_path / "train" / "cat" / "1.gif")
@@ -224,3 +227,41 @@ def test_the_keys_of_images_are_those_of_their_pixels():
     assert images.keys.tolist() == readers.keys_of(images.pixels).tolist()
     assert len(set(images.keys.tolist())) == 5
     assert images.first(2).keys.tolist() == images.keys[:2].tolist()
+
+
+def test_what_is_left_out_of_folders_is_said(tmp_path, capsys):
+    classes(tmp_path / "clients" / "ann" / "train", "cat", "dog", each=3)
+    classes(tmp_path / "clients" / "bob", "cat")
+    (tmp_path / "clients" / "readme.txt").write_text("no client")
+    read(folder(tmp_path), "train")
+    assert f"{tmp_path}/clients: without a folder train, ignored: bob, readme.txt." in capsys.readouterr().err
+    classes(tmp_path / "test", "cat")
+    read(folder(tmp_path, test="0.4"), "train")
+    assert f"{tmp_path}: the folder test is ignored, since test=0.4 holds out" in capsys.readouterr().err
+    classes(tmp_path / "train", "cat", "dog")
+    read(folder(tmp_path), "train")
+    assert f"{tmp_path}: the folder clients is ignored, since there is a folder train." in capsys.readouterr().err
+
+
+def test_a_class_may_be_called_train_or_clients(tmp_path):
+    classes(tmp_path, "train", "clients", each=5)
+    assert read(folder(tmp_path, test="0.2"), "train").names == ("clients", "train")
+
+
+def test_classes_that_lack_images_or_are_easily_confused_are_reported(tmp_path, capsys):
+    classes(tmp_path / "train", "cat", "Cat ", "dog", each=2)
+    classes(tmp_path / "test", "dog", start=200)
+    (tmp_path / "train" / "eel").mkdir()
+    classes(tmp_path / "test", "eel", start=240)
+    loading.splits(folder(tmp_path), "")
+    said = capsys.readouterr().err
+    assert "2 of 4 classes have no test images (Cat , cat)" in said
+    assert "1 of 4 classes have no training images (eel)" in said
+    assert "the classes 'Cat ' and 'cat' differ only in case or spaces" in said
+
+
+def test_a_file_that_is_gone_is_skipped_as_a_damaged_one(tmp_path):
+    classes(tmp_path / "train", "cat", "dog")
+    (tmp_path / "train" / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    source = dataclasses.replace(folder(tmp_path), skip_damaged=True)
+    assert values(read(source, "train")) == [0, 50]

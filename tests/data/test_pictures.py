@@ -195,6 +195,6 @@ def test_a_bad_image_is_named_or_left_out_and_counted(folder, tmp_path, capsys):
 
 def test_how_pixels_are_made_in_words():
     assert "central square" in pictures.words(32, "crop")
-    assert "black borders" in pictures.words(32, "pad")
-    assert "stretched" in pictures.words(64, "stretch")
+    assert "centered on a black square" in pictures.words(32, "pad")
+    assert "stretches" in pictures.words(64, "stretch")
     assert "64 x 64" in pictures.words(64, "stretch")

@@ -276,3 +276,26 @@ def test_images_that_the_library_does_not_read_are_reported(tmp_path, capsys):
     read(sources.hf(str(tmp_path / "train")), "train")
     said = capsys.readouterr().err
     assert f"reads 4 rows, but there are 6 image files; folder:{tmp_path}/train reads them all" in said
+
+
+def test_paths_outside_the_folder_that_is_read_are_refused(tmp_path):
+    """Their changes would not be noticed."""
+    PIL.Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    entry = {"bytes": None, "path": str(tmp_path / "1.png")}
+    table = datasets.Dataset.from_dict({"image": [entry] * 2, "label": [0, 1]}, features=features)
+    table.to_parquet(str(tmp_path / "table.parquet"))
+    assert table.with_format("arrow")[0]["image"][0].as_py()["bytes"] is None
+    with pytest.raises(DataError, match=r"Image 0 of .* is only a path \(.*1.png\); store the image itself"):
+        read(sources.hf(str(tmp_path / "table.parquet")), "train")
+
+
+def test_missing_paths_are_skipped_and_a_class_may_be_called_none(tmp_path):
+    PIL.Image.new("RGB", (9, 9), (7, 7, 7)).save(tmp_path / "1.png")
+    (tmp_path / "table.csv").write_text("scan,letter\n1.png,None\n,NA\ngone.png,NA\n1.png,NA\n")
+    source = sources.hf(str(tmp_path / "table.csv"), image="scan", label="letter")
+    with pytest.raises(DataError, match="has no path"):
+        read(source, "train")
+    images = read(dataclasses.replace(source, skip_damaged=True), "train")
+    assert images.names == ("NA", "None")
+    assert images.labels.tolist() == [1, 0]

@@ -142,7 +142,7 @@ def test_a_run_is_exported(tmp_path, one_repeat, capsys):
     assert report["files"]["int8"]["sha256"] in card
     assert "Method: `ensemble`" in card
     assert report["student"]["resize"] == "crop"
-    assert "the central square is kept; resized to 32 x 32" in card
+    assert "the central square is resized to 32 x 32" in card
     assert "No formal privacy is claimed" in card
 
 
@@ -208,7 +208,7 @@ def broken(folder, **changes):
         ({"model": "a.b:"}, "without a description"),
         ({"dataset": "digitz"}, "give it by --dataset"),
         ({"dataset": "a.b:"}, "give it by --dataset"),
-        ({"names": list("abcdefghij")}, "not those of the student"),
+        ({"names": list("abcdefghij")}, "Give the student's own data set"),
         ({"resize": "squash"}, "without a description"),
     ],
 )

@@ -65,6 +65,7 @@ def test_the_option_of_a_spec_wins_over_the_runs():
 def test_commas_of_a_list_differ_from_those_of_options():
     text = "cnn,resnet8:norm=batch,width=8,torchvision:resnet18,cnn:width=4"
     assert models.split(text) == ["cnn", "resnet8:norm=batch,width=8", "torchvision:resnet18", "cnn:width=4"]
+    assert models.split("cnn,width=4,pretrained=a.pt,resnet8") == ["cnn:width=4,pretrained=a.pt", "resnet8"]
 
 
 def test_logits_with_group_norm_do_not_depend_on_the_batch():

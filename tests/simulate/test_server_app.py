@@ -17,7 +17,7 @@ from fedkd.core import run_directory, tensors
 from fedkd.core.errors import DataError, RunError
 from fedkd.data import loading
 from fedkd.simulate import experiment
-from fedkd.simulate.flower import client_app, server_app
+from fedkd.simulate.flower import client_app, node_data, server_app
 from fedkd.simulate.flower.local_grid import LocalGrid
 from fedkd.simulate.flower.local_update import ClientRunner, failure
 from fedkd.simulate.rounds import Memories
@@ -200,7 +200,7 @@ def test_a_node_trains_on_its_own_images(tmp_path):
         folder = tmp_path / "mine" / str(int(public.train.labels[row]))
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(public.train.pixels[row].numpy()).save(folder / f"{row}.png")
-    images = experiment.node_data(str(tmp_path / "mine"), config)
+    images = node_data.node_data(str(tmp_path / "mine"), config)
     assert len(images) == 30
     assert sorted(images.labels.tolist()) == sorted(public.train.labels[public.training_partition[0][:30]].tolist())
 
@@ -232,10 +232,10 @@ def test_a_node_trains_on_its_own_images(tmp_path):
     assert reply.update.examples == 30
     assert "This node has no data" in reply_of().failure
     Image.fromarray(public.setup.proxy.images[0].numpy()).save(tmp_path / "mine" / "0" / "public.png")
-    experiment.node_data.cache_clear()
+    node_data.node_data.cache_clear()
     loading.read.cache_clear()
     with pytest.raises(DataError, match=r"1 of the 31 images in .* are in the proxy or the test set"):
-        experiment.node_data(str(tmp_path / "mine"), config)
+        node_data.node_data(str(tmp_path / "mine"), config)
 
 
 def test_an_actor_of_ray_that_died_is_a_process_that_died():

@@ -21,8 +21,9 @@ from fedkd.core.runtime import settle
 from fedkd.core.tensors import put, take
 from fedkd.data.partitioners import OWN
 from fedkd.evaluation.metrics import expected_evaluation
-from fedkd.simulate.experiment import Experiment, node_data, prepared
+from fedkd.simulate.experiment import Experiment, prepared
 from fedkd.simulate.flower.local_update import MemoryFile
+from fedkd.simulate.flower.node_data import node_data
 from fedkd.simulate.flower.records import (
     ARRAYS,
     CONFIG,
