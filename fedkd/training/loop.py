@@ -24,7 +24,7 @@ from fedkd.training.optimizers import Step
 CPU_CHUNK, GPU_CHUNK = 64, 2048  # images per forward pass: fits the cache of a CPU core; fills a GPU
 
 Objective = Callable[[Any, Tensor], Tensor]  # (output of the model, targets) -> scalar
-Penalty = Callable[[nn.Module], Tensor]  # model -> scalar that is added to the loss
+Penalty = Callable[[Mapping[str, Tensor]], Tensor]  # named parameters -> scalar that is added to the loss
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def train(
                 images = augmentation(pixels[indices].to(device), indices, generator)
                 loss = objective(model(scaling(images)), targets[indices].to(device))
                 if penalty is not None:
-                    loss = loss + penalty(model)
+                    loss = loss + penalty(dict(model.named_parameters()))
                 loss.backward()  # type: ignore[no-untyped-call]
                 step()
             for name, weights in _floats(model) if average else ():
@@ -131,8 +131,8 @@ def proximal(mu: float, center: Mapping[str, Tensor], device: str = "cpu") -> Pe
     """Mu / 2 times the squared distance of the parameters from ``center`` (FedProx: Li et al., 2020)."""
     center = {name: tensor.to(device) for name, tensor in center.items()}
 
-    def penalty(model: nn.Module) -> Tensor:
-        distances = [(p - center[n]).square().sum() for n, p in model.named_parameters()]
+    def penalty(parameters: Mapping[str, Tensor]) -> Tensor:
+        distances = [(p - center[n]).square().sum() for n, p in parameters.items()]
         return 0.5 * mu * torch.stack(distances).sum()
 
     return penalty
@@ -142,8 +142,8 @@ def linear(slope: Mapping[str, Tensor], device: str = "cpu") -> Penalty:
     """<slope, parameters>: adds ``slope`` to every gradient (SCAFFOLD's correction: Karimireddy et al., 2020)."""
     slope = {name: tensor.to(device) for name, tensor in slope.items()}
 
-    def penalty(model: nn.Module) -> Tensor:
-        return torch.stack([(p * slope[n]).sum() for n, p in model.named_parameters()]).sum()
+    def penalty(parameters: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([(p * slope[n]).sum() for n, p in parameters.items()]).sum()
 
     return penalty
 

@@ -95,7 +95,7 @@ def test_the_proximal_term_is_fedproxs(pixels, labels):
         model[2].weight += 0.5
         model[2].bias -= 0.25
     expected = 0.5 * 0.3 * (48 * 10 * 0.25 + 10 * 0.0625)
-    assert loop.proximal(0.3, start)(model).item() == pytest.approx(expected, rel=1e-5)
+    assert loop.proximal(0.3, start)(dict(model.named_parameters())).item() == pytest.approx(expected, rel=1e-5)
     free = train(small(), pixels, labels, epochs=6)
     held = train(small(), pixels, labels, epochs=6, penalty=loop.proximal(3.0, start))
     distances = [sum((p - start[n]).square().sum() for n, p in m.named_parameters()) for m in (free, held)]
