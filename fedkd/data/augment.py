@@ -9,21 +9,34 @@ PAD = 4  # pixels on each side, the usual crop for CIFAR (He et al., 2016)
 
 
 def crop_and_flip(pixels: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
-    """Each image [B, H, W, C] shifted by up to `PAD` pixels, with black borders, and mirrored with probability 1/2.
+    """Each image [B, H, W, C] shifted by up to `PAD` pixels, with black borders, and mirrored with probability 1/2."""
+    return apply(pixels, draw(len(pixels), flip, generator).to(pixels.device))
 
-    One gather for the whole batch. Random numbers are drawn on the CPU, so that they are the same on every device.
+
+def draw(count: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """What happens to each of ``count`` images: rows and columns to shift by, and whether it is mirrored [3, count].
+
+    Drawn on the CPU, so that the numbers are the same on every device.
     """
-    count, height, width, channels = pixels.shape
     shift = torch.randint(2 * PAD + 1, (2, count, 1), generator=generator)
-    rows = torch.arange(height) + shift[0]
-    columns = torch.arange(width).expand(count, width)
-    if flip:
-        mirrored = torch.randint(2, (count, 1), generator=generator).bool()
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    columns = columns + shift[1]
+    mirrored = torch.randint(2, (1, count, 1), generator=generator) if flip else torch.zeros_like(shift[:1])
+    return torch.cat([shift, mirrored]).squeeze(-1)
+
+
+def unchanged(count: int) -> Tensor:
+    """The draws [3, count] after which `apply` returns the images as they are."""
+    return torch.tensor([[PAD], [PAD], [0]]).expand(3, count)
+
+
+def apply(pixels: Tensor, draws: Tensor) -> Tensor:
+    """The images [B, H, W, C] after what was drawn for them [3, B]: one gather for the whole batch."""
+    count, height, width, channels = pixels.shape
+    down, right, mirrored = draws[..., None]
+    rows = torch.arange(height, device=pixels.device) + down
+    columns = torch.arange(width, device=pixels.device)
+    columns = torch.where(mirrored > 0, columns.flip(0), columns) + right
     wide = width + 2 * PAD
     padded = torch.nn.functional.pad(pixels, (0, 0, PAD, PAD, PAD, PAD))
     places = rows[:, :, None] * wide + columns[:, None, :]
-    places += torch.arange(count)[:, None, None] * ((height + 2 * PAD) * wide)
-    flat = padded.reshape(-1, channels)
-    return flat[places.flatten().to(pixels.device)].view(count, height, width, channels)
+    places += torch.arange(count, device=pixels.device)[:, None, None] * ((height + 2 * PAD) * wide)
+    return padded.reshape(-1, channels)[places.flatten()].view(count, height, width, channels)

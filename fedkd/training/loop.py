@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkd.core.errors import UsageError
 from fedkd.core.seeds import seeded
-from fedkd.data.augment import crop_and_flip
+from fedkd.data import augment
 from fedkd.data.scaling import Scaling
 from fedkd.training.layers import EMBEDDING, layer_outputs
 from fedkd.training.optimizers import Step
@@ -37,12 +37,16 @@ class Augmentation:
 
     def __call__(self, images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
         """The augmented images [B, H, W, 3]; ``indices`` [B] are those of the samples."""
+        return augment.apply(images, self.draw(indices, generator).to(images.device)) if self.crop else images
+
+    def draw(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """What happens to the images of these samples [3, B] (`augment.draw`)."""
         if not self.crop:
-            return images
-        augmented = crop_and_flip(images, self.flip, generator)
+            return augment.unchanged(len(indices))
+        draws = augment.draw(len(indices), self.flip, generator)
         if self.first is None:
-            return augmented
-        return torch.where((indices < self.first).to(images.device)[:, None, None, None], augmented, images)
+            return draws
+        return torch.where(indices < self.first, draws, augment.unchanged(len(indices)))
 
 
 def train(

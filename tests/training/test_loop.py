@@ -68,6 +68,16 @@ def test_crop_and_flip_against_one_image_at_a_time(pixels, flip):
     assert (10 < flipped < 40) if flip else flipped == 0
 
 
+def test_only_the_first_samples_are_augmented(pixels):
+    indices = torch.arange(50).flip(0)
+    seen, every = (
+        Augmentation(True, True, first)(pixels, indices, torch.Generator().manual_seed(1)) for first in (20, None)
+    )
+    assert torch.equal(seen[:30], pixels[:30])
+    assert torch.equal(seen[30:], every[30:])
+    assert not torch.equal(every[:30], pixels[:30])
+
+
 def test_train_is_a_plain_loop(pixels, labels):
     """Against the same steps with torch.optim."""
     model = train(small(), pixels, labels)
