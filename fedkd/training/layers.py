@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,7 @@ from fedkd.core.errors import UsageError, unknown
 EMBEDDING = "embedding"  # the name of the input of the last linear layer, which counts as a layer
 
 
-@dataclass(frozen=True)
-class Outputs:
+class Outputs(NamedTuple):
     """The logits [B, C] of a network and the outputs [B, ...] of its watched layers."""
 
     logits: Tensor

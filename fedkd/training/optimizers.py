@@ -63,10 +63,14 @@ def sgd(
     return step
 
 
-def adam(parameters: Sequence[Tensor], learning_rate: float) -> Step:
-    """Adam (Kingma and Ba, 2015) with its default constants, as ``torch.optim.Adam``."""
+def adam(parameters: Sequence[Tensor], learning_rate: float, moments: list[Tensor] | None = None) -> Step:
+    """Adam (Kingma and Ba, 2015) with its default constants, as ``torch.optim.Adam``.
+
+    ``moments`` are the tensors to keep the means and then the squares of the trainable parameters in, all zeros.
+    """
     trainable = _trainable(parameters)
-    means, squares = ([torch.zeros_like(p) for p in trainable] for _ in range(2))
+    moments = [torch.zeros_like(p) for p in (*trainable, *trainable)] if moments is None else moments
+    means, squares = moments[: len(trainable)], moments[len(trainable) :]
     counts = [torch.zeros((), device=p.device) for p in trainable]
 
     def step() -> None:

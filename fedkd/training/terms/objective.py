@@ -18,7 +18,23 @@ if TYPE_CHECKING:
     from fedkd.training.terms import Term
 
 
-class DistillationObjective(nn.Module):
+class Taught(nn.Module):
+    """A student with its teachers. Its parameters are those of the student."""
+
+    def __init__(self, student: WatchedModel, teachers: Sequence[WatchedModel]) -> None:
+        super().__init__()
+        self.student = student
+        # In a tuple, so that they are not submodules: not trained, not put into training mode.
+        self.teachers = tuple(teachers)
+
+    def forward(self, x: Tensor) -> tuple[Outputs, list[Outputs]]:
+        """The outputs of the student and of each teacher."""
+        with torch.no_grad():
+            outputs = [teacher(x) for teacher in self.teachers]
+        return self.student(x), outputs
+
+
+class DistillationObjective(Taught):
     """A student, its teachers and the loss terms. Its parameters are those of the student and of the terms' adapters.
 
     ``sample`` [B, 3, H, W] is any input, ``labels`` [N] are those of all training samples.
@@ -33,27 +49,21 @@ class DistillationObjective(nn.Module):
         labels: Tensor,
         weighting: str = "uniform",
     ) -> None:
-        super().__init__()
         pair = LayerShapes(
             layers.shapes(student, sample), tuple(layers.shapes(teacher, sample) for teacher in teachers), labels
         )
         modules = [term.build(pair) for term in terms]
+        super().__init__(
+            WatchedModel(student, [name for module in modules for name in module.student_layers]),
+            [
+                WatchedModel(
+                    teacher, [name for module in modules if module.teacher_layers for name in module.teacher_layers[k]]
+                )
+                for k, teacher in enumerate(teachers)
+            ],
+        )
         self.terms = nn.ModuleList(modules)
         self.label_weight, self.weighting = label_weight(terms), weighting
-        self.student = WatchedModel(student, [name for module in modules for name in module.student_layers])
-        # In a tuple, so that they are not submodules: not trained, not put into training mode.
-        self.teachers = tuple(
-            WatchedModel(
-                teacher, [name for module in modules if module.teacher_layers for name in module.teacher_layers[k]]
-            )
-            for k, teacher in enumerate(teachers)
-        )
-
-    def forward(self, x: Tensor) -> tuple[Outputs, list[Outputs]]:
-        """The outputs of the student and of each teacher."""
-        with torch.no_grad():
-            outputs = [teacher(x) for teacher in self.teachers]
-        return self.student(x), outputs
 
     def loss(self, outputs: tuple[Outputs, list[Outputs]], targets: Tensor) -> Tensor:
         """The weighted cross-entropy with the labels plus all terms; targets [B, 2]: labels and indices of samples."""
