@@ -114,10 +114,10 @@ def test_only_flower_and_the_command_import_flwr():
             assert path.parent.name == "flower" or path.name == "flower_stock.py", path
 
 
-def test_only_the_training_loop_calls_backward():
+def test_only_the_training_loops_call_backward():
     """Except in the benchmark: its lower bound and the tools it compares with are written to be independent."""
     calling = [path.name for path in FILES if ".backward()" in path.read_text() and path.parent.name != "bench"]
-    assert calling == ["loop.py"]
+    assert calling == ["loop.py", "stacked_loop.py"]
 
 
 def test_nothing_unpickles():

@@ -1,4 +1,4 @@
-"""The training loop and prediction: the only module that calls ``backward``.
+"""The training loop and prediction. Only this module and `fedkd.training.stacked_loop` call ``backward``.
 
 Images are uint8 [N, H, W, 3]. Viewed as [N, 3, H, W] they are in channels_last order without a copy,
 the fastest layout for convolutions on CPUs and GPUs.

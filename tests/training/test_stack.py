@@ -1,0 +1,376 @@
+"""Clients in a stack get the weights that each of them gets on its own, up to rounding."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision import models as library
+
+from fedkd import models
+from fedkd.core import seeds
+from fedkd.training import loop, optimizers, stacked_loop, trainer
+from fedkd.training.layers import WatchedModel
+from fedkd.training.loop import Augmentation, Embedded, Scaling
+from fedkd.training.losses.logits import cross_entropy
+from fedkd.training.stack import NotStackable, Stack, check, weights_of
+from fedkd.training.stacked_loop import Job
+from fedkd.training.terms import Features, Relations
+from fedkd.training.terms.objective import DistillationObjective, Taught
+
+SIZES = (31, 1, 200, 33, 32)
+SCALING = Scaling((120.0,) * 3, (60.0,) * 3)
+# In float32 a rounding may decide whether a ReLU passes a value on. That moves weights in proportion to the learning
+# rate, so it is small here. Deep networks are compared in float64 only.
+SINGLE: tuple[dict, float] = {"dtype": torch.float32, "rate": 1e-3}, 1e-5
+DOUBLE: tuple[dict, float] = {"dtype": torch.float64, "rate": 0.02}, 1e-10
+
+
+def module(spec: str, seed: int, dtype: torch.dtype) -> nn.Module:
+    with seeds.seeded(seed):
+        return models.build(spec, 10, "group").to(dtype)
+
+
+def jobs(sizes=SIZES, pixels: int = 16, **changes) -> list[Job]:
+    """A job for each number of images."""
+    made = []
+    for k, size in enumerate(sizes):
+        generator = torch.Generator().manual_seed(k)
+        images = torch.randint(256, (size, pixels, pixels, 3), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(10, (size,), generator=generator)
+        options = {"objective": F.cross_entropy, "augmentation": Augmentation(True, True), "seed": 100 + k}
+        made.append(Job(images, labels, **options | {name: make(k) for name, make in changes.items()}))
+    return made
+
+
+def sgd(parameters: list[torch.Tensor], rate: float) -> tuple[optimizers.Step, list[torch.Tensor]]:
+    velocities = [torch.zeros_like(p) for p in parameters]
+    return optimizers.sgd(parameters, rate, 0.9, 1e-3, velocities), velocities
+
+
+def adam(parameters: list[torch.Tensor], rate: float) -> tuple[optimizers.Step, list[torch.Tensor]]:
+    moments = [torch.zeros_like(p) for p in parameters * 2]
+    return optimizers.adam(parameters, rate / 10, moments), moments
+
+
+def plain(network: nn.Module, job: Job, *, optimizer=sgd, dtype=torch.float32, rate=0.02, **options) -> None:
+    """Train by the plain loop."""
+    loop.train(
+        network,
+        optimizer(list(network.parameters()), rate)[0],
+        job.pixels,
+        job.targets,
+        job.objective,
+        lambda pixels: SCALING(pixels).to(dtype),
+        augmentation=job.augmentation,
+        seed=job.seed,
+        penalty=job.penalty,
+        **{"epochs": 2, "batch_size": 32} | options,
+    )
+
+
+def stacked(
+    network: nn.Module, stack: Stack, work: list[Job], *, optimizer=sgd, dtype=torch.float32, rate=0.02, **options
+) -> None:
+    step, state = optimizer(list(network.parameters()), rate)
+    options = {"epochs": 2, "batch_size": 32} | options
+    stacked_loop.train(network, stack, step, state, work, lambda pixels: SCALING(pixels).to(dtype), **options)
+
+
+def own_networks(spec: str, dtype: torch.dtype = torch.float32, count: int = len(SIZES)) -> list[nn.Module]:
+    return [module(spec, seed, dtype) for seed in range(count)]
+
+
+def stack_of(networks: list[nn.Module]) -> tuple[Stack, nn.Module]:
+    stack = Stack(len(networks))
+    return stack, stack.add(networks[0], [each.state_dict() for each in networks])
+
+
+def difference(network: nn.Module, own: list[nn.Module]) -> float:
+    """The largest difference of a weight."""
+    return max(
+        (weights_of(network, k)[name] - tensor).abs().max().item()
+        for k, each in enumerate(own)
+        for name, tensor in each.state_dict().items()
+    )
+
+
+def after_training(spec: str, work: list[Job], *, wrap=lambda network: network, **options) -> float:
+    """The largest difference between the plain loop and the stack after training."""
+    own = own_networks(spec, options.get("dtype", torch.float32), len(work))
+    stack, network = stack_of(own)
+    stacked(wrap(network), stack, work, **options)
+    assert difference(network, own) > 1e-3
+    for each, job in zip(own, work, strict=True):
+        plain(wrap(each), job, **options)
+    return difference(network, own)
+
+
+@pytest.mark.parametrize("precision", [SINGLE, DOUBLE], ids=["float32", "float64"])
+@pytest.mark.parametrize("spec", ["cnn:width=8", "resnet8:width=8", "vit-tiny:width=32,depth=2", "BatchNorm"])
+def test_clients_of_all_sizes(spec, precision):
+    options, limit = precision
+    spec = spec.replace("BatchNorm", "resnet8:width=8,norm=batch")
+    assert after_training(spec, jobs(), **options) <= limit
+
+
+@pytest.mark.parametrize("spec", ["cnn:width=8,norm=batch", "resnet20:width=8", "resnet32:width=8", "resnet56:width=8"])
+def test_deeper_networks(spec):
+    options, limit = DOUBLE
+    assert after_training(spec, jobs((33, 1, 32, 31), pixels=8), **options) <= limit
+
+
+@pytest.mark.parametrize("name", ["resnet", "mobilenet_v2", "mobilenet_v3_small"])
+def test_networks_of_torchvision(name, monkeypatch):
+    """Narrow ones. The MobileNets have dropout; each client draws what it draws on its own."""
+
+    def build(*_):
+        if name == "resnet":
+            return library.ResNet(library.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
+        return library.get_model(name, width_mult=0.25, num_classes=10)
+
+    monkeypatch.setattr(models, "build", build)
+    options, limit = DOUBLE
+    assert after_training("", jobs((31, 1, 33), pixels=32), **options | {"rate": 1e-3}) <= limit
+
+
+def test_penalties():
+    """FedProx for one client, SCAFFOLD for another, none for the rest."""
+    start = own_networks("cnn:width=8", torch.float64)[0].state_dict()
+    slope = {name: 0.1 * torch.ones_like(tensor) for name, tensor in start.items()}
+
+    def penalty(client: int) -> loop.Penalty | None:
+        return {0: loop.linear(slope), 2: loop.proximal(0.5, start)}.get(client)
+
+    options, limit = DOUBLE
+    assert after_training("cnn:width=8", jobs(penalty=penalty), **options) <= limit
+
+
+def test_joint_training_on_labels_and_soft_labels():
+    """As in Cronus: the loss selects samples by their targets, and the images with soft labels are not augmented."""
+    generator = torch.Generator().manual_seed(9)
+    work = []
+    for job in jobs():
+        soft = torch.randn(len(job.targets), 10, generator=generator).softmax(-1)
+        labels = F.one_hot(job.targets, 10).float()
+        work.append(
+            dataclasses.replace(
+                job,
+                pixels=torch.cat([job.pixels, job.pixels.flip(1)]),
+                targets=torch.cat([F.pad(labels, (0, 1)), F.pad(soft, (0, 1), value=1.0)]),
+                objective=trainer._joint(F.cross_entropy, cross_entropy),
+                augmentation=Augmentation(True, True, first=len(job.pixels)),
+            )
+        )
+    options, limit = DOUBLE
+    assert after_training("cnn:width=8", work, **options) <= limit
+
+
+def test_objectives_on_embeddings():
+    def objective(client: int) -> loop.Objective:
+        return lambda output, labels: F.cross_entropy(output[0], labels) + client * output[1].square().mean()
+
+    options, limit = DOUBLE
+    assert after_training("cnn:width=8", jobs(objective=objective), wrap=Embedded, **options) <= limit
+
+
+@pytest.mark.parametrize("term", [Features("hint"), Features("vid"), Features("attention"), Relations("rkd")])
+def test_losses_on_layers_of_a_teacher(term, monkeypatch):
+    """As in ``mentor``: each client has its own teacher, and its own adapters with an optimizer of their own."""
+    monkeypatch.setattr(stacked_loop, "DONE", 2.0)  # those that are done stay
+    options, limit = DOUBLE
+    dtype, rate, work = options["dtype"], options["rate"], jobs((31, 1, 70, 33))
+    students, teachers = own_networks("cnn:width=8", count=4), own_networks("resnet8:width=8,norm=batch", count=4)
+    for network in (*students, *teachers):
+        network.to(dtype)
+    both = []
+    for student, teacher, job in zip(students, teachers, work, strict=True):
+        sample = SCALING(job.pixels[:2]).to(dtype)
+        teacher.eval().requires_grad_(False)
+        both.append(DistillationObjective(student, [teacher], [term], sample, job.targets).to(dtype))
+    adapters = copy.deepcopy([each.terms.state_dict() for each in both])
+    stack, student = stack_of(students)
+    teacher = stack.add(teachers[0], [each.state_dict() for each in teachers])
+    network = Taught(WatchedModel(student, both[0].student.names), [WatchedModel(teacher, both[0].teachers[0].names)])
+    work = [
+        dataclasses.replace(
+            job,
+            targets=torch.stack([job.targets, torch.arange(len(job.targets))], 1),
+            objective=each.loss,
+            step=sgd(list(each.terms.parameters()), rate)[0] if adapters[0] else None,
+        )
+        for job, each in zip(work, both, strict=True)
+    ]
+    stacked(network, stack, work, **options)
+    trained = [each.terms.state_dict() for each in copy.deepcopy(both)]
+    for each, job, state in zip(both, work, adapters, strict=True):
+        each.terms.load_state_dict(state)
+        plain(each, job, **options)
+        state.update(each.terms.state_dict())
+    assert difference(student, students) <= limit
+    for ours, theirs in zip(trained, adapters, strict=True):
+        assert all((ours[name] - theirs[name]).abs().max() <= limit for name in theirs)
+
+
+def test_distillation_with_adam_and_averaged_weights():
+    options, limit = DOUBLE
+    work = jobs(augmentation=lambda _: Augmentation())
+    assert after_training("cnn:width=8", work, optimizer=adam, average=True, epochs=3, **options) <= limit
+
+
+def test_clients_leave_or_stay_with_the_same_result(monkeypatch):
+    """Those that are done stay in the stack to the end if no share of it is enough to leave."""
+    results, logits = [], []
+    for share in (0.0, 2.0):
+        monkeypatch.setattr(stacked_loop, "DONE", share)
+        own = own_networks("resnet8:width=8,norm=batch", torch.float64)
+        stack, network = stack_of(own)
+        stacked(network, stack, jobs(), dtype=torch.float64)
+        results.append([weights_of(network, k) for k in range(len(SIZES))])
+        images = [job.pixels for job in jobs()]
+        logits.append(stacked_loop.predict(network, stack, images, lambda pixels: SCALING(pixels).double()))
+    for one, other in zip(*results, strict=True):
+        assert all((one[name] - other[name]).abs().max() <= 1e-10 for name in one)
+    assert all(map(torch.allclose, *logits))
+
+
+def test_two_runs_give_the_same_bits_and_torchs_own_random_numbers_are_not_drawn():
+    results = []
+    before = torch.get_rng_state()
+    for _ in range(2):
+        own = own_networks("resnet8:width=8,norm=batch")
+        stack, network = stack_of(own)
+        stacked(network, stack, jobs())
+        results.append([tensor.clone() for tensor in stack.tensors])
+    assert all(map(torch.equal, *results))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("spec", ["cnn:width=8,norm=batch", "vit-tiny:width=32,depth=2"])
+def test_prediction(spec):
+    own = own_networks(spec, count=3)
+    stack, network = stack_of(own)
+    images = [job.pixels for job in jobs((70, 1, 33))]
+    for pixels in (images, [images[0]] * 3):
+        seen = stacked_loop.predict(network.train(), stack, pixels, SCALING)
+        for logits, each, its in zip(seen, own, pixels, strict=True):
+            assert torch.allclose(logits, loop.predict(each, its, SCALING), atol=1e-5)
+            assert not logits.is_inference()
+
+
+class Scaled(nn.Module):
+    """A container with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, x):
+        return x * self.factor
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (Scaled(), "Scaled"),
+        (nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), "Conv2d"),
+        (nn.InstanceNorm2d(3, affine=True), "InstanceNorm2d"),
+        (nn.BatchNorm2d(3, affine=False, track_running_stats=False), "BatchNorm2d"),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), "ParametrizedConv2d"),
+        (nn.GRU(3, 3), "GRU"),
+    ],
+)
+def test_what_cannot_be_stacked_is_refused(layer, name):
+    with pytest.raises(NotStackable, match=rf"0 \({name}\)"):
+        stack_of([nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(10))])
+
+
+class Centered(nn.Module):
+    """A sample depends on the others of its batch."""
+
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+class Functional(nn.Conv2d):
+    """A container that uses the weights of a layer itself."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.layer = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x):
+        return F.conv2d(x, 2 * self.layer.weight)
+
+
+@pytest.mark.parametrize(("layer", "message"), [(Centered(), "differ"), (Functional(), "fails"), (nn.GRU(3, 3), "GRU")])
+def test_a_stack_is_compared_with_its_networks(layer, message):
+    x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    rest = [nn.Dropout(0.3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 10)]
+    check(nn.Sequential(*rest), x)
+    with pytest.raises(NotStackable, match=message):
+        check(nn.Sequential(layer, nn.AdaptiveAvgPool2d(8), *rest), x)
+
+
+@pytest.mark.parametrize("drawing", [nn.Dropout2d(0.5), nn.RReLU()])
+def test_a_network_that_draws_random_numbers_is_refused(drawing):
+    network = nn.Sequential(drawing, nn.Flatten(), nn.Linear(3 * 256, 10))
+    stack, network = stack_of([network, network])
+    with pytest.raises(NotStackable, match="random numbers"):
+        stacked(network, stack, jobs((8, 8)))
+
+
+def test_layers_that_share_a_parameter_share_it_in_the_stack():
+    layer = nn.Linear(4, 4)
+    tied = nn.Sequential(layer, nn.Linear(4, 4), layer)
+    tied[1].weight = layer.weight
+    _, network = stack_of([tied, tied])
+    assert network[1].weight is network[0].weight
+    assert network[2] is network[0]
+    assert len(list(network.parameters())) == 3
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("spec", ["cnn:width=8", "resnet8:width=8,norm=batch", "vit-tiny:width=32,depth=2"])
+def test_on_a_gpu_stacked_equals_plain_and_two_runs_give_the_same_bits(spec):
+    options, limit = DOUBLE
+    own, runs = [each.cuda() for each in own_networks(spec, torch.float64)], []
+    for _ in range(2):
+        stack, network = stack_of(own)
+        stacked(network, stack, jobs(), **options)
+        runs.append([tensor.clone() for tensor in stack.tensors])
+    assert all(map(torch.equal, *runs))
+    for each, job in zip(own, jobs(), strict=True):
+        plain(each, job, **options)
+    assert difference(network, [each.cpu() for each in own]) <= limit
+
+
+@needs_gpu
+@pytest.mark.parametrize("optimizer", [sgd, adam])
+def test_no_step_waits_for_the_gpu(optimizer, monkeypatch):
+    """After the first one of the same clients, for which the batches are uploaded."""
+    original = stacked_loop._steps
+
+    def watched(*arguments):
+        steps = original(*arguments)
+        yield next(steps)
+        while True:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                next(steps)
+            except StopIteration:
+                return
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            yield
+
+    monkeypatch.setattr(stacked_loop, "_steps", watched)
+    stack, network = stack_of([each.cuda() for each in own_networks("resnet8:width=8,norm=batch")])
+    stacked(network, stack, jobs(), optimizer=optimizer)
