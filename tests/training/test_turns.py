@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from fedkd.training import turns
+
+
+def counting(requests: int, log: list):
+    """A task that asks so many times."""
+
+    def task():
+        assert turns.is_task()
+        seen = []
+        for number in range(requests):
+            log.append((requests, number))
+            seen.append(turns.ask((requests, number)))
+        return seen
+
+    return task
+
+
+def test_what_all_tasks_ask_for_is_executed_at_once_in_their_order():
+    executed, log = [], []
+
+    def execute(requests):
+        executed.append(list(requests))
+        return [10 * a + b for a, b in requests]
+
+    results = turns.run([counting(n, log) for n in (2, 0, 3, 1)], execute)
+    assert results == [[20, 21], [], [30, 31, 32], [10]]
+    assert executed == [[(2, 0), (3, 0), (1, 0)], [(2, 1), (3, 1)], [(3, 2)]]
+    assert log == [request for batch in executed for request in batch]
+    assert not turns.is_task()
+
+
+def test_an_exception_is_that_of_one_task():
+    def catching():
+        try:
+            turns.ask("bad")
+        except ValueError:
+            return turns.ask("good")
+
+    def failing():
+        raise KeyError("own")
+
+    def execute(requests):
+        return [ValueError(request) if request == "bad" else request for request in requests]
+
+    results = turns.run([catching, lambda: turns.ask("bad"), lambda: turns.ask("good"), failing], execute)
+    assert results[0] == results[2] == "good"
+    assert isinstance(results[1], ValueError)
+    assert isinstance(results[3], KeyError)
