@@ -121,7 +121,8 @@ def graphed(job: Job) -> Weights:
     start = {name: value.clone() for name, value in job.module.state_dict().items()}
     parameters = list(job.module.parameters())
     velocities = [torch.zeros_like(p) for p in parameters]
-    client = torch.zeros((), dtype=torch.int64, device=job.labels.device)
+    # One element: an index without a dimension would be copied to the host, which cannot be captured.
+    client = torch.zeros(1, dtype=torch.int64, device=job.labels.device)
 
     def step(rows: Tensor) -> None:
         pixels, labels = job.pixels[client, rows[0]], job.labels[client, rows[0]]
@@ -152,6 +153,7 @@ def _captured(step: Callable[[Tensor], None], rows: Tensor, changed: list[Tensor
     before = [tensor.detach().clone() for tensor in changed]
     static_rows, graph = rows.clone(), torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step(static_rows)

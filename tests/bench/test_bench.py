@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedkd import models
@@ -143,6 +144,30 @@ def test_clients_trained_in_the_same_kernels_get_the_weights_of_the_plain_loop(m
         assert torch.allclose(together[name], separate[name], rtol=1e-4, atol=1e-5), name
         assert not torch.allclose(separate[name][0], start, rtol=1e-4, atol=1e-5)
         assert not torch.equal(separate[name][0], separate[name][1])
+
+
+class _NoCopyToHost(TorchDispatchMode):
+    """Refuses what cannot be captured in a CUDA graph: a copy of a number to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("implementation", [name for name in gpu.IMPLEMENTATIONS if name.endswith("graphed")])
+def test_a_step_that_is_captured_copies_nothing_to_the_host(monkeypatch, implementation):
+    def captured(step, rows, changed):
+        def replay(rows):
+            with _NoCopyToHost():
+                step(rows)
+
+        return replay
+
+    monkeypatch.setattr(gpu, "_captured", captured)
+    job = gpu.Job.of("cnn:width=8", clients=2, images=64, device="cpu")
+    separate, weights = gpu.plain(job), gpu.IMPLEMENTATIONS[implementation](job)
+    for name in separate:
+        assert torch.allclose(weights[name], separate[name], rtol=1e-4, atol=1e-5), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
