@@ -1,0 +1,273 @@
+"""Convolution for K stacked clients, each with its own weights, in one kernel (Triton; on a GPU).
+
+``conv2d`` is an operator of PyTorch with a gradient, so it can be compiled and captured. Its results are bitwise
+repeatable, and a client's results do not depend on the other clients: sizes of blocks are functions of a layer's shape
+and type, and partial sums are added in a fixed order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Precision = Literal["ieee", "tf32"]
+
+
+class Tile(NamedTuple):
+    """How much a program of a kernel computes: blocks of a product, powers of two from 16."""
+
+    positions: int
+    elements: int
+    outputs: int
+    warps: int
+    stages: int
+    span: int = 0  # only of a weight gradient: the positions of one partial sum, a multiple of `positions`
+
+
+def covers(x: Tensor, groups: int, dilation: tuple[int, int]) -> bool:
+    """Whether ``conv2d`` computes such a convolution of x; if not, use PyTorch's with groups."""
+    runs = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return groups == 1 and dilation == (1, 1) and x.dtype in (torch.float32, torch.bfloat16) and runs and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    precision: Precision,
+) -> Tensor:
+    """The convolution [K*B, O, H', W'] of x [K*B, C, H, W] with each client's weight [K, O, C, h, w] and bias [K, O].
+
+    x is float32 or bfloat16, which is also the type of the result; both are in channels_last memory. Weights, their
+    gradients and all sums are float32; ``precision`` is that of products of float32. Weights may have any strides.
+    The fastest are those of ``taps_first``, which the gradient has.
+    """
+    y: Tensor = _conv2d(x, weight, bias, stride, padding, precision)
+    return y
+
+
+def taps_first(weight: Tensor) -> Tensor:
+    """The weight [K, O, C, h, w], in memory [K, h, w, C, O]."""
+    return weight.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2)
+
+
+@torch.library.custom_op("fedkd::conv2d", mutates_args=())
+def _conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], precision: str
+) -> Tensor:
+    tile = convolution_tile(weight.shape[2], weight.shape[1], weight.shape[3:], x.dtype, precision)
+    return run_convolution(x, weight, bias, stride, padding, precision, tile)
+
+
+@_conv2d.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], precision: str
+) -> Tensor:
+    return _images(x, weight.shape[1], _result_size(x, weight, stride, padding))
+
+
+@torch.library.custom_op("fedkd::conv2d_input_gradient", mutates_args=())
+def _input_gradient(
+    gradient: Tensor, weight: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int], precision: str
+) -> Tensor:
+    tile = convolution_tile(weight.shape[1], weight.shape[2], weight.shape[3:], gradient.dtype, precision)
+    return run_convolution(gradient, weight.transpose(1, 2), None, stride, padding, precision, tile, gradient_of=size)
+
+
+@_input_gradient.register_fake
+def _(
+    gradient: Tensor, weight: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int], precision: str
+) -> Tensor:
+    return _images(gradient, weight.shape[2], size)
+
+
+@torch.library.custom_op("fedkd::conv2d_weight_gradient", mutates_args=())
+def _weight_gradient(
+    x: Tensor,
+    gradient: Tensor,
+    clients: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    precision: str,
+) -> Tensor:
+    tile = weight_gradient_tile(x.shape[1], gradient.shape[1], kernel, x.dtype, precision)
+    return run_weight_gradient(x, gradient, clients, kernel, stride, padding, precision, tile)
+
+
+@_weight_gradient.register_fake
+def _(
+    x: Tensor,
+    gradient: Tensor,
+    clients: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    precision: str,
+) -> Tensor:
+    return _weights(x, gradient, clients, kernel)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, ctx.stride, ctx.padding, ctx.precision = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    clients, _, _, *kernel = weight.shape
+    of_x = of_weight = of_bias = None
+    if ctx.needs_input_grad[0]:
+        of_x = _input_gradient(gradient, weight, x.shape[2:], ctx.stride, ctx.padding, ctx.precision)
+    if ctx.needs_input_grad[1]:
+        of_weight = _weight_gradient(x, gradient, clients, kernel, ctx.stride, ctx.padding, ctx.precision)
+    if ctx.needs_input_grad[2]:
+        # A bias is the weight of a constant input. In a sum of PyTorch the order may depend on the number of clients.
+        ones = _images(gradient, 1, gradient.shape[2:]).fill_(1)
+        of_bias = _weight_gradient(ones, gradient, clients, (1, 1), (1, 1), (0, 0), "ieee").flatten(1)
+    return of_x, of_weight, of_bias, None, None, None
+
+
+_conv2d.register_autograd(_backward, setup_context=_save)
+
+
+def _result_size(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> list[int]:
+    sizes = zip(x.shape[2:], weight.shape[3:], stride, padding, strict=True)
+    return [(size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in sizes]
+
+
+def _images(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+    shape = (like.shape[0], channels, *size)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _weights(x: Tensor, gradient: Tensor, clients: int, kernel: Sequence[int]) -> Tensor:
+    memory = torch.empty((clients, *kernel, x.shape[1], gradient.shape[1]), dtype=torch.float32, device=x.device)
+    return memory.permute(0, 4, 3, 1, 2)
+
+
+def run_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    precision: str,
+    tile: Tile,
+    gradient_of: Sequence[int] | None = None,
+) -> Tensor:
+    """The convolution; or the gradient with respect to its input of the size ``gradient_of``, where x is that of y."""
+    from fedkd.training import triton_kernels
+
+    clients, outputs, _, *kernel = weight.shape
+    y = _images(x, outputs, gradient_of or _result_size(x, weight, stride, padding))
+    images = len(x) // clients
+    grid = (_ceil(images * y[0, 0].numel(), tile.positions), _ceil(outputs, tile.outputs), clients)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        triton_kernels.convolve[grid](
+            x.contiguous(memory_format=torch.channels_last),
+            weight,
+            None if bias is None else bias.contiguous(),
+            y,
+            images,
+            *weight.stride(),
+            outputs,
+            *_shape(x, y, kernel, stride, padding),
+            gradient_of is not None,
+            **_options(tile, x.dtype, precision),
+        )
+    return y
+
+
+def run_weight_gradient(
+    x: Tensor,
+    gradient: Tensor,
+    clients: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    precision: str,
+    tile: Tile,
+) -> Tensor:
+    """The gradient [K, O, C, h, w] with respect to the weight, of which ``kernel`` is (h, w)."""
+    from fedkd.training import triton_kernels
+
+    result = _weights(x, gradient, clients, kernel)
+    outputs, size = gradient.shape[1], result[0].numel()
+    images = len(x) // clients
+    count = _ceil(images * gradient[0, 0].numel(), tile.span)
+    parts = result if count == 1 else x.new_empty((clients, count, size), dtype=torch.float32)
+    blocks = _ceil(size // outputs, tile.elements) * _ceil(outputs, tile.outputs)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        triton_kernels.weight_gradient[blocks, count, clients](
+            x.contiguous(memory_format=torch.channels_last),
+            gradient.contiguous(memory_format=torch.channels_last),
+            parts,
+            images,
+            tile.span,
+            outputs,
+            *_shape(x, gradient, kernel, stride, padding),
+            **_options(tile, x.dtype, precision),
+        )
+        if count > 1:
+            triton_kernels.add_parts[_ceil(size, 256), clients](parts, result, count, size, 256)
+    return result
+
+
+def _shape(
+    x: Tensor, y: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[int, ...]:
+    return (*x.shape[1:], *y.shape[2:], *kernel, *stride, *padding)
+
+
+def _options(tile: Tile, dtype: torch.dtype, precision: str) -> dict[str, Any]:
+    return {
+        "precision": precision if dtype == torch.float32 else "ieee",
+        "block_positions": tile.positions,
+        "block_elements": tile.elements,
+        "block_outputs": tile.outputs,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _ceil(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _block(count: int, largest: int) -> int:
+    """The smallest power of two from 16 that holds so many, and at most the largest."""
+    return min(largest, max(16, 1 << (count - 1).bit_length()))
+
+
+def convolution_tile(channels: int, outputs: int, kernel: Sequence[int], dtype: torch.dtype, precision: str) -> Tile:
+    """The tile of a convolution with so many input and output channels; of an input gradient they are exchanged."""
+    elements = channels * kernel[0] * kernel[1]
+    if dtype == torch.float32 and precision == "ieee":  # without tensor cores; larger blocks are slow to compile
+        return Tile(64, 16, _block(outputs, 32), 4, 1)
+    return Tile(128, _block(elements, 32 if dtype == torch.float32 else 64), _block(outputs, 64), 4, 2)
+
+
+def weight_gradient_tile(
+    channels: int, outputs: int, kernel: Sequence[int], dtype: torch.dtype, precision: str
+) -> Tile:
+    """The tile of a weight gradient."""
+    elements = channels * kernel[0] * kernel[1]
+    # Each partial sum is as large as the weights.
+    span = 512 if elements * outputs <= 2**16 else 4096
+    if dtype == torch.float32 and precision == "ieee":
+        return Tile(16, _block(elements, 64), _block(outputs, 32), 4, 1, span)
+    return Tile(64, _block(elements, 128), _block(outputs, 64), 4, 2, span)

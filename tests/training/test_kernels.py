@@ -1,0 +1,153 @@
+"""The kernels for stacked clients, in Triton's interpreter on a CPU, and on a GPU if there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch.nn import functional
+
+from fedkd.training import kernels
+from tests.conftest import ROOT
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+needs_kernels = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs Triton's interpreter or a GPU")
+
+# Clients, images of each, input channels, output channels, size of the images, kernel, stride, padding.
+LAYERS = {
+    "3x3": (3, 2, 16, 16, (8, 8), (3, 3), (1, 1), (1, 1)),
+    "three channels, odd size": (3, 2, 3, 16, (7, 9), (3, 3), (1, 1), (1, 1)),
+    "stride 2": (3, 2, 5, 20, (9, 8), (3, 3), (2, 2), (1, 1)),
+    "1x1": (2, 3, 7, 33, (5, 5), (1, 1), (1, 1), (0, 0)),
+    "1x1, stride 2": (2, 2, 16, 32, (7, 8), (1, 1), (2, 2), (0, 0)),
+    "5x5": (1, 3, 4, 6, (7, 7), (5, 5), (1, 1), (2, 2)),
+    "7x7, stride 2": (2, 1, 3, 8, (13, 13), (7, 7), (2, 2), (3, 3)),
+    "rectangles": (2, 2, 6, 10, (8, 11), (3, 2), (2, 3), (0, 1)),
+    "padding larger than the kernel": (2, 1, 2, 3, (4, 4), (2, 2), (1, 1), (2, 3)),
+    "one image, one client": (1, 1, 3, 1, (3, 3), (3, 3), (1, 1), (0, 0)),
+    "several blocks of channels": (1, 1, 72, 70, (2, 3), (3, 3), (1, 1), (1, 1)),
+    "several partial sums": (2, 2, 3, 4, (18, 16), (3, 3), (1, 1), (1, 1)),
+}
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_kernels_in_the_interpreter():
+    """The tests below in another process: Triton reads the variable when it is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__]
+    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+def layer(name, dtype=torch.float32, bias=True):
+    """Random x, weight, bias and gradient of the result, and the other arguments of a layer."""
+    clients, images, channels, outputs, size, kernel, stride, padding = LAYERS[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    x = random(clients * images, channels, *size).to(dtype, memory_format=torch.channels_last)
+    weight, biases = random(clients, outputs, channels, *kernel), random(clients, outputs) if bias else None
+    rows, columns = ((s + 2 * p - k) // t + 1 for s, k, t, p in zip(size, kernel, stride, padding, strict=True))
+    gradient = random(clients * images, outputs, rows, columns).to(dtype, memory_format=torch.channels_last)
+    return x, weight, biases, gradient, stride, padding
+
+
+def gradients(y, inputs, gradient):
+    """The result and the gradients with respect to all inputs that are there."""
+    inputs = [tensor for tensor in inputs if tensor is not None]
+    return [y.detach(), *torch.autograd.grad(y, inputs, gradient)]
+
+
+def computed(x, weight, bias, gradient, stride, padding, precision="ieee"):
+    inputs = [None if tensor is None else tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+    return gradients(kernels.conv2d(*inputs, stride, padding, precision), inputs, gradient)
+
+
+def expected(x, weight, bias, gradient, stride, padding):
+    """PyTorch's convolution in float64, client by client; the same results as those of ``computed``."""
+    x, weight, bias, gradient = (
+        tensor if tensor is None else tensor.detach().cpu().double() for tensor in (x, weight, bias, gradient)
+    )
+    inputs = [tensor if tensor is None else tensor.requires_grad_() for tensor in (x, weight, bias)]
+    biases = [None] * len(weight) if bias is None else bias
+    parts = zip(x.chunk(len(weight)), weight, biases, strict=True)
+    y = torch.cat([functional.conv2d(part, w, b, stride, padding) for part, w, b in parts])
+    return gradients(y, inputs, gradient)
+
+
+def assert_close(results, references, tolerance):
+    """Up to rounding, relative to the largest number of each result."""
+    for result, reference in zip(results, references, strict=True):
+        assert result.shape == reference.shape
+        assert (result.cpu().double() - reference).abs().max() <= tolerance * reference.abs().max()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("name", "precision"), [(name, "tf32") for name in LAYERS] + [("rectangles", "ieee")])
+def test_a_convolution_equals_that_of_each_client(name, precision):
+    arguments = layer(name)
+    results = computed(*arguments, precision)
+    # The interpreter computes products of "tf32" in float32, too.
+    assert_close(results, expected(*arguments), 1e-6 if INTERPRETED or precision == "ieee" else 3e-3)
+    assert {tensor.dtype for tensor in results} == {torch.float32}
+    assert results[0].is_contiguous(memory_format=torch.channels_last)
+    assert results[2].stride() == kernels.taps_first(results[2]).stride()
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["three channels, odd size", "stride 2"])
+def test_a_convolution_of_bfloat16_has_float32_sums_and_gradients_of_weights(name):
+    x, weight, _, gradient, *rest = layer(name, torch.bfloat16, bias=False)
+    weight = weight.bfloat16().float()
+    results = computed(x, weight, None, gradient, *rest)
+    assert [tensor.dtype for tensor in results] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    references = expected(x, weight, None, gradient, *rest)
+    assert_close(results[:2], references[:2], 2**-7)  # the interpreter rounds to bfloat16 towards zero
+    assert_close(results[2:], references[2:], 1e-6)
+
+
+@needs_kernels
+def test_results_depend_neither_on_strides_nor_on_other_clients_and_repeat():
+    x, weight, bias, gradient, *rest = layer("several partial sums")
+    results = computed(x, weight, bias, gradient, *rest)
+    again = computed(x.contiguous(), kernels.taps_first(weight), bias, gradient.contiguous(), *rest)
+    assert all(map(torch.equal, results, again))
+    last = computed(*(tensor.tensor_split(2)[1] for tensor in (x, weight, bias, gradient)), *rest)
+    assert all(torch.equal(result.tensor_split(2)[1], part) for result, part in zip(results, last, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_operator_can_be_compiled(bias):
+    """Its fake tensors and gradients, as PyTorch checks them."""
+    x, weight, bias, _, stride, padding = layer("one image, one client", bias=bias)
+    tensors = [tensor if tensor is None else tensor.requires_grad_() for tensor in (x, weight, bias)]
+    torch.library.opcheck(kernels._conv2d, (*tensors, stride, padding, "ieee"))
+
+
+def test_what_the_kernels_do_not_cover(monkeypatch):
+    x = torch.zeros(1, 3, 4, 4, device=DEVICE)
+    monkeypatch.setattr(kernels, "_has_triton", lambda: True)
+    assert kernels.covers(x, 1, (1, 1)) == (INTERPRETED or DEVICE == "cuda")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.covers(x.bfloat16(), 1, (1, 1))
+    assert not kernels.covers(x, 3, (1, 1))
+    assert not kernels.covers(x, 1, (1, 2))
+    assert not kernels.covers(x.double(), 1, (1, 1))
+    monkeypatch.setattr(kernels, "_has_triton", lambda: False)
+    assert not kernels.covers(x, 1, (1, 1))
+
+
+def test_triton_is_imported_at_the_first_use():
+    code = "import sys, torch; from fedkd.training import kernels; kernels.covers(torch.zeros(1), 1, (1, 1))"
+    code += "; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "False\n"
