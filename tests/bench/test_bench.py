@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedkd import models
-from fedkd.bench import bare, gpu, report, stacks
+from fedkd.bench import bare, gpu, kernels, report, stacks
 from fedkd.bench.__main__ import plan
 from fedkd.bench.stacks import Work
 from fedkd.core import tensors
@@ -177,3 +179,18 @@ def test_every_implementation_on_a_gpu_has_the_weights_of_the_plain_loop(impleme
     separate, weights = gpu.plain(job), gpu.IMPLEMENTATIONS[implementation](job)
     for name in separate:
         assert torch.allclose(weights[name], separate[name], rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.parametrize("model", ["resnet8", "resnet20", "cnn"])
+def test_the_layers_whose_kernels_are_measured_are_those_of_the_models(model):
+    found = Counter()
+
+    def count(layer, inputs, output):
+        if isinstance(layer, nn.Conv2d):
+            found[
+                layer.in_channels, layer.out_channels, inputs[0].shape[-1], layer.kernel_size[0], layer.stride[0]
+            ] += 1
+
+    with torch.device("meta"), nn.modules.module.register_module_forward_hook(count):
+        models.build(model, 10, "group")(torch.empty(1, 3, 32, 32))
+    assert found == {layer: counts[model] for layer, counts in kernels.LAYERS.items() if model in counts}

@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fedkd.bench import kernels as bench
 from fedkd.training import kernels
 from tests.conftest import ROOT
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_kernels = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs Triton's interpreter or a GPU")
+# The interpreter computes "tf32" in float32, too, and rounds to bfloat16 towards zero.
+TOLERANCES = {"ieee": 1e-6, "tf32": 1e-6 if INTERPRETED else 3e-3, "bfloat16": 2**-7}
 
 # Clients, images of each, input channels, output channels, size of the images, kernel, stride, padding.
 LAYERS = {
@@ -95,8 +98,7 @@ def assert_close(results, references, tolerance):
 def test_a_convolution_equals_that_of_each_client(name, precision):
     arguments = layer(name)
     results = computed(*arguments, precision)
-    # The interpreter computes products of "tf32" in float32, too.
-    assert_close(results, expected(*arguments), 1e-6 if INTERPRETED or precision == "ieee" else 3e-3)
+    assert_close(results, expected(*arguments), TOLERANCES[precision])
     assert {tensor.dtype for tensor in results} == {torch.float32}
     assert results[0].is_contiguous(memory_format=torch.channels_last)
     assert results[2].stride() == kernels.taps_first(results[2]).stride()
@@ -110,8 +112,8 @@ def test_a_convolution_of_bfloat16_has_float32_sums_and_gradients_of_weights(nam
     results = computed(x, weight, None, gradient, *rest)
     assert [tensor.dtype for tensor in results] == [torch.bfloat16, torch.bfloat16, torch.float32]
     references = expected(x, weight, None, gradient, *rest)
-    assert_close(results[:2], references[:2], 2**-7)  # the interpreter rounds to bfloat16 towards zero
-    assert_close(results[2:], references[2:], 1e-6)
+    assert_close(results[:2], references[:2], TOLERANCES["bfloat16"])
+    assert_close(results[2:], references[2:], TOLERANCES["ieee"])
 
 
 @needs_kernels
@@ -122,6 +124,26 @@ def test_results_depend_neither_on_strides_nor_on_other_clients_and_repeat():
     assert all(map(torch.equal, results, again))
     last = computed(*(tensor.tensor_split(2)[1] for tensor in (x, weight, bias, gradient)), *rest)
     assert all(torch.equal(result.tensor_split(2)[1], part) for result, part in zip(results, last, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", bench.PRECISIONS)
+def test_the_benchmark_of_kernels_finds_small_errors(precision):
+    found = bench.errors(bench.Layer(5, 20, 6, 3, 2), precision, clients=2, images=2)
+    assert set(found) == set(bench.PASSES)
+    for errors in found.values():
+        assert 0 < errors["error"] < TOLERANCES[precision]
+        assert errors["repeats"]
+        assert errors["equal alone"]
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", bench.PASSES)
+def test_every_tile_of_a_sweep_computes_the_same(name):
+    case = bench.Case(bench.Layer(3, 17, 4, 3, 1), "tf32", 1, 1)
+    reference = case.reference(torch.float64)[name].cpu()
+    for tile in case.candidates(name):
+        assert_close([case.run(name, tile)], [reference], TOLERANCES["tf32"])
 
 
 @needs_kernels
