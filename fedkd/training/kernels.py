@@ -32,8 +32,13 @@ class Tile(NamedTuple):
 
 def covers(x: Tensor, groups: int, dilation: tuple[int, int]) -> bool:
     """Whether ``conv2d`` computes such a convolution of x; if not, use PyTorch's with groups."""
+    return groups == 1 and dilation == (1, 1) and is_available(x)
+
+
+def is_available(x: Tensor) -> bool:
+    """Whether there are kernels for the device and the type of x."""
     runs = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return groups == 1 and dilation == (1, 1) and x.dtype in (torch.float32, torch.bfloat16) and runs and _has_triton()
+    return runs and x.dtype in (torch.float32, torch.bfloat16) and _has_triton()
 
 
 @cache
@@ -222,9 +227,19 @@ def run_weight_gradient(
             *_shape(x, gradient, kernel, stride, padding),
             **_options(tile, x.dtype, precision),
         )
-        if count > 1:
-            triton_kernels.add_parts[_ceil(size, 256), clients](parts, result, count, size, 256)
+    if count > 1:
+        add_parts(parts, result)
     return result
+
+
+def add_parts(parts: Tensor, result: Tensor) -> None:
+    """Write the sums of parts [K, count, ...] into the memory of the result, which has K times their size."""
+    from fedkd.training import triton_kernels
+
+    clients, count = parts.shape[:2]
+    size = parts[0, 0].numel()
+    with torch.cuda.device_of(parts):  # type: ignore[no-untyped-call]
+        triton_kernels.add_parts[_ceil(size, 256), clients](parts, result, count, size, 256)
 
 
 def _shape(

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from fedkd.bench import kernels as bench
-from fedkd.training import kernels
+from fedkd.training import kernels, norm_kernels
 from tests.conftest import ROOT
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -155,6 +155,68 @@ def test_the_operator_can_be_compiled(bias):
     torch.library.opcheck(kernels._conv2d, (*tensors, stride, padding, "ieee"))
 
 
+# Clients, images of each, channels, groups, size of the images.
+NORMS = {
+    "groups of eight": (2, 2, 16, 2, (5, 3)),
+    "three groups": (3, 1, 24, 3, (4, 4)),
+    "more than one block": (2, 2, 130, 13, (3, 1)),
+    "one group": (1, 2, 7, 1, (9, 9)),
+    "one large group": (1, 1, 96, 1, (8, 8)),
+}
+
+
+def normalized(name, dtype=torch.float32, shortcut=True, relu=True, only=slice(None)):
+    """The result and gradients of the kernel, and of PyTorch in float64, client by client."""
+    clients, images, channels, groups, size = NORMS[name]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(clients, images, channels, *size)] * 3 + [(clients, channels)] * 2
+    x, gradient, addend, weight, bias = (torch.randn(shape, generator=generator).to(DEVICE)[only] for shape in shapes)
+    x, gradient, addend = (t.flatten(0, 1).to(dtype, memory_format=torch.channels_last) for t in (x, gradient, addend))
+    inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias, addend)[: 4 if shortcut else 3]]
+    y = norm_kernels.group_norm(*inputs[:3], groups, 1e-5, inputs[3] if shortcut else None, relu)
+    exact = [tensor.detach().cpu().double().requires_grad_() for tensor in inputs]
+    parts = zip(exact[0].chunk(len(weight)), exact[1], exact[2], strict=True)
+    reference = torch.cat([functional.group_norm(part, groups, w, b) for part, w, b in parts])
+    reference = reference + exact[3] if shortcut else reference
+    reference = reference.relu() if relu else reference
+    return gradients(y, inputs, gradient), gradients(reference, exact, gradient.cpu().double())
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+def test_group_normalization_equals_that_of_each_client(name, shortcut, relu):
+    results, references = normalized(name, shortcut=shortcut, relu=relu)
+    assert_close(results, references, TOLERANCES["ieee"])
+    assert results[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_kernels
+def test_group_normalization_of_bfloat16_has_float32_gradients_of_parameters():
+    results, references = normalized("groups of eight", torch.bfloat16)
+    assert_close(results, references, TOLERANCES["bfloat16"])
+    assert [tensor.dtype for tensor in results] == [torch.bfloat16] * 2 + [torch.float32] * 2 + [torch.bfloat16]
+
+
+@needs_kernels
+def test_group_normalization_repeats_and_is_independent_of_other_clients():
+    results, _ = normalized("three groups")
+    again, _ = normalized("three groups")
+    assert all(map(torch.equal, results, again))
+    last, _ = normalized("three groups", only=slice(2, None))
+    assert all(torch.equal(result[-len(part) :], part) for result, part in zip(results, last, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_the_operator_of_group_normalization_can_be_compiled(shortcut):
+    x = torch.randn(2, 4, 3, 3).to(DEVICE, memory_format=torch.channels_last).requires_grad_()
+    weight, bias = (torch.randn(1, 4).to(DEVICE).requires_grad_() for _ in range(2))
+    addend = torch.randn_like(x).requires_grad_() if shortcut else None
+    torch.library.opcheck(norm_kernels._group_norm, (x, weight, bias, addend, 2, 1e-5, True))
+
+
 def test_what_the_kernels_do_not_cover(monkeypatch):
     x = torch.zeros(1, 3, 4, 4, device=DEVICE)
     monkeypatch.setattr(kernels, "_has_triton", lambda: True)
@@ -169,7 +231,9 @@ def test_what_the_kernels_do_not_cover(monkeypatch):
 
 
 def test_triton_is_imported_at_the_first_use():
-    code = "import sys, torch; from fedkd.training import kernels; kernels.covers(torch.zeros(1), 1, (1, 1))"
+    code = (
+        "import sys, torch; from fedkd.training import kernels, norm_kernels; kernels.covers(torch.zeros(1), 1, (1, 1))"
+    )
     code += "; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "False\n"
