@@ -285,4 +285,5 @@ def weight_gradient_tile(
     span = 512 if elements * outputs <= 2**16 else 4096
     if dtype == torch.float32 and precision == "ieee":
         return Tile(16, _block(elements, 64), _block(outputs, 32), 4, 1, span)
-    return Tile(64, _block(elements, 128), _block(outputs, 64), 4, 2, span)
+    # Tensor cores read transposed float32 only from shared memory written by threads, not by asynchronous copies.
+    return Tile(64, _block(elements, 128), _block(outputs, 64), 8, 1 if dtype == torch.float32 else 2, span)

@@ -217,6 +217,58 @@ def test_the_operator_of_group_normalization_can_be_compiled(shortcut):
     torch.library.opcheck(norm_kernels._group_norm, (x, weight, bias, addend, 2, 1e-5, True))
 
 
+class _Compiled:
+    """A kernel that is compiled for an H100 where it would be run."""
+
+    def __init__(self, kernel):
+        self.kernel, self.programs = kernel, []
+
+    def __getitem__(self, grid):
+        def compile_(*arguments, num_warps=4, num_stages=3, **others):
+            import triton
+            from triton.backends.compiler import GPUTarget
+            from triton.compiler import ASTSource
+
+            values = dict(zip(self.kernel.arg_names, arguments, strict=False)) | others
+            types = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+            signature, constants = {}, {}
+            for parameter in self.kernel.params:
+                name, value = parameter.name, values[parameter.name]
+                if parameter.is_constexpr or value is None:
+                    signature[name], constants[name] = "constexpr", value
+                else:
+                    signature[name] = types[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            source = ASTSource(self.kernel, signature, constants)
+            options = {"num_warps": num_warps, "num_stages": num_stages}
+            self.programs.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options))
+
+        return compile_
+
+
+@pytest.mark.skipif(find_spec("triton") is None or INTERPRETED, reason="needs Triton's compiler")
+@pytest.mark.parametrize("precision", bench.PRECISIONS)
+def test_the_kernels_are_compiled_for_a_gpu_without_one(monkeypatch, tmp_path, precision):
+    from fedkd.training import triton_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    names = ("convolve", "weight_gradient", "add_parts", "group_norm", "group_norm_gradient")
+    compiled = {name: _Compiled(getattr(triton_kernels, name)) for name in names}
+    for name in names:
+        monkeypatch.setattr(triton_kernels, name, compiled[name])
+    case = bench.Case(bench.Layer(16, 32, 32, 3, 2), precision, clients=2, images=4)
+    bias, ones = (torch.ones(2, channels, device=DEVICE) for channels in (32, 16))
+    computed(case.x, case.weight, bias, case.gradient, case.stride, case.padding, case.precision)
+    x = case.x.requires_grad_()
+    norm_kernels.group_norm(x, ones, ones, 2, 1e-5, torch.zeros_like(x), True).sum().backward()
+    assert {name: len(kernel.programs) for name, kernel in compiled.items()} == {
+        "convolve": 2,
+        "weight_gradient": 2,
+        "add_parts": 3,
+        "group_norm": 1,
+        "group_norm_gradient": 1,
+    }
+
+
 def test_what_the_kernels_do_not_cover(monkeypatch):
     x = torch.zeros(1, 3, 4, 4, device=DEVICE)
     monkeypatch.setattr(kernels, "_has_triton", lambda: True)
