@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedkd.core.errors import UsageError
 from fedkd.training import kernels, norm_kernels
 from fedkd.training.kernels import Tile
 
@@ -205,7 +206,14 @@ def times(layer: Layer, name: str, precision: str, clients: int, images: int, sw
 
 
 def measure(*, clients: int = 20, images: int = 32, sweep: bool = False) -> None:
-    """Print errors and times of all layers for K clients with B images each, one JSON object a line."""
+    """Print errors and times of all layers for K clients with B images each, one JSON object a line.
+
+    Raises:
+        UsageError: there is no GPU.
+
+    """
+    if not torch.cuda.is_available():
+        raise UsageError("Kernels are measured on a GPU, and PyTorch finds none here; install its CUDA build on one.")
 
     def show(**values: object) -> None:
         print(json.dumps(values), flush=True)

@@ -19,6 +19,7 @@ from fedkd.bench import bare, gpu, kernels, report, stacks
 from fedkd.bench.__main__ import plan
 from fedkd.bench.stacks import Work
 from fedkd.core import tensors
+from fedkd.core.errors import UsageError
 from fedkd.simulate.experiment import prepare
 from fedkd.training import optimizers
 from fedkd.training.losses.logits import kl
@@ -194,3 +195,9 @@ def test_the_layers_whose_kernels_are_measured_are_those_of_the_models(model):
     with torch.device("meta"), nn.modules.module.register_module_forward_hook(count):
         models.build(model, 10, "group")(torch.empty(1, 3, 32, 32))
     assert found == {layer: counts[model] for layer, counts in kernels.LAYERS.items() if model in counts}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_are_measured_on_a_gpu_only():
+    with pytest.raises(UsageError, match="finds none"):
+        kernels.measure()
