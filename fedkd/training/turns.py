@@ -2,7 +2,7 @@
 
 Each task is a thread, but only one runs at a time, in order, until it asks for a computation or ends. When all that
 have not ended have asked, their computations are executed at once, in the caller's thread. So nothing depends on the
-timing of threads, and nothing that they share needs a lock, torch's own random numbers included.
+timing of threads, and nothing that they share needs a lock. Each task has torch's own random numbers to itself.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
 
 _current = threading.local()
 
@@ -63,14 +65,16 @@ class _Turn(threading.Thread):
     def proceeds(self, result: Any) -> bool:
         """Run it on with a result; whether it asks for another one. It ends otherwise."""
         self._result = result
-        self._own.release()
-        self._callers.acquire()
+        with torch.random.fork_rng():
+            self._own.release()
+            self._callers.acquire()
         return not self._is_over
 
     def wait_for(self, request: Any) -> Any:
         self.request = request
-        self._callers.release()
-        self._own.acquire()
+        with torch.random.fork_rng():
+            self._callers.release()
+            self._own.acquire()
         if isinstance(self._result, BaseException):
             raise self._result
         return self._result

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import torch
+
+from fedkd.core.seeds import seeded
 from fedkd.training import turns
 
 
@@ -48,3 +51,29 @@ def test_an_exception_is_that_of_one_task():
     assert results[0] == results[2] == "good"
     assert isinstance(results[1], ValueError)
     assert isinstance(results[3], KeyError)
+
+
+def test_each_task_has_torchs_random_numbers_to_itself():
+    """Also if it asks in the middle of a block with a seed."""
+
+    def drawing(seed):
+        def task():
+            with seeded(seed):
+                first = torch.rand(3)
+                turns.ask(seed)
+                return first.tolist(), torch.rand(3).tolist()
+
+        return task
+
+    def execute(requests):
+        torch.rand(100)
+        return requests
+
+    torch.manual_seed(5)
+    before = torch.rand(1)
+    torch.manual_seed(5)
+    alone = [turns.run([drawing(seed)], execute)[0] for seed in range(3)]
+    assert turns.run([drawing(seed) for seed in range(3)], lambda requests: requests) == alone
+    torch.manual_seed(5)
+    turns.run([drawing(seed) for seed in range(3)], lambda requests: requests)
+    assert torch.equal(torch.rand(1), before)
