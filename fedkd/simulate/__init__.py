@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedkd.core import run_directory, runtime
 from fedkd.core.errors import FedkdError, UsageError
+from fedkd.core.notes import say
 from fedkd.data.partitioners import OWN
 from fedkd.simulate import checks, faults
 
@@ -53,23 +54,38 @@ def _run_locally(config: Config) -> None:
     is_fresh = "torch" not in sys.modules  # nothing has been computed in this process, so it can be forked
     from fedkd.simulate.flower.local_grid import LocalGrid, count_workers
     from fedkd.simulate.rounds import participants
+    from fedkd.training import together
 
     device, out = runtime.device(config.device), Path(config.out)
+    count = count_workers(config.workers, participants(config.clients, config.participation), config.threads, device)
+    crashes = faults.parse(config.faults).crash > 0
+    if together.pays(device) and (option := _isolating(config, count, crashes)):
+        say(f"{option} runs clients in processes of their own; without it they are trained together, which is faster")
     durable = config.checkpoint_every > 0 or (out / "checkpoint").exists()  # those of a resumed run are in it
     with LocalGrid(
         "fedkd.simulate.flower.client_app:app",
         config.clients,
         config.run_config(),
-        count_workers(config.workers, participants(config.clients, config.participation), config.threads, device),
+        count,
         timeout=config.client_timeout,
-        crashes=faults.parse(config.faults).crash > 0,
+        crashes=crashes,
         fork=is_fresh and device == "cpu" and sys.platform == "linux",
+        together=together.pays(device),
         memories=out / ("checkpoint" if durable else "memories"),
         durable=durable,
     ) as grid:
         from fedkd.simulate.flower.server_app import run_on
 
         run_on(grid, config)
+
+
+def _isolating(config: Config, workers: int, crashes: bool) -> str:
+    """The option for which clients cannot run in this process; empty if they can."""
+    if config.client_timeout:
+        return "--client-timeout"
+    if crashes:
+        return "--faults crash"
+    return f"--workers {workers}" if workers > 1 else ""
 
 
 def _run_on_ray(config: Config) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +14,9 @@ from fedkd.core import seeds
 from fedkd.core.errors import DataError
 from fedkd.core.tensors import shapes
 from fedkd.models import checkpoint
-from fedkd.training import loop, optimizers
+from fedkd.training import loop, optimizers, together
+from fedkd.training.stacked_loop import Job
+from fedkd.training.together import Fit, Network, Prediction, TaughtFit, Training, weights_of
 
 if TYPE_CHECKING:
     from fedkd.algorithms.base import Client
@@ -46,7 +46,7 @@ class Trainer:
             DataError: they are in a file that cannot be used, or that has changed since it was used first.
 
         """
-        return _weights(self._initial(model)[0])
+        return weights_of(self._initial(model)[0])
 
     def note(self, model: str) -> str:
         """A sentence on the initial weights of a model, if there is something to know about them."""
@@ -62,31 +62,30 @@ class Trainer:
 
     def misfit(self, model: str, pixels: Tensor) -> str:
         """What a new model returns instead of logits for images [N, H, W, 3], in words; empty if it returns logits."""
-        with seeds.seeded(0):
-            module = _build(model, self.classes, self.config.norm, self.device)
+        module = self._network(model).build()
         return loop.misfit(module, self.scaling(pixels.to(self.device)), self.classes)
 
     def weight_shapes(self, model: str) -> Shapes:
         """The names and shapes of a model's weights."""
-        return shapes(_architecture(model, self.classes, self.config.norm, self.device).state_dict())
+        return shapes(self._network(model).module.state_dict())
 
     def parameter_zeros(self, model: str) -> dict[str, Tensor]:
         """A zero tensor for each parameter of a model, without its buffers."""
-        module = _architecture(model, self.classes, self.config.norm, self.device)
+        module = self._network(model).module
         return {name: torch.zeros(tensor.shape) for name, tensor in module.named_parameters()}
 
     def has_batch_norm(self, model: str) -> bool:
         """Whether a model has BatchNorm layers, so that it is not trained on a single sample (`loop.batch_sizes`)."""
-        return loop.has_batch_norm(_architecture(model, self.classes, self.config.norm, self.device))
+        return loop.has_batch_norm(self._network(model).module)
 
     def check_batch_norm(self, model: str, size: int, option: str) -> None:
         """Raise a `UsageError` if ``option`` gives the model batches of a single sample and it has BatchNorm layers."""
-        module = _architecture(model, self.classes, self.config.norm, self.device)
+        module = self._network(model).module
         loop.check_batch_norm(module, model, size, option)
 
     def steps(self, client: Client) -> int:
         """The number of steps of local training on the client's samples."""
-        module = _architecture(client.model, self.classes, self.config.norm, self.device)
+        module = self._network(client.model).module
         return self.config.local_epochs * len(loop.batch_sizes(module, len(client.data), self.config.batch_size))
 
     def train(
@@ -106,18 +105,17 @@ class Trainer:
         ``soft_labels`` are trained on together with the client's samples: the loss is the mean over both, of
         ``objective`` for the former and ``soft_objective`` for the latter, whose images are not augmented.
         """
-        module = self._module(client.model, weights)
-        model = loop.Embedded(module) if with_embeddings else module
+        output = loop.Embedded if with_embeddings else None
         if soft_labels is None:
-            self._train(model, client.data.pixels, client.data.labels, objective, client, penalty=penalty)
-            return _weights(module)
+            job = self._job(client, client.data.pixels, client.data.labels, objective, penalty=penalty)
+            return self._fit(client, weights, job, output)
         # One tensor of targets for both kinds: one-hot or soft labels, and a last column that is 1 for soft labels.
         labels = nn.functional.one_hot(client.data.labels, self.classes).float()
         targets = [nn.functional.pad(labels, (0, 1)), nn.functional.pad(soft_labels.targets, (0, 1), value=1.0)]
         pixels = torch.cat([client.data.pixels, soft_labels.images])
         joint, private = _joint(objective, soft_objective), len(client.data)
-        self._train(model, pixels, torch.cat(targets), joint, client, penalty=penalty, augment_first=private)
-        return _weights(module)
+        job = self._job(client, pixels, torch.cat(targets), joint, penalty=penalty, augment_first=private)
+        return self._fit(client, weights, job, output)
 
     def train_with_teacher(
         self, client: Client, weights: Tensors, teacher: tuple[str, Tensors], term: Term, adapters: Tensors
@@ -128,44 +126,47 @@ class Trainer:
         """
         from fedkd.training.terms.objective import DistillationObjective
 
-        # Copied before the student is loaded: there is one module per architecture, and both may have the same.
-        teacher_module = copy.deepcopy(self._module(*teacher)).eval().requires_grad_(False)
-        module = self._module(client.model, weights)
-        sample = self.scaling(client.data.pixels[:2].to(self.device))
-        labels = client.data.labels.to(self.device)
-        with seeds.seeded(client.derive("adapters")):
-            both = DistillationObjective(module, [teacher_module], [term], sample, labels).to(self.device)
-        if adapters:
-            both.terms.load_state_dict(dict(adapters))
         targets = torch.stack([client.data.labels, torch.arange(len(client.data))], 1)
-        self._train(both, client.data.pixels, targets, both.loss, client)
-        return _weights(module), _weights(both.terms)
+        job = self._job(client, client.data.pixels, targets, nn.functional.cross_entropy)
 
-    def _train(
+        def taught(module: nn.Module, teacher_module: nn.Module) -> DistillationObjective:
+            sample = self.scaling(client.data.pixels[:2].to(self.device))
+            labels = client.data.labels.to(self.device)
+            with seeds.seeded(client.derive("adapters")):
+                both = DistillationObjective(module, [teacher_module], [term], sample, labels).to(self.device)
+            if adapters:
+                both.terms.load_state_dict(dict(adapters))
+            return both
+
+        how = replace(self._training(client.model), teacher=self._network(teacher[0]))
+        trained: tuple[dict[str, Tensor], dict[str, Tensor]] = together.result(
+            TaughtFit(how, weights, job, teacher[1], taught)
+        )
+        return trained
+
+    def _training(self, model: str, output: type[nn.Module] | None = None) -> Training:
+        """How clients train on their samples."""
+        config = self.config
+        numbers = (config.learning_rate, config.momentum, config.weight_decay)
+        epochs, size = config.local_epochs, config.batch_size
+        return Training(self._network(model), self.scaling, optimizers.sgd, numbers, epochs, size, output=output)
+
+    def _job(
         self,
-        module: nn.Module,
+        client: Client,
         pixels: Tensor,
         targets: Tensor,
         objective: Objective,
-        client: Client,
         *,
         penalty: Penalty | None = None,
         augment_first: int | None = None,
-    ) -> None:
-        config = self.config
-        loop.train(
-            module,
-            optimizers.sgd(list(module.parameters()), config.learning_rate, config.momentum, config.weight_decay),
-            pixels,
-            targets,
-            objective,
-            self.scaling,
-            epochs=config.local_epochs,
-            batch_size=config.batch_size,
-            augmentation=loop.Augmentation(config.augment, self.flip, augment_first),
-            seed=client.derive("fit"),
-            penalty=penalty,
-        )
+    ) -> Job:
+        augmentation = loop.Augmentation(self.config.augment, self.flip, augment_first)
+        return Job(pixels, targets, objective, augmentation, client.derive("fit"), penalty)
+
+    def _fit(self, client: Client, weights: Tensors, job: Job, output: type[nn.Module] | None) -> dict[str, Tensor]:
+        trained: dict[str, Tensor] = together.result(Fit(self._training(client.model, output), weights, job))
+        return trained
 
     def distill(
         self,
@@ -182,37 +183,27 @@ class Trainer:
 
         Without augmentation, since the targets belong to exactly these pixels. ``average``: see `loop.train`.
         """
-        module = self._module(model, weights)
-        loop.train(
-            module,
-            optimizers.adam(list(module.parameters()), self.config.distill_learning_rate),
-            soft_labels.images,
-            soft_labels.targets,
-            objective,
-            self.scaling,
-            epochs=epochs,
-            batch_size=self.config.distill_batch_size,
-            augmentation=loop.Augmentation(),
-            seed=seed,
-            average=average,
-        )
-        return _weights(module)
+        rates, size = (self.config.distill_learning_rate,), self.config.distill_batch_size
+        how = Training(self._network(model), self.scaling, optimizers.adam, rates, epochs, size, average)
+        job = Job(soft_labels.images, soft_labels.targets, objective, loop.Augmentation(), seed)
+        trained: dict[str, Tensor] = together.result(Fit(how, weights, job))
+        return trained
 
     def predict(self, model: str, weights: Tensors, pixels: Tensor) -> Tensor:
         """Logits [N, C] on images [N, H, W, 3]."""
         if not len(pixels):
             return torch.zeros(0, self.classes)
-        return loop.predict(self._module(model, weights), pixels, self.scaling)
+        logits: Tensor = together.result(Prediction(self._network(model), self.scaling, weights, pixels))
+        return logits
 
     def embed(self, model: str, weights: Tensors, pixels: Tensor) -> Tensor:
         """Embeddings [N, D] of images [N, H, W, 3]: the input of the last linear layer."""
-        return loop.predict(loop.Embedding(self._module(model, weights)), pixels, self.scaling)
+        request = Prediction(self._network(model), self.scaling, weights, pixels, loop.Embedding)
+        embeddings: Tensor = together.result(request)
+        return embeddings
 
-    def _module(self, model: str, weights: Tensors) -> nn.Module:
-        """The one module of this architecture, with ``weights`` loaded."""
-        module = _architecture(model, self.classes, self.config.norm, self.device)
-        module.load_state_dict(weights)
-        return module
+    def _network(self, model: str) -> Network:
+        return Network(model, self.classes, self.config.norm, self.device)
 
 
 def _joint(objective: Objective, soft_objective: Objective) -> Objective:
@@ -232,20 +223,3 @@ def _joint(objective: Objective, soft_objective: Objective) -> Objective:
         return torch.stack(losses).sum() / len(targets)
 
     return joint
-
-
-def _build(model: str, classes: int, norm: Any, device: str) -> nn.Module:
-    """A new module on the device."""
-    with seeds.seeded(0):  # its values are replaced, but drawing them would change torch's own stream
-        module = models.build(model, classes, norm)
-    return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-
-
-#: A module to load weights into. Cached, since building costs more than loading.
-_architecture = lru_cache(maxsize=32)(_build)
-
-
-def _weights(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of a module, copied to the CPU and contiguous."""
-    tensors = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
-    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from fedkd.evaluation import metrics
 from fedkd.simulate import rounds
 from fedkd.simulate.experiment import prepare
 from fedkd.simulate.rounds import Round
+from fedkd.training import together
 from fedkd.training.losses.logits import cross_entropy
 from tests.conftest import tiny
 
@@ -41,23 +43,40 @@ PERSONAL = {"fedmd", "nfdp", "comet", "kt-pfl", "fd", "fedproto", "local", "cent
 
 
 def one_round(experiment, algorithm, number, state, memories, clients=None):
-    """One round without communication."""
+    """One round without communication; clients compute together if the local grid would let them."""
     setup = experiment.setup
-    updates, new = {}, dict(memories)
-    for client in range(experiment.clients) if clients is None else clients:
+
+    def local_update(client):
         held = experiment.client(client, number, memories.get(client, {}))
-        updates[client], new[client] = algorithm.local_update(setup, held, algorithm.broadcast(setup, state, client))
+        return algorithm.local_update(setup, held, algorithm.broadcast(setup, state, client))
+
+    sampled = range(experiment.clients) if clients is None else clients
+    if together.pays(setup.trainer.device):
+        results = list(together.run([partial(local_update, client) for client in sampled]))
+    else:
+        results = list(map(local_update, sampled))
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    updates = {client: update for client, (update, _) in zip(sampled, results, strict=True)}
+    new = {**memories, **{client: memory for client, (_, memory) in zip(sampled, results, strict=True)}}
     return updates, new, algorithm.aggregate(setup, state, updates, seed=number)
 
 
-@pytest.fixture(scope="module", params=MORE)
+@pytest.fixture(scope="module", params=[*((n, False) for n in MORE), *((n, True) for n in MORE)], ids=str)
 def two_rounds(request):
-    """Two rounds of a method."""
-    experiment = prepare(tiny(algorithm=request.param, model="cnn:width=8", clients=3))
-    algorithm, setup = experiment.algorithm, experiment.setup
-    first = one_round(experiment, algorithm, 1, algorithm.initial_state(setup), {})
-    second = one_round(experiment, algorithm, 2, first[2], first[1])
-    return experiment, first, second
+    """Two rounds of a method, with clients that compute one after the other or, on fewer samples, together."""
+    name, is_together = request.param
+    changes = {"validation": 1300} if is_together else {}
+    if is_together and name == "mentor":
+        name = "mentor:model=cnn:width=4"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(together, "pays", lambda _: is_together)
+        experiment = prepare(tiny(algorithm=name, model="cnn:width=8", clients=3, **changes))
+        algorithm, setup = experiment.algorithm, experiment.setup
+        first = one_round(experiment, algorithm, 1, algorithm.initial_state(setup), {})
+        second = one_round(experiment, algorithm, 2, first[2], first[1])
+        yield experiment, first, second
 
 
 def test_repeating_a_round_gives_bitwise_equal_results(two_rounds):

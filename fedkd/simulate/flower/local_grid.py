@@ -6,7 +6,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self
 from uuid import uuid4
@@ -41,9 +42,10 @@ class LocalGrid(Grid):
 
     With one worker, no time limit and no simulated ``crashes`` a client runs in this process when its reply is pulled.
     Otherwise clients run in worker processes, in the order in which messages were pushed, and replies arrive as
-    clients finish; if the last ones of a kind were `SMALL`, the next run in this process too. A client that raises
-    gives an error message. Client memories are in the directory ``memories``, by default a temporary one. They stay if
-    they are ``durable``.
+    clients finish; if the last ones of a kind were `SMALL`, the next run in this process too. With ``together``, what
+    clients compute in this process is computed together (`fedkd.training.together`), and replies arrive when all are
+    there. A client that raises gives an error message. Client memories are in the directory ``memories``, by default a
+    temporary one. They stay if they are ``durable``.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class LocalGrid(Grid):
         timeout: float = 0,
         crashes: bool = False,
         fork: bool = False,
+        together: bool = False,
         memories: Path | None = None,
         durable: bool = False,
     ) -> None:
@@ -65,6 +68,7 @@ class LocalGrid(Grid):
         self._is_isolated = timeout > 0 or crashes
         in_processes = workers > 1 or self._is_isolated
         self._workers = Workers(self._runner, workers, timeout, fork=fork) if in_processes else None
+        self._together = together
         self._pending: dict[str, Message] = {}
         self._small = set[str]()
 
@@ -128,11 +132,24 @@ class LocalGrid(Grid):
         kinds = {message.metadata.message_type for message in messages}
         start = time.perf_counter()
         if self._workers is None or (not self._is_isolated and kinds <= self._small):
-            yield from (self._runner.run(message, client_of(message)) for message in messages)
+            yield from self._run_here(messages)
         else:
             yield from self._workers.run(messages)
         is_small = time.perf_counter() - start < SMALL * len(messages)
         self._small = self._small | kinds if is_small else self._small - kinds
+
+    def _run_here(self, messages: Sequence[Message]) -> Iterator[Message]:
+        """The replies of clients in this process, in the order of the messages."""
+        tasks = [partial(self._runner.run, message, client_of(message)) for message in messages]
+        if not self._together:
+            yield from (task() for task in tasks)
+            return
+        from fedkd.training import together
+
+        for reply in together.run(tasks):
+            if isinstance(reply, BaseException):  # a `StorageError`; others are those of a client, in its reply
+                raise reply
+            yield reply
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Push, then pull."""
