@@ -77,10 +77,12 @@ class Case:
     def tile(self, name: str) -> Tile:
         """The tile that the operator uses."""
         channels, outputs, _, kernel, _ = self.layer
+        options = (kernel, kernel), self.x.dtype, self.precision
+        if name == "weight gradient":
+            return kernels.weight_gradient_tile(channels, outputs, *options)
         if name == "input gradient":
             channels, outputs = outputs, channels
-        choose = kernels.weight_gradient_tile if name == "weight gradient" else kernels.convolution_tile
-        return choose(channels, outputs, (kernel, kernel), self.x.dtype, self.precision)
+        return kernels.convolution_tile(channels, outputs, *options, name == "input gradient")
 
     def run(self, name: str, tile: Tile) -> Tensor:
         """The result of a pass."""

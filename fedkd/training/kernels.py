@@ -73,7 +73,7 @@ def taps_first(weight: Tensor) -> Tensor:
 def _conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], precision: str
 ) -> Tensor:
-    tile = convolution_tile(weight.shape[2], weight.shape[1], weight.shape[3:], x.dtype, precision)
+    tile = convolution_tile(weight.shape[2], weight.shape[1], weight.shape[3:], x.dtype, precision, False)
     return run_convolution(x, weight, bias, stride, padding, precision, tile)
 
 
@@ -88,7 +88,7 @@ def _(
 def _input_gradient(
     gradient: Tensor, weight: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int], precision: str
 ) -> Tensor:
-    tile = convolution_tile(weight.shape[1], weight.shape[2], weight.shape[3:], gradient.dtype, precision)
+    tile = convolution_tile(weight.shape[1], weight.shape[2], weight.shape[3:], gradient.dtype, precision, True)
     return run_convolution(gradient, weight.transpose(1, 2), None, stride, padding, precision, tile, gradient_of=size)
 
 
@@ -268,12 +268,19 @@ def _block(count: int, largest: int) -> int:
     return min(largest, max(16, 1 << (count - 1).bit_length()))
 
 
-def convolution_tile(channels: int, outputs: int, kernel: Sequence[int], dtype: torch.dtype, precision: str) -> Tile:
+# Measured on an H200 for 20 clients with 32 images each: `python -m fedkd.bench.kernels --sweep`. One rule for all
+# layers of resnet8, resnet20 and cnn takes little longer than the fastest tile of each of them.
+def convolution_tile(
+    channels: int, outputs: int, kernel: Sequence[int], dtype: torch.dtype, precision: str, is_gradient: bool
+) -> Tile:
     """The tile of a convolution with so many input and output channels; of an input gradient they are exchanged."""
     elements = channels * kernel[0] * kernel[1]
     if dtype == torch.float32 and precision == "ieee":  # without tensor cores; larger blocks are slow to compile
         return Tile(64, 16, _block(outputs, 32), 4, 1)
-    return Tile(128, _block(elements, 32 if dtype == torch.float32 else 64), _block(outputs, 64), 4, 2)
+    block = _block(elements, 32), _block(outputs, 64)
+    if dtype == torch.bfloat16:
+        return Tile(256, *block, 8, 1)
+    return Tile(128, *block, 4, 3) if is_gradient else Tile(256, *block, 8, 2)
 
 
 def weight_gradient_tile(
@@ -282,8 +289,8 @@ def weight_gradient_tile(
     """The tile of a weight gradient."""
     elements = channels * kernel[0] * kernel[1]
     # Each partial sum is as large as the weights.
-    span = 512 if elements * outputs <= 2**16 else 4096
+    span = 4096 if elements * outputs > 2**16 else 1024 if dtype == torch.bfloat16 else 512
     if dtype == torch.float32 and precision == "ieee":
         return Tile(16, _block(elements, 64), _block(outputs, 32), 4, 1, span)
     # Tensor cores read transposed float32 only from shared memory written by threads, not by asynchronous copies.
-    return Tile(64, _block(elements, 128), _block(outputs, 64), 8, 1 if dtype == torch.float32 else 2, span)
+    return Tile(64, _block(elements, 64), _block(outputs, 64), 4, 1 if dtype == torch.float32 else 2, span)
