@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class ViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patches = self.patches(x)
-        tokens = patches.flatten(2).mT + _positions(*patches.shape[1:]).to(x.device)
+        tokens = patches.flatten(2).mT + _positions(*patches.shape[1:], x.device)
         logits: Tensor = self.head(self.norm(self.blocks(tokens)).mean(1))
         return logits
 
@@ -50,14 +51,20 @@ class Attending(nn.Module):
         return total
 
 
-def _positions(width: int, rows: int, columns: int) -> Tensor:
-    """Sines and cosines [rows * columns, width]: half of the channels for the row, half for the column."""
+@lru_cache
+def _positions(width: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Sines and cosines [rows * columns, width]: half of the channels for the row, half for the column.
+
+    Kept: a copy to a GPU for every batch would wait for it.
+    """
     rates = torch.exp(torch.arange(width // 4) * (-math.log(10_000.0) / (width // 4)))
     vertical, horizontal = (torch.arange(n)[:, None] * rates for n in (rows, columns))
     waves = [torch.cat([angles.sin(), angles.cos()], -1) for angles in (vertical, horizontal)]
-    return torch.cat(
-        [waves[0][:, None].expand(rows, columns, -1), waves[1][None].expand(rows, columns, -1)], -1
-    ).reshape(rows * columns, -1)
+    return (
+        torch.cat([waves[0][:, None].expand(rows, columns, -1), waves[1][None].expand(rows, columns, -1)], -1)
+        .reshape(rows * columns, -1)
+        .to(device)
+    )
 
 
 class RowGRU(nn.Module):
