@@ -8,8 +8,10 @@ dimension [K, ...] under their old names.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +19,28 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fedkd.core.seeds import seeded
+from fedkd.training import kernels, norm_kernels
 
 if TYPE_CHECKING:
     from fedkd.core.tensors import Tensors
 
 
+#: How layers compute on a GPU: in IEEE float32; with products in TF32; or with products and activations in bfloat16.
+#: Weights, sums and logits are float32. On a CPU, and for networks in float64, products have the type of the weights.
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+
 class NotStackable(Exception):  # noqa: N818
     """A network that can only be computed client by client; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """A training step as a CUDA graph. It holds for the same ``key`` and reads its batch from ``inputs``."""
+
+    key: object
+    inputs: Sequence[Tensor]
+    replay: Callable[[], None]
 
 
 class Stack:
@@ -31,14 +48,16 @@ class Stack:
 
     ``sizes`` are the numbers of samples of the clients. The rows after them, up to the longest batch, are padding:
     ``is_real`` [K, B] is false for these, and BatchNorm leaves them out. ``streams`` are the random numbers of the
-    clients for dropout.
+    clients for dropout. ``recording`` is that of the last training, if its step could be recorded.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, precision: Precision = "float32") -> None:
         self.count = count
+        self.precision = precision
         self.sizes: Sequence[int] = ()
         self.is_real: Tensor | None = None
         self.streams: list[torch.Generator] = []
+        self.recording: Recording | None = None
         self._tensors: list[Tensor] = []
 
     def add(self, module: nn.Module, weights: Sequence[Tensors]) -> nn.Module:
@@ -61,10 +80,29 @@ class Stack:
                 old = tensors[name]
                 if old not in new:
                     values = torch.stack([each[f"{path}.{name}" if path else name] for each in weights]).to(old)
+                    if isinstance(layer, _Conv2d) and values.dim() == 5 and layer._has_kernel(values):
+                        values = kernels.taps_first(values)
                     new[old] = nn.Parameter(values, old.requires_grad) if tensors is layer._parameters else values
                 tensors[name] = new[old]
         self._tensors += new.values()
         return stacked
+
+    def cast(self, x: Tensor) -> Tensor:
+        """Activations of floating point in the type in which layers compute."""
+        return x.bfloat16() if self.precision == "bfloat16" and x.dtype == torch.float32 else x
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Let PyTorch's own products of float32 have the precision of the stack, too."""
+        settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+        before = [each.allow_tf32 for each in settings]
+        try:
+            for each in settings:
+                each.allow_tf32 = self.precision != "float32"
+            yield
+        finally:
+            for each, allowed in zip(settings, before, strict=True):
+                each.allow_tf32 = allowed
 
     def split(self, rows: Tensor) -> Tensor:
         """Rows [K * B, ...] as [K, B, ...]."""
@@ -103,7 +141,8 @@ def check(module: nn.Module, x: Tensor) -> None:
 
 def weights_of(network: nn.Module, client: int) -> dict[str, Tensor]:
     """A client's parameters and buffers in a stacked network, copied to the CPU and contiguous."""
-    return {name: tensor[client].detach().cpu().clone() for name, tensor in network.state_dict().items()}
+    state = network.state_dict().items()
+    return {name: t[client].detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in state}
 
 
 def convolution(
@@ -117,17 +156,22 @@ def convolution(
 ) -> Tensor:
     """The convolution of each client: x [K * B, C, H, W], weight [K, O, C / groups, h, w], bias [K, O].
 
-    One grouped convolution, whose channels are those of all clients.
+    One grouped convolution of PyTorch, whose channels are those of all clients.
     """
     count = len(weight)
     channels = x.view(count, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
-    bias = None if bias is None else bias.flatten()
-    y = F.conv2d(channels, weight.flatten(0, 1), bias, stride, padding, dilation, count * groups)
+    bias = None if bias is None else bias.flatten().to(x)
+    y = F.conv2d(channels, weight.flatten(0, 1).to(x), bias, stride, padding, dilation, count * groups)
     return y.view(len(y), count, -1, *y.shape[2:]).transpose(0, 1).flatten(0, 1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The linear map of each client: x [K * B, ..., I], weight [K, O, I], bias [K, O]."""
+    """The linear map of each client: x [K * B, ..., I], weight [K, O, I], bias [K, O].
+
+    Of vectors in bfloat16 it is float32, as these may be logits.
+    """
+    x = x.to(weight) if x.dim() == 2 else x
+    weight, bias = weight.to(x), None if bias is None else bias.to(x)
     rows = x.reshape(len(weight), -1, x.shape[-1])
     y = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
     return y.view(*x.shape[:-1], -1)
@@ -144,30 +188,41 @@ class _Layer(nn.Module):
 
 class _Conv2d(_Layer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
+        x, stack = self._stack.cast(x), self._stack
+        if self._has_kernel(x):
+            products: kernels.Precision = "tf32" if stack.precision == "tf32" else "ieee"
+            return kernels.conv2d(x, self.weight, self.bias, self.stride, self.padding, products)  # type: ignore[arg-type]
         return convolution(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        return not isinstance(self.padding, str) and kernels.covers(x, self.groups, self.dilation)  # type: ignore[arg-type]
 
 
 class _Linear(_Layer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(self._stack.cast(x), self.weight, self.bias)
 
 
 class _GroupNorm(_Layer, nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
+        x = self._stack.cast(x)
+        if self.affine and x.dim() == 4 and kernels.is_available(x):
+            return norm_kernels.group_norm(x, self.weight, self.bias, self.num_groups, self.eps)
         y = self._stack.split(F.group_norm(x, self.num_groups, eps=self.eps))
         if self.affine:
             y = y * _of_channels(self.weight, y) + _of_channels(self.bias, y)
-        return y.flatten(0, 1)
+        return y.flatten(0, 1).to(x)
 
 
 class _LayerNorm(_Layer, nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
+        x = self._stack.cast(x)
         y = self._stack.split(F.layer_norm(x, self.normalized_shape, eps=self.eps))
         shape = (self._stack.count, *[1] * (x.dim() - len(self.normalized_shape)), *self.normalized_shape)
         if self.elementwise_affine:
             y = y * self.weight.view(shape)
             y = y if self.bias is None else y + self.bias.view(shape)
-        return y.flatten(0, 1)
+        return y.flatten(0, 1).to(x)
 
 
 class _BatchNorm(_Layer, nn.modules.batchnorm._BatchNorm):
@@ -176,12 +231,13 @@ class _BatchNorm(_Layer, nn.modules.batchnorm._BatchNorm):
     num_batches_tracked: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._stack.split(x)
+        x = self._stack.cast(x)
+        y = self._stack.split(x).to(self.running_mean)
         mean, variance = self._statistics(y) if self.training else (self.running_mean, self.running_var)
         y = (y - _of_channels(mean, y)) * _of_channels((variance + self.eps).rsqrt(), y)
         if self.affine:
             y = y * _of_channels(self.weight, y) + _of_channels(self.bias, y)
-        return y.flatten(0, 1)
+        return y.flatten(0, 1).to(x)
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and the variance [K, C] of a batch [K, B, C, ...] without padding; updates the running ones."""
@@ -222,6 +278,7 @@ class _MultiheadAttention(_Layer, nn.MultiheadAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:  # type: ignore[override]
         if options != {"need_weights": False}:
             raise NotStackable("its attention is masked, or its weights are used")
+        query, key, value = map(self._stack.cast, (query, key, value))
         weights = self.in_proj_weight.chunk(3, 1)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3, 1)
         q, k, v = (

@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fedkd import models
 from fedkd.bench import kernels as bench
+from fedkd.core.seeds import seeded
 from fedkd.training import kernels, norm_kernels
+from fedkd.training.stack import Stack, weights_of
 from tests.conftest import ROOT
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -215,6 +218,36 @@ def test_the_operator_of_group_normalization_can_be_compiled(shortcut):
     weight, bias = (torch.randn(1, 4).to(DEVICE).requires_grad_() for _ in range(2))
     addend = torch.randn_like(x).requires_grad_() if shortcut else None
     torch.library.opcheck(norm_kernels._group_norm, (x, weight, bias, addend, 2, 1e-5, True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_stack_uses_the_kernels(precision, monkeypatch):
+    """Its logits and gradients are those of PyTorch, and no weight is copied for a kernel."""
+    with seeded(0):
+        own, calls = [models.build("resnet8:width=8", 10, "group").to(DEVICE) for _ in range(2)], []
+    for name in ("conv2d", "taps_first"):
+        original = getattr(kernels, name)
+        monkeypatch.setattr(
+            kernels, name, lambda *rest, name=name, original=original: (calls.append(name), original(*rest))[1]
+        )
+    stack = Stack(2, precision)
+    network = stack.add(own[0], [each.state_dict() for each in own])
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    logits = network(x)
+    logits.square().sum().backward()
+    assert calls == ["taps_first"] * 9 + ["conv2d"] * 9
+    for network_of_client, part in zip(own, x.chunk(2), strict=True):
+        network_of_client(part).square().sum().backward()
+    tolerance = 1e-4 if precision == "float32" else 0.2  # of two images
+    expected = torch.cat([each(part) for each, part in zip(own, x.chunk(2), strict=True)])
+    assert_close([logits], [expected.cpu().double()], tolerance)
+    for name, parameter in network.named_parameters():
+        reference = torch.stack([each.get_parameter(name).grad for each in own])
+        assert parameter.dtype == torch.float32
+        assert (parameter.grad - reference).norm() <= tolerance * reference.norm()
+        assert parameter.grad.stride() == parameter.stride() or parameter.dim() < 5
+        assert weights_of(network, 1)[name].is_contiguous()
 
 
 class _Compiled:

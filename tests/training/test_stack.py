@@ -334,6 +334,115 @@ def test_layers_that_share_a_parameter_share_it_in_the_stack():
     assert len(list(network.parameters())) == 3
 
 
+def recorded(monkeypatch) -> list:
+    """Pretend that the device records steps: a replay does what the recorded step did. Returns the recorded steps."""
+    steps: list = []
+
+    def record(run):
+        steps.append(run)
+        return run
+
+    monkeypatch.setattr(stacked_loop, "_recorder", lambda device: record)
+    return steps
+
+
+def train_again(spec: str, count: int, sizes: tuple[int, ...], device: str = "cpu", **options) -> list[torch.Tensor]:
+    """The results of several trainings of one stack, each from the same weights on other images."""
+    stack, network = stack_of([each.to(device) for each in own_networks(spec, torch.float64, len(sizes))])
+    step, state = sgd(list(network.parameters()), 0.02)
+    start, results = [tensor.detach().clone() for tensor in stack.tensors], []
+    for seed in range(count):
+        for tensor, value in zip(stack.tensors, start, strict=True):
+            tensor.detach().copy_(value)
+        for velocity, parameter in zip(state, network.parameters(), strict=True):
+            velocity.data = torch.zeros_like(parameter) if len(velocity) < len(sizes) else velocity.zero_()
+        work = jobs(sizes, seed=lambda k, seed=seed: 10 * seed + k)
+        for job in work[1:]:
+            job.pixels.copy_(job.pixels + 100 * seed)
+        stacked_loop.train(network, stack, step, state, work, to_double, epochs=2, batch_size=32, **options)
+        results += [tensor.detach().clone() for tensor in stack.tensors]
+    return results
+
+
+def to_double(pixels: torch.Tensor) -> torch.Tensor:
+    return SCALING(pixels).double()
+
+
+@pytest.mark.parametrize("sizes", [(64, 64, 64), (63, 64, 40), (31, 1, 200, 33, 32)])
+def test_a_step_is_recorded_once_for_all_trainings_of_a_stack(sizes, monkeypatch):
+    expected = train_again("resnet8:width=8,norm=batch", 3, sizes, record=False)
+    steps = recorded(monkeypatch)
+    seen = train_again("resnet8:width=8,norm=batch", 3, sizes)
+    assert all(map(torch.equal, seen, expected))
+    # If clients leave a stack, its tensors are others after that.
+    assert len(steps) == 1 if len(sizes) == 3 else len(steps) > 1
+
+
+def test_what_cannot_be_recorded_is_run_step_by_step(monkeypatch, capsys):
+    expected = train_again("cnn:width=8", 1, (64, 64))
+    monkeypatch.setattr(stacked_loop, "_recorder", lambda device: _refuse)
+    assert all(map(torch.equal, train_again("cnn:width=8", 1, (64, 64)), expected))
+    assert "cannot be recorded as a CUDA graph, so it is slower: not permitted\n" in capsys.readouterr().err
+
+
+def _refuse(_):
+    raise RuntimeError("not permitted\nCUDA says more.")
+
+
+@pytest.mark.parametrize("change", ["objective", "dropout", "step"])
+def test_steps_that_differ_in_python_are_not_recorded(change, monkeypatch):
+    steps = recorded(monkeypatch)
+    work = jobs((64, 64))
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5 * (change == "dropout")), nn.Linear(768, 10))
+    if change == "objective":
+        work[1] = dataclasses.replace(work[1], objective=lambda output, targets: F.cross_entropy(output, targets))
+    if change == "step":
+        work[1] = dataclasses.replace(work[1], step=lambda: None)
+    stack, network = stack_of([network, network])
+    stacked(network, stack, work)
+    assert not steps
+
+
+@pytest.mark.parametrize("objective", stacked_loop.SAMPLE_LOSSES)
+def test_one_loss_for_all_clients_equals_that_of_each_client(objective):
+    options, limit = DOUBLE
+    work = jobs(objective=lambda _: objective)
+    if objective is not F.cross_entropy:
+        generator = torch.Generator().manual_seed(0)
+        soft = [torch.randn(len(job.targets), 10, generator=generator).double().softmax(-1) for job in work]
+        work = [dataclasses.replace(job, targets=targets) for job, targets in zip(work, soft, strict=True)]
+    assert after_training("cnn:width=8", work, **options) <= limit
+
+
+@pytest.mark.parametrize("spec", ["cnn:width=8", "resnet8:width=8,norm=batch", "vit-tiny:width=32,depth=2"])
+def test_activations_in_bfloat16(spec):
+    """Weights and logits stay float32; a step differs by the rounding of activations."""
+    own = own_networks(spec, count=2)
+    x, labels = SCALING(jobs((8,))[0].pixels).repeat(2, 1, 1, 1), jobs((8,))[0].targets.repeat(2)
+    results = []
+    for precision in ("float32", "bfloat16"):
+        stack, types = Stack(2, precision), set()
+        network = stack.add(own[0], [each.state_dict() for each in own])
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.register_forward_hook(lambda _, __, output, types=types: types.add(output.dtype))
+        logits = network(x)
+        assert logits.dtype == torch.float32
+        assert types == {torch.bfloat16 if precision == "bfloat16" else torch.float32}
+        F.cross_entropy(logits, labels).backward()
+        results.append(torch.cat([logits.detach().flatten(), *(p.grad.flatten() for p in network.parameters())]))
+    assert 0 < (results[0] - results[1]).norm() < 0.05 * results[0].norm()
+
+
+def test_products_have_the_precision_of_the_stack_only_while_it_computes():
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [each.allow_tf32 for each in settings]
+    for precision in ("float32", "tf32"):
+        with Stack(1, precision).computing():
+            assert [each.allow_tf32 for each in settings] == [precision == "tf32"] * 2
+        assert [each.allow_tf32 for each in settings] == before
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -374,3 +483,38 @@ def test_no_step_waits_for_the_gpu(optimizer, monkeypatch):
     monkeypatch.setattr(stacked_loop, "_steps", watched)
     stack, network = stack_of([each.cuda() for each in own_networks("resnet8:width=8,norm=batch")])
     stacked(network, stack, jobs(), optimizer=optimizer)
+
+
+@needs_gpu
+@pytest.mark.parametrize("sizes", [(128, 128, 128), (31, 1, 200, 33, 32)])
+@pytest.mark.parametrize("spec", ["cnn:width=8", "resnet8:width=8,norm=batch", "vit-tiny:width=32,depth=2"])
+def test_on_a_gpu_a_recorded_step_does_the_same(spec, sizes, monkeypatch):
+    """Recorded in the first training, and replayed in the next one if no clients have left."""
+    original, replays = stacked_loop._record, []
+
+    def record(*arguments):
+        replay = original(*arguments)
+        return lambda: (replays.append(1), replay())
+
+    monkeypatch.setattr(stacked_loop, "_record", record)
+    seen, expected = (train_again(spec, 3, sizes, device="cuda", record=record) for record in (True, False))
+    assert len(replays) > 4
+    assert all(map(torch.equal, seen, expected))
+
+
+@needs_gpu
+@pytest.mark.parametrize(("precision", "limit"), [("float32", 1e-5), ("tf32", 1e-3), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("spec", ["cnn:width=8", "resnet8:width=16", "resnet8:width=16,norm=batch"])
+def test_on_a_gpu_every_precision_is_close_to_the_plain_loop(spec, precision, limit):
+    """Of float32 on the CPU; two runs give the same bits."""
+    own, runs = own_networks(spec), []
+    for _ in range(2):
+        stack = Stack(len(own), precision)
+        network = stack.add(copy.deepcopy(own[0]).cuda(), [each.state_dict() for each in own])
+        stacked(network, stack, jobs(), rate=1e-3)
+        runs.append([tensor.clone() for tensor in stack.tensors])
+    assert all(map(torch.equal, *runs))
+    assert {tensor.dtype for tensor in network.parameters()} == {torch.float32}
+    for each, job in zip(own, jobs(), strict=True):
+        plain(each, job, rate=1e-3)
+    assert difference(network, own) <= limit
