@@ -26,7 +26,7 @@ from fedkd import models
 from fedkd.core import cli, seeds
 from fedkd.data import augment
 from fedkd.data.scaling import Scaling
-from fedkd.training import loop, optimizers, stacked_loop
+from fedkd.training import graphs, loop, optimizers, stacked_loop
 from fedkd.training.stack import Precision, Stack
 from fedkd.training.stacked_loop import Job, Plan
 
@@ -131,7 +131,7 @@ class Graphed(Plain):
         if self.replay is None:
             self.inputs[1].zero_()
             self.step()
-            self.replay = stacked_loop._record(self.step, self.work.device)
+            self.replay = graphs.record(self.step, self.work.device)
             self.work.module.load_state_dict(self.start)
         for velocity in self.velocities:
             assert velocity is not None

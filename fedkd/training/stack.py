@@ -8,9 +8,8 @@ dimension [K, ...] under their old names.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fedkd.core.seeds import seeded
-from fedkd.training import kernels, norm_kernels
+from fedkd.training import graphs, kernels, norm_kernels
 
 if TYPE_CHECKING:
     from fedkd.core.tensors import Tensors
@@ -32,15 +31,6 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 
 class NotStackable(Exception):  # noqa: N818
     """A network that can only be computed client by client; the message says why."""
-
-
-@dataclass(frozen=True, eq=False)
-class Recording:
-    """A training step as a CUDA graph. It holds for the same ``key`` and reads its batch from ``inputs``."""
-
-    key: object
-    inputs: Sequence[Tensor]
-    replay: Callable[[], None]
 
 
 class Stack:
@@ -57,7 +47,7 @@ class Stack:
         self.sizes: Sequence[int] = ()
         self.is_real: Tensor | None = None
         self.streams: list[torch.Generator] = []
-        self.recording: Recording | None = None
+        self.recording: graphs.Recording | None = None
         self._tensors: list[Tensor] = []
 
     def add(self, module: nn.Module, weights: Sequence[Tensors]) -> nn.Module:

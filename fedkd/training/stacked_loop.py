@@ -17,9 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +27,11 @@ from torch.utils import _pytree as pytree
 
 from fedkd.core import notes
 from fedkd.data import augment
-from fedkd.training import loop
+from fedkd.training import graphs, loop
 from fedkd.training.loop import Augmentation, Objective, Penalty
 from fedkd.training.losses import logits
 from fedkd.training.optimizers import Step
-from fedkd.training.stack import NotStackable, Recording, Stack
+from fedkd.training.stack import NotStackable, Stack
 
 DONE = 0.25  # clients that are done leave the stack when they are this share of it
 
@@ -237,13 +236,13 @@ def _steps(
         number += 1
 
     is_recordable = record and objective is not None and _is_always_the_same(network, jobs)
-    recorder = _recorder(device) if is_recordable else None
+    recorder = graphs.recorder(device) if is_recordable else None
     for done, sizes in enumerate(plan.sizes.tolist()):
         stack.sizes = sizes
         if recording is None and recorder is not None and 0 < done < len(plan.sizes) - 1:  # the first one is a warm-up
             stack.recording = None
             try:
-                recording = stack.recording = Recording(key, inputs, recorder(run))
+                recording = stack.recording = graphs.Recording(key, inputs, recorder(run))
             except RuntimeError as error:
                 reason = str(error).split("\n")[0]
                 notes.say(f"A training step cannot be recorded as a CUDA graph, so it is slower: {reason}")
@@ -263,35 +262,10 @@ def _is_always_the_same(network: nn.Module, jobs: Sequence[Job]) -> bool:
     return not has_dropout and all(job.step is None for job in jobs)
 
 
-def _recorder(device: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
-    """What turns a step into its replay, without running it; None if a device cannot."""
-    return (lambda run: _record(run, device)) if device.type == "cuda" else None
-
-
-def _record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    stream, pool = _recording_resources(device)
-    graph = torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream(device))
-    # Not torch.cuda.graph, which first returns all free memory to the driver: that takes longer than many steps.
-    with torch.cuda.stream(stream):
-        graph.capture_begin(pool, capture_error_mode="thread_local")
-        try:
-            run()
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    return graph.replay
-
-
-@cache
-def _recording_resources(device: torch.device) -> tuple[torch.cuda.Stream, Any]:
-    """A stream, and memory that graphs share, as none is replayed during another or returns a tensor."""
-    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
-
-
 def _sample_loss(jobs: Sequence[Job]) -> Objective | None:
     """If all jobs have the same objective, and this is a mean over samples: the losses [B] of the samples."""
-    return SAMPLE_LOSSES.get(jobs[0].objective) if len({job.objective for job in jobs}) == 1 else None
+    found = (losses for mean, losses in SAMPLE_LOSSES.items() if all(job.objective is mean for job in jobs))
+    return next(found, None)
 
 
 def _loss(

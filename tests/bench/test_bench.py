@@ -21,7 +21,7 @@ from fedkd.bench.stacks import Work
 from fedkd.core import tensors
 from fedkd.core.errors import UsageError
 from fedkd.simulate.experiment import prepare
-from fedkd.training import optimizers, stacked_loop
+from fedkd.training import graphs, optimizers
 from fedkd.training.losses.logits import kl
 from tests.conftest import simulated, tiny
 
@@ -157,8 +157,8 @@ def test_the_implementations_for_a_gpu_have_the_weights_of_the_plain_loop(monkey
 
         return replay
 
-    monkeypatch.setattr(stacked_loop, "_record", record)
-    monkeypatch.setattr(stacked_loop, "_recorder", lambda device: lambda step: record(step, device))
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs, "recorder", lambda device: lambda step: record(step, device))
     work = gpu.Work.of("cnn:width=8", clients=2, images=96, shared=4, device="cpu")
     separate, made = gpu.Plain(work).train(), gpu.IMPLEMENTATIONS[implementation](work)
     for _ in range(2):

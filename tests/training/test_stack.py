@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision import models as library
 
 from fedkd import models
 from fedkd.core import seeds
-from fedkd.training import loop, optimizers, stacked_loop, trainer
+from fedkd.training import graphs, loop, optimizers, stacked_loop, trainer
 from fedkd.training.layers import WatchedModel
 from fedkd.training.loop import Augmentation, Embedded, Scaling
 from fedkd.training.losses.logits import cross_entropy
@@ -127,6 +126,7 @@ def test_deeper_networks(spec):
 @pytest.mark.parametrize("name", ["resnet", "mobilenet_v2", "mobilenet_v3_small"])
 def test_networks_of_torchvision(name, monkeypatch):
     """Narrow ones. The MobileNets have dropout; each client draws what it draws on its own."""
+    library = pytest.importorskip("torchvision").models
 
     def build(*_):
         if name == "resnet":
@@ -342,7 +342,7 @@ def recorded(monkeypatch) -> list:
         steps.append(run)
         return run
 
-    monkeypatch.setattr(stacked_loop, "_recorder", lambda device: record)
+    monkeypatch.setattr(graphs, "recorder", lambda device: record)
     return steps
 
 
@@ -380,7 +380,7 @@ def test_a_step_is_recorded_once_for_all_trainings_of_a_stack(sizes, monkeypatch
 
 def test_what_cannot_be_recorded_is_run_step_by_step(monkeypatch, capsys):
     expected = train_again("cnn:width=8", 1, (64, 64))
-    monkeypatch.setattr(stacked_loop, "_recorder", lambda device: _refuse)
+    monkeypatch.setattr(graphs, "recorder", lambda device: _refuse)
     assert all(map(torch.equal, train_again("cnn:width=8", 1, (64, 64)), expected))
     assert "cannot be recorded as a CUDA graph, so it is slower: not permitted\n" in capsys.readouterr().err
 
@@ -490,13 +490,13 @@ def test_no_step_waits_for_the_gpu(optimizer, monkeypatch):
 @pytest.mark.parametrize("spec", ["cnn:width=8", "resnet8:width=8,norm=batch", "vit-tiny:width=32,depth=2"])
 def test_on_a_gpu_a_recorded_step_does_the_same(spec, sizes, monkeypatch):
     """Recorded in the first training, and replayed in the next one if no clients have left."""
-    original, replays = stacked_loop._record, []
+    original, replays = graphs.record, []
 
     def record(*arguments):
         replay = original(*arguments)
         return lambda: (replays.append(1), replay())
 
-    monkeypatch.setattr(stacked_loop, "_record", record)
+    monkeypatch.setattr(graphs, "record", record)
     seen, expected = (train_again(spec, 3, sizes, device="cuda", record=record) for record in (True, False))
     assert len(replays) > 4
     assert all(map(torch.equal, seen, expected))
