@@ -244,9 +244,8 @@ def _steps(
             try:
                 recording = stack.recording = graphs.Recording(key, inputs, recorder(run))
             except RuntimeError as error:
-                reason = str(error).split("\n")[0]
+                reason, recorder = str(error).split("\n")[0], None
                 notes.say(f"A training step cannot be recorded as a CUDA graph, so it is slower: {reason}")
-                recorder = None
                 for parameter in network.parameters():
                     parameter.grad = None
         run() if recording is None else recording.replay()
