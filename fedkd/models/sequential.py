@@ -29,7 +29,9 @@ class ViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patches = self.patches(x)
-        tokens = patches.flatten(2).mT + _positions(*patches.shape[1:], x.device)
+        shape = patches.shape[1:]
+        positions = _positions_on_gpu(*shape, x.device) if x.is_cuda else _positions(*shape, x.device)
+        tokens = patches.flatten(2).mT + positions
         logits: Tensor = self.head(self.norm(self.blocks(tokens)).mean(1))
         return logits
 
@@ -51,12 +53,8 @@ class Attending(nn.Module):
         return total
 
 
-@lru_cache
 def _positions(width: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """Sines and cosines [rows * columns, width]: half of the channels for the row, half for the column.
-
-    Kept: a copy to a GPU for every batch would wait for it.
-    """
+    """Sines and cosines [rows * columns, width]: half of the channels for the row, half for the column."""
     rates = torch.exp(torch.arange(width // 4) * (-math.log(10_000.0) / (width // 4)))
     vertical, horizontal = (torch.arange(n)[:, None] * rates for n in (rows, columns))
     waves = [torch.cat([angles.sin(), angles.cos()], -1) for angles in (vertical, horizontal)]
@@ -65,6 +63,9 @@ def _positions(width: int, rows: int, columns: int, device: torch.device) -> Ten
         .reshape(rows * columns, -1)
         .to(device)
     )
+
+
+_positions_on_gpu = lru_cache(_positions)  # a copy for every batch would wait for the GPU
 
 
 class RowGRU(nn.Module):

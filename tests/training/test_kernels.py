@@ -288,7 +288,7 @@ def test_the_kernels_are_compiled_for_a_gpu_without_one(monkeypatch, tmp_path, p
     compiled = {name: _Compiled(getattr(triton_kernels, name)) for name in names}
     for name in names:
         monkeypatch.setattr(triton_kernels, name, compiled[name])
-    case = bench.Case(bench.Layer(16, 32, 32, 3, 2), precision, clients=2, images=4)
+    case = bench.Case(bench.Layer(16, 32, 32, 3, 2), precision, clients=2, images=8)
     bias, ones = (torch.ones(2, channels, device=DEVICE) for channels in (32, 16))
     computed(case.x, case.weight, bias, case.gradient, case.stride, case.padding, case.precision)
     x = case.x.requires_grad_()
