@@ -29,9 +29,9 @@ class ViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patches = self.patches(x)
-        shape = patches.shape[1:]
-        positions = _positions_on_gpu(*shape, x.device) if x.is_cuda else _positions(*shape, x.device)
-        tokens = patches.flatten(2).mT + positions
+        _, width, rows, columns = patches.shape
+        positions = _positions_on_gpu if x.is_cuda else _positions
+        tokens = patches.flatten(2).mT + positions(width, rows, columns, x.device)
         logits: Tensor = self.head(self.norm(self.blocks(tokens)).mean(1))
         return logits
 
