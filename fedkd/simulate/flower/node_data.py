@@ -26,12 +26,11 @@ def node_data(path: str, config: Config) -> Images:
     import numpy as np
 
     from fedkd.data import readers
-    from fedkd.data.readers import renumbered
 
     experiment = prepared(config)
     proxy = experiment.setup.proxy.images
     read = loading.read(sources.own(path, proxy.shape[1]).read_by(config), "train", "")
-    images = renumbered(read, experiment.test.names, experiment.setup.classes, path)
+    images = readers.renumbered(read, experiment.test.names, experiment.setup.classes, path)
     public_keys = np.concatenate([readers.keys_of(proxy.cpu()), experiment.test.keys])
     if public := int(np.isin(images.keys, public_keys).sum()):
         raise DataError(
