@@ -27,8 +27,9 @@ from fedkd.core import cli, seeds
 from fedkd.data import augment
 from fedkd.data.scaling import Scaling
 from fedkd.training import graphs, loop, optimizers, stacked_loop
+from fedkd.training.batches import Job, Plan
 from fedkd.training.stack import Precision, Stack
-from fedkd.training.stacked_loop import Job, Plan
+from fedkd.training.stacked_loop import Learner
 
 Weights = dict[str, Tensor]  # of all clients: each tensor has a first dimension [clients]
 RATE, MOMENTUM, DECAY, BATCH = 0.01, 0.9, 0.0005, 32
@@ -154,19 +155,20 @@ class Stacked:
         self.network = self.stack.add(work.module, [work.module.state_dict()] * len(work.jobs))
         self.start = [tensor.detach().clone() for tensor in self.stack.tensors]
         parameters = list(self.network.parameters())
-        self.velocities = [torch.zeros_like(parameter) for parameter in parameters]
-        self.step = optimizers.sgd(parameters, RATE, MOMENTUM, DECAY, list(self.velocities))
+        state = optimizers.state_of(optimizers.sgd, parameters)
+        step = optimizers.sgd(parameters, RATE, MOMENTUM, DECAY, list(state))
+        self.learner = Learner(self.network, self.stack, step, state)
 
     def train(self) -> Weights:
         """The weights of all clients."""
         for tensor, value in zip(self.stack.tensors, self.start, strict=True):
             tensor.detach().copy_(value)
-        for velocity in self.velocities:
+        for velocity in self.learner.state:
             velocity.zero_()
-        self.stack.recording = self.stack.recording if self.keep else None
+        if not self.keep:
+            self.learner.recordings.clear()
         options = {"epochs": 1, "batch_size": BATCH, "record": self.record}
-        work, state = self.work, self.velocities
-        stacked_loop.train(self.network, self.stack, self.step, state, work.jobs, SCALING, **options)  # type: ignore[arg-type]
+        stacked_loop.train(self.learner, self.work.jobs, SCALING, **options)  # type: ignore[arg-type]
         return {name: value.detach().clone() for name, value in self.network.state_dict().items()}
 
     def predict(self) -> None:

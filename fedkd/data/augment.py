@@ -10,17 +10,20 @@ PAD = 4  # pixels on each side, the usual crop for CIFAR (He et al., 2016)
 
 def crop_and_flip(pixels: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
     """Each image [B, H, W, C] shifted by up to `PAD` pixels, with black borders, and mirrored with probability 1/2."""
-    return apply(pixels, draw(len(pixels), flip, generator).to(pixels.device))
+    return apply(pixels, draw([len(pixels)], flip, generator).to(pixels.device))
 
 
-def draw(count: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """What happens to each of ``count`` images: rows and columns to shift by, and whether it is mirrored [3, count].
+def draw(sizes: list[int], flip: bool, generator: torch.Generator) -> Tensor:
+    """What happens to the images of batches of these sizes [3, N]: rows and columns to shift by, and whether mirrored.
 
-    Drawn on the CPU, so that the numbers are the same on every device.
+    Drawn on the CPU, so that the numbers are the same on every device; batch by batch, as a training loop needs them.
     """
-    shift = torch.randint(2 * PAD + 1, (2, count, 1), generator=generator)
-    mirrored = torch.randint(2, (1, count, 1), generator=generator) if flip else torch.zeros_like(shift[:1])
-    return torch.cat([shift, mirrored]).squeeze(-1)
+    draws = torch.zeros(3, sum(sizes), dtype=torch.int64)
+    for shift, mirrored in zip(torch.split(draws[:2], sizes, 1), torch.split(draws[2], sizes), strict=True):
+        shift.random_(2 * PAD + 1, generator=generator)
+        if flip:
+            mirrored.random_(2, generator=generator)
+    return draws
 
 
 def unchanged(count: int) -> Tensor:

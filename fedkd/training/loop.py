@@ -6,7 +6,7 @@ the fastest layout for convolutions on CPUs and GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,16 +37,17 @@ class Augmentation:
 
     def __call__(self, images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
         """The augmented images [B, H, W, 3]; ``indices`` [B] are those of the samples."""
-        return augment.apply(images, self.draw(indices, generator).to(images.device)) if self.crop else images
+        return augment.apply(images, self.draw([indices], generator).to(images.device)) if self.crop else images
 
-    def draw(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """What happens to the images of these samples [3, B] (`augment.draw`)."""
+    def draw(self, batches: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+        """What happens to the images of these batches of samples [3, N] (`augment.draw`)."""
+        sizes = list(map(len, batches))
         if not self.crop:
-            return augment.unchanged(len(indices))
-        draws = augment.draw(len(indices), self.flip, generator)
+            return augment.unchanged(sum(sizes))
+        draws = augment.draw(sizes, self.flip, generator)
         if self.first is None:
             return draws
-        return torch.where(indices < self.first, draws, augment.unchanged(len(indices)))
+        return torch.where(torch.cat(list(batches)) < self.first, draws, augment.unchanged(sum(sizes)))
 
 
 def train(
@@ -73,6 +74,7 @@ def train(
     device = next(model.parameters()).device
     sizes = batch_sizes(model, len(pixels), batch_size)
     model.train()
+    model.zero_grad()  # of a training that failed
     with seeded(seed):  # for dropout, which draws from torch's own stream
         sums = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in _floats(model)} if average else {}
         for _ in range(epochs):

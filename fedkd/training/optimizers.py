@@ -63,15 +63,14 @@ def sgd(
     return step
 
 
-def adam(parameters: Sequence[Tensor], learning_rate: float, moments: list[Tensor] | None = None) -> Step:
+def adam(parameters: Sequence[Tensor], learning_rate: float, state: list[Tensor] | None = None) -> Step:
     """Adam (Kingma and Ba, 2015) with its default constants, as ``torch.optim.Adam``.
 
-    ``moments`` are the tensors to keep the means and then the squares of the trainable parameters in, all zeros.
+    ``state`` are the tensors that it keeps, all zeros: see `state_of`.
     """
     trainable = _trainable(parameters)
-    moments = [torch.zeros_like(p) for p in (*trainable, *trainable)] if moments is None else moments
-    means, squares = moments[: len(trainable)], moments[len(trainable) :]
-    counts = [torch.zeros((), device=p.device) for p in trainable]
+    state = state_of(adam, parameters) if state is None else state
+    means, squares, counts = (state[i * len(trainable) : (i + 1) * len(trainable)] for i in range(3))
 
     def step() -> None:
         adam_kernel(
@@ -92,6 +91,18 @@ def adam(parameters: Sequence[Tensor], learning_rate: float, moments: list[Tenso
         )
 
     return step
+
+
+def state_of(optimizer: Callable[..., Step], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """What an optimizer keeps of its trainable parameters, all zeros.
+
+    For `sgd` the velocities; for `adam` the means, then the squares, then the numbers of steps.
+    """
+    trainable = _trainable(parameters)
+    velocities = [torch.zeros_like(p) for p in trainable]
+    if optimizer is sgd:
+        return velocities
+    return [*velocities, *map(torch.zeros_like, velocities), *(torch.zeros((), device=p.device) for p in trainable)]
 
 
 def _trainable(parameters: Sequence[Tensor]) -> list[Tensor]:

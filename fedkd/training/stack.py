@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fedkd.core.seeds import seeded
-from fedkd.training import graphs, kernels, norm_kernels
+from fedkd.training import kernels, norm_kernels
 
 if TYPE_CHECKING:
     from fedkd.core.tensors import Tensors
@@ -38,7 +38,7 @@ class Stack:
 
     ``sizes`` are the numbers of samples of the clients. The rows after them, up to the longest batch, are padding:
     ``is_real`` [K, B] is false for these, and BatchNorm leaves them out. ``streams`` are the random numbers of the
-    clients for dropout. ``recording`` is that of the last training, if its step could be recorded.
+    clients for dropout.
     """
 
     def __init__(self, count: int, precision: Precision = "float32") -> None:
@@ -47,7 +47,7 @@ class Stack:
         self.sizes: Sequence[int] = ()
         self.is_real: Tensor | None = None
         self.streams: list[torch.Generator] = []
-        self.recording: graphs.Recording | None = None
+        self.is_plain = False
         self._tensors: list[Tensor] = []
 
     def add(self, module: nn.Module, weights: Sequence[Tensors]) -> nn.Module:
@@ -76,6 +76,31 @@ class Stack:
                 tensors[name] = new[old]
         self._tensors += new.values()
         return stacked
+
+    def alone(self, module: nn.Module) -> nn.Module:
+        """The module itself, as the network of a stack of one client, whose layers know nothing of stacks."""
+        assert self.count == 1
+        self.is_plain = True
+        self._tensors += [tensor.detach()[None] for tensor in (*module.parameters(), *module.buffers())]
+        return module
+
+    def load(self, network: nn.Module, weights: Sequence[Tensors]) -> None:
+        """Copy the weights of each client into a network that `add` or `alone` has returned."""
+        for name, tensor in network.state_dict().items():
+            values = [each[name] for each in weights]
+            tensor.copy_(values[0] if self.is_plain else torch.stack(values))
+
+    def weights(self, network: nn.Module) -> list[dict[str, Tensor]]:
+        """The parameters and buffers of each client in a network, copied to the CPU and contiguous."""
+        clients: list[dict[str, Tensor]] = [{} for _ in range(self.count)]
+        for name, tensor in network.state_dict().items():  # one copy from the device for all clients
+            for client, values in zip(clients, self.rows_of(tensor.detach().cpu()), strict=True):
+                client[name] = values.clone(memory_format=torch.contiguous_format)
+        return clients
+
+    def rows_of(self, tensor: Tensor) -> Sequence[Tensor]:
+        """The parameter or buffer of each client."""
+        return [tensor] if self.is_plain else tensor.unbind()
 
     def cast(self, x: Tensor) -> Tensor:
         """Activations of floating point in the type in which layers compute."""
@@ -127,12 +152,6 @@ def check(module: nn.Module, x: Tensor) -> None:
                 wanted.append(each(half))
     if not isinstance(output, Tensor) or not torch.allclose(output, torch.cat(wanted), 1e-3, 1e-3):
         raise NotStackable("stacked, its outputs differ")
-
-
-def weights_of(network: nn.Module, client: int) -> dict[str, Tensor]:
-    """A client's parameters and buffers in a stacked network, copied to the CPU and contiguous."""
-    state = network.state_dict().items()
-    return {name: t[client].detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in state}
 
 
 def convolution(

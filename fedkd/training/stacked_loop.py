@@ -2,12 +2,11 @@
 
 Clients have different numbers of samples, so that a batch may be smaller than another client's, and a client may be
 done before another. Batches are padded to the longest; losses and BatchNorm leave the padding out. What steps do to a
-client that is done does not count; once enough clients are done, they leave the stack.
+client that is done does not count; once enough clients are done, the others go on in a smaller stack.
 
 No step waits for a GPU: which samples are in its batch, and how they are augmented, is drawn before the first one, by
-the generators of the plain loop. A step that does the same for every batch is recorded as a CUDA graph, after a first
-one that is not. Training again with the same network, step and shapes (with new weights and state copied into their
-tensors) replays the graph from the start.
+the generators of the plain loop. A step that does the same for every batch is recorded as a CUDA graph after its first
+run, and replayed from then on, also in later trainings of the same learner.
 
 Two runs of the same stack give the same bits. The last bits of a client's result depend on the number of clients in its
 stack and on their batch sizes, by which PyTorch's kernels choose in which order they add.
@@ -16,9 +15,8 @@ stack and on their batch sizes, by which PyTorch's kernels choose in which order
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +26,16 @@ from torch.utils import _pytree as pytree
 from fedkd.core import notes
 from fedkd.data import augment
 from fedkd.training import graphs, loop
-from fedkd.training.loop import Augmentation, Objective, Penalty
+from fedkd.training.batches import Job, Plan
+from fedkd.training.graphs import Recording
+from fedkd.training.loop import Objective
 from fedkd.training.losses import logits
 from fedkd.training.optimizers import Step
 from fedkd.training.stack import NotStackable, Stack
 
-DONE = 0.25  # clients that are done leave the stack when they are this share of it
+#: How many clients a stack may have after some have left it: each size is about three quarters of the next one.
+SIZES = (2, 3, 4, 6, 8, 11, 15, 20, 27, 36, 48)
+MOST = 8  # recorded steps of a learner; they differ in the width of a batch, the objective and the like
 
 
 def _by_sample(objective: Objective) -> Objective:
@@ -48,79 +50,52 @@ SAMPLE_LOSSES: dict[Objective, Objective] = {
 }
 
 
-@dataclass(frozen=True)
-class Job:
-    """What one client trains on, as for `loop.train`; ``step`` updates the parameters of its objective, if any."""
+@dataclass(eq=False)
+class Learner:
+    """A network of the clients of a stack, and what its training keeps between steps.
 
-    pixels: Tensor
-    targets: Tensor
-    objective: Objective
-    augmentation: Augmentation
-    seed: int
-    penalty: Penalty | None = None
-    step: Step | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The batches of S steps of K clients: their sizes [S, K], their samples [S, K, B] and `augment.draw` [3, S, K, B].
-
-    Samples are counted through the clients. A client that is done has a size of zero. Padding is the first of all
-    samples, not augmented.
+    ``step`` updates its parameters and ``state``, tensors [K, ...] or, if they count steps, without dimensions.
+    ``recordings`` are the last recorded steps, by what they hold for; None for a step that has been run, as a step must
+    before it can be recorded.
     """
 
-    sizes: Tensor
-    samples: Tensor
-    draws: Tensor
+    network: nn.Module
+    stack: Stack
+    step: Step
+    state: Sequence[Tensor]
+    recordings: dict[object, Recording | None] = field(default_factory=dict)
+    is_recordable: bool = True
 
-    @staticmethod
-    def of(jobs: Sequence[Job], sizes: Sequence[Sequence[int]], epochs: int) -> Plan:
-        """The batches that `loop.train` makes of each job; ``sizes`` are those of its epoch."""
-        shape = (epochs * max(map(len, sizes)), len(jobs), max(map(max, filter(None, sizes)), default=0))
-        plan = Plan(
-            torch.zeros(shape[:2], dtype=torch.int64),
-            torch.zeros(shape, dtype=torch.int64),
-            augment.unchanged(1).repeat(1, shape[0] * shape[1] * shape[2]).view(3, *shape),
-        )
-        first = 0
-        for k, job in enumerate(jobs):
-            generator = torch.Generator().manual_seed(job.seed)
-            order = (batch for _ in range(epochs) for batch in loop.batches(list(sizes[k]), generator))
-            for number, batch in enumerate(order):
-                size = plan.sizes[number, k] = len(batch)
-                plan.samples[number, k, :size] = first + batch
-                plan.draws[:, number, k, :size] = job.augmentation.draw(batch, generator)
-            first += len(job.pixels)
-        return plan
+    def take(self, other: Learner, places: Sequence[int]) -> None:
+        """Go on with the clients at these places of another learner."""
+        mine, theirs = ([*each.stack.tensors, *each.state] for each in (self, other))
+        for tensor, old in zip(mine, theirs, strict=True):
+            tensor.detach().copy_(old.detach()[places] if old.dim() else old)
+        self.stack.streams = [other.stack.streams[place] for place in places]
 
-    def segments(self) -> list[tuple[list[int], list[int]]]:
-        """Runs of steps with the same clients: these clients, and the numbers of the steps."""
-        runs = groupby(range(len(self.sizes)), lambda number: self.sizes[number].nonzero().flatten().tolist())
-        return [(clients, list(steps)) for clients, steps in runs]
+    def recording(self, key: object, steps: int) -> Recording | None:
+        """The recorded step with this key, if it has room for the batches of so many steps."""
+        found = self.recordings.get(key)
+        return found if found and len(found.inputs[0]) >= steps else None
 
-    def part(self, steps: Sequence[int], clients: Sequence[int]) -> Plan:
-        """The plan of these steps and clients."""
-        sizes = self.sizes[steps][:, clients]
-        longest = int(sizes.max())
-        return Plan(sizes, self.samples[steps][:, clients, :longest], self.draws[:, steps][:, :, clients, :longest])
-
-    def shares(self) -> Tensor:
-        """The weight of each sample in the mean of its client [S, K, B]; of padding zero."""
-        longest = self.samples.shape[-1]
-        sizes = self.sizes[..., None]
-        return (torch.arange(longest) < sizes) / sizes.clamp_min(1).double()
-
-    def is_real(self) -> Tensor:
-        """Which samples are no padding [S, K, B]. For a client that is done, all of them: it needs some statistics."""
-        longest = self.samples.shape[-1]
-        return torch.arange(longest) < torch.where(self.sizes > 0, self.sizes, longest)[..., None]
+    def record(
+        self, key: object, inputs: Sequence[Tensor], recorded: Callable[[], Callable[[], None]]
+    ) -> Recording | None:
+        """Record a step; None if it cannot be recorded, which is said once."""
+        while len(self.recordings) > MOST:
+            del self.recordings[next(iter(self.recordings))]
+        try:
+            self.recordings[key] = recording = Recording(inputs, recorded())
+        except RuntimeError as error:
+            self.is_recordable, reason = False, str(error).split("\n")[0]
+            notes.say(f"A training step cannot be recorded as a CUDA graph, so it is slower: {reason}")
+            self.network.zero_grad()
+            return None
+        return recording
 
 
 def train(
-    network: nn.Module,
-    stack: Stack,
-    step: Step,
-    state: Sequence[Tensor],
+    learner: Learner,
     jobs: Sequence[Job],
     scaling: Callable[[Tensor], Tensor],
     *,
@@ -128,75 +103,74 @@ def train(
     batch_size: int,
     average: bool = False,
     record: bool = True,
+    smaller: Callable[[int], Learner] | None = None,
 ) -> None:
     """Do the jobs of all clients, in place, with the results of `loop.train` up to rounding.
 
-    ``step`` updates the parameters of ``network`` and ``state``, its other tensors [K, ...]. With ``record`` it is
-    recorded on a GPU, with the rest of a training step, so each call must do the same.
+    ``smaller`` gives a learner of fewer clients, with any weights; without it, clients that are done stay. With
+    ``record`` a training step is recorded on a GPU.
 
     Raises:
         NotStackable: the network or an objective draws random numbers. The jobs cannot be used again.
 
     """
-    device = next(network.parameters()).device
-    data = [torch.cat(list(each)).to(device) for each in zip(*((job.pixels, job.targets) for job in jobs), strict=True)]
-    sizes = [loop.batch_sizes(network, len(job.pixels), batch_size) for job in jobs]
+    device = next(learner.network.parameters()).device
+    data = [graphs.upload([getattr(job, name) for job in jobs], device) for name in ("pixels", "targets")]
+    sizes = [loop.batch_sizes(learner.network, len(job.pixels), batch_size) for job in jobs]
     plan = Plan.of(jobs, sizes, epochs)
-    stack.streams = [torch.Generator(device).manual_seed(job.seed) for job in jobs]
-    results = [tensor.detach().clone() for tensor in stack.tensors]
-    sums = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in results] if average else []
-    clients = list(range(len(jobs)))  # those in the stack, some of which may be done
+    segments = plan.segments()
+    first, clients = learner, list(range(len(jobs)))  # those in the stack, some of which may be done
+    learner.stack.streams = [torch.Generator(device).manual_seed(job.seed) for job in jobs]
+    tensors = first.stack.tensors
+    results = [] if [working for working, _ in segments] == [clients] else [each.detach().clone() for each in tensors]
+    sums = [torch.zeros_like(each, dtype=torch.float64) for each in tensors] if average else []
     random = _random_state(device)
-    network.train()
     steps: Iterator[None] | None = None
-    with stack.computing():
-        for working, numbers in plan.segments():
-            if len(working) <= (1 - DONE) * len(clients):
-                _keep(stack, state, [clients.index(client) for client in working])
-                clients, steps = working, None
+    with learner.stack.computing():
+        for (working, numbers), (later, _) in zip(segments, [*segments[1:], ([], [])], strict=True):
+            count = min((size for size in SIZES if size >= len(working)), default=len(clients))
+            if smaller is not None and count < len(clients):
+                done = [client for client in clients if client not in working]
+                remaining = sorted((working + done)[:count])
+                old, learner, steps = learner, smaller(count), None
+                learner.take(old, [clients.index(client) for client in remaining])
+                clients = remaining
             if steps is None:
-                rest = plan.part(range(numbers[0], len(plan.sizes)), clients)
-                steps = _steps(network, stack, step, [jobs[client] for client in clients], data, scaling, rest, record)
+                own = [jobs[client] for client in clients]
+                steps = _steps(learner, own, data, scaling, plan.part(numbers[0], clients), record)
             for number in numbers:
                 next(steps)
                 if number == 0 and not torch.equal(random, _random_state(device)):
                     raise NotStackable("it draws random numbers in training")
                 if average:
-                    _add(stack, sums, [client for client in working if (number + 1) % len(sizes[client]) == 0], clients)
-            _write(stack, results, working, clients)
+                    ended = [client for client in working if (number + 1) % len(sizes[client]) == 0]
+                    _put(learner, clients, sums, ended, torch.Tensor.add_)
+            if results:
+                _put(learner, clients, results, [c for c in working if c not in later], torch.Tensor.copy_)
     if average:
         results = [
-            (total / epochs).to(result) if result.is_floating_point() else result
-            for total, result in zip(sums, results, strict=True)
+            (total / epochs).to(tensor) if tensor.is_floating_point() else tensor
+            for total, tensor in zip(sums, results or tensors, strict=True)
         ]
-    for tensor, result in zip(stack.tensors, results, strict=True):
-        if stack.count == len(jobs):
-            tensor.detach().copy_(result)  # in place: a recorded step writes there
-        else:
-            tensor.data, stack.recording = result, None
-    stack.count = len(jobs)
+    for tensor, result in zip(tensors, results or tensors, strict=True):
+        tensor.detach().copy_(result)
 
 
-def _add(stack: Stack, sums: Sequence[Tensor], ended: list[int], clients: list[int]) -> None:
-    """Add the tensors of those that have ended an epoch to their sums; ``clients`` are those in the stack."""
-    for total, tensor in zip(sums, stack.tensors, strict=True):
+def _put(
+    learner: Learner,
+    clients: list[int],
+    results: Sequence[Tensor],
+    ended: list[int],
+    put: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Copy or add the tensors of those that have ended to their results; ``clients`` are those in the stack."""
+    for tensor, result in zip(learner.stack.tensors, results, strict=True):
         for client in ended:
-            total[client] += tensor.detach()[clients.index(client)]
-
-
-def _write(stack: Stack, results: Sequence[Tensor], working: list[int], clients: list[int]) -> None:
-    """Write the tensors of those that work to their places in the results; ``clients`` are those in the stack."""
-    for tensor, result in zip(stack.tensors, results, strict=True):
-        if len(working) == len(result):
-            result.copy_(tensor.detach())
-        else:
-            result[working] = tensor.detach()[[clients.index(client) for client in working]]
+            put(result[client], tensor.detach()[clients.index(client)])
 
 
 def _steps(
-    network: nn.Module,
-    stack: Stack,
-    step: Step,
+    learner: Learner,
     jobs: Sequence[Job],
     data: Sequence[Tensor],
     scaling: Callable[[Tensor], Tensor],
@@ -207,48 +181,50 @@ def _steps(
 
     A step finds its batch by a number on the device, so that it can be recorded once and replayed without the host.
     """
-    device, is_augmented = data[0].device, any(job.augmentation.crop for job in jobs)
+    network, stack, device = learner.network, learner.stack, data[0].device
+    is_augmented = any(job.augmentation.crop for job in jobs)
     objective = _sample_loss(jobs)
-    parts = plan.samples.flatten(1), plan.draws.flatten(2).transpose(0, 1), plan.is_real(), plan.shares()
-    inputs = [*data, *(part.to(device) for part in parts), torch.zeros(1, dtype=torch.int64, device=device)]
-    key: tuple[object, ...] = (
-        network,
-        step,
-        objective,
-        scaling,
-        is_augmented,
-        stack.precision,
+    usual = int(plan.sizes[0].max()) if stack.is_plain else plan.samples.shape[-1]
+    parts = [plan.samples.flatten(1), plan.draws.flatten(2).transpose(0, 1), plan.is_real(), plan.shares()]
+    parts.append(torch.zeros(1, dtype=torch.int64))  # the number of the step
+    key = (
+        *(objective, scaling, is_augmented, usual),
         *(job.penalty for job in jobs),
+        *((tensor.data_ptr(), tensor.dtype) for tensor in data),
+        *((part.shape[1:], part.dtype) for part in parts),
     )
-    key = (*key, *((tensor.shape, tensor.dtype) for tensor in inputs))
-    recording = stack.recording if record and stack.recording and stack.recording.key == key else None
-    if recording is not None:
-        for kept, tensor in zip(recording.inputs, inputs, strict=True):
-            kept.copy_(tensor)
+    is_recordable = record and objective is not None and _is_always_the_same(network, jobs)
+    recorder = graphs.recorder(device) if is_recordable and learner.is_recordable else None
+    recording = learner.recording(key, len(plan.sizes)) if recorder else None
+    inputs = recording.inputs if recording else graphs.inputs(parts, device, graphs.ROOM if recorder else 1)
+    for kept, part in zip(inputs, parts, strict=True):
+        kept[: len(part)].copy_(part)
 
-    def run() -> None:
-        pixels, targets, *batches, number = inputs
+    def run(longest: int) -> None:
+        *batches, number = inputs
         samples, draws, stack.is_real, shares = (part.index_select(0, number)[0] for part in batches)
+        if stack.is_plain:  # its layers know nothing of padding
+            samples, draws, shares = samples[:longest], draws[:, :longest], shares[:, :longest]
+        pixels, targets = data
         images = pixels[samples]
         x = scaling(augment.apply(images, draws) if is_augmented else images)
         _loss(network, stack, jobs, objective, shares, x, targets[samples]).backward()  # type: ignore[no-untyped-call]
-        step()
-        number += 1
+        learner.step()
+        number.add_(1)
 
-    is_recordable = record and objective is not None and _is_always_the_same(network, jobs)
-    recorder = graphs.recorder(device) if is_recordable else None
-    for done, sizes in enumerate(plan.sizes.tolist()):
+    network.train()
+    network.zero_grad()  # of a training that failed
+    for sizes in plan.sizes.tolist():
         stack.sizes = sizes
-        if recording is None and recorder is not None and 0 < done < len(plan.sizes) - 1:  # the first one is a warm-up
-            stack.recording = None
-            try:
-                recording = stack.recording = graphs.Recording(key, inputs, recorder(run))
-            except RuntimeError as error:
-                reason, recorder = str(error).split("\n")[0], None
-                notes.say(f"A training step cannot be recorded as a CUDA graph, so it is slower: {reason}")
-                for parameter in network.parameters():
-                    parameter.grad = None
-        run() if recording is None else recording.replay()
+        longest = sizes[0] if stack.is_plain else usual
+        if recording is None and recorder and longest == usual and key in learner.recordings:
+            recording = learner.record(key, inputs, partial(recorder, partial(run, usual)))
+            recorder = recorder if recording else None
+        if recording and longest == usual:
+            recording.replay()
+        else:
+            run(longest)
+            learner.recordings.setdefault(key, None) if longest == usual else None
         for job, size in zip(jobs, sizes, strict=True):
             if job.step is not None and size:
                 job.step()
@@ -288,7 +264,7 @@ def _loss(
         parts = [part for pair in zip(stack.sizes, padding, strict=True) for part in pair]
         rows = [tensor.split(parts)[::2] for tensor in (*outputs, targets)]  # whose gradient is one concatenation
     has_penalty = any(job.penalty for job in jobs)
-    parameters = {name: tensor.unbind() for name, tensor in network.named_parameters()} if has_penalty else {}
+    parameters = {name: stack.rows_of(tensor) for name, tensor in network.named_parameters()} if has_penalty else {}
     for k, (job, size) in enumerate(zip(jobs, stack.sizes, strict=True)):
         if size and objective is None:
             *output, wanted = (each[k] for each in rows)
@@ -296,13 +272,6 @@ def _loss(
         if job.penalty is not None:
             losses.append(job.penalty({name: each[k] for name, each in parameters.items()}))
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-
-
-def _keep(stack: Stack, state: Sequence[Tensor], places: list[int]) -> None:
-    """Remove all other clients from a stack."""
-    stack.count, stack.streams, stack.recording = len(places), [stack.streams[place] for place in places], None
-    for tensor in (*stack.tensors, *state):
-        tensor.data = tensor.detach()[places]
 
 
 def _random_state(device: torch.device) -> Tensor:

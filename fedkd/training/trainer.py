@@ -15,8 +15,8 @@ from fedkd.core.errors import DataError
 from fedkd.core.tensors import shapes
 from fedkd.models import checkpoint
 from fedkd.training import loop, optimizers, together
-from fedkd.training.stacked_loop import Job
-from fedkd.training.together import Fit, Network, Prediction, TaughtFit, Training, weights_of
+from fedkd.training.batches import Job
+from fedkd.training.requests import Fit, Network, Prediction, TaughtFit, Training, weights_of
 
 if TYPE_CHECKING:
     from fedkd.algorithms.base import Client

@@ -15,7 +15,7 @@ from fedkd import models
 from fedkd.bench import kernels as bench
 from fedkd.core.seeds import seeded
 from fedkd.training import kernels, norm_kernels
-from fedkd.training.stack import Stack, weights_of
+from fedkd.training.stack import Stack
 from tests.conftest import ROOT
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -247,7 +247,7 @@ def test_a_stack_uses_the_kernels(precision, monkeypatch):
         assert parameter.dtype == torch.float32
         assert (parameter.grad - reference).norm() <= tolerance * reference.norm()
         assert parameter.grad.stride() == parameter.stride() or parameter.dim() < 5
-        assert weights_of(network, 1)[name].is_contiguous()
+        assert stack.weights(network)[1][name].is_contiguous()
 
 
 class _Compiled:

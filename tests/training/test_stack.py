@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from fedkd import models
 from fedkd.core import seeds
 from fedkd.training import graphs, loop, optimizers, stacked_loop, trainer
+from fedkd.training.batches import Job
 from fedkd.training.layers import WatchedModel
 from fedkd.training.loop import Augmentation, Embedded, Scaling
 from fedkd.training.losses.logits import cross_entropy
-from fedkd.training.stack import NotStackable, Stack, check, weights_of
-from fedkd.training.stacked_loop import Job
+from fedkd.training.stack import NotStackable, Stack, check
+from fedkd.training.stacked_loop import Learner
 from fedkd.training.terms import Features, Relations
 from fedkd.training.terms.objective import DistillationObjective, Taught
 
@@ -47,13 +48,13 @@ def jobs(sizes=SIZES, pixels: int = 16, **changes) -> list[Job]:
 
 
 def sgd(parameters: list[torch.Tensor], rate: float) -> tuple[optimizers.Step, list[torch.Tensor]]:
-    velocities = [torch.zeros_like(p) for p in parameters]
-    return optimizers.sgd(parameters, rate, 0.9, 1e-3, velocities), velocities
+    state = optimizers.state_of(optimizers.sgd, parameters)
+    return optimizers.sgd(parameters, rate, 0.9, 1e-3, list(state)), state
 
 
 def adam(parameters: list[torch.Tensor], rate: float) -> tuple[optimizers.Step, list[torch.Tensor]]:
-    moments = [torch.zeros_like(p) for p in parameters * 2]
-    return optimizers.adam(parameters, rate / 10, moments), moments
+    state = optimizers.state_of(optimizers.adam, parameters)
+    return optimizers.adam(parameters, rate / 10, state), state
 
 
 def plain(network: nn.Module, job: Job, *, optimizer=sgd, dtype=torch.float32, rate=0.02, **options) -> None:
@@ -72,12 +73,23 @@ def plain(network: nn.Module, job: Job, *, optimizer=sgd, dtype=torch.float32, r
     )
 
 
-def stacked(
-    network: nn.Module, stack: Stack, work: list[Job], *, optimizer=sgd, dtype=torch.float32, rate=0.02, **options
-) -> None:
-    step, state = optimizer(list(network.parameters()), rate)
-    options = {"epochs": 2, "batch_size": 32} | options
-    stacked_loop.train(network, stack, step, state, work, lambda pixels: SCALING(pixels).to(dtype), **options)
+def learner_of(networks: list[nn.Module], *, build=None, optimizer=sgd, rate=0.02) -> Learner:
+    """What trains a stack of these networks; ``build`` makes a stack and its network of them."""
+    stack, network = (build or stack_of)(networks)
+    return Learner(network, stack, *optimizer(list(network.parameters()), rate))
+
+
+def stacked(networks: list[nn.Module], work: list[Job], *, build=None, optimizer=sgd, rate=0.02, **options) -> Learner:
+    """Train a stack of these networks, which stay as they are."""
+
+    def learner(count: int) -> Learner:
+        return learner_of(networks[:count], build=build, optimizer=optimizer, rate=rate)
+
+    dtype = options.pop("dtype", torch.float32)
+    options = {"epochs": 2, "batch_size": 32, "smaller": learner} | options
+    trained = learner(len(networks))
+    stacked_loop.train(trained, work, lambda pixels: SCALING(pixels).to(dtype), **options)
+    return trained
 
 
 def own_networks(spec: str, dtype: torch.dtype = torch.float32, count: int = len(SIZES)) -> list[nn.Module]:
@@ -92,7 +104,7 @@ def stack_of(networks: list[nn.Module]) -> tuple[Stack, nn.Module]:
 def difference(network: nn.Module, own: list[nn.Module]) -> float:
     """The largest difference of a weight."""
     return max(
-        (weights_of(network, k)[name] - tensor).abs().max().item()
+        (network.state_dict()[name][k].cpu() - tensor.cpu()).abs().max().item()
         for k, each in enumerate(own)
         for name, tensor in each.state_dict().items()
     )
@@ -101,12 +113,16 @@ def difference(network: nn.Module, own: list[nn.Module]) -> float:
 def after_training(spec: str, work: list[Job], *, wrap=lambda network: network, **options) -> float:
     """The largest difference between the plain loop and the stack after training."""
     own = own_networks(spec, options.get("dtype", torch.float32), len(work))
-    stack, network = stack_of(own)
-    stacked(wrap(network), stack, work, **options)
-    assert difference(network, own) > 1e-3
+
+    def build(networks: list[nn.Module]) -> tuple[Stack, nn.Module]:
+        stack, network = stack_of(networks)
+        return stack, wrap(network)
+
+    network = stacked(own, work, build=build, **options).network
+    assert difference(network, [wrap(each) for each in own]) > 1e-3
     for each, job in zip(own, work, strict=True):
         plain(wrap(each), job, **options)
-    return difference(network, own)
+    return difference(network, [wrap(each) for each in own])
 
 
 @pytest.mark.parametrize("precision", [SINGLE, DOUBLE], ids=["float32", "float64"])
@@ -179,9 +195,8 @@ def test_objectives_on_embeddings():
 
 
 @pytest.mark.parametrize("term", [Features("hint"), Features("vid"), Features("attention"), Relations("rkd")])
-def test_losses_on_layers_of_a_teacher(term, monkeypatch):
+def test_losses_on_layers_of_a_teacher(term):
     """As in ``mentor``: each client has its own teacher, and its own adapters with an optimizer of their own."""
-    monkeypatch.setattr(stacked_loop, "DONE", 2.0)  # those that are done stay
     options, limit = DOUBLE
     dtype, rate, work = options["dtype"], options["rate"], jobs((31, 1, 70, 33))
     students, teachers = own_networks("cnn:width=8", count=4), own_networks("resnet8:width=8,norm=batch", count=4)
@@ -193,9 +208,13 @@ def test_losses_on_layers_of_a_teacher(term, monkeypatch):
         teacher.eval().requires_grad_(False)
         both.append(DistillationObjective(student, [teacher], [term], sample, job.targets).to(dtype))
     adapters = copy.deepcopy([each.terms.state_dict() for each in both])
-    stack, student = stack_of(students)
-    teacher = stack.add(teachers[0], [each.state_dict() for each in teachers])
-    network = Taught(WatchedModel(student, both[0].student.names), [WatchedModel(teacher, both[0].teachers[0].names)])
+
+    def build(networks: list[nn.Module]) -> tuple[Stack, nn.Module]:
+        stack, student = stack_of(networks)
+        teacher = stack.add(teachers[0], [each.state_dict() for each in teachers[: len(networks)]])
+        watched = WatchedModel(student, both[0].student.names), WatchedModel(teacher, both[0].teachers[0].names)
+        return stack, Taught(watched[0], [watched[1]])
+
     work = [
         dataclasses.replace(
             job,
@@ -205,7 +224,7 @@ def test_losses_on_layers_of_a_teacher(term, monkeypatch):
         )
         for job, each in zip(work, both, strict=True)
     ]
-    stacked(network, stack, work, **options)
+    student = stacked(students, work, build=build, **options).network.student.model
     trained = [each.terms.state_dict() for each in copy.deepcopy(both)]
     for each, job, state in zip(both, work, adapters, strict=True):
         each.terms.load_state_dict(state)
@@ -223,19 +242,19 @@ def test_distillation_with_adam_and_averaged_weights():
 
 
 def test_clients_leave_or_stay_with_the_same_result(monkeypatch):
-    """Those that are done stay in the stack to the end if no share of it is enough to leave."""
+    """Those that are done stay in the stack to the end if there is no smaller one."""
     results, logits = [], []
-    for share in (0.0, 2.0):
-        monkeypatch.setattr(stacked_loop, "DONE", share)
+    for sizes in ((1, 2, 3, 4), (2, 3), ()):
+        monkeypatch.setattr(stacked_loop, "SIZES", sizes)
         own = own_networks("resnet8:width=8,norm=batch", torch.float64)
-        stack, network = stack_of(own)
-        stacked(network, stack, jobs(), dtype=torch.float64)
-        results.append([weights_of(network, k) for k in range(len(SIZES))])
+        trained = stacked(own, jobs(), dtype=torch.float64)
+        results.append(trained.stack.weights(trained.network))
         images = [job.pixels for job in jobs()]
-        logits.append(stacked_loop.predict(network, stack, images, lambda pixels: SCALING(pixels).double()))
-    for one, other in zip(*results, strict=True):
-        assert all((one[name] - other[name]).abs().max() <= 1e-10 for name in one)
-    assert all(map(torch.allclose, *logits))
+        logits.append(stacked_loop.predict(trained.network, trained.stack, images, to_double))
+    for one, *others in zip(*results, strict=True):
+        assert all((one[name] - other[name]).abs().max() <= 1e-10 for other in others for name in one)
+    for one, *others in zip(*logits, strict=True):
+        assert all(torch.allclose(one, other) for other in others)
 
 
 def test_two_runs_give_the_same_bits_and_torchs_own_random_numbers_are_not_drawn():
@@ -243,9 +262,7 @@ def test_two_runs_give_the_same_bits_and_torchs_own_random_numbers_are_not_drawn
     before = torch.get_rng_state()
     for _ in range(2):
         own = own_networks("resnet8:width=8,norm=batch")
-        stack, network = stack_of(own)
-        stacked(network, stack, jobs())
-        results.append([tensor.clone() for tensor in stack.tensors])
+        results.append(stacked(own, jobs()).stack.tensors)
     assert all(map(torch.equal, *results))
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -319,9 +336,8 @@ def test_a_stack_is_compared_with_its_networks(layer, message):
 @pytest.mark.parametrize("drawing", [nn.Dropout2d(0.5), nn.RReLU()])
 def test_a_network_that_draws_random_numbers_is_refused(drawing):
     network = nn.Sequential(drawing, nn.Flatten(), nn.Linear(3 * 256, 10))
-    stack, network = stack_of([network, network])
     with pytest.raises(NotStackable, match="random numbers"):
-        stacked(network, stack, jobs((8, 8)))
+        stacked([network, network], jobs((8, 8)))
 
 
 def test_layers_that_share_a_parameter_share_it_in_the_stack():
@@ -346,21 +362,29 @@ def recorded(monkeypatch) -> list:
     return steps
 
 
-def train_again(spec: str, count: int, sizes: tuple[int, ...], device: str = "cpu", **options) -> list[torch.Tensor]:
-    """The results of several trainings of one stack, each from the same weights on other images."""
-    stack, network = stack_of([each.to(device) for each in own_networks(spec, torch.float64, len(sizes))])
-    step, state = sgd(list(network.parameters()), 0.02)
-    start, results = [tensor.detach().clone() for tensor in stack.tensors], []
+def train_again(
+    spec: str, count: int, sizes: tuple[int, ...], device: str = "cpu", build=None, **options
+) -> list[torch.Tensor]:
+    """The results of several trainings of one learner, each from the same weights on other images."""
+    own = [each.to(device) for each in own_networks(spec, torch.float64, len(sizes))]
+    learners: dict[int, Learner] = {}
+
+    def learner(count: int) -> Learner:
+        if count not in learners:
+            learners[count] = learner_of(own[:count], build=build)
+        for tensor in learners[count].state:
+            tensor.zero_()
+        return learners[count]
+
+    results: list[torch.Tensor] = []
     for seed in range(count):
-        for tensor, value in zip(stack.tensors, start, strict=True):
-            tensor.detach().copy_(value)
-        for velocity, parameter in zip(state, network.parameters(), strict=True):
-            velocity.data = torch.zeros_like(parameter) if len(velocity) < len(sizes) else velocity.zero_()
-        work = jobs(sizes, seed=lambda k, seed=seed: 10 * seed + k)
+        trained = learner(len(sizes))
+        trained.stack.load(trained.network, [each.state_dict() for each in own])
+        work = jobs([size - size // 4 * (seed % 2) for size in sizes], seed=lambda k, seed=seed: 10 * seed + k)
         for job in work[1:]:
             job.pixels.copy_(job.pixels + 100 * seed)
-        stacked_loop.train(network, stack, step, state, work, to_double, epochs=2, batch_size=32, **options)
-        results += [tensor.detach().clone() for tensor in stack.tensors]
+        stacked_loop.train(trained, work, to_double, epochs=2, batch_size=32, smaller=learner, **options)
+        results += [tensor.detach().clone() for tensor in trained.stack.tensors]
     return results
 
 
@@ -368,14 +392,43 @@ def to_double(pixels: torch.Tensor) -> torch.Tensor:
     return SCALING(pixels).double()
 
 
-@pytest.mark.parametrize("sizes", [(64, 64, 64), (63, 64, 40), (31, 1, 200, 33, 32)])
-def test_a_step_is_recorded_once_for_all_trainings_of_a_stack(sizes, monkeypatch):
-    expected = train_again("resnet8:width=8,norm=batch", 3, sizes, record=False)
+@pytest.mark.parametrize(("sizes", "count"), [((64, 64, 64), 1), ((63, 64, 40), 2), ((31, 1, 200, 33, 32), 4)])
+def test_a_step_is_recorded_once_for_all_trainings(sizes, count, monkeypatch):
+    """Once for each size of the stack and width of its batches, whatever the number of samples."""
+    expected = train_again("resnet8:width=8,norm=batch", 4, sizes, record=False)
     steps = recorded(monkeypatch)
-    seen = train_again("resnet8:width=8,norm=batch", 3, sizes)
+    seen = train_again("resnet8:width=8,norm=batch", 4, sizes)
     assert all(map(torch.equal, seen, expected))
-    # If clients leave a stack, its tensors are others after that.
-    assert len(steps) == 1 if len(sizes) == 3 else len(steps) > 1
+    assert len(steps) == count
+
+
+def alone(networks: list[nn.Module]) -> tuple[Stack, nn.Module]:
+    (network,), stack = copy.deepcopy(networks), Stack(1)
+    return stack, stack.alone(network)
+
+
+@pytest.mark.parametrize(
+    ("size", "spec", "count"),
+    [
+        (64, "cnn:width=8", 1),
+        (70, "cnn:width=8", 1),
+        (70, "resnet8:width=8,norm=batch", 1),
+        (65, "resnet8:width=8,norm=batch", 2),  # batches of 32 and 33 images, then of 32 and 17
+        (20, "resnet8:width=8,norm=batch", 2),
+    ],
+)
+def test_one_client_is_trained_by_the_layers_of_its_own_network(size, spec, count, monkeypatch):
+    """There is no padding: a batch that is smaller (or larger, with BatchNorm) than the first one is not recorded."""
+    steps = recorded(monkeypatch)
+    seen = train_again(spec, 2, (size,), build=alone)
+    assert len(steps) == count
+    expected = []
+    for seed in range(2):
+        own = module(spec, 0, torch.float64)
+        (job,) = jobs([size - size // 4 * (seed % 2)], seed=lambda k, seed=seed: 10 * seed + k)
+        plain(own, job, dtype=torch.float64)
+        expected += [*own.parameters(), *own.buffers()]
+    assert all(torch.allclose(mine[0], its, 0, 1e-10) for mine, its in zip(seen, expected, strict=True))
 
 
 def test_what_cannot_be_recorded_is_run_step_by_step(monkeypatch, capsys):
@@ -398,8 +451,7 @@ def test_steps_that_differ_in_python_are_not_recorded(change, monkeypatch):
         work[1] = dataclasses.replace(work[1], objective=lambda output, targets: F.cross_entropy(output, targets))
     if change == "step":
         work[1] = dataclasses.replace(work[1], step=lambda: None)
-    stack, network = stack_of([network, network])
-    stacked(network, stack, work)
+    stacked([network, network], work)
     assert not steps
 
 
@@ -458,13 +510,12 @@ def test_on_a_gpu_stacked_equals_plain_and_two_runs_give_the_same_bits(spec):
     options, limit = DOUBLE
     own, runs = [each.cuda() for each in own_networks(spec, torch.float64)], []
     for _ in range(2):
-        stack, network = stack_of(own)
-        stacked(network, stack, jobs(), **options)
-        runs.append([tensor.clone() for tensor in stack.tensors])
+        trained = stacked(own, jobs(), **options)
+        runs.append(trained.stack.tensors)
     assert all(map(torch.equal, *runs))
     for each, job in zip(own, jobs(), strict=True):
         plain(each, job, **options)
-    assert difference(network, [each.cpu() for each in own]) <= limit
+    assert difference(trained.network, own) <= limit
 
 
 @needs_gpu
@@ -487,8 +538,7 @@ def test_no_step_waits_for_the_gpu(optimizer, monkeypatch):
             yield
 
     monkeypatch.setattr(stacked_loop, "_steps", watched)
-    stack, network = stack_of([each.cuda() for each in own_networks("resnet8:width=8,norm=batch")])
-    stacked(network, stack, jobs(), optimizer=optimizer)
+    stacked([each.cuda() for each in own_networks("resnet8:width=8,norm=batch")], jobs(), optimizer=optimizer)
 
 
 @needs_gpu
@@ -515,10 +565,13 @@ def test_on_a_gpu_every_precision_is_close_to_the_plain_loop(spec, precision, li
     """Of float32 on the CPU; two runs give the same bits."""
     own, runs = own_networks(spec), []
     for _ in range(2):
-        stack = Stack(len(own), precision)
-        network = stack.add(copy.deepcopy(own[0]).cuda(), [each.state_dict() for each in own])
-        stacked(network, stack, jobs(), rate=1e-3)
-        runs.append([tensor.clone() for tensor in stack.tensors])
+
+        def build(networks: list[nn.Module]) -> tuple[Stack, nn.Module]:
+            stack = Stack(len(networks), precision)
+            return stack, stack.add(copy.deepcopy(own[0]).cuda(), [each.state_dict() for each in networks])
+
+        network = (trained := stacked(own, jobs(), build=build, rate=1e-3)).network
+        runs.append(trained.stack.tensors)
     assert all(map(torch.equal, *runs))
     assert {tensor.dtype for tensor in network.parameters()} == {torch.float32}
     for each, job in zip(own, jobs(), strict=True):

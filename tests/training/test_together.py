@@ -14,8 +14,9 @@ from fedkd.core.tensors import equal
 from fedkd.simulate import simulate
 from fedkd.simulate.experiment import prepare
 from fedkd.simulate.flower.local_update import ClientRunner
-from fedkd.training import together
-from fedkd.training.together import Prediction
+from fedkd.training import graphs, together
+from fedkd.training import requests as kinds
+from fedkd.training.requests import Fit, Prediction, TaughtFit
 from tests.conftest import simulated, tiny
 
 NETWORKS = """
@@ -58,7 +59,7 @@ BYTES = ("uplink", "downlink", "failures", "participants", "round")
 def stacks(monkeypatch):
     """Clients compute together on a CPU too; the number of clients in each stack, and requests that ran alone."""
     sizes, alone = [], together._alone
-    for kind in (together.Fit, together.TaughtFit, Prediction):
+    for kind in (Fit, TaughtFit, Prediction):
         stacked = kind.stacked
 
         def counted(requests, stacked=stacked):
@@ -69,6 +70,8 @@ def stacks(monkeypatch):
         monkeypatch.setattr(kind, "stacked", staticmethod(counted))
     monkeypatch.setattr(together, "_alone", lambda request: (sizes.append(1), alone(request))[1])
     monkeypatch.setattr(together, "pays", lambda _: True)
+    monkeypatch.setattr(together, "_limits", {})
+    graphs.forget()
     notes.say.cache_clear()
     return sizes
 
@@ -113,7 +116,8 @@ def test_a_client_that_fails_does_not_affect_the_others(stacks, tmp_path, capsys
     (failure,) = row["failures"]
     assert failure["client"] == 1
     assert "one has enough" in failure["reason"]
-    assert stacks == [1, 1, 1, 2]  # training, and the evaluation of those that have a model
+    # Training in a stack fails. Then the evaluation of those that have a model, and of the student.
+    assert stacks == [1, 1, 1, 2, 1, 1]
     assert "one after the other" not in capsys.readouterr().err
 
 
@@ -157,9 +161,81 @@ def test_a_stack_that_needs_too_much_memory_is_halved_and_reported_once(stacks, 
     monkeypatch.setattr(Prediction, "stacked", staticmethod(limited))
     made = requests(5)
     results = together.execute(made) and together.execute(made)
-    assert stacks == [2, 1, 2] * 2
+    assert stacks == [2, 2, 1] * 2
     assert capsys.readouterr().err.count("too little memory for 5 clients") == 1
     assert all(torch.allclose(each.alone(), result, atol=1e-5) for each, result in zip(made, results, strict=True))
+
+
+def test_kept_stacks_are_freed_before_a_stack_is_halved(stacks, monkeypatch, capsys):
+    stacked, calls = Prediction.stacked, []
+
+    def limited(requests):
+        calls.append(len(requests))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("of the GPU")
+        return stacked(requests)
+
+    made = requests(3)
+    expected = together.execute(made)
+    monkeypatch.setattr(Prediction, "stacked", staticmethod(limited))
+    assert all(map(torch.equal, together.execute(made), expected))
+    assert calls == [3, 3]
+    assert not capsys.readouterr().err
+
+
+def test_no_more_clients_than_fit_into_the_memory_of_the_gpu(stacks, monkeypatch):
+    """Two networks of float32 for each client; in training also what the backward pass needs."""
+    made = requests(5)
+    weights, image = kinds._bytes(made[0].network, 32, 32)
+    assert weights == sum(4 * tensor.numel() for tensor in made[0].weights.values())
+    assert kinds._bytes(made[0].network, 64, 64)[1] > 3 * image
+    # The input and the output of each convolution, in float32, are among what is needed.
+    assert image > 4 * (3 * 32 * 32 + 4 * 32 * 32)
+    monkeypatch.setattr(graphs, "memory", lambda _: 5 * weights)
+    together.execute(made)
+    assert stacks == [2, 2, 1]
+    experiment = prepare(tiny(validation=1300))
+    trainer, client = experiment.setup.trainer, experiment.client(0, 1, {})
+    monkeypatch.setattr(graphs, "memory", lambda _: 10 * weights + 2 * trainer.config.batch_size * image)
+    del stacks[:]
+    results = list(together.run([lambda: trainer.train(client, made[0].weights)] * 2))
+    assert stacks == [1, 1]
+    assert equal(*results)
+
+
+def test_a_step_is_recorded_once_in_a_run(stacks, tmp_path, monkeypatch):
+    """Of the clients and of the server, for all rounds; the results are those of a run without recordings."""
+    expected, steps = simulated(tmp_path / "one", validation=1300, algorithm="fedmd", rounds=3), []
+    graphs.forget()
+    monkeypatch.setattr(graphs, "recorder", lambda _: lambda run: (steps.append(run), run)[1])
+    assert simulated(tmp_path / "other", validation=1300, algorithm="fedmd", rounds=3) == expected
+    assert len(steps) == 3
+
+
+@pytest.mark.parametrize("is_together", [True, False])
+def test_a_training_that_failed_leaves_no_gradients(is_together, stacks, monkeypatch):
+    """The next client with this network has the same result as before."""
+    monkeypatch.setattr(together, "pays", lambda _: is_together)
+    experiment = prepare(tiny(validation=1300))
+    trainer, client = experiment.setup.trainer, experiment.client(0, 1, {})
+    start, calls, hooks = trainer.initial_weights(client.model), [], []
+
+    def fail(gradient):
+        calls.append(0)
+        raise ArithmeticError
+
+    def penalty(parameters):
+        first = next(iter(parameters.values()))  # whose gradient is the last one
+        hooks.append(first.register_hook(fail))
+        return first.sum()
+
+    expected = trainer.train(client, start)
+    with pytest.raises(ArithmeticError):
+        trainer.train(client, start, penalty=penalty)
+    assert len(calls) == 1 + is_together  # in a stack, and on its own
+    for hook in hooks:
+        hook.remove()
+    assert equal(trainer.train(client, start), expected)
 
 
 def test_a_signal_ends_the_run(stacks, monkeypatch):
@@ -190,7 +266,7 @@ def test_a_memory_that_cannot_be_written_ends_the_run(stacks, tmp_path, monkeypa
 )
 def test_options_that_need_processes_are_named(changes, option, stacks, tmp_path, capsys):
     simulate(tiny(out=str(tmp_path / "run"), validation=1300, rounds=1, min_clients=1, **changes))
-    assert not stacks
+    assert set(stacks) == {1}  # on the server
     assert f"fedkd: {option}" in capsys.readouterr().err
 
 
@@ -200,7 +276,7 @@ def test_requests_outside_of_a_round_are_executed_at_once(stacks):
     start = trainer.initial_weights(client.model)
     own = trainer.train(client, start, objective=F.cross_entropy)
     one, other = together.run([lambda: trainer.train(client, start)] * 2)
-    assert stacks == [2]
+    assert stacks == [1, 2]
     assert all((one[name] - own[name]).abs().max() < 1e-2 for name in own)
     assert equal(one, other)
 
