@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from fedkd.core.lazy import torch
 from fedkd.core.seeds import derive
 from fedkd.core.tensors import take
+from fedkd.training.objectives import Softened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,9 +75,10 @@ class Distillation:
         sizes: Tensor = torch.tensor(examples, dtype=torch.float)[:, None]
         return sizes if self.weighting == "size" else torch.ones_like(sizes)
 
-    def objective(self, student_logits: Tensor, teacher_probs: Tensor) -> Tensor:
-        """T^2 * loss(student_logits / T, teacher_probs): gradients keep their size (Hinton et al., 2015)."""
-        return self.temperature**2 * self.loss(student_logits / self.temperature, teacher_probs)
+    @property
+    def objective(self) -> Softened:
+        """The loss at the temperature."""
+        return Softened(self.loss, self.temperature)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from fedkd.algorithms.base import Algorithm, Client, Update
 from fedkd.core.lazy import torch
 from fedkd.core.soft_labels import SoftLabels, probabilities
 from fedkd.core.tensors import integer, put
+from fedkd.training.objectives import mean_over_samples
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +55,7 @@ class COMET(Algorithm):
         probs = probabilities(setup.proxy_logits(client.model, weights, int(message["round"])))
         return Update({"probs": probs}, len(client.data)), put("model", weights)
 
+    @mean_over_samples
     def distance(self, student_logits: Tensor, probs: Tensor) -> Tensor:
         """The mean over samples of weight * ||softmax(s) - z||."""
         return self.weight * (student_logits.softmax(-1) - probs).square().sum(-1).add(1e-12).sqrt().mean()

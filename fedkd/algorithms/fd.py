@@ -12,6 +12,8 @@ from fedkd.algorithms import aggregators
 from fedkd.algorithms.base import Algorithm, Client, Update
 from fedkd.core.lazy import torch
 from fedkd.core.tensors import put
+from fedkd.training.losses.logits import cross_entropy
+from fedkd.training.objectives import Bound, mean_over_samples
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,12 +41,8 @@ class FD(Algorithm):
         return {"means": state["others"][place[0]] if len(place) else state["all"]}
 
     def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
-        others = message.get("means", torch.zeros(setup.classes, setup.classes)).to(setup.trainer.device)
-
-        def objective(logits: Tensor, labels: Tensor) -> Tensor:
-            targets = torch.nn.functional.one_hot(labels, setup.classes) + self.gamma * others[labels]
-            return -(targets * logits.log_softmax(-1)).sum(-1).mean()
-
+        others = message.get("means", torch.zeros(setup.classes, setup.classes))
+        objective = Bound(by_label, {"targets": torch.eye(setup.classes) + self.gamma * others})
         weights = setup.trainer.train(client, setup.local_weights(client), objective=objective)
         probs = setup.trainer.predict(client.model, weights, client.data.pixels).double().softmax(-1)
         means, _ = class_means(probs, client.data.labels, setup.classes)
@@ -59,6 +57,12 @@ class FD(Algorithm):
         others = aggregators.leave_one_out(logits, has) * (has.sum(0) > has)[..., None]
         everyone = aggregators.mean_probs(logits, has) * (has.sum(0) > 0)[:, None]
         return {"present": torch.tensor(list(updates)), "others": others, "all": everyone}
+
+
+@mean_over_samples
+def by_label(logits: Tensor, labels: Tensor, tensors: Tensors) -> Tensor:
+    """The cross-entropy with the row of ``targets`` [C, C] for the label of each sample."""
+    return cross_entropy(logits, tensors["targets"][labels])
 
 
 def class_means(values: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, NonNegativeFloat
 
 from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.core.lazy import torch
 from fedkd.core.tensors import put, take, weighted_mean
+from fedkd.training.objectives import Bound
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedkd.algorithms.base import Setup
     from fedkd.core.tensors import Shapes, Tensors
     from fedkd.training.loop import Penalty
@@ -57,9 +61,12 @@ class FedProx(FedAvg):
     mu: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 0.01
 
     def penalty(self, setup: Setup, start: Tensors) -> Penalty | None:
-        from fedkd.training import loop
+        return Bound(self.proximal, start) if self.mu else None
 
-        return loop.proximal(self.mu, start, setup.trainer.device) if self.mu else None
+    def proximal(self, parameters: Tensors, center: Tensors) -> Tensor:
+        """Mu / 2 times the squared distance of the parameters from ``center``."""
+        distances = [(p - center[n]).square().sum() for n, p in parameters.items()]
+        return 0.5 * self.mu * torch.stack(distances).sum()
 
 
 @dataclass(frozen=True)

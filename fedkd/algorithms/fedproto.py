@@ -13,6 +13,7 @@ from fedkd.algorithms.fd import class_means
 from fedkd.core.errors import UsageError
 from fedkd.core.lazy import torch
 from fedkd.core.tensors import put, shapes
+from fedkd.training.objectives import Bound, mean_over_samples
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,18 +49,20 @@ class FedProto(Algorithm):
         return state
 
     def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
-        prototypes = message["prototypes"].to(setup.trainer.device)
-        is_known = (message["counts"] > 0).to(setup.trainer.device)
-
-        def objective(output: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
-            logits, embedding = output
-            distance = (embedding - prototypes[labels]).square().mean(-1) * is_known[labels]
-            return torch.nn.functional.cross_entropy(logits, labels) + self.weight * distance.mean()
-
+        known = {"prototypes": message["prototypes"], "is_known": message["counts"] > 0}
+        objective = Bound(self.objective, known)
         weights = setup.trainer.train(client, setup.local_weights(client), objective=objective, with_embeddings=True)
         embeddings = setup.trainer.embed(client.model, weights, client.data.pixels)
         means, counts = class_means(embeddings, client.data.labels, setup.classes)
         return Update({"prototypes": means, "counts": counts}, len(client.data)), put("model", weights)
+
+    @mean_over_samples
+    def objective(self, output: tuple[Tensor, Tensor], labels: Tensor, tensors: Tensors) -> Tensor:
+        """The loss of a client for its prototypes [C, D], of the classes where ``is_known`` [C] is true."""
+        logits, embedding = output
+        prototypes, is_known = tensors["prototypes"], tensors["is_known"]
+        distance = (embedding - prototypes[labels]).square().mean(-1) * is_known[labels]
+        return torch.nn.functional.cross_entropy(logits, labels) + self.weight * distance.mean()
 
     def upload_spec(self, setup: Setup, client: int, number: int) -> Shapes:
         return shapes(self.initial_state(setup))

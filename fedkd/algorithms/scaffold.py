@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.core.lazy import torch
 from fedkd.core.tensors import put, shapes, take, weighted_mean
+from fedkd.training.objectives import Bound
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedkd.algorithms.base import Setup
     from fedkd.core.tensors import Shapes, Tensors
 
@@ -40,12 +44,10 @@ class Scaffold(Algorithm):
         return state
 
     def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
-        from fedkd.training import loop
-
         start, common = take("student", message), take("control", message)
         own = take("control", client.memory) or setup.trainer.parameter_zeros(client.model)
         slope = {name: common[name] - own[name] for name in common}
-        weights = setup.trainer.train(client, start, penalty=loop.linear(slope, setup.trainer.device))
+        weights = setup.trainer.train(client, start, penalty=Bound(linear, slope))
         moved = setup.config.learning_rate * total_step(setup.trainer.steps(client), setup.config.momentum)
         new = own  # without a step there is no gradient
         if moved:
@@ -68,6 +70,11 @@ class Scaffold(Algorithm):
 
     def global_model(self, setup: Setup, state: Tensors) -> Tensors:
         return take("student", state)
+
+
+def linear(parameters: Tensors, slope: Tensors) -> Tensor:
+    """<slope, parameters>, whose gradient is ``slope``."""
+    return torch.stack([(p * slope[n]).sum() for n, p in parameters.items()]).sum()
 
 
 def total_step(steps: int, momentum: float) -> float:

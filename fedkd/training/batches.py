@@ -12,12 +12,11 @@ from torch import Tensor
 from fedkd.data import augment
 from fedkd.training import loop
 from fedkd.training.loop import Augmentation, Objective, Penalty
-from fedkd.training.optimizers import Step
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one client trains on, as for `loop.train`; ``step`` updates the parameters of its objective, if any."""
+    """What one client trains on, as for `loop.train`."""
 
     pixels: Tensor
     targets: Tensor
@@ -25,7 +24,6 @@ class Job:
     augmentation: Augmentation
     seed: int
     penalty: Penalty | None = None
-    step: Step | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from fedkd.core.seeds import seeded
 from fedkd.data import augment
 from fedkd.data.scaling import Scaling
 from fedkd.training.layers import EMBEDDING, layer_outputs
+from fedkd.training.objectives import on_device
 from fedkd.training.optimizers import Step
 
 CPU_CHUNK, GPU_CHUNK = 64, 2048  # images per forward pass: fits the cache of a CPU core; fills a GPU
@@ -73,6 +74,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     sizes = batch_sizes(model, len(pixels), batch_size)
+    objective, penalty = on_device(objective, device), penalty and on_device(penalty, device)
     model.train()
     model.zero_grad()  # of a training that failed
     with seeded(seed):  # for dropout, which draws from torch's own stream
@@ -131,27 +133,6 @@ def batches(sizes: list[int], generator: torch.Generator) -> tuple[Tensor, ...]:
 def _floats(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The floating-point parameters and buffers, which can be averaged."""
     return [(name, tensor.detach()) for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
-
-
-def proximal(mu: float, center: Mapping[str, Tensor], device: str = "cpu") -> Penalty:
-    """Mu / 2 times the squared distance of the parameters from ``center`` (FedProx: Li et al., 2020)."""
-    center = {name: tensor.to(device) for name, tensor in center.items()}
-
-    def penalty(parameters: Mapping[str, Tensor]) -> Tensor:
-        distances = [(p - center[n]).square().sum() for n, p in parameters.items()]
-        return 0.5 * mu * torch.stack(distances).sum()
-
-    return penalty
-
-
-def linear(slope: Mapping[str, Tensor], device: str = "cpu") -> Penalty:
-    """<slope, parameters>: adds ``slope`` to every gradient (SCAFFOLD's correction: Karimireddy et al., 2020)."""
-    slope = {name: tensor.to(device) for name, tensor in slope.items()}
-
-    def penalty(parameters: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([(p * slope[n]).sum() for n, p in parameters.items()]).sum()
-
-    return penalty
 
 
 class Embedded(nn.Module):

@@ -16,6 +16,7 @@ from fedkd.core import seeds
 from fedkd.core.tensors import shapes
 from fedkd.training import graphs, loop, optimizers, stack, stacked_loop
 from fedkd.training.layers import WatchedModel
+from fedkd.training.objectives import function_of
 from fedkd.training.stack import NotStackable, Stack
 from fedkd.training.stacked_loop import Learner
 
@@ -177,8 +178,8 @@ class Fit:
     @property
     def key(self) -> Hashable:
         """What requests have in common that are executed together."""
-        targets = self.job.targets
-        return type(self), self.how, self.job.pixels.shape[1:], targets.shape[1:], targets.dtype
+        targets, penalty = self.job.targets, function_of(self.job.penalty)
+        return type(self), self.how, self.job.pixels.shape[1:], targets.shape[1:], targets.dtype, penalty
 
     @property
     def network(self) -> Network:
@@ -234,7 +235,7 @@ class TaughtFit(Fit):
 
     @staticmethod
     def stacked(requests: Sequence[TaughtFit]) -> list[Any]:  # type: ignore[override]
-        from fedkd.training.terms.objective import Taught
+        from fedkd.training.terms.objective import Taught, adapted_losses
 
         how, pixels, of_teacher = requests[0].how, requests[0].job.pixels, requests[0].how.teacher
         assert of_teacher is not None
@@ -247,19 +248,21 @@ class TaughtFit(Fit):
         def built(count: int) -> Learner:
             stack = Stack(count)
             student, teacher = how.network.stacked(stack), of_teacher.stacked(stack).eval().requires_grad_(False)
-            return how.around(Taught(WatchedModel(student, watched[0]), [WatchedModel(teacher, watched[1])]), stack)
+            adapters = stack.add_parameters([each.terms.parameters() for each in both[:count]])
+            pair = WatchedModel(student, watched[0]), [WatchedModel(teacher, watched[1])]
+            return how.around(Taught(*pair, adapters), stack)
 
         learner = built(len(requests))
         taught = cast(Taught, learner.network)
         student, teacher = _within(taught.student), _within(taught.teachers[0])
         learner.stack.load(student, [each.weights for each in requests])
         learner.stack.load(teacher, [each.teacher for each in requests])
-        adapters = [list(each.terms.parameters()) for each in both]
-        jobs = [
-            replace(each.job, objective=its.loss, step=how.optimizer(mine, *how.numbers) if mine else None)
-            for each, its, mine in zip(requests, both, adapters, strict=True)
-        ]
+        losses = adapted_losses(both)
+        jobs = [replace(each.job, objective=loss) for each, loss in zip(requests, losses, strict=True)]
         how.stacked(learner, jobs, built)
+        for k, each in enumerate(both):
+            for parameter, trained in zip(each.terms.parameters(), taught.adapters, strict=True):
+                parameter.data = trained.detach()[k]
         weights = learner.stack.weights(student)
         return [(mine, weights_of(each.terms)) for mine, each in zip(weights, both, strict=True)]
 

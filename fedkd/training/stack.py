@@ -8,7 +8,7 @@ dimension [K, ...] under their old names.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -88,19 +88,26 @@ class Stack:
         """Copy the weights of each client into a network that `add` or `alone` has returned."""
         for name, tensor in network.state_dict().items():
             values = [each[name] for each in weights]
-            tensor.copy_(values[0] if self.is_plain else torch.stack(values))
+            self.of_clients(tensor).copy_(torch.stack(values))
 
     def weights(self, network: nn.Module) -> list[dict[str, Tensor]]:
         """The parameters and buffers of each client in a network, copied to the CPU and contiguous."""
         clients: list[dict[str, Tensor]] = [{} for _ in range(self.count)]
         for name, tensor in network.state_dict().items():  # one copy from the device for all clients
-            for client, values in zip(clients, self.rows_of(tensor.detach().cpu()), strict=True):
+            for client, values in zip(clients, self.of_clients(tensor.detach().cpu()), strict=True):
                 client[name] = values.clone(memory_format=torch.contiguous_format)
         return clients
 
-    def rows_of(self, tensor: Tensor) -> Sequence[Tensor]:
-        """The parameter or buffer of each client."""
-        return [tensor] if self.is_plain else tensor.unbind()
+    def add_parameters(self, own: Sequence[Iterable[nn.Parameter]]) -> list[nn.Parameter]:
+        """New parameters [K, ...] of those that clients have besides a network, such as a loss with adapters."""
+        groups = zip(*own, strict=True)
+        added = [nn.Parameter(torch.stack([p.detach() for p in each]), each[0].requires_grad) for each in groups]
+        self._tensors += added
+        return added
+
+    def of_clients(self, tensor: Tensor) -> Tensor:
+        """A parameter or buffer as [K, ...]."""
+        return tensor[None] if self.is_plain else tensor
 
     def cast(self, x: Tensor) -> Tensor:
         """Activations of floating point in the type in which layers compute."""

@@ -20,34 +20,19 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
-from torch.utils import _pytree as pytree
 
 from fedkd.core import notes
 from fedkd.data import augment
 from fedkd.training import graphs, loop
 from fedkd.training.batches import Job, Plan
 from fedkd.training.graphs import Recording
-from fedkd.training.loop import Objective
-from fedkd.training.losses import logits
 from fedkd.training.optimizers import Step
 from fedkd.training.stack import NotStackable, Stack
+from fedkd.training.stacked_losses import Losses
 
 #: How many clients a stack may have after some have left it: each size is about three quarters of the next one.
 SIZES = (2, 3, 4, 6, 8, 11, 15, 20, 27, 36, 48)
 MOST = 8  # recorded steps of a learner; they differ in the width of a batch, the objective and the like
-
-
-def _by_sample(objective: Objective) -> Objective:
-    """The losses [B] of the samples, each a batch of its own."""
-    return lambda output, targets: torch.vmap(objective)(output[:, None], targets[:, None])
-
-
-#: The objectives that are means over samples, so that one call serves all clients: the losses [B] of the samples.
-SAMPLE_LOSSES: dict[Objective, Objective] = {
-    F.cross_entropy: partial(F.cross_entropy, reduction="none"),
-    **{each: _by_sample(each) for each in (logits.cross_entropy, logits.kl, logits.logit_mae, logits.logit_mse)},
-}
 
 
 @dataclass(eq=False)
@@ -111,7 +96,7 @@ def train(
     ``record`` a training step is recorded on a GPU.
 
     Raises:
-        NotStackable: the network or an objective draws random numbers. The jobs cannot be used again.
+        NotStackable: the network or an objective draws random numbers, or penalties differ.
 
     """
     device = next(learner.network.parameters()).device
@@ -183,22 +168,22 @@ def _steps(
     """
     network, stack, device = learner.network, learner.stack, data[0].device
     is_augmented = any(job.augmentation.crop for job in jobs)
-    objective = _sample_loss(jobs)
+    losses = Losses.of([job.objective for job in jobs], [job.penalty for job in jobs], device)
     usual = int(plan.sizes[0].max()) if stack.is_plain else plan.samples.shape[-1]
     parts = [plan.samples.flatten(1), plan.draws.flatten(2).transpose(0, 1), plan.is_real(), plan.shares()]
     parts.append(torch.zeros(1, dtype=torch.int64))  # the number of the step
     key = (
-        *(objective, scaling, is_augmented, usual),
-        *(job.penalty for job in jobs),
+        *(losses.key, scaling, is_augmented, usual),
         *((tensor.data_ptr(), tensor.dtype) for tensor in data),
-        *((part.shape[1:], part.dtype) for part in parts),
+        *((part.shape[1:], part.dtype) for part in (*parts, *losses.tensors)),
     )
-    is_recordable = record and objective is not None and _is_always_the_same(network, jobs)
+    is_recordable = record and not _has_dropout(network) and (stack.is_plain or losses.are_one_call(plan.sizes))
     recorder = graphs.recorder(device) if is_recordable and learner.is_recordable else None
     recording = learner.recording(key, len(plan.sizes)) if recorder else None
-    inputs = recording.inputs if recording else graphs.inputs(parts, device, graphs.ROOM if recorder else 1)
-    for kept, part in zip(inputs, parts, strict=True):
-        kept[: len(part)].copy_(part)
+    kept = recording.inputs if recording else graphs.inputs(parts, device, graphs.ROOM if recorder else 1)
+    inputs = kept[: len(parts)]
+    for tensor, part in zip(kept, (*parts, *losses.tensors), strict=False):
+        tensor[: len(part)].copy_(part)
 
     def run(longest: int) -> None:
         *batches, number = inputs
@@ -208,7 +193,7 @@ def _steps(
         pixels, targets = data
         images = pixels[samples]
         x = scaling(augment.apply(images, draws) if is_augmented else images)
-        _loss(network, stack, jobs, objective, shares, x, targets[samples]).backward()  # type: ignore[no-untyped-call]
+        losses.total(network, stack, shares, x, targets[samples]).backward()  # type: ignore[no-untyped-call]
         learner.step()
         number.add_(1)
 
@@ -218,60 +203,19 @@ def _steps(
         stack.sizes = sizes
         longest = sizes[0] if stack.is_plain else usual
         if recording is None and recorder and longest == usual and key in learner.recordings:
-            recording = learner.record(key, inputs, partial(recorder, partial(run, usual)))
+            recording = learner.record(key, [*inputs, *losses.tensors], partial(recorder, partial(run, usual)))
             recorder = recorder if recording else None
         if recording and longest == usual:
             recording.replay()
         else:
             run(longest)
             learner.recordings.setdefault(key, None) if longest == usual else None
-        for job, size in zip(jobs, sizes, strict=True):
-            if job.step is not None and size:
-                job.step()
         yield
 
 
-def _is_always_the_same(network: nn.Module, jobs: Sequence[Job]) -> bool:
-    """Whether a step does the same in Python whatever its batch is."""
-    has_dropout = any(isinstance(module, nn.Dropout) and module.p for module in network.modules())
-    return not has_dropout and all(job.step is None for job in jobs)
-
-
-def _sample_loss(jobs: Sequence[Job]) -> Objective | None:
-    """If all jobs have the same objective, and this is a mean over samples: the losses [B] of the samples."""
-    found = (losses for mean, losses in SAMPLE_LOSSES.items() if all(job.objective is mean for job in jobs))
-    return next(found, None)
-
-
-def _loss(
-    network: nn.Module,
-    stack: Stack,
-    jobs: Sequence[Job],
-    objective: Objective | None,
-    shares: Tensor,
-    x: Tensor,
-    targets: Tensor,
-) -> Tensor:
-    """The sum of the losses of the clients, each on its own samples; ``objective`` is their `_sample_loss`."""
-    outputs, form = pytree.tree_flatten(network(x))
-    outputs = [output.float() if output.dtype == torch.bfloat16 else output for output in outputs]
-    losses = []
-    if objective is not None:
-        each = objective(pytree.tree_unflatten(outputs, form), targets)
-        losses.append((each * shares.flatten().to(each)).sum())
-    else:
-        padding = [len(targets) // stack.count - size for size in stack.sizes]
-        parts = [part for pair in zip(stack.sizes, padding, strict=True) for part in pair]
-        rows = [tensor.split(parts)[::2] for tensor in (*outputs, targets)]  # whose gradient is one concatenation
-    has_penalty = any(job.penalty for job in jobs)
-    parameters = {name: stack.rows_of(tensor) for name, tensor in network.named_parameters()} if has_penalty else {}
-    for k, (job, size) in enumerate(zip(jobs, stack.sizes, strict=True)):
-        if size and objective is None:
-            *output, wanted = (each[k] for each in rows)
-            losses.append(job.objective(pytree.tree_unflatten(output, form), wanted))
-        if job.penalty is not None:
-            losses.append(job.penalty({name: each[k] for name, each in parameters.items()}))
-    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+def _has_dropout(network: nn.Module) -> bool:
+    """Whether a step depends in Python on the sizes of its batches."""
+    return any(isinstance(module, nn.Dropout) and module.p for module in network.modules())
 
 
 def _random_state(device: torch.device) -> Tensor:

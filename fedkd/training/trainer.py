@@ -16,6 +16,7 @@ from fedkd.core.tensors import shapes
 from fedkd.models import checkpoint
 from fedkd.training import loop, optimizers, together
 from fedkd.training.batches import Job
+from fedkd.training.objectives import Joint
 from fedkd.training.requests import Fit, Network, Prediction, TaughtFit, Training, weights_of
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Trainer:
         labels = nn.functional.one_hot(client.data.labels, self.classes).float()
         targets = [nn.functional.pad(labels, (0, 1)), nn.functional.pad(soft_labels.targets, (0, 1), value=1.0)]
         pixels = torch.cat([client.data.pixels, soft_labels.images])
-        joint, private = _joint(objective, soft_objective), len(client.data)
+        joint, private = Joint(objective, soft_objective), len(client.data)
         job = self._job(client, pixels, torch.cat(targets), joint, penalty=penalty, augment_first=private)
         return self._fit(client, weights, job, output)
 
@@ -204,22 +205,3 @@ class Trainer:
 
     def _network(self, model: str) -> Network:
         return Network(model, self.classes, self.config.norm, self.device)
-
-
-def _joint(objective: Objective, soft_objective: Objective) -> Objective:
-    """The mean loss over samples with labels and samples with soft labels (last column of the targets: 1)."""
-
-    def joint(logits: Tensor, targets: Tensor) -> Tensor:
-        is_soft = targets[:, -1] > 0
-        labels = targets[~is_soft, :-1].argmax(-1)
-        losses = [
-            loss(logits[mask], kind) * len(kind)
-            for loss, mask, kind in (
-                (objective, ~is_soft, labels),
-                (soft_objective, is_soft, targets[is_soft, :-1]),
-            )
-            if len(kind)
-        ]
-        return torch.stack(losses).sum() / len(targets)
-
-    return joint

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedkd.algorithms.fedavg import FedProx
 from fedkd.core import seeds
 from fedkd.data.augment import PAD, crop_and_flip
 from fedkd.training import loop, optimizers
 from fedkd.training.loop import Augmentation, Scaling
+from fedkd.training.objectives import Bound
 from tests.conftest import ROOT
 
 
@@ -105,9 +107,9 @@ def test_the_proximal_term_is_fedproxs(pixels, labels):
         model[2].weight += 0.5
         model[2].bias -= 0.25
     expected = 0.5 * 0.3 * (48 * 10 * 0.25 + 10 * 0.0625)
-    assert loop.proximal(0.3, start)(dict(model.named_parameters())).item() == pytest.approx(expected, rel=1e-5)
+    assert FedProx(mu=0.3).proximal(dict(model.named_parameters()), start).item() == pytest.approx(expected, rel=1e-5)
     free = train(small(), pixels, labels, epochs=6)
-    held = train(small(), pixels, labels, epochs=6, penalty=loop.proximal(3.0, start))
+    held = train(small(), pixels, labels, epochs=6, penalty=Bound(FedProx(mu=3.0).proximal, start))
     distances = [sum((p - start[n]).square().sum() for n, p in m.named_parameters()) for m in (free, held)]
     assert distances[1] < 0.5 * distances[0]
 

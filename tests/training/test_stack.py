@@ -9,18 +9,26 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedkd import models
-from fedkd.core import seeds
-from fedkd.training import graphs, loop, optimizers, stacked_loop, trainer
+from fedkd.algorithms.comet import COMET
+from fedkd.algorithms.fd import by_label
+from fedkd.algorithms.fedavg import FedProx
+from fedkd.algorithms.fedproto import FedProto
+from fedkd.algorithms.scaffold import linear
+from fedkd.core import seeds, specs
+from fedkd.core.catalog import CATALOG
+from fedkd.training import graphs, loop, optimizers, stacked_loop
 from fedkd.training.batches import Job
 from fedkd.training.layers import WatchedModel
 from fedkd.training.loop import Augmentation, Embedded, Scaling
-from fedkd.training.losses.logits import cross_entropy
+from fedkd.training.losses.logits import cross_entropy, logit_mae, logit_mse
+from fedkd.training.objectives import Bound, Joint, Softened, of_samples
 from fedkd.training.stack import NotStackable, Stack, check
 from fedkd.training.stacked_loop import Learner
-from fedkd.training.terms import Features, Relations
-from fedkd.training.terms.objective import DistillationObjective, Taught
+from fedkd.training.terms import Features, Logits, Relations
+from fedkd.training.terms.objective import DistillationObjective, Taught, adapted_losses
 
 SIZES = (31, 1, 200, 33, 32)
 SCALING = Scaling((120.0,) * 3, (60.0,) * 3)
@@ -42,8 +50,8 @@ def jobs(sizes=SIZES, pixels: int = 16, **changes) -> list[Job]:
         generator = torch.Generator().manual_seed(k)
         images = torch.randint(256, (size, pixels, pixels, 3), dtype=torch.uint8, generator=generator)
         labels = torch.randint(10, (size,), generator=generator)
-        options = {"objective": F.cross_entropy, "augmentation": Augmentation(True, True), "seed": 100 + k}
-        made.append(Job(images, labels, **options | {name: make(k) for name, make in changes.items()}))
+        job = Job(images, labels, F.cross_entropy, Augmentation(True, True), seed=100 + k)
+        made.append(dataclasses.replace(job, **{name: make(k) for name, make in changes.items()}))
     return made
 
 
@@ -154,23 +162,40 @@ def test_networks_of_torchvision(name, monkeypatch):
     assert after_training("", jobs((31, 1, 33), pixels=32), **options | {"rate": 1e-3}) <= limit
 
 
-def test_penalties():
-    """FedProx for one client, SCAFFOLD for another, none for the rest."""
-    start = own_networks("cnn:width=8", torch.float64)[0].state_dict()
-    slope = {name: 0.1 * torch.ones_like(tensor) for name, tensor in start.items()}
+PENALTIES = {"fedprox": FedProx(mu=0.5).proximal, "scaffold": linear}
 
-    def penalty(client: int) -> loop.Penalty | None:
-        return {0: loop.linear(slope), 2: loop.proximal(0.5, start)}.get(client)
 
+def penalty_of(method: str, dtype: torch.dtype = torch.float64, scale: float = 1.0):
+    """A penalty with other tensors for each client, as of this method."""
+    function = PENALTIES[method]
+    weights = [each.state_dict() for each in own_networks("cnn:width=8", dtype)]
+    return lambda k: Bound(function, {name: scale * tensor for name, tensor in weights[k].items()})
+
+
+@pytest.mark.parametrize("method", ["fedprox", "scaffold"])
+def test_penalties(method):
     options, limit = DOUBLE
-    assert after_training("cnn:width=8", jobs(penalty=penalty), **options) <= limit
+    assert after_training("cnn:width=8", jobs(penalty=penalty_of(method, scale=0.3)), **options) <= limit
 
 
-def test_joint_training_on_labels_and_soft_labels():
-    """As in Cronus: the loss selects samples by their targets, and the images with soft labels are not augmented."""
+def test_penalties_that_differ_are_refused():
+    own = own_networks("cnn:width=8", count=2)
+    prox = penalty_of("fedprox", torch.float32)
+    for penalty in ({0: prox(0)}.get, {0: prox(0), 1: penalty_of("scaffold", torch.float32)(1)}.get):
+        with pytest.raises(NotStackable, match="penalties of clients differ"):
+            stacked(own, jobs((8, 8), penalty=penalty))
+
+
+def undeclared(logits, probs):
+    """It does not say that it is a mean over samples."""
+    return cross_entropy(logits, probs)
+
+
+def joint_jobs(sizes: tuple[int, ...] = SIZES, soft_objective=cross_entropy, **changes) -> list[Job]:
+    """As of Cronus: labels and soft labels in one batch; images with soft labels are not augmented."""
     generator = torch.Generator().manual_seed(9)
     work = []
-    for job in jobs():
+    for job in jobs(sizes, **changes):
         soft = torch.randn(len(job.targets), 10, generator=generator).softmax(-1)
         labels = F.one_hot(job.targets, 10).float()
         work.append(
@@ -178,61 +203,112 @@ def test_joint_training_on_labels_and_soft_labels():
                 job,
                 pixels=torch.cat([job.pixels, job.pixels.flip(1)]),
                 targets=torch.cat([F.pad(labels, (0, 1)), F.pad(soft, (0, 1), value=1.0)]),
-                objective=trainer._joint(F.cross_entropy, cross_entropy),
+                objective=Joint(F.cross_entropy, soft_objective),
                 augmentation=Augmentation(True, True, first=len(job.pixels)),
             )
         )
+    return work
+
+
+@pytest.mark.parametrize("soft_objective", [cross_entropy, COMET(weight=0.5).distance, undeclared])
+def test_joint_training_on_labels_and_soft_labels(soft_objective):
     options, limit = DOUBLE
-    assert after_training("cnn:width=8", work, **options) <= limit
+    assert after_training("cnn:width=8", joint_jobs(soft_objective=soft_objective), **options) <= limit
 
 
-def test_objectives_on_embeddings():
-    def objective(client: int) -> loop.Objective:
+def by_label_of(client: int) -> Bound:
+    """As of FD, with other targets for each client."""
+    targets = torch.rand(10, 10, generator=torch.Generator().manual_seed(client), dtype=torch.float64)
+    return Bound(by_label, {"targets": torch.eye(10) + targets})
+
+
+def prototypes_of(method: FedProto, width: int):
+    """As of FedProto, with other prototypes for each client."""
+
+    def objective(client: int) -> Bound:
+        generator = torch.Generator().manual_seed(client)
+        prototypes = torch.randn(10, width, generator=generator, dtype=torch.float64)
+        return Bound(method.objective, {"prototypes": prototypes, "is_known": torch.arange(10) != client})
+
+    return objective
+
+
+@pytest.mark.parametrize("kind", ["closures", "prototypes", "labels"])
+def test_objectives_with_tensors_of_each_client(kind):
+    def closure(client: int) -> loop.Objective:
         return lambda output, labels: F.cross_entropy(output[0], labels) + client * output[1].square().mean()
 
     options, limit = DOUBLE
-    assert after_training("cnn:width=8", jobs(objective=objective), wrap=Embedded, **options) <= limit
+    objective, wrap = {
+        "closures": (closure, Embedded),
+        "prototypes": (prototypes_of(FedProto(weight=0.5), 256), Embedded),
+        "labels": (by_label_of, lambda network: network),
+    }[kind]
+    assert after_training("cnn:width=8", jobs(objective=objective), wrap=wrap, **options) <= limit
 
 
-@pytest.mark.parametrize("term", [Features("hint"), Features("vid"), Features("attention"), Relations("rkd")])
+class Mentored:
+    """As in ``mentor``: students, each with its own teacher and its own adapters, and the stack of them."""
+
+    def __init__(self, term, sizes: tuple[int, ...], dtype: torch.dtype = torch.float64, device: str = "cpu") -> None:
+        self.term, self.kind, count = term, {"dtype": dtype, "device": device}, len(sizes)
+        self.students = [each.to(device) for each in own_networks("cnn:width=8", dtype, count)]
+        self.teachers = [each.to(device) for each in own_networks("resnet8:width=8,norm=batch", dtype, count)]
+        indices = [torch.arange(size) for size in sizes]
+        self.jobs = [
+            dataclasses.replace(job, targets=torch.stack([job.targets, each], 1))
+            for job, each in zip(jobs(sizes), indices, strict=True)
+        ]
+        for teacher in self.teachers:
+            teacher.eval().requires_grad_(False)
+
+    def build(self, students: list[nn.Module]) -> tuple[Stack, nn.Module]:
+        both, (stack, student) = self.objectives()[: len(students)], stack_of(students)
+        teacher = stack.add(self.teachers[0], [each.state_dict() for each in self.teachers[: len(students)]])
+        adapters = stack.add_parameters([each.terms.parameters() for each in both])
+        watched = WatchedModel(student, both[0].student.names), [WatchedModel(teacher, both[0].teachers[0].names)]
+        return stack, Taught(*watched, adapters)
+
+    def stacked(self, **options) -> Learner:
+        """Train the stack of all."""
+        losses = adapted_losses(self.objectives())
+        work = [dataclasses.replace(job, objective=loss) for job, loss in zip(self.jobs, losses, strict=True)]
+        return stacked(self.students, work, build=self.build, **options)
+
+    def objectives(self) -> list[DistillationObjective]:
+        """New ones of the students, with the same adapters each time."""
+        made = []
+        with seeds.seeded(0):
+            for student, teacher, job in zip(self.students, self.teachers, self.jobs, strict=True):
+                sample = SCALING(job.pixels[:2]).to(**self.kind)
+                made.append(DistillationObjective(student, [teacher], [self.term], sample, job.targets[:, 0]))
+        return [each.to(**self.kind) for each in made]
+
+
+@pytest.mark.parametrize(
+    "term", [*map(Features, ("hint", "vid", "attention", "nst")), Logits(), Logits("dkd"), Relations("rkd")]
+)
 def test_losses_on_layers_of_a_teacher(term):
-    """As in ``mentor``: each client has its own teacher, and its own adapters with an optimizer of their own."""
     options, limit = DOUBLE
-    dtype, rate, work = options["dtype"], options["rate"], jobs((31, 1, 70, 33))
-    students, teachers = own_networks("cnn:width=8", count=4), own_networks("resnet8:width=8,norm=batch", count=4)
-    for network in (*students, *teachers):
-        network.to(dtype)
-    both = []
-    for student, teacher, job in zip(students, teachers, work, strict=True):
-        sample = SCALING(job.pixels[:2]).to(dtype)
-        teacher.eval().requires_grad_(False)
-        both.append(DistillationObjective(student, [teacher], [term], sample, job.targets).to(dtype))
-    adapters = copy.deepcopy([each.terms.state_dict() for each in both])
+    work = Mentored(term, (31, 1, 70, 33))
+    trained = work.stacked(**options).network
+    for k, (each, job) in enumerate(zip(work.objectives(), work.jobs, strict=True)):
+        plain(each, dataclasses.replace(job, objective=each.loss), **options)
+        for ours, theirs in zip(trained.adapters, each.terms.parameters(), strict=True):
+            assert (ours[k] - theirs).abs().max() <= limit
+    assert difference(trained.student.model, work.students) <= limit
 
-    def build(networks: list[nn.Module]) -> tuple[Stack, nn.Module]:
-        stack, student = stack_of(networks)
-        teacher = stack.add(teachers[0], [each.state_dict() for each in teachers[: len(networks)]])
-        watched = WatchedModel(student, both[0].student.names), WatchedModel(teacher, both[0].teachers[0].names)
-        return stack, Taught(watched[0], [watched[1]])
 
-    work = [
-        dataclasses.replace(
-            job,
-            targets=torch.stack([job.targets, torch.arange(len(job.targets))], 1),
-            objective=each.loss,
-            step=sgd(list(each.terms.parameters()), rate)[0] if adapters[0] else None,
-        )
-        for job, each in zip(work, both, strict=True)
-    ]
-    student = stacked(students, work, build=build, **options).network.student.model
-    trained = [each.terms.state_dict() for each in copy.deepcopy(both)]
-    for each, job, state in zip(both, work, adapters, strict=True):
-        each.terms.load_state_dict(state)
-        plain(each, job, **options)
-        state.update(each.terms.state_dict())
-    assert difference(student, students) <= limit
-    for ours, theirs in zip(trained, adapters, strict=True):
-        assert all((ours[name] - theirs[name]).abs().max() <= limit for name in theirs)
+@pytest.mark.parametrize("term", [Features("hint"), Features("vid"), Logits()])
+def test_steps_with_a_teacher_are_recorded(term, monkeypatch):
+    results = []
+    for is_recorded in (False, True):
+        if is_recorded:
+            steps = recorded(monkeypatch)
+        work = Mentored(term, (64, 63))
+        results.append(work.stacked(dtype=torch.float64).stack.tensors)
+    assert len(steps) == 1
+    assert all(map(torch.equal, *results))
 
 
 def test_distillation_with_adam_and_averaged_weights():
@@ -363,9 +439,12 @@ def recorded(monkeypatch) -> list:
 
 
 def train_again(
-    spec: str, count: int, sizes: tuple[int, ...], device: str = "cpu", build=None, **options
+    spec: str, count: int, sizes: tuple[int, ...], device: str = "cpu", build=None, changes=lambda _: {}, **options
 ) -> list[torch.Tensor]:
-    """The results of several trainings of one learner, each from the same weights on other images."""
+    """The results of several trainings of one learner, each from the same weights on other images.
+
+    ``changes`` of the number of a training are those of its `jobs`.
+    """
     own = [each.to(device) for each in own_networks(spec, torch.float64, len(sizes))]
     learners: dict[int, Learner] = {}
 
@@ -380,7 +459,8 @@ def train_again(
     for seed in range(count):
         trained = learner(len(sizes))
         trained.stack.load(trained.network, [each.state_dict() for each in own])
-        work = jobs([size - size // 4 * (seed % 2) for size in sizes], seed=lambda k, seed=seed: 10 * seed + k)
+        counts = sizes if changes(0) else [size - size // 4 * (seed % 2) for size in sizes]
+        work = jobs(counts, seed=lambda k, seed=seed: 10 * seed + k, **changes(seed))
         for job in work[1:]:
             job.pixels.copy_(job.pixels + 100 * seed)
         stacked_loop.train(trained, work, to_double, epochs=2, batch_size=32, smaller=learner, **options)
@@ -431,6 +511,27 @@ def test_one_client_is_trained_by_the_layers_of_its_own_network(size, spec, coun
     assert all(torch.allclose(mine[0], its, 0, 1e-10) for mine, its in zip(seen, expected, strict=True))
 
 
+BOUND = {
+    "fedprox": lambda number: {"penalty": penalty_of("fedprox", scale=number)},
+    "scaffold": lambda number: {"penalty": penalty_of("scaffold", scale=number / 10)},
+    "fd": lambda number: {"objective": lambda k: by_label_of(k + 10 * number)},
+    "cronus": lambda number: {
+        "objective": lambda _: Joint(F.cross_entropy, LOSSES["kl"]),
+        "targets": lambda k: torch.cat([soft_targets(64, k + number), torch.arange(64)[:, None] % 2], 1),
+    },
+    "rkd": lambda number: {"objective": lambda _: LOSSES["rkd"], "targets": lambda k: soft_targets(64, k + number)},
+}
+
+
+@pytest.mark.parametrize("method", BOUND)
+def test_tensors_of_penalties_and_objectives_are_new_in_each_training(method, monkeypatch):
+    options = {"changes": BOUND[method]}
+    expected = train_again("cnn:width=8", 3, (64, 64), record=False, **options)
+    steps = recorded(monkeypatch)
+    assert all(map(torch.equal, train_again("cnn:width=8", 3, (64, 64), **options), expected))
+    assert len(steps) == 1
+
+
 def test_what_cannot_be_recorded_is_run_step_by_step(monkeypatch, capsys):
     expected = train_again("cnn:width=8", 1, (64, 64))
     monkeypatch.setattr(graphs, "recorder", lambda device: _refuse)
@@ -442,28 +543,101 @@ def _refuse(_):
     raise RuntimeError("not permitted\nCUDA says more.")
 
 
-@pytest.mark.parametrize("change", ["objective", "dropout", "step"])
+@pytest.mark.parametrize("change", ["objective", "dropout"])
 def test_steps_that_differ_in_python_are_not_recorded(change, monkeypatch):
     steps = recorded(monkeypatch)
     work = jobs((64, 64))
     network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5 * (change == "dropout")), nn.Linear(768, 10))
     if change == "objective":
         work[1] = dataclasses.replace(work[1], objective=lambda output, targets: F.cross_entropy(output, targets))
-    if change == "step":
-        work[1] = dataclasses.replace(work[1], step=lambda: None)
     stacked([network, network], work)
     assert not steps
 
 
-@pytest.mark.parametrize("objective", stacked_loop.SAMPLE_LOSSES)
-def test_one_loss_for_all_clients_equals_that_of_each_client(objective):
+def soft_jobs(objective, sizes: tuple[int, ...] = SIZES) -> list[Job]:
+    """Distillation from soft labels."""
+    return jobs(sizes, objective=lambda _: objective, targets=lambda k: soft_targets(sizes[k], k))
+
+
+def soft_targets(count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, 10, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).softmax(-1)
+
+
+LOSSES = {name: Softened(specs.bind("loss", name), 2.0) for name in CATALOG["loss"]}
+MEANS = {name: loss for name, loss in LOSSES.items() if of_samples(loss)} | {"mae": logit_mae, "square": logit_mse}
+
+
+def test_which_losses_are_means_over_samples():
+    """Those that say so, and no others."""
+    generator = torch.Generator().manual_seed(0)
+    logits, probs = torch.randn(9, 10, generator=generator), torch.randn(9, 10, generator=generator).softmax(-1)
+    for name, loss in (LOSSES | MEANS).items():
+        mean = torch.stack([loss(*rows) for rows in zip(logits.split(1), probs.split(1), strict=True)]).mean()
+        assert torch.allclose(loss(logits, probs), mean, 1e-4) == (name in MEANS), name
+        if each := of_samples(loss):
+            assert torch.allclose(each(logits, probs).mean(), mean, 1e-6), name
+    assert len(MEANS) == 7
+    assert of_samples(specs.bind("loss", "dkd:alpha=2"))
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_one_loss_for_all_clients_equals_that_of_each_client(name):
     options, limit = DOUBLE
-    work = jobs(objective=lambda _: objective)
-    if objective is not F.cross_entropy:
-        generator = torch.Generator().manual_seed(0)
-        soft = [torch.randn(len(job.targets), 10, generator=generator).double().softmax(-1) for job in work]
-        work = [dataclasses.replace(job, targets=targets) for job, targets in zip(work, soft, strict=True)]
-    assert after_training("cnn:width=8", work, **options) <= limit
+    assert after_training("cnn:width=8", soft_jobs(MEANS[name]), **options) <= limit
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_one_loss_for_all_batches_of_one_size_equals_that_of_each_client(name):
+    """Whether it is a mean over samples or not. The last batch of an epoch is smaller, and one client has one batch."""
+    options, limit = DOUBLE
+    assert after_training("cnn:width=8", soft_jobs(LOSSES[name], (48, 32, 48)), **options) <= limit
+
+
+class Count(TorchDispatchMode):
+    """Counts calls of operators."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.calls += 1
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda sizes: jobs(sizes),
+        lambda sizes: jobs(sizes, penalty=penalty_of("fedprox", torch.float32)),
+        lambda sizes: jobs(sizes, penalty=penalty_of("scaffold", torch.float32)),
+        lambda sizes: jobs(sizes, objective=by_label_of),
+        lambda sizes: joint_jobs(sizes),
+        lambda sizes: soft_jobs(logit_mae, sizes),
+        lambda sizes: soft_jobs(LOSSES["dkd"], sizes),
+        lambda sizes: soft_jobs(LOSSES["rkd"], sizes),
+        lambda sizes: Mentored(Features("hint"), sizes, torch.float32),
+    ],
+    ids=["fedavg", "fedprox", "scaffold", "fd", "cronus", "fedmd", "dkd", "rkd", "mentor"],
+)
+def test_a_step_calls_as_many_operators_for_many_clients_as_for_two(work, monkeypatch):
+    original, counts = stacked_loop._steps, []
+
+    def counted(*arguments):
+        steps = original(*arguments)
+        yield next(steps)
+        with Count() as count:
+            next(steps)
+        counts.append(count.calls)
+        yield
+        yield from steps
+
+    monkeypatch.setattr(stacked_loop, "_steps", counted)
+    for clients in (2, 5):
+        made = work((64,) * clients)
+        if isinstance(made, Mentored):
+            made.stacked()
+        else:
+            stacked(own_networks("cnn:width=8", count=clients), made)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("spec", ["cnn:width=8", "resnet8:width=8,norm=batch", "vit-tiny:width=32,depth=2"])
@@ -556,6 +730,30 @@ def test_on_a_gpu_a_recorded_step_does_the_same(spec, sizes, monkeypatch):
     seen, expected = (train_again(spec, 3, sizes, device="cuda", record=record) for record in (True, False))
     assert len(replays) > 4
     assert all(map(torch.equal, seen, expected))
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", BOUND)
+def test_on_a_gpu_penalties_and_objectives_are_recorded(method, monkeypatch, capsys):
+    original, records = graphs.record, []
+    monkeypatch.setattr(graphs, "record", lambda *arguments: (records.append(1), original(*arguments))[1])
+    options = {"device": "cuda", "changes": BOUND[method]}
+    seen, expected = (train_again("cnn:width=8", 3, (64, 64), record=record, **options) for record in (True, False))
+    assert len(records) == 1
+    assert all(map(torch.equal, seen, expected))
+    assert "cannot be recorded" not in capsys.readouterr().err
+
+
+@needs_gpu
+@pytest.mark.parametrize("term", [Features("hint"), Features("vid"), Logits()])
+def test_on_a_gpu_steps_with_a_teacher_are_recorded(term, capsys):
+    results = []
+    for record in (True, False):
+        trained = Mentored(term, (64, 63), device="cuda").stacked(dtype=torch.float64, record=record)
+        results.append(trained.stack.tensors)
+        assert any(trained.recordings.values()) == record
+    assert all(map(torch.equal, *results))
+    assert "cannot be recorded" not in capsys.readouterr().err
 
 
 @needs_gpu

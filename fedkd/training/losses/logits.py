@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat
 
 from fedkd.core.lazy import torch
 from fedkd.training.losses.vectors import standard
+from fedkd.training.objectives import mean_over_samples
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,11 +30,13 @@ Scales = Annotated[
 _MIN_PROB = 1e-30
 
 
+@mean_over_samples
 def cross_entropy(student_logits: Tensor, teacher_probs: Tensor) -> Tensor:
     """-sum_c p_c log softmax(s)_c: the softened cross-entropy (Hinton et al., 2015)."""
     return -(teacher_probs * student_logits.log_softmax(-1)).sum(-1).mean()
 
 
+@mean_over_samples
 def kl(student_logits: Tensor, teacher_probs: Tensor) -> Tensor:
     """KL(p || softmax(s)), zero if both are equal (Hinton et al., 2015).
 
@@ -43,21 +46,25 @@ def kl(student_logits: Tensor, teacher_probs: Tensor) -> Tensor:
     return cross_entropy(student_logits, teacher_probs) - entropy
 
 
+@mean_over_samples
 def mse(student_logits: Tensor, teacher_probs: Tensor) -> Tensor:
     """Squared distance of the two distributions, summed over classes (the Brier score)."""
     return (student_logits.softmax(-1) - teacher_probs).square().sum(-1).mean()
 
 
+@mean_over_samples
 def logit_mae(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Mean absolute difference of logits, over batch and classes (FedMD: Li and Wang, 2019)."""
     return (student_logits - teacher_logits).abs().mean()
 
 
+@mean_over_samples
 def logit_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Mean squared difference of logits, over batch and classes (Ba and Caruana, 2014; Kim et al., 2021)."""
     return (student_logits - teacher_logits).square().mean()
 
 
+@mean_over_samples
 def dkd(
     student_logits: Tensor,
     teacher_probs: Tensor,
@@ -93,6 +100,7 @@ def dist(student_logits: Tensor, teacher_probs: Tensor, *, inter: Weight = 1.0, 
     return inter * (1 - rows.mean()) + intra * (1 - columns.mean())
 
 
+@mean_over_samples
 def standardized(student_logits: Tensor, teacher_probs: Tensor, *, temperature: Scale = 2.0) -> Tensor:
     """tau^2 * KL of the softmax of z-scores / tau: logit standardization (Sun et al., 2024).
 

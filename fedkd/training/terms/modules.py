@@ -19,6 +19,7 @@ from fedkd.training.layers import EMBEDDING, Outputs
 from fedkd.training.losses import contrastive, features, graph, logits, relations
 from fedkd.training.losses.contrastive import Memory
 from fedkd.training.losses.vectors import unit
+from fedkd.training.objectives import of_samples
 
 if TYPE_CHECKING:
     from fedkd.core.tensors import Tensors
@@ -42,6 +43,8 @@ class TermModule(nn.Module):
 
     student_layers: Sequence[str] = ()
     teacher_layers: Sequence[Sequence[str]] = ()
+    #: Whether it is the mean of its values for single samples, and depends on nothing but its parameters and the batch.
+    is_mean_over_samples: bool = False
 
     def forward(self, batch: Batch) -> Tensor:
         """A scalar."""
@@ -75,6 +78,8 @@ class LogitsTerm(TermModule):
         self.term = term
         self.on_logits = {"logit-mse": logits.logit_mse, "logit-mae": logits.logit_mae}.get(term.kind)
         self.on_probs = None if self.on_logits else specs.bind("loss", term.kind)
+        loss = self.on_logits or self.on_probs
+        self.is_mean_over_samples = loss is not None and of_samples(loss) is not None
 
     def forward(self, batch: Batch) -> Tensor:
         temperature, weight = self.term.temperature, self.term.teacher_weight()
@@ -90,6 +95,8 @@ class LogitsTerm(TermModule):
 
 class FeaturesTerm(TermModule):
     """Compares feature maps, each pair at the coarser resolution of the two."""
+
+    is_mean_over_samples = True
 
     def __init__(
         self, term: terms.Features, pair: LayerShapes, student: Sequence[str], teachers: Sequence[Sequence[str]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedkd.core import soft_labels
 from fedkd.training import layers
 from fedkd.training.layers import Outputs, WatchedModel
+from fedkd.training.objectives import mean_over_samples
 from fedkd.training.terms import LayerShapes, label_weight
 from fedkd.training.terms.modules import Batch
 
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 
 
 class Taught(nn.Module):
-    """A student with its teachers. Its parameters are those of the student."""
+    """A student with its teachers. Its parameters are those of the student, and adapters of a loss in a stack."""
 
-    def __init__(self, student: WatchedModel, teachers: Sequence[WatchedModel]) -> None:
+    def __init__(
+        self, student: WatchedModel, teachers: Sequence[WatchedModel], adapters: Sequence[nn.Parameter] = ()
+    ) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.adapters = student, nn.ParameterList(adapters)
         # In a tuple, so that they are not submodules: not trained, not put into training mode.
         self.teachers = tuple(teachers)
 
@@ -65,6 +68,11 @@ class DistillationObjective(Taught):
         self.terms = nn.ModuleList(modules)
         self.label_weight, self.weighting = label_weight(terms), weighting
 
+    @property
+    def is_mean_over_samples(self) -> bool:
+        """Whether `loss` is one (`objectives.mean_over_samples`), and the same for equal adapters."""
+        return self.weighting == "uniform" and all(term.is_mean_over_samples for term in self.terms)
+
     def loss(self, outputs: tuple[Outputs, list[Outputs]], targets: Tensor) -> Tensor:
         """The weighted cross-entropy with the labels plus all terms; targets [B, 2]: labels and indices of samples."""
         student, teachers = outputs
@@ -73,6 +81,36 @@ class DistillationObjective(Taught):
         losses: list[Tensor] = [term(batch) for term in self.terms]
         hard = self.label_weight * nn.functional.cross_entropy(student.logits, labels) if self.label_weight else 0.0
         return sum(losses, torch.as_tensor(hard))
+
+
+class _Loss(nn.Module):
+    """The loss of an objective as a module, whose parameters are its adapters."""
+
+    def __init__(self, objective: DistillationObjective) -> None:
+        super().__init__()
+        self.terms, self.forward = objective.terms, objective.loss
+
+
+def adapted_losses(objectives: Sequence[DistillationObjective]) -> list[Callable[..., Tensor]]:
+    """The losses of clients as functions of outputs, targets and the parameters of the terms, instead of their own.
+
+    They are one function if they depend on nothing else.
+    """
+    if objectives[0].is_mean_over_samples:
+        return [mean_over_samples(_adapted(objectives[0]))] * len(objectives)
+    return [_adapted(each) for each in objectives]
+
+
+def _adapted(objective: DistillationObjective) -> Callable[..., Tensor]:
+    module = _Loss(objective)
+    names = [name for name, _ in module.named_parameters()]
+
+    def loss(outputs: tuple[Outputs, list[Outputs]], targets: Tensor, adapters: Sequence[Tensor]) -> Tensor:
+        named = dict(zip(names, adapters, strict=True))
+        value: Tensor = torch.func.functional_call(module, named, (outputs, targets))
+        return value
+
+    return loss
 
 
 def teacher_weights(teachers: Sequence[Outputs], labels: Tensor, weighting: str) -> Tensor:
