@@ -34,7 +34,7 @@ def compare(
     """Put methods and seeds of several runs into one table, as if they were one run.
 
     The runs must have the same options, except for methods, seeds, codecs and the options of the machine (device,
-    engine, workers). Runs of fedkd.distill may differ in losses and teachers, and must have the same seeds.
+    precision, engine, workers). Runs of fedkd.distill may differ in losses and teachers, and must have the same seeds.
     """
     if not runs:
         raise UsageError("Give at least one run directory.")

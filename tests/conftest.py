@@ -129,6 +129,12 @@ def reasons(failures: Iterable[Failure]) -> dict[int, str]:
     return {failure.client: failure.reason for failure in failures}
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Ignore options set in the environment; use one cache for the session."""

@@ -22,7 +22,9 @@ from tests.conftest import tiny
 ROOT = Path(__file__).parents[1]
 RECIPES = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
 COMMANDS = re.findall(
-    r"^python -m fedkd\.simulate (.*?)(?:\s{2,}#.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE
+    r"^python -m fedkd\.simulate (.*?)(?:\s{2,}#.*)?$",
+    (ROOT / "README.md").read_text() + (ROOT / "docs/gpu.md").read_text(),
+    re.MULTILINE,
 )
 
 

@@ -67,7 +67,9 @@ def bench(
     console = cli.Console(width=160)
     run_directory.create(out)
     work, count = Work(clients, images, rounds), cores()
-    machine = {key: value for key, value in environment.environment("cpu", "noise", "").items() if key != "command"}
+    machine = {
+        key: value for key, value in environment.environment("cpu", "float32", "noise", "").items() if key != "command"
+    }
     results: dict[str, Any] = {"machine": machine, "cores": count, "options": sys.argv[1:]}
     results |= {"work": dataclasses.asdict(work), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     if "peak" in parts:

@@ -28,7 +28,8 @@ from fedkd.data import augment
 from fedkd.data.scaling import Scaling
 from fedkd.training import graphs, loop, optimizers, stacked_loop
 from fedkd.training.batches import Job, Plan
-from fedkd.training.stack import Precision, Stack
+from fedkd.training.precision import Precision
+from fedkd.training.stack import Stack
 from fedkd.training.stacked_loop import Learner
 
 Weights = dict[str, Tensor]  # of all clients: each tensor has a first dimension [clients]

@@ -83,6 +83,7 @@ def option(default: Any, group: str, text: str, several: bool = False) -> Any:
 
 RESIZE_TEXT = "Images that are not square: crop keeps the center, stretch changes proportions, pad adds black borders."
 MAX_PIXELS_TEXT = "The most pixels of an image file; a larger one is an error."
+PRECISION_TEXT = "Precision of networks: float32 (IEEE), and on a GPU tf32 or bfloat16; auto: tf32 if the GPU has it."
 SKIP_TEXT = "Leave out images that are damaged or too large, and say how many, instead of ending with an error."
 
 
@@ -149,6 +150,7 @@ class Config(Options):
 
     RESUMABLE = frozenset(
         {"rounds", "workers", "engine", "device", "client_timeout", "ray_address", "client_cpus", "client_gpus"}
+        | {"precision"}  # what it is on the device may not differ (`environment.keep`)
         | {"data_dir", "checkpoint_every", "patience", "stop_when", "min_clients", "round_retries"}
         | {"resume", "out", "json"}
     )
@@ -247,6 +249,7 @@ class Config(Options):
     seed: Seed = option(0, "Run", "Seed of the first repetition; all random numbers are derived from it.")
     seeds: Repetitions = option(1, "Run", "Number of repetitions, with seed, seed + 1, ...")
     device: str = option("auto", "Run", "auto, cpu, cuda, cuda:N.")
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = option("auto", "Run", PRECISION_TEXT)
     engine: Literal["local", "ray"] = option(
         "local", "Run", "The simulation backend: local processes, or Flower's simulation runtime on Ray."
     )

@@ -38,11 +38,14 @@ def settle(threads: int) -> None:
     """Set the number of threads (results depend on it bitwise) and keep freed memory in the process.
 
     A CPU is deterministic for a fixed number of threads, and requesting deterministic algorithms costs a second at the
-    start. For a GPU they are requested, but without filling uninitialized memory.
+    start. For a GPU they are requested, but without filling uninitialized memory. A GPU computes in IEEE float32 except
+    where `fedkd.training.precision` says otherwise, and adds products of bfloat16 in float32.
     """
     import torch
 
     torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

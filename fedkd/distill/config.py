@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from fedkd.core.config import MAX_PIXELS_TEXT, RESIZE_TEXT, SKIP_TEXT, Options, option
+from fedkd.core.config import MAX_PIXELS_TEXT, PRECISION_TEXT, RESIZE_TEXT, SKIP_TEXT, Options, option
 from fedkd.core.values import (
     MAX_PIXELS,
     Momentum,
@@ -29,7 +29,7 @@ CLASSIC = "resnet20"  # the default teacher
 class DistillConfig(Options):
     """The options of ``fedkd.distill``, and the keys of its scenario files."""
 
-    RESUMABLE = frozenset({"device", "data_dir", "checkpoint_every", "resume", "out", "json"})
+    RESUMABLE = frozenset({"device", "precision", "data_dir", "checkpoint_every", "resume", "out", "json"})
     REASONS = dict.fromkeys(("epochs", "teacher_epochs"), "the learning rate of each epoch depends on it")
 
     teacher: Several = option(
@@ -99,6 +99,7 @@ class DistillConfig(Options):
         2000, "Run", "Number of test images that are corrupted for the evaluation; 0 for none."
     )
     device: str = option("auto", "Run", "auto, cpu, cuda, cuda:N.")
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = option("auto", "Run", PRECISION_TEXT)
     threads: Processes = option(1, "Run", "Threads of PyTorch; changing it can change the last bits of results.")
     checkpoint_every: NonNegativeInt = option(
         1, "Run", "Write a checkpoint every N epochs of a network, and after the last one; 0: never."

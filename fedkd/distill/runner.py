@@ -56,7 +56,7 @@ def run(config: DistillConfig, terms: Sequence[Term]) -> None:
         has_begun = True
         run_directory.write(out / "config.toml", run_directory.toml(config))  # of a resumed run: with other options
         pretrained = models.digests([config.student])  # the weights of teachers are compared themselves
-        note = environment.keep(out, task.device, task.dataset, fallback, pretrained)
+        note = environment.keep(out, task.device, task.precision, task.dataset, fallback, pretrained)
         screen.print(f"run directory: {out}")
         if note:
             screen.print(note)
@@ -118,6 +118,7 @@ def _header(task: Task, config: DistillConfig, fallback: str) -> Iterator[str]:
         yield f"            a tenth of the training images for validation, not --validation {config.validation}"
     if fallback:
         yield f"            not CIFAR-10: {fallback}"
+    yield f"    device  {task.device}, {task.precision}"
     yield f"   student  {config.student}, {plain(config.epochs, 'epoch')}, {config.loss}"
     if note := checkpoint.initial(config.student, task.classes, config.norm, config.seed)[1]:
         yield f"            {note}"

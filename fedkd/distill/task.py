@@ -12,15 +12,17 @@ from fedkd.core import runtime, seeds, tensors
 from fedkd.core.errors import DataError
 from fedkd.data import loading, sources
 from fedkd.data.readers import Images
+from fedkd.training import precision
 
 if TYPE_CHECKING:
     from fedkd.data.scaling import Scaling
     from fedkd.distill.config import DistillConfig
+    from fedkd.training.precision import Precision
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """The training, validation and test images of a distillation, their scaling, and the device.
+    """The training, validation and test images of a distillation, their scaling, the device and the precision.
 
     ``shifted`` are the test images of another data set of the same classes, if one is given.
     """
@@ -33,6 +35,7 @@ class Task:
     scaling: Scaling
     flip: bool
     device: str
+    precision: Precision
 
     @cached_property
     def digest(self) -> str:
@@ -56,6 +59,7 @@ def prepare(config: DistillConfig) -> tuple[Task, str]:
     dataset, fallback = loading.choose_dataset(config.dataset, config.data_dir)
     source = sources.named(dataset).read_by(config)
     device = runtime.device(config.device)
+    resolved = precision.resolve(config.precision, device)
     train, test = loading.splits(source, config.data_dir)
     classes = max(train.classes, test.classes)
     held_out = max(1, min(config.validation, len(train) // 10))
@@ -88,5 +92,6 @@ def prepare(config: DistillConfig) -> tuple[Task, str]:
         train.scaling,
         source.flip,
         device,
+        resolved,
     )
     return task, fallback

@@ -117,7 +117,8 @@ def trained(
 def _key(task: Task, config: DistillConfig, model: str, epochs: int) -> str:
     """A file name that hashes everything the weights depend on."""
     numbers = (config.norm, epochs, config.batch_size, config.learning_rate, config.momentum, config.weight_decay)
-    run = (config.augment and task.flip, config.augment, config.seed, config.threads, task.device)
+    device = task.device if task.device == "cpu" else f"{task.device}, {task.precision}"
+    run = (config.augment and task.flip, config.augment, config.seed, config.threads, device)
     machine = (torch.__version__, version("torchvision"), torch.backends.cpu.get_cpu_capability())
     parts = [LAYOUT, model, *numbers, *run, task.digest, *machine]
     prefix = "".join(letter if letter.isalnum() else "-" for letter in model).strip("-")

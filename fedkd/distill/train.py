@@ -87,8 +87,9 @@ def train(
             batch_size=config.batch_size,
             augmentation=loop.Augmentation(config.augment, task.flip),
             seed=seeds.derive(seed, "epoch", epoch),
+            precision=task.precision,
         )
-        logits = loop.predict(module, task.validation.pixels, task.scaling)
+        logits = loop.predict(module, task.validation.pixels, task.scaling, task.precision)
         accuracy, loss = loop.score(logits, task.validation.labels)
         if not math.isfinite(loss):
             raise RunError(

@@ -119,11 +119,13 @@ def _prepare(config: Config) -> Experiment:
     from fedkd.communication.channel import Channel
     from fedkd.data.partition import Partition
     from fedkd.data.scaling import Scaling
+    from fedkd.training import precision
     from fedkd.training.trainer import Trainer
 
     source = sources.named(loading.choose_dataset(config.dataset, config.data_dir)[0]).read_by(config)
     source = dataclasses.replace(source, client_column=partitioners.column(config.partitioner))
     algorithm, device = algorithm_of(config), runtime.device(config.device)
+    resolved = precision.resolve(config.precision, device)
     train, test = _images(source, config)
     classes = max(train.classes, test.classes)
     proxy, proxy_rows, private = _proxy(config, source, train, test, algorithm.reads_proxy_labels)
@@ -144,7 +146,7 @@ def _prepare(config: Config) -> Experiment:
             temperature=config.temperature,
             weighting=config.weighting,
         ),
-        trainer=Trainer(config=config, classes=classes, scaling=scaling, flip=source.flip, device=device),
+        trainer=Trainer(config, classes, scaling, source.flip, device, resolved),
     )
     codecs = algorithm.codecs or (config.uplink_codec, config.downlink_codec)
     uplink, downlink = (_codec(text, classes) for text in codecs)

@@ -121,7 +121,8 @@ def _prepare(runs: list[Config], fallback: str, out: Path, screen: Screen) -> No
     setup = first.setup
     named = list(dict.fromkeys([*setup.models, setup.student]))
     inputs = {**first.data_hashes, **models.digests(named)}
-    note = environment.keep(out, setup.trainer.device, runs[0].dataset, fallback, inputs)
+    trainer = setup.trainer
+    note = environment.keep(out, trainer.device, trainer.precision, runs[0].dataset, fallback, inputs)
     about = [text for model in named for text in (setup.trainer.note(model), other_classes(model, first.test.names))]
     for about_file in dict.fromkeys(filter(None, about)):
         print(f"fedkd: {about_file}", file=sys.stderr)

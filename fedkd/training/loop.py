@@ -21,6 +21,7 @@ from fedkd.data.scaling import Scaling
 from fedkd.training.layers import EMBEDDING, layer_outputs
 from fedkd.training.objectives import on_device
 from fedkd.training.optimizers import Step
+from fedkd.training.precision import Precision, computing, output_of
 
 CPU_CHUNK, GPU_CHUNK = 64, 2048  # images per forward pass: fits the cache of a CPU core; fills a GPU
 
@@ -65,6 +66,7 @@ def train(
     seed: int,
     penalty: Penalty | None = None,
     average: bool = False,
+    precision: Precision = "float32",
 ) -> None:
     """Minimize ``objective`` over (pixels, targets), in place. ``seed`` determines the order and the augmentation.
 
@@ -77,12 +79,12 @@ def train(
     objective, penalty = on_device(objective, device), penalty and on_device(penalty, device)
     model.train()
     model.zero_grad()  # of a training that failed
-    with seeded(seed):  # for dropout, which draws from torch's own stream
+    with seeded(seed), computing(precision):  # seeded for dropout, which draws from torch's own stream
         sums = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in _floats(model)} if average else {}
         for _ in range(epochs):
             for indices in batches(sizes, generator):
                 images = augmentation(pixels[indices].to(device), indices, generator)
-                loss = objective(model(scaling(images)), targets[indices].to(device))
+                loss = objective(output_of(model, scaling(images), precision), targets[indices].to(device))
                 if penalty is not None:
                     loss = loss + penalty(dict(model.named_parameters()))
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -160,18 +162,18 @@ class Embedding(Embedded):
         return super().forward(x)[1]
 
 
-def predict(model: nn.Module, pixels: Tensor, scaling: Scaling) -> Tensor:
+def predict(model: nn.Module, pixels: Tensor, scaling: Scaling, precision: Precision = "float32") -> Tensor:
     """The model's output, usually logits [N, C], float32 on the CPU, in evaluation mode."""
     device = next(model.parameters()).device
     chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), computing(precision):
         parts = torch.split(pixels, chunk)
-        first = model(scaling(parts[0].to(device)))
+        first = output_of(model, scaling(parts[0].to(device)), precision)
         # Filled in place: small results between large buffers would fragment the heap, which then grows.
         logits = torch.empty(len(pixels), *first.shape[1:])
         for part, rows in zip(parts, torch.split(logits, chunk), strict=True):
-            rows.copy_(first if part is parts[0] else model(scaling(part.to(device))))
+            rows.copy_(first if part is parts[0] else output_of(model, scaling(part.to(device)), precision))
     return logits.clone()  # a normal tensor, not an inference tensor, so that it can be a training target
 
 

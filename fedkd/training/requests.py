@@ -25,17 +25,19 @@ if TYPE_CHECKING:
     from fedkd.data.scaling import Scaling
     from fedkd.training.batches import Job
     from fedkd.training.optimizers import Step
+    from fedkd.training.precision import Precision
     from fedkd.training.terms.objective import DistillationObjective
 
 
 @dataclass(frozen=True)
 class Network:
-    """An architecture on a device."""
+    """An architecture on a device, and the precision in which it is computed."""
 
     model: str
     classes: int
     norm: models.Norm
     device: str
+    precision: Precision
 
     def build(self) -> nn.Module:
         """A new module."""
@@ -141,6 +143,7 @@ class Training:
             seed=job.seed,
             penalty=job.penalty,
             average=self.average,
+            precision=self.network.precision,
         )
 
     def stacked(self, learner: Learner, jobs: Sequence[Job], smaller: Callable[[int], Learner]) -> None:
@@ -156,7 +159,7 @@ class Training:
         return learner
 
     def _built(self, count: int) -> Learner:
-        own = Stack(count)
+        own = Stack(count, self.network.precision)
         network = self.network.stacked(own)
         return self.around(self.output(network) if self.output else network, own)
 
@@ -246,7 +249,7 @@ class TaughtFit(Fit):
         watched = both[0].student.names, both[0].teachers[0].names
 
         def built(count: int) -> Learner:
-            stack = Stack(count)
+            stack = Stack(count, how.network.precision)
             student, teacher = how.network.stacked(stack), of_teacher.stacked(stack).eval().requires_grad_(False)
             adapters = stack.add_parameters([each.terms.parameters() for each in both[:count]])
             pair = WatchedModel(student, watched[0]), [WatchedModel(teacher, watched[1])]
@@ -287,7 +290,8 @@ class Prediction:
 
     def alone(self) -> Tensor:
         module = self.network.loaded(self.weights)
-        return loop.predict(self.output(module) if self.output else module, self.pixels, self.scaling)
+        network = self.output(module) if self.output else module
+        return loop.predict(network, self.pixels, self.scaling, self.network.precision)
 
     @staticmethod
     def stacked(requests: Sequence[Prediction]) -> list[Any]:
@@ -298,7 +302,7 @@ class Prediction:
         return stacked_loop.predict(first.output(network) if first.output else network, stack, pixels, first.scaling)
 
     def _built(self, count: int) -> tuple[Stack, nn.Module]:
-        stack = Stack(count)
+        stack = Stack(count, self.network.precision)
         return stack, self.network.stacked(stack)
 
 

@@ -8,9 +8,9 @@ dimension [K, ...] under their old names.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,11 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fedkd.core.seeds import seeded
-from fedkd.training import kernels, norm_kernels
+from fedkd.training import kernels, norm_kernels, precision
 
 if TYPE_CHECKING:
     from fedkd.core.tensors import Tensors
-
-
-#: How layers compute on a GPU: in IEEE float32; with products in TF32; or with products and activations in bfloat16.
-#: Weights, sums and logits are float32. On a CPU, and for networks in float64, products have the type of the weights.
-Precision = Literal["float32", "tf32", "bfloat16"]
+    from fedkd.training.precision import Precision
 
 
 class NotStackable(Exception):  # noqa: N818
@@ -109,22 +105,17 @@ class Stack:
         """A parameter or buffer as [K, ...]."""
         return tensor[None] if self.is_plain else tensor
 
+    def output_of(self, network: nn.Module, x: Tensor) -> Any:
+        """What a network returns. Its layers have the precision of the stack; PyTorch casts for those that do not."""
+        return precision.output_of(network, x, self.precision if self.is_plain else "float32")
+
     def cast(self, x: Tensor) -> Tensor:
         """Activations of floating point in the type in which layers compute."""
         return x.bfloat16() if self.precision == "bfloat16" and x.dtype == torch.float32 else x
 
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Let PyTorch's own products of float32 have the precision of the stack, too."""
-        settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-        before = [each.allow_tf32 for each in settings]
-        try:
-            for each in settings:
-                each.allow_tf32 = self.precision != "float32"
-            yield
-        finally:
-            for each, allowed in zip(settings, before, strict=True):
-                each.allow_tf32 = allowed
+    def computing(self) -> AbstractContextManager[None]:
+        """A context in which PyTorch's own products of float32 have the precision of the stack, too."""
+        return precision.computing(self.precision)
 
     def split(self, rows: Tensor) -> Tensor:
         """Rows [K * B, ...] as [K, B, ...]."""

@@ -238,6 +238,6 @@ def predict(
             images = [each[start : start + chunk] for each in pixels[: 1 if is_shared else None]]
             rows = nn.utils.rnn.pad_sequence(images, batch_first=True).to(device)
             x = scaling(rows.expand(stack.count, *rows.shape[1:]).flatten(0, 1))
-            parts.append(stack.split(network(x)).float())
+            parts.append(stack.split(stack.output_of(network, x)).float())
         outputs = torch.cat(parts, 1).cpu()
     return [output[: len(each)].clone() for output, each in zip(outputs, pixels, strict=True)]

@@ -83,7 +83,7 @@ class Losses:
         batches have one size. What this adds for clients that are done does not count. With a teacher, an objective
         also gets the adapters of its client.
         """
-        outputs, form = pytree.tree_flatten(network(x))
+        outputs, form = pytree.tree_flatten(stack.output_of(network, x))
         outputs = [output.float() if output.dtype == torch.bfloat16 else output for output in outputs]
         adapters = [list(network.adapters)] if isinstance(network, Taught) else []
         total = self._of_all(stack, shares, pytree.tree_unflatten(outputs, form), targets, adapters)

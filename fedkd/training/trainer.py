@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fedkd.core.tensors import Shapes, Tensors
     from fedkd.data.scaling import Scaling
     from fedkd.training.loop import Objective, Penalty
+    from fedkd.training.precision import Precision
     from fedkd.training.terms import Term
 
 
@@ -38,6 +39,7 @@ class Trainer:
     scaling: Scaling
     flip: bool
     device: str
+    precision: Precision
     _files: dict[Path, tuple[int, int]] = field(default_factory=dict, compare=False)  # time and size
 
     def initial_weights(self, model: str) -> dict[str, Tensor]:
@@ -204,4 +206,4 @@ class Trainer:
         return embeddings
 
     def _network(self, model: str) -> Network:
-        return Network(model, self.classes, self.config.norm, self.device)
+        return Network(model, self.classes, self.config.norm, self.device, self.precision)

@@ -69,9 +69,9 @@ def watched(monkeypatch):
         trained.append((pixels, targets))
         train(model, step, pixels, targets, *arguments, **options)
 
-    def watching_predict(model, pixels, scaling):
+    def watching_predict(model, pixels, *arguments):
         predicted.append(pixels)
-        return predict(model, pixels, scaling)
+        return predict(model, pixels, *arguments)
 
     monkeypatch.setattr(loop, "train", watching_descend)
     monkeypatch.setattr(loop, "predict", watching_predict)

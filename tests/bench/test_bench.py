@@ -169,7 +169,7 @@ def test_the_implementations_for_a_gpu_have_the_weights_of_the_plain_loop(monkey
     made.predict()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("implementation", [name for name in gpu.IMPLEMENTATIONS if "bfloat16" not in name])
 def test_every_implementation_on_a_gpu_has_the_weights_of_the_plain_loop(implementation):
     work = gpu.Work.of("cnn:width=8", clients=3, images=96, shared=4, device="cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -18,9 +19,10 @@ from torch import nn
 
 from fedkd.core import cli, run_directory, tensors
 from fedkd.core.config import from_file
-from fedkd.core.errors import DataError, ResumeError
-from fedkd.distill import distill, progress, runner
+from fedkd.core.errors import DataError, ResumeError, UsageError
+from fedkd.distill import distill, progress, runner, teachers
 from fedkd.distill.config import DistillConfig
+from fedkd.distill.task import prepare
 from tests.conftest import ROOT, is_interrupted_after, wait_for
 from tests.simulate.test_resume import changed
 
@@ -270,6 +272,30 @@ def test_any_change_of_a_checkpoint_is_refused_or_changes_nothing(interrupted, t
         for (_, state), (_, expected) in zip(found._found.values(), whole._found.values(), strict=True):
             assert tensors.equal(state, expected)
     assert (out / "epochs.jsonl").read_bytes() == rows
+
+
+def test_a_run_keeps_its_precision(interrupted, tmp_path, capsys):
+    out = shutil.copytree(interrupted, tmp_path / "run")
+    environment = json.loads((out / "env.json").read_text())
+    assert environment["precision"] == "float32"
+    (out / "env.json").write_text(json.dumps({**environment, "precision": "tf32"}))
+    with pytest.raises(ResumeError, match=r"began in tf32 and would continue in float32; add --precision tf32"):
+        resume(out)
+    with pytest.raises(UsageError, match="--precision tf32 cannot be used on cpu"):
+        resume(out, precision="tf32")
+    (out / "env.json").write_text(json.dumps(environment))
+    resume(out, precision="float32")
+    assert "device  cpu, float32" in capsys.readouterr().out
+
+
+def test_teachers_of_another_precision_are_not_taken_from_the_cache(tmp_path):
+    config = DistillConfig.parse({**SMALL, "out": str(tmp_path)})
+    task, _ = prepare(config)
+    keys = {
+        teachers._key(dataclasses.replace(task, device=device, precision=precision), config, "cnn", 3)
+        for device, precision in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "tf32"), ("cuda", "bfloat16"))
+    }
+    assert len(keys) == 4
 
 
 def test_pretrained_weights_that_changed_are_refused(tmp_path):

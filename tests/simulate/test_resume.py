@@ -271,6 +271,24 @@ def test_a_resume_on_another_machine_says_so(copied, capsys):
         resume(copied)
 
 
+def test_a_run_keeps_its_precision(copied, capsys):
+    """It is the one that ``auto`` was, on the device that the run had."""
+    environment = json.loads((copied / "env.json").read_text())
+    assert environment["precision"] == "float32"
+    resume(copied, precision="float32")
+    assert "device  cpu, float32" in capsys.readouterr().out
+    (copied / "env.json").write_text(json.dumps({**environment, "precision": "tf32"}))
+    rows = (copied / "rounds.jsonl").read_text()
+    with pytest.raises(ResumeError, match=r"began in tf32 and would continue in float32; add --precision tf32"):
+        resume(copied, rounds=4)
+    with pytest.raises(UsageError, match="--precision tf32 cannot be used on cpu"):
+        resume(copied, rounds=4, precision="tf32")
+    assert (copied / "rounds.jsonl").read_text() == rows
+    del environment["precision"]  # of a run before there was one
+    (copied / "env.json").write_text(json.dumps(environment))
+    resume(copied, rounds=4)
+
+
 @pytest.mark.parametrize(
     ("old", "new"), [('"evaluation_seconds"', '"evaluation_secands"'), ('"test_accuracy": 0.', '"test_accuracy": 0.9')]
 )

@@ -20,6 +20,7 @@ from tests.conftest import ROOT
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 needs_kernels = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs Triton's interpreter or a GPU")
 # The interpreter computes "tf32" in float32, too, and rounds to bfloat16 towards zero.
 TOLERANCES = {"ieee": 1e-6, "tf32": 1e-6 if INTERPRETED else 3e-3, "bfloat16": 2**-7}

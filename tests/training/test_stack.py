@@ -669,7 +669,7 @@ def test_products_have_the_precision_of_the_stack_only_while_it_computes():
         assert [each.allow_tf32 for each in settings] == before
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)

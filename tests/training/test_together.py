@@ -283,7 +283,7 @@ def test_requests_outside_of_a_round_are_executed_at_once(stacks):
     assert equal(one, other)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", ["ensemble:downlink=labels", "scaffold", "mentor:model=cnn:width=4,term=features"])
 def test_on_a_gpu_two_runs_give_the_same_bits_and_almost_those_of_the_plain_path(method, tmp_path, monkeypatch):
     changes = {"validation": 1300, "clients": 5, "learning_rate": 1e-3, "algorithm": method, "device": "cuda"}

@@ -41,6 +41,7 @@ def lines(experiment: Experiment, fallback: str) -> list[tuple[str, str]]:
         ("data", data),
         ("partition", f"{config.partitioner}, {plain(config.clients, 'client')} {_skew(experiment)}"),
         ("models", ", ".join(f"{name} ({count:,} numbers)" for name, count in parameters.items())),
+        ("device", f"{setup.trainer.device}, {setup.trainer.precision}"),
         ("communication", communication),
     ]
 
