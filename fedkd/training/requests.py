@@ -31,13 +31,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Network:
-    """An architecture on a device, and the precision in which it is computed."""
+    """An architecture on a device, the precision in which it is computed, and whether clients are worth a stack."""
 
     model: str
     classes: int
     norm: models.Norm
     device: str
     precision: Precision
+    stacks: bool
 
     def build(self) -> nn.Module:
         """A new module."""

@@ -62,7 +62,7 @@ def execute(requests: Sequence[Request]) -> list[Any]:
 def _executed(requests: Sequence[Request], again: bool = False) -> list[Any]:
     """The results of requests with the same key: in stacks, or one after the other if that fails."""
     key, model = requests[0].key, requests[0].network.model
-    most = _limits.get(key) or min(MOST, requests[0].room())
+    most = (_limits.get(key) or min(MOST, requests[0].room())) if requests[0].network.stacks else 1
     if len(requests) > most:
         size = ceil(len(requests) / ceil(len(requests) / most))
         return [each for start in range(0, len(requests), size) for each in _executed(requests[start : start + size])]

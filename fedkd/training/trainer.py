@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Trains models on one device, by the options of the config."""
+    """Trains models on one device, by the options of the config; with ``stacks``, clients together on a GPU."""
 
     config: Config
     classes: int
@@ -40,6 +40,7 @@ class Trainer:
     flip: bool
     device: str
     precision: Precision
+    stacks: bool = True
     _files: dict[Path, tuple[int, int]] = field(default_factory=dict, compare=False)  # time and size
 
     def initial_weights(self, model: str) -> dict[str, Tensor]:
@@ -206,4 +207,4 @@ class Trainer:
         return embeddings
 
     def _network(self, model: str) -> Network:
-        return Network(model, self.classes, self.config.norm, self.device, self.precision)
+        return Network(model, self.classes, self.config.norm, self.device, self.precision, self.stacks)

@@ -20,6 +20,7 @@ LIMIT = 1e-4
 
 @pytest.mark.parametrize("name", sorted({*CATALOG["algorithm"]} - {"mentor"} | MENTORS))
 def test_clients_that_compute_together_get_what_they_get_on_their_own(name, monkeypatch):
+    monkeypatch.setattr("fedkd.simulate.experiment.FEWEST_STEPS", 0)
     experiment = prepare(tiny(algorithm=name, **SMALL))
     algorithm, setup = experiment.algorithm, experiment.setup
     run, alone, in_round, executed = turns.run, together._alone, [], []

@@ -71,6 +71,7 @@ def stacks(monkeypatch):
     monkeypatch.setattr(together, "_alone", lambda request: (sizes.append(1), alone(request))[1])
     monkeypatch.setattr(together, "pays", lambda _: True)
     monkeypatch.setattr(together, "_limits", {})
+    monkeypatch.setattr("fedkd.simulate.experiment.FEWEST_STEPS", 0)
     graphs.forget()
     notes.say.cache_clear()
     return sizes
@@ -270,6 +271,17 @@ def test_options_that_need_processes_are_named(changes, option, stacks, tmp_path
     simulate(tiny(out=str(tmp_path / "run"), validation=1300, rounds=1, min_clients=1, **changes))
     assert set(stacks) == {1}  # on the server
     assert f"fedkd: {option}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("missing", "expected"), [(0, 3), (1, 1)])
+def test_clients_with_few_steps_compute_on_their_own(missing, expected, stacks, tmp_path, monkeypatch):
+    """Whatever the number of rounds, so that a run that is extended has the same bits."""
+    experiment = prepare(tiny(validation=1300, local_epochs=2))
+    clients = [experiment.client(k, 1, {}) for k in range(experiment.clients)]
+    steps = sum(map(experiment.setup.trainer.steps, clients))
+    monkeypatch.setattr("fedkd.simulate.experiment.FEWEST_STEPS", steps + missing)
+    simulated(tmp_path / "run", validation=1300, local_epochs=2)
+    assert max(stacks) == expected
 
 
 def test_requests_outside_of_a_round_are_executed_at_once(stacks):
