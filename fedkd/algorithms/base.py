@@ -111,7 +111,7 @@ class Setup:
 
     def proxy_logits(self, model: str, weights: Tensors, number: int) -> Tensor:
         """A model's logits [P, C] on the proxy samples of a round."""
-        return self.trainer.predict(model, weights, self.proxy.images[self.proxy.subset(number)])
+        return self.trainer.predict(model, weights, self.proxy.select(self.proxy.subset(number)))
 
 
 class Algorithm(ABC):

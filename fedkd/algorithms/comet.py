@@ -45,7 +45,7 @@ class COMET(Algorithm):
         weights = setup.local_weights(client)
         centroids = [message[name] for name in sorted(message) if name.endswith("/probs")]
         if centroids:
-            images = setup.proxy.images[setup.proxy.subset(int(message["prev"]))]
+            images = setup.proxy.select(setup.proxy.subset(int(message["prev"])))
             own = setup.trainer.predict(client.model, weights, images).double().softmax(-1)
             nearest = min(centroids, key=lambda z: (own - z).square().sum().item())
             soft_labels = SoftLabels(images, nearest)

@@ -42,7 +42,7 @@ class Cronus(Ensemble):
     def train_client(self, setup: Setup, client: Client, message: Tensors) -> dict[str, Tensor]:
         if self.downlink != "labels" or "probs" not in message:
             return super().train_client(setup, client, message)
-        images = setup.proxy.images[setup.proxy.subset(int(message["prev"]))]
+        images = setup.proxy.select(setup.proxy.subset(int(message["prev"])))
         return setup.trainer.train(
             client,
             setup.local_weights(client),

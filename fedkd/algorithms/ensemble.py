@@ -112,7 +112,7 @@ class Ensemble(Algorithm):
             student = setup.trainer.distill(
                 setup.student,
                 student,
-                SoftLabels(setup.proxy.images[indices], probs),
+                SoftLabels(setup.proxy.select(indices), probs),
                 self.distillation(setup).objective,
                 epochs=setup.config.distill_epochs,
                 seed=seed,
@@ -135,7 +135,7 @@ def distill_locally(
     return setup.trainer.distill(
         client.model,
         weights,
-        SoftLabels(setup.proxy.images[indices], targets),
+        SoftLabels(setup.proxy.select(indices), targets),
         objective,
         epochs=epochs,
         seed=client.derive("digest"),

@@ -71,7 +71,7 @@ class Scarlet(Ensemble):
         if len(indices):
             weights = self.distill_on(setup, client, weights, indices, cache[indices])
         weights = setup.trainer.train(client, weights)
-        images = setup.proxy.images[self.requested(setup, number)]
+        images = setup.proxy.select(self.requested(setup, number))
         probs = probabilities(setup.trainer.predict(client.model, weights, images))
         memory = {"cache": cache, "cached": cached, **put("model", weights)}
         return Update({"probs": probs}, len(client.data)), memory

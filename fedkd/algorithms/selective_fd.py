@@ -45,7 +45,7 @@ class SelectiveFD(Ensemble):
     def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
         weights, indices = self.train_client(setup, client, message), setup.proxy.subset(int(message["round"]))
         is_known = client_density_ratio(setup, client, indices) > self.client_threshold
-        probs = probabilities(setup.trainer.predict(client.model, weights, setup.proxy.images[indices[is_known]]))
+        probs = probabilities(setup.trainer.predict(client.model, weights, setup.proxy.select(indices[is_known])))
         coverage = {"coverage": is_known.double().mean().item()}
         tensors = {"selected": packed_bits(is_known), "probs": probs}
         return Update(tensors, len(client.data), coverage), put("model", weights)

@@ -68,7 +68,7 @@ class WeightEnsemble(Algorithm):
         return setup.trainer.weight_shapes(setup.model_of(client))
 
     def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
-        step, images = self.server_step, setup.proxy.images[setup.proxy.subset(int(state["round"]))]
+        step, images = self.server_step, setup.proxy.select(setup.proxy.subset(int(state["round"])))
         logits = {c: setup.trainer.predict(setup.model_of(c), u.tensors, images) for c, u in updates.items()}
         # Finite weights may give infinite logits; such a model is not part of the ensemble.
         updates = {client: update for client, update in updates.items() if logits[client].isfinite().all()}

@@ -6,7 +6,7 @@ Its labels are dropped here, except for algorithms that declare that they read t
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +38,7 @@ class ProxySet:
     labels: Tensor | None
     per_round: int
     seed: int
+    _selected: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)  # rows and their images
 
     def subset(self, number: int) -> Tensor:
         """The indices of the proxy samples used in a round, sorted; all of them by default.
@@ -49,6 +50,20 @@ class ProxySet:
         generator = seeds.generator(self.seed, "subset", number)
         chosen: Tensor = torch.randperm(len(self.images), generator=generator)[: self.per_round].sort().values
         return chosen
+
+    def select(self, rows: Tensor) -> Tensor:
+        """The images at ``rows`` [R]: the same tensor for all clients of a round, so do not write to it.
+
+        The last two selections are kept, for those who distill on one and predict on another.
+        """
+        if len(rows) == len(self.images) and torch.equal(rows, torch.arange(len(rows))):
+            return self.images
+        for known, images in self._selected:
+            if torch.equal(known, rows):
+                return images
+        selected = self.images[rows]
+        self._selected[:] = [(rows, selected), *self._selected[:1]]
+        return selected
 
     @property
     def samples(self) -> int:

@@ -139,6 +139,24 @@ def test_the_teacher_of_fedbe_is_the_sharpened_mean_of_all_members(sharpen, powe
 WITH_STUDENT = ["ensemble:downlink=labels", "density:downlink=labels", "dsfl", "cfd", "cronus", ALL, "fedgems"]
 
 
+@pytest.mark.parametrize("samples", [0, 15])
+@pytest.mark.parametrize("name", [*WITH_STUDENT, "fedmd", "nfdp", "kt-pfl", "comet"])
+def test_clients_of_a_round_have_the_same_tensors_of_proxy_images(name, samples, watched):
+    """So that they are on a GPU once."""
+    experiment = prepare(tiny(algorithm=name, proxy_samples=samples))
+    setup, algorithm = experiment.setup, experiment.algorithm
+    _, memories, state = turn(experiment, 1, algorithm.initial_state(setup), {})
+    used = []
+    for client in (0, 1):
+        trained, predicted = (calls.clear() or calls for calls in watched)
+        held = experiment.client(client, 2, memories[client])
+        algorithm.local_update(setup, held, algorithm.broadcast(setup, state, client))
+        used.append([*predicted, *(() if name in ("comet", "cronus") else (trained[0][0],))])
+    assert [id(images) for images in used[0]] == [id(images) for images in used[1]]
+    if not samples:
+        assert all(images is setup.proxy.images for images in used[0])
+
+
 @pytest.mark.parametrize("name", [*WITH_STUDENT, "fedmd", "nfdp", "kt-pfl", "comet"])
 def test_clients_distill_the_samples_of_the_last_round_and_send_those_of_this_one(name, watched):
     experiment = prepare(tiny(algorithm=name, clients=12, proxy_samples=15))
