@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,7 @@ class Trainer:
 
     def weight_shapes(self, model: str) -> Shapes:
         """The names and shapes of a model's weights."""
-        return shapes(self._network(model).module.state_dict())
+        return _shapes(self._network(model))
 
     def parameter_zeros(self, model: str) -> dict[str, Tensor]:
         """A zero tensor for each parameter of a model, without its buffers."""
@@ -208,3 +209,9 @@ class Trainer:
 
     def _network(self, model: str) -> Network:
         return Network(model, self.classes, self.config.norm, self.device, self.precision, self.stacks)
+
+
+@lru_cache(maxsize=32)
+def _shapes(network: Network) -> Shapes:
+    """Cached, since both sides ask for it for each client in each round."""
+    return shapes(network.module.state_dict())
