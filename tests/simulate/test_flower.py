@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
@@ -15,12 +16,13 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedkd.communication.ledger import SerializedBytes
 from fedkd.communication.replies import Expected
 from fedkd.core import tensors
-from fedkd.simulate.experiment import prepared
-from fedkd.simulate.flower import client_app, server_app
+from fedkd.core.checkpoint import without_checksum
+from fedkd.simulate.experiment import Experiment, prepared
+from fedkd.simulate.flower import client_app, local_update, server_app
 from fedkd.simulate.flower.local_grid import LocalGrid
 from fedkd.simulate.flower.records import count_bytes, from_record, to_record
 from fedkd.simulate.rounds import Memories, run_rounds
-from tests.conftest import tiny
+from tests.conftest import simulated, tiny
 
 LOGITS, X = Expected({"logits": 4 * 40 * 10}), Expected({"x": 3 * 4})
 NPY_HEADER = 128  # bytes that NumPy's format puts before the numbers
@@ -40,6 +42,79 @@ def exchange_of(config):
 def test_records_keep_every_bit(kind, shape, generator):
     held = {"x": torch.randint(2, shape, generator=generator).to(kind), "y/z": torch.ones(2, 3).t().to(kind)}
     assert tensors.equal(from_record(to_record(held)), held)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (3,), (1, 4), (2, 3, 4, 5)])
+def test_an_array_is_the_one_that_flower_makes(kind, shape, generator):
+    x = torch.randint(2, shape, generator=generator).to(kind)
+    held = {"x": x, "turned": x.permute(tuple(range(x.ndim)[::-1]))}
+    assert to_record(held) == ArrayRecord({name: Array(each.contiguous().numpy()) for name, each in held.items()})
+
+
+def test_a_header_is_written_and_parsed_once(monkeypatch):
+    """It would take longer than everything else around a local update."""
+    calls = Counter()
+    for name in ("write_array_header_1_0", "read_array_header_1_0"):
+        counted(monkeypatch, np.lib.format, name, calls)
+    for value in (1, 2):
+        held = {"a": torch.full((5, 7, 11), value), "b": torch.full((5, 7, 11), -value)}
+        assert tensors.equal(from_record(to_record(held)), held)
+    assert calls == {"write_array_header_1_0": 1, "read_array_header_1_0": 1}
+
+
+def counted(monkeypatch, owner, name: str, calls: Counter) -> None:
+    original = getattr(owner, name)
+
+    def call(*args, **options):
+        calls[name] += 1
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def test_a_record_that_stays_in_a_memory_is_not_serialized_again(tmp_path, monkeypatch):
+    old, new = (to_record({"x": torch.full((3,), value)}) for value in (1.0, 2.0))
+    owner = ConfigRecord({"run": "a"})
+    local_update.MemoryFile(str(tmp_path / "1"), False).write(RecordDict({"old": old, "owner": owner}))
+    serialized = []
+    original = local_update.recorddict_to_proto
+    monkeypatch.setattr(
+        local_update, "recorddict_to_proto", lambda state: serialized.extend(state.values()) or original(state)
+    )
+    file = local_update.MemoryFile(str(tmp_path / "1"), False)
+    state = file.read()
+    state["new"], state["owner"] = new, owner
+    file.write(state)
+    assert [record for record in serialized if isinstance(record, ArrayRecord)] == [new]
+    content = without_checksum((tmp_path / "1").read_bytes(), "")
+    expected = RecordDict({"old": old, "owner": owner, "new": new})
+    assert content == original(expected).SerializeToString(deterministic=True)
+    assert local_update.MemoryFile(str(tmp_path / "1"), False).read() == expected
+
+
+@pytest.mark.parametrize("change", ["nothing", "another array", "another setting", "one less"])
+def test_a_memory_is_written_if_it_has_changed(tmp_path, change):
+    path = tmp_path / "1"
+    state = {"memory": to_record({"x": torch.ones(3)}), "owner": ConfigRecord({"run": 1})}
+    local_update.MemoryFile(str(path), False).write(RecordDict(dict(state)))
+    before = path.stat().st_ino, path.read_bytes()
+    file = local_update.MemoryFile(str(path), False)
+    read = file.read()
+    read["owner"] = ConfigRecord({"run": 1.0 if change == "another setting" else 1})
+    if change == "another array":
+        read["memory"] = to_record({"x": torch.zeros(3)})
+    if change == "one less":
+        del read["memory"]
+    file.write(read)
+    assert ((path.stat().st_ino, path.read_bytes()) == before) is (change == "nothing")
+
+
+def test_evaluation_does_not_select_the_samples_of_a_client(tmp_path, monkeypatch):
+    calls = Counter()
+    counted(monkeypatch, Experiment, "samples", calls)
+    simulated(tmp_path, algorithm="fedavg", rounds=2)
+    assert calls["samples"] == 2 * 3  # in training
 
 
 def test_an_object_array_is_never_unpickled():

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
@@ -121,9 +121,11 @@ def train(message: Message, context: Context) -> Message:
     update, memory = experiment.algorithm.local_update(experiment.setup, client, received.tensors)
     sent = channel.encode_update(update.tensors, arrays, channel_memory)
     number = _int(_config(message)["round"])
-    _remember(message, context, {**memory, **put("channel", channel.new_memory(number, received, sent))})
+    serialized: dict[int, Array] = {}  # a client often remembers what it sends
+    new = {**memory, **put("channel", channel.new_memory(number, received, sent))}
+    _remember(message, context, to_record(new, serialized))
     metrics = MetricRecord({EXAMPLES: update.examples, **update.metrics})
-    content = RecordDict({ARRAYS: to_record(sent.tensors), METRICS: metrics})
+    content = RecordDict({ARRAYS: to_record(sent.tensors, serialized), METRICS: metrics})
     return Message(content, reply_to=message)
 
 
@@ -133,9 +135,9 @@ def evaluate(message: Message, context: Context) -> Message:
 
     The logits are uploaded too, so that the server can evaluate their ensemble.
     """
-    experiment, client = _client(message, context)
-    weights = take("model", client.memory)
-    logits = experiment.setup.trainer.predict(client.model, weights, experiment.test.pixels)
+    experiment, memory = _memory(message, context)
+    model = experiment.setup.model_of(_int(context.node_config["partition-id"]))
+    logits = experiment.setup.trainer.predict(model, take("model", memory), experiment.test.pixels)
     accuracy, loss = loop.score(logits, experiment.test.labels)
     metrics = MetricRecord({EXAMPLES: len(experiment.test), "accuracy": accuracy, "loss": loss})
     content = RecordDict({ARRAYS: to_record({"logits": logits}), METRICS: metrics})
@@ -152,29 +154,32 @@ def identify(message: Message, context: Context) -> Message:
 
 
 def _client(message: Message, context: Context) -> tuple[Experiment, Client]:
-    """The run that a message is for, and this client in it. A new run starts with an empty memory."""
-    config = _config(message)
-    run, number = _run_of(message, context), _int(config["round"])
+    """The run that a message is for, and this client in it."""
+    experiment, memory = _memory(message, context)
+    data, partition_id = None, _int(context.node_config["partition-id"])
+    if experiment.config.partitioner == OWN:
+        if "data" not in context.node_config:
+            raise DataError("This node has no data; start it with --node-config \"... data='/path/to/its/folder'\".")
+        path, setup = str(context.node_config["data"]), experiment.setup
+        data = node_data(path, _run_of(message, context))
+        for model in (setup.model_of(partition_id), *experiment.algorithm.private_models):
+            setup.trainer.check_batch_norm(model, len(data), f"the number of images in {path}")
+    return experiment, experiment.client(partition_id, _int(_config(message)["round"]), memory, data)
+
+
+def _memory(message: Message, context: Context) -> tuple[Experiment, Tensors]:
+    """The run that a message is for, and the client's memory in it. A new run starts with an empty memory."""
+    config, run = _config(message), _run_of(message, context)
     settle(run.threads)
-    experiment = prepared(run)
     is_owner = _is_owner(message, context)
     kept = context.state.get(_memory_name(_int(config["memory"]))) if is_owner else None
     is_empty = is_owner and not any(name.startswith(MEMORY) for name in context.state)  # the method keeps nothing
     if config["memory"] and kept is None and not is_empty:
         raise RunError(f"{LOST} {_int(config['memory'])}; it begins anew, with the initial weights.")
-    memory = from_record(kept) if isinstance(kept, ArrayRecord) else {}
-    data, partition_id = None, _int(context.node_config["partition-id"])
-    if run.partitioner == OWN:
-        if "data" not in context.node_config:
-            raise DataError("This node has no data; start it with --node-config \"... data='/path/to/its/folder'\".")
-        path, setup = str(context.node_config["data"]), experiment.setup
-        data = node_data(path, run)
-        for model in (setup.model_of(partition_id), *experiment.algorithm.private_models):
-            setup.trainer.check_batch_norm(model, len(data), f"the number of images in {path}")
-    return experiment, experiment.client(partition_id, number, memory, data)
+    return prepared(run), from_record(kept) if isinstance(kept, ArrayRecord) else {}
 
 
-def _remember(message: Message, context: Context, memory: Tensors) -> None:
+def _remember(message: Message, context: Context, memory: ArrayRecord) -> None:
     """Keep a new memory in the context, beside the ones that may be needed again.
 
     These are the memory that this local update started from, since the reply may be lost, and that of the last
@@ -185,7 +190,7 @@ def _remember(message: Message, context: Context, memory: Tensors) -> None:
     for name in [name for name in context.state if name.startswith(MEMORY) and name not in needed]:
         del context.state[name]
     if memory:
-        context.state[_memory_name(_int(config["round"]))] = to_record(memory)
+        context.state[_memory_name(_int(config["round"]))] = memory
     context.state[OWNER] = ConfigRecord({"run": _owner(message)})
 
 

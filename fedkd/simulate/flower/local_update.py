@@ -9,16 +9,17 @@ from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.common.serde import array_from_proto, recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
 from fedkd.core.checkpoint import with_checksum, without_checksum
 from fedkd.core.errors import StorageError, Terminated
 
+Record = ArrayRecord | ConfigRecord | MetricRecord
 RUN_ID, SERVER = 1, 0
 DIED = "the process of this client died, twice"
 
@@ -64,12 +65,16 @@ class ClientRunner:
 
 
 class MemoryFile:
-    """The state of a client's `Context` in a file. It is replaced at once, and only if it has changed."""
+    """The state of a client's `Context` in a file. It is replaced at once, and only if it has changed.
+
+    An array record in it may be replaced by another one, but not changed: the same one is not serialized again.
+    """
 
     # Strings: making a path object takes longer than the system call.
     def __init__(self, path: str, durable: bool) -> None:
         self._path, self._durable = path, durable
-        self._old = b""
+        self._old: list[Proto.Item] = []
+        self._read = RecordDict()
 
     @classmethod
     def of(cls, folder: str | Path, message: Message, client: int, durable: bool) -> MemoryFile:
@@ -85,10 +90,11 @@ class MemoryFile:
         """
         try:
             with open(self._path, "rb") as file:
-                self._old = without_checksum(file.read(), self._path)
+                self._old = list(Proto.FromString(without_checksum(file.read(), self._path)).items)
         except FileNotFoundError:
-            self._old = b""
-        return recorddict_from_proto(Proto.FromString(self._old))
+            self._old = []
+        self._read = RecordDict({item.key: _record(item) for item in self._old})
+        return RecordDict(dict(self._read))
 
     def write(self, state: RecordDict) -> None:
         """Replace what `read` returned.
@@ -97,20 +103,40 @@ class MemoryFile:
             StorageError: it cannot be written.
 
         """
-        new: bytes = recorddict_to_proto(state).SerializeToString(deterministic=True)
+        old = {item.key: item for item in self._old}
+        new = [
+            old[name] if isinstance(record, ArrayRecord) and record is self._read.get(name) else _item(name, record)
+            for name, record in state.items()
+        ]
         if new == self._old:
             return
+        content: bytes = Proto(items=new).SerializeToString(deterministic=True)
         part = f"{self._path}.new"
         try:
             os.makedirs(os.path.dirname(self._path), exist_ok=True)
             with open(part, "wb") as file:
-                file.write(with_checksum(new))
+                file.write(with_checksum(content))
                 if self._durable:
                     file.flush()
                     os.fsync(file.fileno())
             os.replace(part, self._path)
         except OSError as error:
             raise StorageError.of(error, self._path) from error
+
+
+def _record(item: Proto.Item) -> Record:
+    """A record of a state. Flower's own function makes each array twice."""
+    if not item.HasField("array_record"):
+        return recorddict_from_proto(Proto(items=[item]))[item.key]
+    record = ArrayRecord()
+    for each in item.array_record.items:
+        record[each.key] = array_from_proto(each.value)
+    return record
+
+
+def _item(name: str, record: Record) -> Proto.Item:
+    (item,) = recorddict_to_proto(RecordDict({name: record})).items
+    return item  # type: ignore[no-any-return]
 
 
 def client_of(message: Message) -> int:
