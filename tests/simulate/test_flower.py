@@ -17,6 +17,7 @@ from fedkd.communication.ledger import SerializedBytes
 from fedkd.communication.replies import Expected
 from fedkd.core import tensors
 from fedkd.core.checkpoint import without_checksum
+from fedkd.core.errors import DataError
 from fedkd.simulate.experiment import Experiment, prepared
 from fedkd.simulate.flower import client_app, local_update, server_app
 from fedkd.simulate.flower.local_grid import LocalGrid
@@ -108,6 +109,35 @@ def test_a_memory_is_written_if_it_has_changed(tmp_path, change):
         del read["memory"]
     file.write(read)
     assert ((path.stat().st_ino, path.read_bytes()) == before) is (change == "nothing")
+
+
+@pytest.mark.parametrize(("limit", "parsed"), [(2**21, 0), (0, 2)])
+def test_a_small_memory_is_not_read_again(limit, parsed, grid, tmp_path, monkeypatch):
+    monkeypatch.setattr(local_update, "SMALL", limit)
+    calls = Counter()
+    counted(monkeypatch, local_update, "_record", calls)
+
+    def file() -> local_update.MemoryFile:
+        message = grid.create_message(RecordDict(), "query", 1, "run/1")
+        return local_update.MemoryFile.of(tmp_path, message, 0, durable=False)
+
+    file().read()
+    file().write(RecordDict({"memory": to_record({"x": torch.ones(3)})}))
+    for _ in range(2):
+        memory = file()
+        state = memory.read()
+        assert from_record(state["memory"])["x"].tolist() == [1, 1, 1]
+        memory.write(state)
+        del state["memory"]  # which is not the state that is kept
+    assert calls["_record"] == parsed
+    other = RecordDict({"memory": to_record({"x": torch.zeros(3)})})
+    local_update.MemoryFile(str(tmp_path / "run" / "1"), False).write(other)  # as another process does
+    assert file().read() == other
+    (tmp_path / "run" / "1").write_bytes(b"damaged")
+    with pytest.raises(DataError, match="damaged"):
+        file().read()
+    (tmp_path / "run" / "1").unlink()
+    assert not file().read()
 
 
 def test_evaluation_does_not_select_the_samples_of_a_client(tmp_path, monkeypatch):

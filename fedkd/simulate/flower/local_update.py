@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
+from typing import IO
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.app.user_config import UserConfig
@@ -21,6 +22,7 @@ from fedkd.core.errors import StorageError, Terminated
 
 Record = ArrayRecord | ConfigRecord | MetricRecord
 RUN_ID, SERVER = 1, 0
+SMALL = 2**21  # bytes of a memory that stays in RAM
 DIED = "the process of this client died, twice"
 
 
@@ -28,8 +30,8 @@ DIED = "the process of this client died, twice"
 class ClientRunner:
     """Runs the app for a client.
 
-    Client memories are files, one per client and run, so that a client costs nothing before its first round and no
-    RAM after it. The run is the part of a message's group before the last slash. With ``durable`` a memory is on the
+    Client memories are files, one per client and run, so that a client costs nothing before its first round and next to
+    no RAM after it. The run is the part of a message's group before the last slash. With ``durable`` a memory is on the
     disk before the reply is sent.
     """
 
@@ -67,19 +69,19 @@ class ClientRunner:
 class MemoryFile:
     """The state of a client's `Context` in a file. It is replaced at once, and only if it has changed.
 
-    An array record in it may be replaced by another one, but not changed: the same one is not serialized again.
+    A record in it may be replaced by another one, but not changed: the same array record is not serialized again.
+    The last small states stay in RAM too: parsing one takes as long as training a small network for an epoch on a GPU.
     """
 
     # Strings: making a path object takes longer than the system call.
     def __init__(self, path: str, durable: bool) -> None:
         self._path, self._durable = path, durable
-        self._old: list[Proto.Item] = []
-        self._read = RecordDict()
+        self._keep((0, 0, 0), [], RecordDict())
 
     @classmethod
     def of(cls, folder: str | Path, message: Message, client: int, durable: bool) -> MemoryFile:
         """The file of a client for the run that a message belongs to."""
-        return cls(f"{folder}/{message.metadata.group_id.rpartition('/')[0]}/{client + 1}", durable)
+        return _memory_file(f"{folder}/{message.metadata.group_id.rpartition('/')[0]}/{client + 1}", durable)
 
     def read(self) -> RecordDict:
         """The state; empty if there is no file.
@@ -90,11 +92,16 @@ class MemoryFile:
         """
         try:
             with open(self._path, "rb") as file:
-                self._old = list(Proto.FromString(without_checksum(file.read(), self._path)).items)
+                if (stamp := _stamp(file)) != self._stamp:
+                    items = list(Proto.FromString(without_checksum(file.read(), self._path)).items)
+                    self._keep(stamp, items, RecordDict({item.key: _record(item) for item in items}))
         except FileNotFoundError:
-            self._old = []
-        self._read = RecordDict({item.key: _record(item) for item in self._old})
+            self._keep((0, 0, 0), [], RecordDict())
         return RecordDict(dict(self._read))
+
+    def _keep(self, stamp: tuple[int, int, int], items: list[Proto.Item], state: RecordDict) -> None:
+        """The content of the file with this stamp, as items and as records."""
+        self._stamp, self._old, self._read = stamp, items, state
 
     def write(self, state: RecordDict) -> None:
         """Replace what `read` returned.
@@ -108,20 +115,38 @@ class MemoryFile:
             old[name] if isinstance(record, ArrayRecord) and record is self._read.get(name) else _item(name, record)
             for name, record in state.items()
         ]
-        if new == self._old:
-            return
+        if new != self._old:
+            self._keep(self._replaced(new), new, RecordDict(dict(state)))
+        if self._stamp[0] > SMALL:
+            self._keep((0, 0, 0), [], RecordDict())
+
+    def _replaced(self, new: list[Proto.Item]) -> tuple[int, int, int]:
+        """Write a new file; its stamp."""
         content: bytes = Proto(items=new).SerializeToString(deterministic=True)
         part = f"{self._path}.new"
         try:
             os.makedirs(os.path.dirname(self._path), exist_ok=True)
             with open(part, "wb") as file:
                 file.write(with_checksum(content))
+                file.flush()
                 if self._durable:
-                    file.flush()
                     os.fsync(file.fileno())
+                stamp = _stamp(file)
             os.replace(part, self._path)
         except OSError as error:
             raise StorageError.of(error, self._path) from error
+        return stamp
+
+
+@lru_cache(maxsize=64)
+def _memory_file(path: str, durable: bool) -> MemoryFile:
+    return MemoryFile(path, durable)
+
+
+def _stamp(file: IO[bytes]) -> tuple[int, int, int]:
+    """What changes when another process replaces a file or someone damages it: size, time, number."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _record(item: Proto.Item) -> Record:
