@@ -17,10 +17,10 @@ from cyclopts.validators import Number
 
 from fedkd.bench import report, stacks
 from fedkd.bench.stacks import Timing, Work
-from fedkd.core import cli, environment, run_directory
-from fedkd.core.runtime import cores
+from fedkd.core import cli, environment, notes, run_directory
+from fedkd.core.runtime import cores, device
 
-Part = Literal["peak", "fedavg", "ensemble", "checkpoints", "idle", "many"]
+Part = Literal["peak", "fedavg", "ensemble", "checkpoints", "idle", "many", "gpu"]
 PARTS: tuple[Part, ...] = get_args(Part)
 # Fields of `stacks.Timing` in bench.json: of each timed run, and of the run that measures memory.
 TIMES = ("rounds", "seconds_outside_rounds", "seconds_to_first_client")
@@ -62,14 +62,17 @@ def bench(
     Libraries that are not installed are left out: pip install 'fedkd[bench]' installs Ray, psutil and pfl-research.
 
     Parts: peak (arithmetic of the machine), fedavg, ensemble, checkpoints (their cost), idle (rounds in which clients
-    compute nothing) and many (few participants out of more and more clients).
+    compute nothing), many (few participants out of more and more clients), and gpu (fedavg on a GPU, if there is one).
     """
     console = cli.Console(width=160)
     run_directory.create(out)
     work, count = Work(clients, images, rounds), cores()
-    machine = {
-        key: value for key, value in environment.environment("cpu", "float32", "noise", "").items() if key != "command"
-    }
+    if "gpu" in parts and device("auto") == "cpu":
+        notes.say("the part gpu is left out, since PyTorch finds no GPU here")
+        parts = tuple(part for part in parts if part != "gpu")
+    where = "cuda" if "gpu" in parts else "cpu"
+    about = environment.environment(where, "", "noise", "").items()
+    machine = {key: value for key, value in about if key not in ("command", "precision")}
     results: dict[str, Any] = {"machine": machine, "cores": count, "options": sys.argv[1:]}
     results |= {"work": dataclasses.asdict(work), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     if "peak" in parts:
@@ -102,6 +105,7 @@ def plan(work: Work, cores: int) -> dict[str, dict[str, Stack]]:
             f"{idle.clients} of {idle.clients} clients": Stack(partial(stacks.fedkd, idle)),
             "10 of 1,000,000 clients": Stack(partial(stacks.fedkd, some, dataset="noise:size=1000512,pixels=8")),
         },
+        "gpu": on_gpu(dataclasses.replace(work, device="cuda"), cores),
         "many": {
             f"20 of {few.registered:,} clients": Stack(partial(stacks.fedkd, few), "20 of 20 clients") for few in many
         },
@@ -125,6 +129,19 @@ def _others(work: Work, cores: int) -> dict[str, Stack]:
         named["Flower's simulation, 1 CPU per client"] = Stack(partial(stacks.flower, work, 1), reference)
     if stacks.is_installed("pfl"):
         named[f"pfl-research, {cores} processes"] = Stack(partial(stacks.pfl, work, cores), reference)
+    return named
+
+
+def on_gpu(work: Work, cores: int) -> dict[str, Stack]:
+    """The stacks of the part ``gpu``. Flower's clients share the GPU: four of them, or one on each core."""
+    reference = "fedkd"
+    named = {reference: Stack(partial(stacks.fedkd, work))}
+    if stacks.is_installed("ray"):
+        for share in dict.fromkeys((min(4, cores), cores)):
+            name = f"Flower's simulation, 1/{share} of the GPU per client"
+            named[name] = Stack(partial(stacks.flower, work, 1, gpus=1 / share), reference)
+    if stacks.is_installed("pfl"):
+        named["pfl-research"] = Stack(partial(stacks.pfl, work, 1), reference)
     return named
 
 

@@ -3,7 +3,8 @@
     python fedkd/bench/flower_stock.py --clients 20 --images 512 --rounds 5 --cpus-per-client 2
 
 Written as Flower's quickstart would write it, and without fedkd, so that none of its settings leak in. Flower
-starts one Ray actor for every ``cpus-per-client`` cores, inside round one. The last line is one JSON object.
+starts one Ray actor for every ``cpus-per-client`` cores, inside round one. With ``--device cuda`` the clients share a
+GPU: ``--gpus-per-client 0.25`` trains four of them at a time. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -52,10 +53,11 @@ def dataset(size: int) -> tuple[Tensor, Tensor]:
 def train(message: Message, context: Context) -> Message:
     """One local epoch from the received weights; the reply has the new weights."""
     part, parts = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
-    size = cast(int, message.content.config_records["config"]["images"])
+    config = message.content.config_records["config"]
+    size, device = cast(int, config["images"]), cast(str, config["device"])
     images, labels = (tensor[part * size : (part + 1) * size] for tensor in dataset(parts * size))
     loader = DataLoader(TensorDataset(images.float() / 255, labels), batch_size=32, shuffle=True)
-    model = network()
+    model = network().to(device)
     model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     criterion = nn.CrossEntropyLoss()
@@ -63,7 +65,7 @@ def train(message: Message, context: Context) -> Message:
     total = 0.0
     for batch, targets in loader:
         optimizer.zero_grad()
-        loss = criterion(model(batch), targets)
+        loss = criterion(model(batch.to(device)), targets.to(device))
         loss.backward()
         optimizer.step()
         total += loss.item()
@@ -97,16 +99,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("clients", 20), ("images", 512), ("rounds", 5), ("cpus-per-client", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--gpus-per-client", type=float, default=0.0)
     args = parser.parse_args()
     strategy = TimedFedAvg(args.clients)
     server_app = ServerApp()
 
     @server_app.main()
     def serve(grid: Grid, context: Context) -> None:
-        config = ConfigRecord({"images": args.images})
+        config = ConfigRecord({"images": args.images, "device": args.device})
         strategy.start(grid, ArrayRecord(network().state_dict()), num_rounds=args.rounds, train_config=config)
 
-    resources = {"client_resources": {"num_cpus": args.cpus_per_client, "num_gpus": 0.0}}
+    resources = {"client_resources": {"num_cpus": args.cpus_per_client, "num_gpus": args.gpus_per_client}}
     run_simulation(server_app, client_app, num_supernodes=args.clients, backend_config=resources)
     print(json.dumps({"rounds": [end - begin for begin, end in zip(strategy.begins, strategy.ends, strict=True)]}))
 

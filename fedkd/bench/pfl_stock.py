@@ -3,7 +3,8 @@
     python fedkd/bench/pfl_stock.py --clients 20 --images 512 --rounds 5 --cpus-per-client 1
 
 By default cores / cpus-per-client processes run, each with cpus-per-client threads. Several processes are started by
-torchrun, which replaces this process. The last line on stdout is one JSON object.
+torchrun, which replaces this process. On a GPU (``--device cuda``) one process runs, and the images are there. The last
+line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("clients", 20), ("images", 512), ("rounds", 5), ("cpus-per-client", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=0, help="0: cores / cpus-per-client")
     args = parser.parse_args()
     args.processes = args.processes or max(1, (os.cpu_count() or 1) // args.cpus_per_client)
@@ -29,7 +31,7 @@ def arguments() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Train in this process, which is one of ``args.processes``; the first one prints the times."""
-    os.environ.setdefault("PFL_PYTORCH_DEVICE", "cpu")
+    os.environ["PFL_PYTORCH_DEVICE"] = args.device
     import numpy as np
     import torch
     from pfl.aggregate.simulate import SimulatedBackend
@@ -82,8 +84,8 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     np.random.seed(0)  # every process must sample the same cohorts
     size = args.images
-    images = torch.randint(256, (args.clients * size, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.randint(10, (args.clients * size,))
+    images = torch.randint(256, (args.clients * size, 3, 32, 32), dtype=torch.uint8).to(args.device)
+    labels = torch.randint(10, (args.clients * size,)).to(args.device)
 
     def user(number: int) -> Dataset:
         part = slice(number * size, (number + 1) * size)

@@ -96,6 +96,7 @@ TITLES = {
     "checkpoints": "Checkpoints in ensemble distillation; all of a run's time, divided among its rounds",
     "idle": "Rounds without computation on clients",
     "many": "20 participants with 2 images each, sampled from an increasing number of clients",
+    "gpu": "FedAvg on a GPU",
 }
 COLUMNS: dict[str, dict[str, Callable[..., str]]] = {
     "fedavg": {"images/s": _speed, "relative": _ratio},
@@ -103,6 +104,7 @@ COLUMNS: dict[str, dict[str, Callable[..., str]]] = {
     "checkpoints": {"relative": _ratio},
     "idle": {"per message": _per_message, "first client (after import torch)": _first_step},
     "many": {"memory without images on disk": _memory_without_images, "relative": _ratio},
+    "gpu": {"images/s": _speed, "relative": _ratio},
 }
 
 

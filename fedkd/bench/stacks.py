@@ -34,6 +34,7 @@ class Work:
     algorithm: str = "fedavg"
     registered: int = 0  # number of clients if not all are sampled; 0 for all
     proxy: int = 512
+    device: str = "cpu"
 
     def config(self, **changes: Any) -> Config:
         """The config of fedkd for this workload."""
@@ -51,7 +52,7 @@ class Work:
             "augment": False,
             "evaluate-every": self.rounds + 1,
             "checkpoint-every": 0,  # as the other stacks
-            "device": "cpu",
+            "device": self.device,
         }
         return Config.parse({**options, **{key.replace("_", "-"): value for key, value in changes.items()}})
 
@@ -103,9 +104,10 @@ def bare(work: Work, workers: int, *, with_memory: bool = False) -> Timing:
     return _foreign(["-m", "fedkd.bench.bare", json.dumps(config), str(workers)], with_memory)
 
 
-def flower(work: Work, cpus: int, *, with_memory: bool = False) -> Timing:
+def flower(work: Work, cpus: int, gpus: float = 0.0, *, with_memory: bool = False) -> Timing:
     """Flower's stock simulation and strategy, plain PyTorch (`fedkd.bench.flower_stock`)."""
-    return _foreign([*_script("flower_stock", work), "--cpus-per-client", str(cpus)], with_memory)
+    resources = ["--cpus-per-client", str(cpus), "--gpus-per-client", str(gpus)]
+    return _foreign([*_script("flower_stock", work), *resources], with_memory)
 
 
 def pfl(work: Work, processes: int, *, with_memory: bool = False) -> Timing:
@@ -131,7 +133,8 @@ def is_installed(module: str) -> bool:
 
 def _script(name: str, work: Work) -> list[str]:
     path = Path(__file__).with_name(f"{name}.py")
-    return [str(path), "--clients", str(work.clients), "--images", str(work.images), "--rounds", str(work.rounds)]
+    options = {"clients": work.clients, "images": work.images, "rounds": work.rounds, "device": work.device}
+    return [str(path), *(part for key, value in options.items() for part in (f"--{key}", str(value)))]
 
 
 def _foreign(arguments: list[str], with_memory: bool) -> Timing:

@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedkd import models
 from fedkd.bench import bare, gpu, kernels, report, stacks
-from fedkd.bench.__main__ import plan
+from fedkd.bench.__main__ import app, on_gpu, plan
 from fedkd.bench.stacks import Work
-from fedkd.core import tensors
+from fedkd.core import notes, tensors
 from fedkd.core.errors import UsageError
 from fedkd.simulate.experiment import prepare
 from fedkd.training import graphs, optimizers
@@ -104,10 +104,43 @@ def test_stacks_are_run_and_reported():
     }
     table = report.table("fedavg", json.loads(json.dumps(results)))
     assert table.row_count == 2
-    assert set(plan(work, 2)) == {"fedavg", "ensemble", "checkpoints", "idle", "many"}
+    assert set(plan(work, 2)) == {"fedavg", "ensemble", "checkpoints", "idle", "many", "gpu"}
     assert all(
         stack.reference in part or not stack.reference for part in plan(work, 2).values() for stack in part.values()
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_part_is_left_out_and_said_to_be(tmp_path, capsys):
+    notes.say.cache_clear()
+    app(["--parts", "gpu", "--out", str(tmp_path / "bench")])
+    assert "gpu is left out" in capsys.readouterr().err
+
+
+_ray = [pytest.mark.slow, pytest.mark.xdist_group("engines")]
+
+
+@pytest.mark.parametrize("name", ["fedkd", "pfl-research", pytest.param("Flower", marks=_ray)])
+def test_the_stacks_of_the_part_gpu_compute_on_the_device_of_the_work(name, monkeypatch):
+    """Here on a CPU. Flower would wait for the share of a GPU, which is passed on (see below)."""
+    work, own = Work(clients=2, images=16, rounds=2, model="cnn:width=8"), stacks.flower
+    monkeypatch.setattr(stacks, "flower", lambda work, cpus, gpus, **more: own(work, cpus, **more))
+    runs = [stack.run for each, stack in on_gpu(work, 4).items() if each.startswith(name)]
+    if not runs:
+        pytest.skip("not installed")
+    assert len(runs[0]().rounds) == 2
+
+
+def test_other_simulators_are_told_the_device_and_the_share_of_the_gpu(monkeypatch):
+    commands = []
+    monkeypatch.setattr(stacks, "_foreign", lambda arguments, with_memory: commands.append(" ".join(arguments)))
+    for name, stack in plan(Work(), 16)["gpu"].items():
+        if name != "fedkd":
+            stack.run()
+    assert all("--device cuda" in command for command in commands)
+    shares = [command.split()[-1] for command in commands if "flower_stock" in command]
+    assert not shares or shares == ["0.25", "0.0625"]
+    assert Work(device="cuda").config().device == "cuda"
 
 
 @pytest.mark.parametrize("name", ["bench", "idle-many"])
