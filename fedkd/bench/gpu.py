@@ -1,11 +1,14 @@
-"""Local training of many clients on one GPU: implementations, each compared with the plain loop.
+"""Local training of many clients on one GPU: implementations, each compared with the plain loop, and a whole run.
 
-    python -m fedkd.bench.gpu --model resnet8 --clients 20 --images 512
+    python -m fedkd.bench.gpu --model resnet8 cnn --clients 20 --images 512
 
 With small models a GPU waits for Python: a step with a batch of 32 has about two hundred kernels of a few
 microseconds. Two remedies are to record a step once and replay it (CUDA graphs), and to train all clients in the same
 kernels (`fedkd.training.stacked_loop`). The plain loop, `fedkd.training.loop`, is the oracle: the weights of each
 implementation must equal its weights up to rounding.
+
+A whole run is FedAvg by `fedkd.simulate` with the same clients, images and model. What of its rounds is not training is
+measured strictly: all that exceeds the time of the same training on its own, with a step that is recorded already.
 """
 
 from __future__ import annotations
@@ -23,12 +26,13 @@ from cyclopts.validators import Number
 from torch import Tensor, nn
 
 from fedkd import models
+from fedkd.bench import report, stacks
 from fedkd.core import cli, seeds
 from fedkd.data import augment
 from fedkd.data.scaling import Scaling
 from fedkd.training import graphs, loop, optimizers, stacked_loop
 from fedkd.training.batches import Job, Plan
-from fedkd.training.precision import Precision
+from fedkd.training.precision import Precision, resolve
 from fedkd.training.stack import Stack
 from fedkd.training.stacked_loop import Learner
 
@@ -187,6 +191,8 @@ IMPLEMENTATIONS: dict[str, Callable[[Work], Plain | Stacked]] = {
     "stacked, recorded each time, bfloat16": lambda work: Stacked(work, "bfloat16", keep=False),
 }
 ON_A_CPU = ("plain", "stacked")
+#: How a run computes in each precision on a GPU; on a CPU as the plain loop.
+OF_A_RUN: dict[Precision, str] = {"float32": "stacked, recorded", "tf32": "stacked, recorded, tf32"}
 
 app = App(name="python -m fedkd.bench.gpu", result_action="return_value", help_format="plaintext", version_flags=[])
 
@@ -194,7 +200,9 @@ app = App(name="python -m fedkd.bench.gpu", result_action="return_value", help_f
 @app.default
 def measure(
     *,
-    model: Annotated[str, Parameter(help="The clients' model.")] = "cnn",
+    model: Annotated[
+        tuple[str, ...], Parameter(help="Models of the clients, one after the other.", consume_multiple=True)
+    ] = ("resnet8", "cnn"),
     clients: Annotated[int, Parameter(help="Clients.", validator=Number(gte=1))] = 20,
     images: Annotated[
         int, Parameter(help="Images of each client; a multiple of 32.", validator=Number(gte=32, modulo=32))
@@ -203,21 +211,51 @@ def measure(
         int, Parameter(help="Images of which each client predicts the logits.", validator=Number(gte=1))
     ] = 10_000,
     repeats: Annotated[int, Parameter(help="Timed runs of each implementation.", validator=Number(gte=1))] = 5,
+    rounds: Annotated[
+        int, Parameter(help="Rounds of the whole run, of which the first is not counted.", validator=Number(gte=2))
+    ] = 12,
     device: Annotated[str, Parameter(help="cuda; on a CPU only what runs without a graph.")] = "cuda",
     profile: Annotated[bool, Parameter(help="Also list the most expensive kernels.", negative="")] = False,
 ) -> None:
-    """Time each implementation of training many clients on a GPU, and print a JSON object for each of them."""
+    """Time each implementation of training many clients on a GPU, and print a JSON object for each of them.
+
+    The last object of a model is about a whole run.
+    """
     from fedkd.core.runtime import device as resolve_device
 
-    work = Work.of(model, clients, images, shared, resolve_device(device))
-    on_gpu = work.device.type == "cuda"
-    name = torch.cuda.get_device_name(work.device) if on_gpu else "cpu"
-    print(json.dumps({"device": name, "torch": torch.__version__, "model": model}), flush=True)
-    with Stack(1).computing():  # in IEEE float32
-        oracle = Plain(work).train()
-    for name, build in IMPLEMENTATIONS.items():
-        if on_gpu or name in ON_A_CPU:
-            print(json.dumps({"implementation": name} | _measured(build, work, oracle, repeats, profile)), flush=True)
+    for each in model:
+        work = Work.of(each, clients, images, shared, resolve_device(device))
+        on_gpu = work.device.type == "cuda"
+        name = torch.cuda.get_device_name(work.device) if on_gpu else "cpu"
+        print(json.dumps({"device": name, "torch": torch.__version__, "model": each}), flush=True)
+        with Stack(1).computing():  # in IEEE float32
+            oracle = Plain(work).train()
+        speeds: dict[str, float] = {}
+        for name, build in IMPLEMENTATIONS.items():
+            if on_gpu or name in ON_A_CPU:
+                measured = _measured(build, work, oracle, repeats, profile)
+                speeds[name] = measured["images_per_second"]
+                times = {"times_the_plain_loop": round(speeds[name] / speeds["plain"], 1)}
+                print(json.dumps({"implementation": name} | times | measured), flush=True)
+        precision = resolve("auto", str(work.device))
+        alone = clients * images / speeds[OF_A_RUN[precision] if on_gpu else "plain"]
+        run = stacks.Work(clients, images, rounds, each, device=device)
+        print(json.dumps({"run": f"{rounds} rounds", "precision": precision} | _whole_run(run, alone)), flush=True)
+
+
+def _whole_run(work: stacks.Work, alone: float) -> dict[str, float]:
+    """Seconds of the rounds of a run in a process of its own; ``alone`` are those of a round's training on its own."""
+    run = stacks.fedkd(work, augment=True, evaluate_every=1, checkpoint_every=1)  # as by default
+    of_round, of_evaluation = (median(report.warm(each)) for each in (run.rounds, run.evaluations))
+    return {
+        "seconds_of_first_round": round(run.rounds[0], 3),
+        "seconds_of_later_rounds": round(of_round, 4),
+        "seconds_of_their_evaluation": round(of_evaluation, 4),
+        "seconds_of_training_alone": round(alone, 4),
+        "share_outside_training": round(1 - alone / of_round, 3),
+        "share_outside_training_with_evaluation": round(1 - alone / (of_round + of_evaluation), 3),
+        "seconds_outside_rounds": round(run.seconds_outside_rounds, 1),
+    }
 
 
 def _measured(

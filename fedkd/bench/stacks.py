@@ -68,6 +68,7 @@ class Timing:
     bytes: int | None = None  # of the arrays per round, uplink and downlink
     messages: int | None = None  # per round
     seconds_to_first_client: float | None = None  # seconds from the start of the process to the first client
+    evaluations: Sequence[float] = ()  # seconds of the evaluation after each round, of fedkd only
 
 
 def fedkd(work: Work, *, with_memory: bool = False, **changes: Any) -> Timing:
@@ -78,15 +79,16 @@ def fedkd(work: Work, *, with_memory: bool = False, **changes: Any) -> Timing:
         start = time.time()
         _, total, memory = _run(["-m", "fedkd.simulate", str(scenario)], with_memory)
         rows = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
-    spent = sum(row["training_seconds"] + row["evaluation_seconds"] for row in rows)
+    rounds, evaluations = ([row[f"{what}_seconds"] for row in rows] for what in ("training", "evaluation"))
     first = rows[0]["train_metrics"].get("time")
     return Timing(
-        [row["training_seconds"] for row in rows],
-        total - spent,
+        rounds,
+        total - sum(rounds) - sum(evaluations),
         *memory,
         round(fmean(row["uplink_serialized_bytes"] + row["downlink_serialized_bytes"] for row in rows)),
         rows[0]["participants"],
         None if first is None else first - start,
+        evaluations,
     )
 
 
