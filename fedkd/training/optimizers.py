@@ -6,32 +6,27 @@ The kernels are the same, so the results are bitwise equal (tests/training/test_
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.optim.adam import adam as adam_kernel
 from torch.optim.sgd import sgd as sgd_kernel
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 #: Updates the parameters of the optimizer by one step and clears their gradients.
 Step = Callable[[], None]
-#: The learning rate of a step, counted from zero.
-Schedule = Callable[[int], float]
 
 
-def cosine(peak: float, steps: int) -> Schedule:
-    """Cosine annealing from ``peak`` to zero over ``steps`` steps (Loshchilov and Hutter, 2017)."""
-    return lambda step: peak * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
+def cosine(peak: float, steps: int) -> Tensor:
+    """The learning rate of each of ``steps`` steps, from ``peak`` towards zero (Loshchilov and Hutter, 2017)."""
+    values = [peak * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def sgd(
     parameters: Sequence[Tensor],
-    learning_rate: float | Schedule,
+    learning_rate: float | Tensor,
     momentum: float,
     weight_decay: float,
     velocities: list[Tensor | None] | None = None,
@@ -39,12 +34,12 @@ def sgd(
 ) -> Step:
     """Stochastic gradient descent with momentum and L2 regularization, as ``torch.optim.SGD``.
 
-    To continue, pass the ``velocities`` of the trainable parameters (updated in place) and the number of steps taken.
+    ``learning_rate`` may be a tensor with that of each step. To continue, pass the ``velocities`` of the trainable
+    parameters (updated in place) and the number of steps taken.
     """
-    rates = learning_rate if callable(learning_rate) else lambda _: learning_rate
-    counter = itertools.count(start)
     trainable = _trainable(parameters)
     velocities = [None] * len(trainable) if velocities is None else velocities
+    rate = _next_of(learning_rate, start, trainable) if isinstance(learning_rate, Tensor) else lambda: learning_rate
 
     def step() -> None:
         sgd_kernel(
@@ -52,7 +47,7 @@ def sgd(
             _pop_gradients(trainable),
             velocities,
             fused=True,
-            lr=rates(next(counter)),
+            lr=rate(),
             momentum=momentum,
             weight_decay=weight_decay,
             dampening=0.0,
@@ -103,6 +98,20 @@ def state_of(optimizer: Callable[..., Step], parameters: Sequence[Tensor]) -> li
     if optimizer is sgd:
         return velocities
     return [*velocities, *map(torch.zeros_like, velocities), *(torch.zeros((), device=p.device) for p in trainable)]
+
+
+def _next_of(rates: Tensor, start: int, parameters: Sequence[Tensor]) -> Callable[[], Tensor]:
+    """One rate at each call. Both the rates and their count are on the device, so that a step can be recorded."""
+    device = parameters[0].device
+    rates = rates.to(device, torch.float64 if device.type == "cpu" else torch.float32)  # as the kernels read them
+    count = torch.full((1,), start, device=device)
+
+    def rate() -> Tensor:
+        now = rates.index_select(0, count)[0]
+        count.add_(1)
+        return now
+
+    return rate
 
 
 def _trainable(parameters: Sequence[Tensor]) -> list[Tensor]:

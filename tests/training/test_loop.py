@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -199,6 +200,27 @@ def test_optimizers_are_bitwise_equal_to_torch_optim(kind, pixels, labels):
         assert mine.grad is None
         assert torch.equal(mine, other)
     assert torch.equal(ours[2].bias, convolutional()[2].bias)
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_rate_for_each_step_is_bitwise_equal_to_that_of_torch_optim(start):
+    """Whether the steps are the first ones, or the last ones of a training that is continued."""
+    ours, theirs = small(), small()
+    used = list(theirs.parameters())
+    rates = optimizers.cosine(0.3, 5)
+    velocities = [torch.ones_like(p) for p in used]
+    step = optimizers.sgd(list(ours.parameters()), rates, 0.9, 5e-4, [each.clone() for each in velocities], start)
+    oracle = torch.optim.SGD(used, lr=1.0, momentum=0.9, weight_decay=5e-4, fused=True)
+    for parameter, velocity in zip(used, velocities, strict=True):
+        oracle.state[parameter]["momentum_buffer"] = velocity
+    for number in range(start, 5):
+        oracle.param_groups[0]["lr"] = 0.3 * (1 + math.cos(math.pi * number / 5)) / 2
+        for model in (ours, theirs):
+            model(torch.ones(2, 3, 8, 8)).square().sum().backward()
+        step()
+        oracle.step()
+        oracle.zero_grad()
+    assert all(map(torch.equal, ours.parameters(), used))
 
 
 def test_training_does_not_import_the_compiler():
