@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,10 +67,10 @@ def bench(
     console = cli.Console(width=160)
     run_directory.create(out)
     work, count = Work(clients, images, rounds), cores()
-    if "gpu" in parts and device("auto") == "cpu":
+    where = device("auto") if "gpu" in parts else "cpu"
+    if "gpu" in parts and where == "cpu":
         notes.say("the part gpu is left out, since PyTorch finds no GPU here")
         parts = tuple(part for part in parts if part != "gpu")
-    where = "cuda" if "gpu" in parts else "cpu"
     about = environment.environment(where, "", "noise", "").items()
     machine = {key: value for key, value in about if key not in ("command", "precision")}
     results: dict[str, Any] = {"machine": machine, "cores": count, "options": sys.argv[1:]}
@@ -78,7 +78,7 @@ def bench(
     if "peak" in parts:
         results["peak"] = {str(threads): stacks.peak(threads) for threads in dict.fromkeys((1, count))}
         results["import_torch"] = median(stacks.importing("torch") for _ in range(repeats))
-    for part, measured in plan(work, count).items():
+    for part, measured in plan(work, count, precisions(where)).items():
         if part in parts:
             results[part] = _measure(measured, repeats, console)
             console.print(report.table(part, results))
@@ -88,7 +88,7 @@ def bench(
     console.print(f"{out / 'bench.json'}")
 
 
-def plan(work: Work, cores: int) -> dict[str, dict[str, Stack]]:
+def plan(work: Work, cores: int, precisions: Sequence[str]) -> dict[str, dict[str, Stack]]:
     """The stacks of each part, by name; those whose library is not installed are left out."""
     idle = Work(work.clients, 2, 100, "cnn:width=8", "fedkd.bench.idle:Idle")
     some = dataclasses.replace(idle, clients=10, images=1, registered=1_000_000)
@@ -105,11 +105,18 @@ def plan(work: Work, cores: int) -> dict[str, dict[str, Stack]]:
             f"{idle.clients} of {idle.clients} clients": Stack(partial(stacks.fedkd, idle)),
             "10 of 1,000,000 clients": Stack(partial(stacks.fedkd, some, dataset="noise:size=1000512,pixels=8")),
         },
-        "gpu": on_gpu(dataclasses.replace(work, device="cuda"), cores),
+        "gpu": on_gpu(dataclasses.replace(work, device="cuda"), cores, precisions),
         "many": {
             f"20 of {few.registered:,} clients": Stack(partial(stacks.fedkd, few), "20 of 20 clients") for few in many
         },
     }
+
+
+def precisions(device: str) -> tuple[str, ...]:
+    """The precisions of fedkd on a device, first the one by default, as that of the other simulators."""
+    from fedkd.training.precision import resolve
+
+    return ("tf32", "float32", "bfloat16") if resolve("auto", device) == "tf32" else ("float32",)
 
 
 def _own(work: Work, cores: int) -> dict[str, Stack]:
@@ -132,10 +139,10 @@ def _others(work: Work, cores: int) -> dict[str, Stack]:
     return named
 
 
-def on_gpu(work: Work, cores: int) -> dict[str, Stack]:
+def on_gpu(work: Work, cores: int, precisions: Sequence[str]) -> dict[str, Stack]:
     """The stacks of the part ``gpu``. Flower's clients share the GPU: four of them, or one on each core."""
-    reference = "fedkd"
-    named = {reference: Stack(partial(stacks.fedkd, work))}
+    named = {f"fedkd, {each}": Stack(partial(stacks.fedkd, work, precision=each)) for each in precisions}
+    reference = f"fedkd, {precisions[0]}"
     if stacks.is_installed("ray"):
         for share in dict.fromkeys((min(4, cores), cores)):
             name = f"Flower's simulation, 1/{share} of the GPU per client"

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedkd import models
 from fedkd.bench import bare, gpu, kernels, report, stacks
-from fedkd.bench.__main__ import app, on_gpu, plan
+from fedkd.bench.__main__ import app, on_gpu, plan, precisions
 from fedkd.bench.stacks import Work
 from fedkd.core import notes, tensors
 from fedkd.core.errors import UsageError
@@ -104,10 +104,9 @@ def test_stacks_are_run_and_reported():
     }
     table = report.table("fedavg", json.loads(json.dumps(results)))
     assert table.row_count == 2
-    assert set(plan(work, 2)) == {"fedavg", "ensemble", "checkpoints", "idle", "many", "gpu"}
-    assert all(
-        stack.reference in part or not stack.reference for part in plan(work, 2).values() for stack in part.values()
-    )
+    parts = plan(work, 2, ["float32"])
+    assert set(parts) == {"fedavg", "ensemble", "checkpoints", "idle", "many", "gpu"}
+    assert all(stack.reference in part or not stack.reference for part in parts.values() for stack in part.values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -125,7 +124,7 @@ def test_the_stacks_of_the_part_gpu_compute_on_the_device_of_the_work(name, monk
     """Here on a CPU. Flower would wait for the share of a GPU, which is passed on (see below)."""
     work, own = Work(clients=2, images=16, rounds=2, model="cnn:width=8"), stacks.flower
     monkeypatch.setattr(stacks, "flower", lambda work, cpus, gpus, **more: own(work, cpus, **more))
-    runs = [stack.run for each, stack in on_gpu(work, 4).items() if each.startswith(name)]
+    runs = [stack.run for each, stack in on_gpu(work, 4, precisions("cpu")).items() if each.startswith(name)]
     if not runs:
         pytest.skip("not installed")
     assert len(runs[0]().rounds) == 2
@@ -134,8 +133,8 @@ def test_the_stacks_of_the_part_gpu_compute_on_the_device_of_the_work(name, monk
 def test_other_simulators_are_told_the_device_and_the_share_of_the_gpu(monkeypatch):
     commands = []
     monkeypatch.setattr(stacks, "_foreign", lambda arguments, with_memory: commands.append(" ".join(arguments)))
-    for name, stack in plan(Work(), 16)["gpu"].items():
-        if name != "fedkd":
+    for name, stack in plan(Work(), 16, ["tf32"])["gpu"].items():
+        if name != "fedkd, tf32":
             stack.run()
     assert all("--device cuda" in command for command in commands)
     shares = [command.split()[-1] for command in commands if "flower_stock" in command]
