@@ -159,7 +159,8 @@ def rescale(module: nn.Module, source: Scaling, target: Scaling) -> None:
 
     This is a forward pre-hook, so that the names of the layers do not change.
     """
-    mean, std = (torch.tensor([getattr(s, key) for s in (source, target)]) for key in ("mean", "std"))
+    device = next(module.parameters()).device  # constants of the host would be copied there in every step
+    mean, std = (torch.tensor([getattr(s, key) for s in (source, target)]).to(device) for key in ("mean", "std"))
     factor, offset = (std[0] / std[1])[:, None, None], ((mean[0] - mean[1]) / std[1])[:, None, None]
     module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor.to(inputs[0]) + offset.to(inputs[0]),))
 

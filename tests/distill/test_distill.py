@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from fedkd.training import layers, optimizers
 from fedkd.training.layers import Outputs, WatchedModel
 from fedkd.training.terms.objective import DistillationObjective, teacher_weights
 from tests.conftest import OTHERWISE_IN_TRAINING
+from tests.training import replays
 
 TINY = {
     "dataset": "digits",
@@ -160,6 +162,34 @@ def test_gradients_flow_to_the_student_only(text):
         assert tensors.digest(teacher.model.state_dict()) == digest  # including the running statistics of BatchNorm
     parameters = {id(p) for p in one.parameters()}
     assert not any(id(p) in parameters for teacher in one.teachers for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "entropy", "agreement"])
+@pytest.mark.parametrize("text", [*TERMS, "exits", "logits:kind=dist", "logits:kind=standardized"])
+def test_a_training_step_can_be_recorded_if_its_terms_say_so(text, weighting):
+    """With a learning rate of each step; weights of teachers are one more thing that is computed in it."""
+    pair, unlabeled = ["resnet8:width=4", "resnet8:width=8"], "logits:weight=0,hard=0"
+    one = objective("resnet8:width=8", pair, text, unlabeled, weighting=weighting).train()
+    update = optimizers.sgd(list(one.parameters()), optimizers.cosine(0.1, 4), 0.9, 0.0)
+    targets = torch.stack([LABELS, torch.arange(6)], 1)
+
+    def step():
+        one.loss(one(IMAGES), targets).backward()
+        update()
+
+    step()
+    replay, is_recordable = replays.Replay(step), all(term.is_always_the_same for term in one.terms)
+    assert is_recordable == (not text.startswith("contrastive"))
+    with nullcontext() if is_recordable else pytest.raises(AssertionError):
+        for _ in range(3):
+            replay()
+
+
+def test_a_loss_of_a_user_is_not_said_to_be_always_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("def loss(student_logits, teacher_probs):\n    return student_logits.sum()\n")
+    (term,) = objective("cnn:width=4", ["cnn:width=4"], "logits:kind=./mine.py:loss").terms
+    assert not term.is_always_the_same
 
 
 @pytest.mark.parametrize("pair", [("cnn:width=8", "vit-tiny"), ("row-gru", "cnn:width=8"), ("vit-tiny", "row-gru")])

@@ -39,8 +39,12 @@ class Batch:
 
 
 class TermModule(nn.Module):
-    """A loss term between the outputs of the named layers of the student and of each teacher."""
+    """A loss term between the outputs of the named layers of the student and of each teacher.
 
+    ``is_always_the_same``: it does the same in Python for every batch, so that a training step can be recorded.
+    """
+
+    is_always_the_same = False
     student_layers: Sequence[str] = ()
     teacher_layers: Sequence[Sequence[str]] = ()
     #: Whether it is the mean of its values for single samples, and depends on nothing but its parameters and the batch.
@@ -80,6 +84,7 @@ class LogitsTerm(TermModule):
         self.on_probs = None if self.on_logits else specs.bind("loss", term.kind)
         loss = self.on_logits or self.on_probs
         self.is_mean_over_samples = loss is not None and of_samples(loss) is not None
+        self.is_always_the_same = not specs.is_user_defined(term.kind)
 
     def forward(self, batch: Batch) -> Tensor:
         temperature, weight = self.term.temperature, self.term.teacher_weight()
@@ -97,6 +102,7 @@ class FeaturesTerm(TermModule):
     """Compares feature maps, each pair at the coarser resolution of the two."""
 
     is_mean_over_samples = True
+    is_always_the_same = True
 
     def __init__(
         self, term: terms.Features, pair: LayerShapes, student: Sequence[str], teachers: Sequence[Sequence[str]]
@@ -140,6 +146,8 @@ class Adapter(nn.Module):
 class RelationsTerm(TermModule):
     """Compares the relations between the samples of a batch."""
 
+    is_always_the_same = True
+
     def __init__(self, term: terms.Relations, student: Sequence[str], teachers: Sequence[Sequence[str]]) -> None:
         super().__init__()
         self.student_layers, self.teacher_layers = student, teachers
@@ -155,6 +163,8 @@ class RelationsTerm(TermModule):
 
 class GraphTerm(TermModule):
     """Compares instance relationship graphs; a learned map gives the student's last vertices the teacher's width."""
+
+    is_always_the_same = True
 
     def __init__(
         self, term: terms.Graph, pair: LayerShapes, student: Sequence[str], teachers: Sequence[Sequence[str]]
@@ -184,6 +194,8 @@ def _vertices(seen: Outputs, names: Sequence[str]) -> list[Tensor]:
 
 class ExitsTerm(TermModule):
     """Classifiers on earlier layers, distilled from the last layer."""
+
+    is_always_the_same = True
 
     def __init__(self, term: terms.Exits, pair: LayerShapes, names: Sequence[str]) -> None:
         super().__init__()

@@ -79,8 +79,9 @@ class DistillationObjective(Taught):
         labels, indices = targets.unbind(1)
         batch = Batch(student, teachers, teacher_weights(teachers, labels, self.weighting), labels, indices)
         losses: list[Tensor] = [term(batch) for term in self.terms]
-        hard = self.label_weight * nn.functional.cross_entropy(student.logits, labels) if self.label_weight else 0.0
-        return sum(losses, torch.as_tensor(hard))
+        if self.label_weight:
+            losses.insert(0, self.label_weight * nn.functional.cross_entropy(student.logits, labels))
+        return sum(losses[1:], losses[0])
 
 
 class _Loss(nn.Module):
