@@ -7,16 +7,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fedkd.core import seeds
+from fedkd.core import notes, seeds
 from fedkd.core.errors import RunError
 from fedkd.core.tensors import put, take
 from fedkd.models import checkpoint
-from fedkd.training import loop, optimizers
+from fedkd.training import loop, optimizers, stacked_loop, together
+from fedkd.training.batches import Job
+from fedkd.training.stack import Stack
+from fedkd.training.stacked_loop import Learner
 from fedkd.training.terms.modules import TermModule
 from fedkd.training.terms.objective import DistillationObjective
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from fedkd.core.tensors import Tensors
     from fedkd.distill.config import DistillConfig
     from fedkd.distill.task import Task
+    from fedkd.training.optimizers import Step
+    from fedkd.training.precision import Precision
     from fedkd.training.terms import Term
 
 
@@ -69,26 +74,23 @@ def train(
     steps = len(loop.batch_sizes(objective, len(task.train), config.batch_size))
     rate = optimizers.cosine(config.learning_rate, epochs * steps)
     parameters = [p for p in objective.parameters() if p.requires_grad]
-    velocities: list[Tensor | None] = [None] * len(parameters)
+    on_gpu = together.pays(task.device)
+    velocities: list[Tensor | None] = [torch.zeros_like(p) if on_gpu else None for p in parameters]
     if start:
         _load_state(objective, parameters, velocities, state or {})
     optimizer = optimizers.sgd(parameters, rate, config.momentum, config.weight_decay, velocities, start=start * steps)
     targets = torch.stack([task.train.labels, torch.arange(len(task.train))], 1)
+    pixels, augmentation = task.train.pixels, loop.Augmentation(config.augment, task.flip)
+    options: dict[str, Any] = {"epochs": 1, "batch_size": config.batch_size}
+    learner = _learner(objective, optimizer, velocities, task.precision) if on_gpu else None
     for epoch in range(start + 1, epochs + 1):
-        begin = time.perf_counter()
-        loop.train(
-            objective,
-            optimizer,
-            task.train.pixels,
-            targets,
-            objective.loss,
-            task.scaling,
-            epochs=1,
-            batch_size=config.batch_size,
-            augmentation=loop.Augmentation(config.augment, task.flip),
-            seed=seeds.derive(seed, "epoch", epoch),
-            precision=task.precision,
-        )
+        begin, drawn = time.perf_counter(), seeds.derive(seed, "epoch", epoch)
+        if learner is None:
+            options |= {"augmentation": augmentation, "seed": drawn, "precision": task.precision}
+            loop.train(objective, optimizer, pixels, targets, objective.loss, task.scaling, **options)
+        else:
+            job = Job(pixels, targets, objective.loss, augmentation, drawn)
+            stacked_loop.train(learner, [job], task.scaling, **options)
         logits = loop.predict(module, task.validation.pixels, task.scaling, task.precision)
         accuracy, loss = loop.score(logits, task.validation.labels)
         if not math.isfinite(loss):
@@ -97,6 +99,19 @@ def train(
                 f"lower --learning-rate {config.learning_rate:g} or the weight of a loss term."
             )
         yield Epoch(epoch, accuracy, loss, time.perf_counter() - begin), partial(_state, objective, velocities)
+
+
+def _learner(
+    objective: DistillationObjective, step: Step, velocities: list[Tensor | None], precision: Precision
+) -> Learner:
+    """What trains with a step that is recorded as a CUDA graph, unless a loss term does not allow it."""
+    stack = Stack(1, precision)
+    learner = Learner(stack.alone(objective), stack, step, cast("list[Tensor]", velocities))
+    changing = [type(term).__name__ for term in objective.terms if not cast(TermModule, term).is_always_the_same]
+    if changing:
+        learner.is_recordable = False
+        notes.say(f"training steps with {changing[0]} are not recorded as a CUDA graph, so they are slower")
+    return learner
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.core import notes
+from fedkd.core.seeds import seeded
 from fedkd.data import augment
 from fedkd.training import graphs, loop
 from fedkd.training.batches import Job, Plan
@@ -109,9 +110,9 @@ def train(
     tensors = first.stack.tensors
     results = [] if [working for working, _ in segments] == [clients] else [each.detach().clone() for each in tensors]
     sums = [torch.zeros_like(each, dtype=torch.float64) for each in tensors] if average else []
-    random = _random_state(device)
     steps: Iterator[None] | None = None
-    with learner.stack.computing():
+    with learner.stack.computing(), seeded(jobs[0].seed):  # seeded as `loop.train` for one client
+        random = _random_state(device)
         for (working, numbers), (later, _) in zip(segments, [*segments[1:], ([], [])], strict=True):
             count = min((size for size in SIZES if size >= len(working)), default=len(clients))
             if smaller is not None and count < len(clients):
@@ -126,7 +127,7 @@ def train(
             for number in numbers:
                 next(steps)
                 if number == 0 and not torch.equal(random, _random_state(device)):
-                    raise NotStackable("it draws random numbers in training")
+                    _drawn(learner)
                 if average:
                     ended = [client for client in working if (number + 1) % len(sizes[client]) == 0]
                     _put(learner, clients, sums, ended, torch.Tensor.add_)
@@ -139,6 +140,14 @@ def train(
         ]
     for tensor, result in zip(tensors, results or tensors, strict=True):
         tensor.detach().copy_(result)
+
+
+def _drawn(learner: Learner) -> None:
+    """Refuse a step that draws random numbers of torch's own; for one client they are those of `loop.train`."""
+    if not learner.stack.is_plain:
+        raise NotStackable("it draws random numbers in training")
+    learner.is_recordable = False
+    notes.say("A training step that draws random numbers is not recorded as a CUDA graph, so it is slower.")
 
 
 def _put(
@@ -174,7 +183,7 @@ def _steps(
     parts.append(torch.zeros(1, dtype=torch.int64))  # the number of the step
     key = (
         *(losses.key, scaling, is_augmented, usual),
-        *((tensor.data_ptr(), tensor.dtype) for tensor in data),
+        *((tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in data),
         *((part.shape[1:], part.dtype) for part in (*parts, *losses.tensors)),
     )
     is_recordable = record and not _has_dropout(network) and (stack.is_plain or losses.are_one_call(plan.sizes))
@@ -202,9 +211,8 @@ def _steps(
     for sizes in plan.sizes.tolist():
         stack.sizes = sizes
         longest = sizes[0] if stack.is_plain else usual
-        if recording is None and recorder and longest == usual and key in learner.recordings:
+        if recording is None and recorder and learner.is_recordable and longest == usual and key in learner.recordings:
             recording = learner.record(key, [*inputs, *losses.tensors], partial(recorder, partial(run, usual)))
-            recorder = recorder if recording else None
         if recording and longest == usual:
             recording.replay()
         else:

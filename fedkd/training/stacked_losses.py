@@ -83,6 +83,8 @@ class Losses:
         batches have one size. What this adds for clients that are done does not count. With a teacher, an objective
         also gets the adapters of its client.
         """
+        if stack.is_plain and self.objective and not self.objective.bound and not self.penalty:  # as in `loop.train`
+            return self.objective.function(stack.output_of(network, x), targets)
         outputs, form = pytree.tree_flatten(stack.output_of(network, x))
         outputs = [output.float() if output.dtype == torch.bfloat16 else output for output in outputs]
         adapters = [list(network.adapters)] if isinstance(network, Taught) else []
