@@ -64,12 +64,15 @@ class Learner:
         found = self.recordings.get(key)
         return found if found and len(found.inputs[0]) >= steps else None
 
+    def has_run(self, key: object) -> None:
+        """Note that a step with this key can be recorded, and forget the oldest one."""
+        if self.recordings.setdefault(key, None) is None and len(self.recordings) > MOST:
+            del self.recordings[next(iter(self.recordings))]
+
     def record(
         self, key: object, inputs: Sequence[Tensor], recorded: Callable[[], Callable[[], None]]
     ) -> Recording | None:
         """Record a step; None if it cannot be recorded, which is said once."""
-        while len(self.recordings) > MOST:
-            del self.recordings[next(iter(self.recordings))]
         try:
             self.recordings[key] = recording = Recording(inputs, recorded())
         except RuntimeError as error:
@@ -138,7 +141,7 @@ def train(
             (total / epochs).to(tensor) if tensor.is_floating_point() else tensor
             for total, tensor in zip(sums, results or tensors, strict=True)
         ]
-    for tensor, result in zip(tensors, results or tensors, strict=True):
+    for tensor, result in zip(tensors, results, strict=False):  # none if all is in its place
         tensor.detach().copy_(result)
 
 
@@ -217,7 +220,8 @@ def _steps(
             recording.replay()
         else:
             run(longest)
-            learner.recordings.setdefault(key, None) if longest == usual else None
+            if longest == usual:
+                learner.has_run(key)
         yield
 
 
