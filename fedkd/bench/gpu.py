@@ -38,6 +38,7 @@ from fedkd.training.stacked_loop import Learner
 
 Weights = dict[str, Tensor]  # of all clients: each tensor has a first dimension [clients]
 RATE, MOMENTUM, DECAY, BATCH = 0.01, 0.9, 0.0005, 32
+EPOCHS = 2  # of local training in the whole run
 SCALING = Scaling((127.5, 127.5, 127.5), (64.0, 64.0, 64.0))
 
 
@@ -214,6 +215,9 @@ def measure(
     rounds: Annotated[
         int, Parameter(help="Rounds of the whole run, of which the first is not counted.", validator=Number(gte=2))
     ] = 12,
+    run_images: Annotated[
+        int, Parameter(help="Images of each client of the whole run; as of 20 of CIFAR-10.", validator=Number(gte=1))
+    ] = 2250,
     device: Annotated[str, Parameter(help="cuda; on a CPU only what runs without a graph.")] = "cuda",
     profile: Annotated[bool, Parameter(help="Also list the most expensive kernels.", negative="")] = False,
 ) -> None:
@@ -238,14 +242,14 @@ def measure(
                 times = {"times_the_plain_loop": round(speeds[name] / speeds["plain"], 1)}
                 print(json.dumps({"implementation": name} | times | measured), flush=True)
         precision = resolve("auto", str(work.device))
-        alone = clients * images / speeds[OF_A_RUN[precision] if on_gpu else "plain"]
-        run = stacks.Work(clients, images, rounds, each, device=device)
+        alone = clients * run_images * EPOCHS / speeds[OF_A_RUN[precision] if on_gpu else "plain"]
+        run = stacks.Work(clients, run_images, rounds, each, device=device)
         print(json.dumps({"run": f"{rounds} rounds", "precision": precision} | _whole_run(run, alone)), flush=True)
 
 
 def _whole_run(work: stacks.Work, alone: float) -> dict[str, float]:
     """Seconds of the rounds of a run in a process of its own; ``alone`` are those of a round's training on its own."""
-    run = stacks.fedkd(work, augment=True, evaluate_every=1, checkpoint_every=1)  # as by default
+    run = stacks.fedkd(work, augment=True, evaluate_every=1, checkpoint_every=1, local_epochs=EPOCHS)  # as by default
     of_round, of_evaluation = (median(report.warm(each)) for each in (run.rounds, run.evaluations))
     return {
         "seconds_of_first_round": round(run.rounds[0], 3),

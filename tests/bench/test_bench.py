@@ -204,6 +204,7 @@ def test_the_implementations_for_a_gpu_have_the_weights_of_the_plain_loop(monkey
 def test_one_command_measures_all_that_is_required_of_a_gpu(capsys):
     """Here on a CPU, where a run trains as the plain loop does."""
     work = ["--clients", "2", "--images", "32", "--shared", "4", "--repeats", "1", "--rounds", "3"]
+    work += ["--run-images", "48"]
     gpu.app(["--device", "cpu", "--model", "cnn:width=8", "cnn:width=4", *work])
     about, plain, stacked, run, *other = map(json.loads, capsys.readouterr().out.splitlines())
     assert [about["model"], other[0]["model"]] == ["cnn:width=8", "cnn:width=4"]
@@ -213,7 +214,7 @@ def test_one_command_measures_all_that_is_required_of_a_gpu(capsys):
     assert stacked["times_the_plain_loop"] == pytest.approx(
         stacked["images_per_second"] / plain["images_per_second"], abs=0.1
     )
-    alone = 2 * 32 / plain["images_per_second"]
+    alone = 2 * 48 * gpu.EPOCHS / plain["images_per_second"]
     assert run["seconds_of_training_alone"] == pytest.approx(alone, abs=1e-4)
     assert run["share_outside_training"] == pytest.approx(1 - alone / run["seconds_of_later_rounds"], abs=0.02)
     assert run["share_outside_training"] < run["share_outside_training_with_evaluation"] < 1
