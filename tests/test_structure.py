@@ -21,7 +21,7 @@ RANKS = [
     {"algorithms"},
     {"evaluation"},
     {"simulate", "distill", "export", "serve"},
-    {"compare", "list"},
+    {"compare", "list", "reproduce"},
     {"bench"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
