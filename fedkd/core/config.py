@@ -228,7 +228,7 @@ class Config(Options):
     model: str = option(
         "cnn",
         "Models",
-        "The clients' model: cnn, resnet8, resnet20, resnet32, resnet56, vit-tiny, row-gru, torchvision:NAME, "
+        "The clients' model: cnn, resnet8, resnet20, lenet, vit-tiny and others of fedkd.list, torchvision:NAME, "
         "or ./mine.py:Name; each optionally with pretrained=FILE; a comma-separated list is assigned round-robin.",
     )
     student: str = option("", "Models", "The server's global student; by default the clients' (first) model.")

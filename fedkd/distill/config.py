@@ -47,7 +47,7 @@ class DistillConfig(Options):
     student: str = option(
         "resnet8",
         "Models",
-        "The student: cnn, resnet8, resnet20, resnet32, resnet56, vit-tiny, row-gru, torchvision:NAME or user-defined; "
+        "The student: cnn, resnet8, wrn-16-2, vit-tiny and others of fedkd.list, torchvision:NAME or user-defined; "
         "each optionally with pretrained=FILE.",
     )
     norm: Literal["group", "batch"] = option("batch", "Models", "Normalization layers of the built-in models.")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from fedkd.core import quotes, specs
 from fedkd.core.errors import DataError, UsageError
@@ -27,30 +27,138 @@ def cnn(*, classes: int, norm: Norm = "group", width: PositiveInt = 32) -> nn.Mo
 
 def resnet8(*, classes: int, norm: Norm = "group", width: PositiveInt = 16) -> nn.Module:
     """The CIFAR ResNet with one block per stage (He et al., 2016), 78,042 parameters."""
-    from fedkd.models.convolutional import ResNet
-
-    return ResNet(1, classes, norm, width)
+    return _cifar_resnet(1, classes, norm, width)
 
 
 def resnet20(*, classes: int, norm: Norm = "group", width: PositiveInt = 16) -> nn.Module:
     """The CIFAR ResNet with three blocks per stage (He et al., 2016), 272,474 parameters."""
-    from fedkd.models.convolutional import ResNet
-
-    return ResNet(3, classes, norm, width)
+    return _cifar_resnet(3, classes, norm, width)
 
 
 def resnet32(*, classes: int, norm: Norm = "group", width: PositiveInt = 16) -> nn.Module:
     """The CIFAR ResNet with five blocks per stage (He et al., 2016), 466,906 parameters."""
-    from fedkd.models.convolutional import ResNet
-
-    return ResNet(5, classes, norm, width)
+    return _cifar_resnet(5, classes, norm, width)
 
 
 def resnet56(*, classes: int, norm: Norm = "group", width: PositiveInt = 16) -> nn.Module:
     """The CIFAR ResNet with nine blocks per stage (He et al., 2016), 855,770 parameters."""
+    return _cifar_resnet(9, classes, norm, width)
+
+
+def resnet110(*, classes: int, norm: Norm = "group", width: PositiveInt = 16) -> nn.Module:
+    """The CIFAR ResNet with 18 blocks per stage (He et al., 2016), 1,730,714 parameters."""
+    return _cifar_resnet(18, classes, norm, width)
+
+
+def resnet8x4(*, classes: int, norm: Norm = "group", width: PositiveInt = 16) -> nn.Module:
+    """RepDistiller's resnet8x4: resnet8 with stages four times as wide (Tian et al., 2020), 1,210,410 parameters."""
+    return _cifar_resnet(1, classes, norm, 4 * width, stem=2 * width)
+
+
+def resnet32x4(*, classes: int, norm: Norm = "group", width: PositiveInt = 16) -> nn.Module:
+    """RepDistiller's resnet32x4: resnet32, four times as wide (Tian et al., 2020), 7,410,730 parameters."""
+    return _cifar_resnet(5, classes, norm, 4 * width, stem=2 * width)
+
+
+def wrn_16_2(*, classes: int, norm: Norm = "group", width: PositiveInt = 16) -> nn.Module:
+    """The wide ResNet of 16 layers, twice as wide (Zagoruyko & Komodakis, 2016), 691,674 parameters."""
+    return _wide_resnet(2, classes, norm, 2 * width, stem=width)
+
+
+def wrn_40_1(*, classes: int, norm: Norm = "group", width: PositiveInt = 16) -> nn.Module:
+    """The wide ResNet of 40 layers, of ordinary width (Zagoruyko & Komodakis, 2016), 563,930 parameters."""
+    return _wide_resnet(6, classes, norm, width, stem=width)
+
+
+def wrn_40_2(*, classes: int, norm: Norm = "group", width: PositiveInt = 16) -> nn.Module:
+    """The wide ResNet of 40 layers, twice as wide (Zagoruyko & Komodakis, 2016), 2,243,546 parameters."""
+    return _wide_resnet(6, classes, norm, 2 * width, stem=width)
+
+
+def bottleneck_resnet(
+    *, classes: int, norm: Norm = "group", width: PositiveInt = 16, blocks: str = "1+1+1"
+) -> nn.Module:
+    """A CIFAR ResNet of bottleneck blocks, as of FedGEMS (Cheng et al., 2021): ResNet-11, 127,642 parameters."""
+    from fedkd.models.convolutional import Bottleneck, ResNet
+
+    counts = blocks.split("+")
+    if not all(count.isdecimal() and 0 < int(count) < 100 for count in counts) or len(counts) > 6:
+        raise ValueError("blocks are the numbers of blocks in each stage, separated by +")
+    widths = [width * 2**i for i in range(len(counts))]
+    return ResNet(list(map(int, counts)), widths, classes, norm, block=Bottleneck)
+
+
+def resnet18(*, classes: int, norm: Norm = "group", width: PositiveInt = 64) -> nn.Module:
+    """ResNet-18 (He et al., 2016) for 32 pixels: a 3x3 first convolution, no first pooling, 11,173,962 parameters."""
     from fedkd.models.convolutional import ResNet
 
-    return ResNet(9, classes, norm, width)
+    return ResNet((2, 2, 2, 2), (width, 2 * width, 4 * width, 8 * width), classes, norm)
+
+
+def vgg8(*, classes: int, norm: Norm = "group", width: PositiveInt = 64) -> nn.Module:
+    """RepDistiller's vgg8, one convolution per stage (Tian et al., 2020), 3,918,858 parameters."""
+    return _vgg(1, classes, norm, width)
+
+
+def vgg13(*, classes: int, norm: Norm = "group", width: PositiveInt = 64) -> nn.Module:
+    """RepDistiller's vgg13, two convolutions per stage (Tian et al., 2020), 9,416,010 parameters."""
+    return _vgg(2, classes, norm, width)
+
+
+def vgg9(*, classes: int, width: PositiveInt = 32) -> nn.Module:
+    """FedDF's VGG-9 without normalization layers (Lin et al., 2020), 2,308,810 parameters."""
+    from fedkd.models.convolutional import vgg
+
+    stages = ([width], [2 * width], [4 * width] * 2, [8 * width] * 2, [8 * width] * 2)
+    return vgg(stages, classes, "", pools=5)
+
+
+def mobilenetv2(
+    *,
+    classes: int,
+    norm: Norm = "group",
+    width: Annotated[float, Field(gt=0, le=16)] = 1.0,
+    stride: Annotated[int, Field(ge=1, le=2)] = 2,
+) -> nn.Module:
+    """MobileNetV2 (Sandler et al., 2018) for 32 pixels, 2,237,770 parameters; RepDistiller's has ``width=0.5``."""
+    from fedkd.models.convolutional import mobilenetv2 as build
+
+    return build(classes, norm, width, stride)
+
+
+def lenet(*, classes: int, projection: NonNegativeInt = 0, pixels: PositiveInt = 32, gray: bool = False) -> nn.Module:
+    """The CNN of MOON (Li et al., 2021) and NIID-Bench, 62,006 parameters; ``projection=256`` adds MOON's head."""
+    from fedkd.models.convolutional import two_convolutions
+
+    return two_convolutions((6, 16), (120, 84), classes, pixels=pixels, padding=0, gray=gray, projection=projection)
+
+
+def mcmahan_cnn(*, classes: int, pixels: PositiveInt = 32, gray: bool = False) -> nn.Module:
+    """The CNN of FedAvg (McMahan et al., 2017), 2,156,490 parameters; 1,663,370 with ``pixels=28,gray=true``."""
+    from fedkd.models.convolutional import two_convolutions
+
+    return two_convolutions((32, 64), (512,), classes, pixels=pixels, padding=2, gray=gray, projection=0)
+
+
+def _cifar_resnet(blocks: int, classes: int, norm: Norm, width: int, stem: int = 0) -> nn.Module:
+    """The 6n + 2 layer ResNet: three stages of n blocks, widths w, 2w, 4w."""
+    from fedkd.models.convolutional import ResNet
+
+    return ResNet([blocks] * 3, (width, 2 * width, 4 * width), classes, norm, stem=stem)
+
+
+def _wide_resnet(blocks: int, classes: int, norm: Norm, width: int, stem: int) -> nn.Module:
+    """The 6n + 4 layer wide ResNet: three stages of n blocks, widths w, 2w, 4w."""
+    from fedkd.models.convolutional import PreActivation, ResNet
+
+    return ResNet([blocks] * 3, (width, 2 * width, 4 * width), classes, norm, stem=stem, block=PreActivation)
+
+
+def _vgg(convolutions: int, classes: int, norm: Norm, width: int) -> nn.Module:
+    """RepDistiller's VGG: five stages of as many convolutions, pooling after the first three."""
+    from fedkd.models.convolutional import vgg
+
+    return vgg([[width * n] * convolutions for n in (1, 2, 4, 8, 8)], classes, norm, pools=3)
 
 
 def vit_tiny(*, classes: int, patch: PositiveInt = 4, width: PositiveInt = 96, depth: PositiveInt = 4) -> nn.Module:
@@ -141,7 +249,7 @@ def digests(texts: Iterable[str]) -> dict[str, str]:
 def build(text: str, classes: int, norm: Norm) -> nn.Module:
     """A new module for a spec, without pretrained weights; ``norm`` applies if the spec does not give one."""
     bound = specs.bind("model", pretrained(text)[0], RESERVED)
-    if bound.func in (cnn, resnet8, resnet20, resnet32, resnet56):
+    if bound.func.__module__ == __name__ and specs.has_option("model", text, "norm"):
         bound.keywords.setdefault("norm", norm)
     module: nn.Module = bound(classes=classes)
     return module

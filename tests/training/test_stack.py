@@ -147,6 +147,22 @@ def test_deeper_networks(spec):
     assert after_training(spec, jobs((33, 1, 32, 31), pixels=8), **options) <= limit
 
 
+OF_TABLES = ["bottleneck-resnet:width=8", "wrn-16-2:width=8,norm=batch", "resnet8x4:width=4", "resnet18:width=8"]
+OF_TABLES += [
+    "vgg8:width=8,norm=batch",
+    "mobilenetv2:width=0.25",
+    "lenet:projection=16,pixels=16",
+    "mcmahan-cnn:gray=true",
+]
+
+
+@pytest.mark.parametrize("spec", OF_TABLES)
+def test_models_of_published_tables(spec):
+    options, limit = DOUBLE
+    options |= {"rate": 2e-3} if spec.startswith("mobilenet") else {}
+    assert after_training(spec, jobs((9, 1, 8), pixels=16 if "lenet" in spec else 8), **options) <= limit
+
+
 @pytest.mark.parametrize("name", ["resnet", "mobilenet_v2", "mobilenet_v3_small"])
 def test_networks_of_torchvision(name, monkeypatch):
     """Narrow ones. The MobileNets have dropout; each client draws what it draws on its own."""
