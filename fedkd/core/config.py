@@ -160,7 +160,7 @@ class Config(Options):
         "Methods",
         "The algorithm. Soft labels on a proxy set: ensemble, fedmd, nfdp, dsfl, cronus, cfd, selective-fd, density, "
         "scarlet, comet, kt-pfl, fedgems, fedema; no proxy set: fd, fedproto; weights: fedavg, fedprox, fedavgm, "
-        "mentor, scaffold, feddf, fedbe, fed-et; baselines: local, central (options of each: "
+        "moon, fedntd, fedlmd, mentor, scaffold, feddf, fedbe, fed-et; baselines: local, central (options of each: "
         "python -m fedkd.list algorithm).",
     )
     compare: Several = option(

@@ -35,6 +35,22 @@ class WatchedModel(nn.Module):
             return Outputs(self.model(x), outputs)
 
 
+class WithTeachers(nn.Module):
+    """A network with frozen teachers: returns its output for a batch, and a list of theirs."""
+
+    def __init__(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.student = student
+        # In a tuple, so that they are not submodules: not trained, not put into training mode.
+        self.teachers = tuple(teachers)
+
+    def forward(self, x: Tensor) -> tuple[Any, list[Any]]:
+        """Both."""
+        with torch.no_grad():
+            outputs = [teacher(x) for teacher in self.teachers]
+        return self.student(x), outputs
+
+
 @contextmanager
 def layer_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """The outputs of these layers while the block runs, in the order in which the layers finish.

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fedkd import models
-from fedkd.core import seeds
-from fedkd.core.tensors import shapes
-from fedkd.training import graphs, loop, optimizers, stack, stacked_loop
-from fedkd.training.layers import WatchedModel
+from fedkd.training import graphs, loop, optimizers, stacked_loop
+from fedkd.training.layers import WatchedModel, WithTeachers
+from fedkd.training.networks import Network, bytes_of
 from fedkd.training.objectives import function_of
-from fedkd.training.stack import NotStackable, Stack
+from fedkd.training.stack import Stack
 from fedkd.training.stacked_loop import Learner
 
 if TYPE_CHECKING:
@@ -25,90 +23,7 @@ if TYPE_CHECKING:
     from fedkd.data.scaling import Scaling
     from fedkd.training.batches import Job
     from fedkd.training.optimizers import Step
-    from fedkd.training.precision import Precision
     from fedkd.training.terms.objective import DistillationObjective
-
-
-@dataclass(frozen=True)
-class Network:
-    """An architecture on a device, the precision in which it is computed, and whether clients are worth a stack."""
-
-    model: str
-    classes: int
-    norm: models.Norm
-    device: str
-    precision: Precision
-    stacks: bool
-
-    def build(self) -> nn.Module:
-        """A new module."""
-        with seeds.seeded(0):  # its values are replaced, but drawing them would change torch's own stream
-            module = models.build(self.model, self.classes, self.norm)
-        return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-
-    @property
-    def module(self) -> nn.Module:
-        """The one module of this architecture, to load weights into: building costs more than loading."""
-        return _module(self)
-
-    def loaded(self, weights: Tensors) -> nn.Module:
-        """The one module, with these weights."""
-        self.module.load_state_dict(weights)
-        return self.module
-
-    def check(self, weights: Sequence[Tensors], pixels: Tensor) -> None:
-        """Compare a stack of this network with two of them, on images of the size of ``pixels``.
-
-        Raises:
-            NotStackable: they differ, or a client has weights of another network.
-
-        """
-        if len(weights) > 1 and (reason := _why_not(self, *pixels.shape[1:3])):
-            raise NotStackable(reason)
-        own = shapes(self.module.state_dict())
-        if any(shapes(each) != own for each in weights):
-            raise NotStackable("a client has weights of another network")
-
-    def stacked(self, stack: Stack) -> nn.Module:
-        """A network of all clients, with any weights."""
-        if stack.count == 1:
-            return stack.alone(copy.deepcopy(self.module))
-        return stack.add(self.module, [self.module.state_dict()] * stack.count)
-
-
-@lru_cache(maxsize=32)
-def _module(network: Network) -> nn.Module:
-    return network.build()
-
-
-@lru_cache(maxsize=32)
-def _why_not(network: Network, height: int, width: int) -> str:
-    """Why clients with this network cannot be stacked; empty if they can."""
-    x = torch.randn(8, 3, height, width, generator=torch.Generator().manual_seed(0))
-    try:
-        with seeds.seeded(0):
-            stack.check(network.module, x)
-    except NotStackable as reason:
-        return str(reason)
-    return ""
-
-
-@lru_cache(maxsize=32)
-def _bytes(network: Network, height: int, width: int) -> tuple[int, int]:
-    """Bytes of a network's weights, and of what it keeps of an image for the gradient, in float32."""
-    module, kept = copy.deepcopy(network.module).cpu(), {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with seeds.seeded(0), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = module.train()(torch.zeros(2, 3, height, width))
-    weights = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in module.state_dict().values()}
-    of_images = sum(size for place, size in kept.items() if place not in weights)
-    del output  # until here, so that no place is used twice
-    return sum(weights.values()), of_images // 2
 
 
 @dataclass(frozen=True)
@@ -116,7 +31,7 @@ class Training:
     """How a network is trained: what all clients of a stack have in common.
 
     ``optimizer`` is called with parameters, ``numbers`` and the tensors that it keeps. ``output`` is a module around
-    the network that is trained, if any; ``teacher`` is the network of the clients' teachers, if they have any.
+    the network that is trained, and each teacher, if any; ``teachers`` are the networks of a client's teachers.
     """
 
     network: Network
@@ -127,7 +42,7 @@ class Training:
     batch_size: int
     average: bool = False
     output: type[nn.Module] | None = None
-    teacher: Network | None = None
+    teachers: tuple[Network, ...] = ()
 
     def alone(self, network: nn.Module, job: Job) -> None:
         """Train one client's network, in place."""
@@ -161,8 +76,22 @@ class Training:
 
     def _built(self, count: int) -> Learner:
         own = Stack(count, self.network.precision)
-        network = self.network.stacked(own)
-        return self.around(self.output(network) if self.output else network, own)
+        return self.around(self.module(self.network.stacked(own), self.stacked_teachers(own)), own)
+
+    def stacked_teachers(self, own: Stack) -> list[nn.Module]:
+        """The teachers of all clients, with any weights."""
+        return [teacher.stacked(own).eval().requires_grad_(False) for teacher in self.teachers]
+
+    def module(self, network: nn.Module, teachers: Sequence[nn.Module]) -> nn.Module:
+        """The module whose output the objective gets."""
+        if self.output:
+            network, teachers = self.output(network), [self.output(teacher) for teacher in teachers]
+        return WithTeachers(network, teachers) if teachers else network
+
+    def networks(self, module: nn.Module) -> list[nn.Module]:
+        """The network and the teachers of such a module."""
+        parts = [module.student, *module.teachers] if isinstance(module, WithTeachers) else [module]
+        return [cast(nn.Module, part.model) for part in parts] if self.output else parts
 
     def around(self, network: nn.Module, own: Stack) -> Learner:
         """What trains a network."""
@@ -173,11 +102,12 @@ class Training:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """The weights of a client's network after training."""
+    """The weights of a client's network after training; ``teachers`` are the weights of its teachers."""
 
     how: Training
     weights: Tensors
     job: Job
+    teachers: Sequence[Tensors] = ()
 
     @property
     def key(self) -> Hashable:
@@ -192,82 +122,96 @@ class Fit:
     def room(self) -> int:
         """How many clients fit into the memory of the GPU.
 
-        Weights, gradients, updates and what the optimizer keeps, twice for the smaller stacks of those that go on; and
-        what the backward pass needs of a batch, twice for its own gradients.
+        Weights, gradients, updates, what the optimizer keeps and teachers, twice for the smaller stacks of those that
+        go on; and what the backward pass needs of a batch, twice for its own gradients.
         """
-        weights, image = _bytes(self.network, *self.job.pixels.shape[1:3])
-        return max(1, graphs.memory(self.network.device) // (2 * 5 * weights + 2 * self.how.batch_size * image))
+        size = self.job.pixels.shape[1:3]
+        weights, image = bytes_of(self.network, *size)
+        of_teachers = sum(bytes_of(teacher, *size)[0] for teacher in self.how.teachers)
+        each = 2 * (5 * weights + of_teachers) + 2 * self.how.batch_size * image
+        return max(1, graphs.memory(self.network.device) // each)
 
     def alone(self) -> Any:
+        # Copied before the student is loaded: there is one module per architecture, and both may have the same.
+        teachers = self._teachers()
         module = self.network.loaded(self.weights)
-        self.how.alone(self.how.output(module) if self.how.output else module, self.job)
+        self.how.alone(self.how.module(module, teachers), self.job)
         return weights_of(module)
+
+    def _teachers(self) -> list[nn.Module]:
+        pairs = zip(self.how.teachers, self.teachers, strict=True)
+        return [copy.deepcopy(network.loaded(weights)).eval().requires_grad_(False) for network, weights in pairs]
+
+    @staticmethod
+    def check(requests: Sequence[Fit]) -> None:
+        """Raise `NotStackable` if networks or teachers cannot be stacked."""
+        how, pixels = requests[0].how, requests[0].job.pixels
+        how.network.check([each.weights for each in requests], pixels)
+        for network, weights in zip(how.teachers, zip(*(each.teachers for each in requests), strict=True), strict=True):
+            network.check(weights, pixels)
+
+    @staticmethod
+    def load(requests: Sequence[Fit], own: Stack, networks: Sequence[nn.Module]) -> None:
+        """Copy the weights of all into the network and the teachers of a stack."""
+        weights = zip(*((each.weights, *each.teachers) for each in requests), strict=True)
+        for network, values in zip(networks, weights, strict=True):
+            own.load(network, values)
 
     @staticmethod
     def stacked(requests: Sequence[Fit]) -> list[Any]:
         """The results of many; raises any exception of one of them."""
-        how, weights, jobs = requests[0].how, [each.weights for each in requests], [each.job for each in requests]
-        how.network.check(weights, jobs[0].pixels)
+        Fit.check(requests)
+        how = requests[0].how
         learner = how.learner(len(requests))
-        network = _within(learner.network) if how.output else learner.network
-        learner.stack.load(network, weights)
-        how.stacked(learner, jobs, how.learner)
-        return learner.stack.weights(network)
+        networks = how.networks(learner.network)
+        Fit.load(requests, learner.stack, networks)
+        how.stacked(learner, [each.job for each in requests], how.learner)
+        return learner.stack.weights(networks[0])
 
 
 @dataclass(frozen=True, eq=False)
 class TaughtFit(Fit):
-    """The same with a teacher; ``taught`` makes the objective from the modules of student and teacher.
+    """The same with loss terms; ``taught`` makes the objective from the modules of student and teachers.
 
     The result is a pair: the weights, and those of the adapters of the objective.
     """
 
-    teacher: Tensors
-    taught: Callable[[nn.Module, nn.Module], DistillationObjective]
+    taught: Callable[[nn.Module, Sequence[nn.Module]], DistillationObjective] = field(kw_only=True)
 
     def alone(self) -> Any:
-        # Copied before the student is loaded: there is one module per architecture, and both may have the same.
-        teacher = self._teacher()
+        teachers = self._teachers()
         module = self.network.loaded(self.weights)
-        both = self.taught(module, teacher)
+        both = self.taught(module, teachers)
         self.how.alone(both, replace(self.job, objective=both.loss))
         return weights_of(module), weights_of(both.terms)
-
-    def _teacher(self) -> nn.Module:
-        assert self.how.teacher is not None
-        return copy.deepcopy(self.how.teacher.loaded(self.teacher)).eval().requires_grad_(False)
 
     @staticmethod
     def stacked(requests: Sequence[TaughtFit]) -> list[Any]:  # type: ignore[override]
         from fedkd.training.terms.objective import Taught, adapted_losses
 
-        how, pixels, of_teacher = requests[0].how, requests[0].job.pixels, requests[0].how.teacher
-        assert of_teacher is not None
-        how.network.check([each.weights for each in requests], pixels)
-        of_teacher.check([each.teacher for each in requests], pixels)
-        own = requests[0]._teacher()
+        Fit.check(requests)
+        how, own = requests[0].how, requests[0]._teachers()
         both = [each.taught(how.network.module, own) for each in requests]
-        watched = both[0].student.names, both[0].teachers[0].names
 
         def built(count: int) -> Learner:
             stack = Stack(count, how.network.precision)
-            student, teacher = how.network.stacked(stack), of_teacher.stacked(stack).eval().requires_grad_(False)
+            networks = [how.network.stacked(stack), *how.stacked_teachers(stack)]
             adapters = stack.add_parameters([each.terms.parameters() for each in both[:count]])
-            pair = WatchedModel(student, watched[0]), [WatchedModel(teacher, watched[1])]
-            return how.around(Taught(*pair, adapters), stack)
+            watched = zip(networks, (both[0].student, *both[0].teachers), strict=True)
+            student, *teachers = (WatchedModel(network, alike.names) for network, alike in watched)
+            return how.around(Taught(student, teachers, adapters), stack)
 
         learner = built(len(requests))
         taught = cast(Taught, learner.network)
-        student, teacher = _within(taught.student), _within(taught.teachers[0])
-        learner.stack.load(student, [each.weights for each in requests])
-        learner.stack.load(teacher, [each.teacher for each in requests])
+        networks = [_within(each) for each in (taught.student, *taught.teachers)]
+        Fit.load(requests, learner.stack, networks)
         losses = adapted_losses(both)
         jobs = [replace(each.job, objective=loss) for each, loss in zip(requests, losses, strict=True)]
         how.stacked(learner, jobs, built)
         for k, each in enumerate(both):
             for parameter, trained in zip(each.terms.parameters(), taught.adapters, strict=True):
                 parameter.data = trained.detach()[k]
-        weights = learner.stack.weights(student)
+        weights = learner.stack.weights(networks[0])
         return [(mine, weights_of(each.terms)) for mine, each in zip(weights, both, strict=True)]
 
 
@@ -287,7 +231,7 @@ class Prediction:
 
     def room(self) -> int:
         """How many clients fit into the memory of the GPU; the number of images at once does not depend on it."""
-        return max(1, graphs.memory(self.network.device) // (2 * _bytes(self.network, *self.pixels.shape[1:3])[0]))
+        return max(1, graphs.memory(self.network.device) // (2 * bytes_of(self.network, *self.pixels.shape[1:3])[0]))
 
     def alone(self) -> Tensor:
         module = self.network.loaded(self.weights)

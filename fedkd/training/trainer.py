@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,8 +18,9 @@ from fedkd.core.tensors import shapes
 from fedkd.models import checkpoint
 from fedkd.training import loop, optimizers, together
 from fedkd.training.batches import Job
+from fedkd.training.networks import Network
 from fedkd.training.objectives import Joint
-from fedkd.training.requests import Fit, Network, Prediction, TaughtFit, Training, weights_of
+from fedkd.training.requests import Fit, Prediction, TaughtFit, Training, weights_of
 
 if TYPE_CHECKING:
     from fedkd.algorithms.base import Client
@@ -101,26 +103,29 @@ class Trainer:
         objective: Objective = nn.functional.cross_entropy,
         penalty: Penalty | None = None,
         with_embeddings: bool = False,
+        teachers: Sequence[Tensors] = (),
         soft_labels: SoftLabels | None = None,
         soft_objective: Objective = nn.functional.cross_entropy,
     ) -> dict[str, Tensor]:
         """The weights after local training on the client's samples (SGD).
 
-        ``objective`` compares logits with labels; with ``with_embeddings`` it gets (logits, embeddings).
+        ``objective`` compares logits with labels; with ``with_embeddings`` it gets (logits, embeddings). ``teachers``
+        are frozen models of the client's architecture, given by their weights: with them, the objective gets a pair,
+        what it would get otherwise and a list of the same of each teacher, for the same augmented batch.
         ``soft_labels`` are trained on together with the client's samples: the loss is the mean over both, of
         ``objective`` for the former and ``soft_objective`` for the latter, whose images are not augmented.
         """
         output = loop.Embedded if with_embeddings else None
         if soft_labels is None:
             job = self._job(client, client.data.pixels, client.data.labels, objective, penalty=penalty)
-            return self._fit(client, weights, job, output)
+            return self._fit(client, weights, job, output, teachers)
         # One tensor of targets for both kinds: one-hot or soft labels, and a last column that is 1 for soft labels.
         labels = nn.functional.one_hot(client.data.labels, self.classes).float()
         targets = [nn.functional.pad(labels, (0, 1)), nn.functional.pad(soft_labels.targets, (0, 1), value=1.0)]
         pixels = torch.cat([client.data.pixels, soft_labels.images])
         joint, private = Joint(objective, soft_objective), len(client.data)
         job = self._job(client, pixels, torch.cat(targets), joint, penalty=penalty, augment_first=private)
-        return self._fit(client, weights, job, output)
+        return self._fit(client, weights, job, output, teachers)
 
     def train_with_teacher(
         self, client: Client, weights: Tensors, teacher: tuple[str, Tensors], term: Term, adapters: Tensors
@@ -134,18 +139,18 @@ class Trainer:
         targets = torch.stack([client.data.labels, torch.arange(len(client.data))], 1)
         job = self._job(client, client.data.pixels, targets, nn.functional.cross_entropy)
 
-        def taught(module: nn.Module, teacher_module: nn.Module) -> DistillationObjective:
+        def taught(module: nn.Module, teachers: Sequence[nn.Module]) -> DistillationObjective:
             sample = self.scaling(client.data.pixels[:2].to(self.device))
             labels = client.data.labels.to(self.device)
             with seeds.seeded(client.derive("adapters")):
-                both = DistillationObjective(module, [teacher_module], [term], sample, labels).to(self.device)
+                both = DistillationObjective(module, teachers, [term], sample, labels).to(self.device)
             if adapters:
                 both.terms.load_state_dict(dict(adapters))
             return both
 
-        how = replace(self._training(client.model), teacher=self._network(teacher[0]))
+        how = replace(self._training(client.model), teachers=(self._network(teacher[0]),))
         trained: tuple[dict[str, Tensor], dict[str, Tensor]] = together.result(
-            TaughtFit(how, weights, job, teacher[1], taught)
+            TaughtFit(how, weights, job, [teacher[1]], taught=taught)
         )
         return trained
 
@@ -169,8 +174,18 @@ class Trainer:
         augmentation = loop.Augmentation(self.config.augment, self.flip, augment_first)
         return Job(pixels, targets, objective, augmentation, client.derive("fit"), penalty)
 
-    def _fit(self, client: Client, weights: Tensors, job: Job, output: type[nn.Module] | None) -> dict[str, Tensor]:
-        trained: dict[str, Tensor] = together.result(Fit(self._training(client.model, output), weights, job))
+    def _fit(
+        self,
+        client: Client,
+        weights: Tensors,
+        job: Job,
+        output: type[nn.Module] | None,
+        teachers: Sequence[Tensors],
+    ) -> dict[str, Tensor]:
+        how = replace(
+            self._training(client.model, output), teachers=tuple(self._network(client.model) for _ in teachers)
+        )
+        trained: dict[str, Tensor] = together.result(Fit(how, weights, job, teachers))
         return trained
 
     def distill(

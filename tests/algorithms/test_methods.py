@@ -38,7 +38,8 @@ MORE = [
     "cfd:uplink_bits=32,downlink_bits=2",
     "cronus:downlink=nothing",
 ]
-SAME = {"fedavg", "fedprox", "fedavgm", "mentor", "scaffold", "fedbe", "fedema", "central"}  # one model for all
+# One model for all.
+SAME = {"fedavg", "fedprox", "fedavgm", "moon", "fedntd", "fedlmd", "mentor", "scaffold", "fedbe", "fedema", "central"}
 PERSONAL = {"fedmd", "nfdp", "comet", "kt-pfl", "fd", "fedproto", "local", "central"}  # without a global student
 
 

@@ -20,7 +20,7 @@ from fedkd.distill import train as distill_train
 from fedkd.distill.config import DistillConfig
 from fedkd.distill.task import prepare as prepare_distillation
 from fedkd.simulate.experiment import prepare
-from fedkd.training import loop, optimizers, precision, requests, together
+from fedkd.training import loop, networks, optimizers, precision, together
 from fedkd.training.loop import Augmentation, Embedded, Scaling
 from fedkd.training.terms import Features
 from fedkd.training.terms.objective import DistillationObjective
@@ -120,7 +120,7 @@ def test_a_trainer_hands_its_precision_to_what_it_computes_and_to_nothing_else(t
         outside.append(allowed())
         return logits
 
-    for kept in (requests._why_not, requests._bytes):  # in float64 or without results
+    for kept in (networks._why_not, networks.bytes_of):  # in float64 or without results
         kept(trainer._network(client.model), *client.data.pixels.shape[1:3])
     hook = nn.modules.module.register_module_forward_pre_hook(lambda *_: inside.append(allowed()))
     try:

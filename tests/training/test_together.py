@@ -187,9 +187,9 @@ def test_kept_stacks_are_freed_before_a_stack_is_halved(stacks, monkeypatch, cap
 def test_no_more_clients_than_fit_into_the_memory_of_the_gpu(stacks, monkeypatch):
     """Two networks of float32 for each client; in training also what the backward pass needs."""
     made = requests(5)
-    weights, image = kinds._bytes(made[0].network, 32, 32)
+    weights, image = kinds.bytes_of(made[0].network, 32, 32)
     assert weights == sum(4 * tensor.numel() for tensor in made[0].weights.values())
-    assert kinds._bytes(made[0].network, 64, 64)[1] > 3 * image
+    assert kinds.bytes_of(made[0].network, 64, 64)[1] > 3 * image
     # The input and the output of each convolution, in float32, are among what is needed.
     assert image > 4 * (3 * 32 * 32 + 4 * 32 * 32)
     monkeypatch.setattr(graphs, "memory", lambda _: 5 * weights)
@@ -202,15 +202,28 @@ def test_no_more_clients_than_fit_into_the_memory_of_the_gpu(stacks, monkeypatch
     results = list(together.run([lambda: trainer.train(client, made[0].weights)] * 2))
     assert stacks == [1, 1]
     assert equal(*results)
+    # Teachers take memory, too.
+    monkeypatch.setattr(graphs, "memory", lambda _: 2 * (10 * weights + 2 * trainer.config.batch_size * image))
+    for teachers, expected in (((), [2]), ((made[0].weights,), [1, 1])):
+        objective = _of_first if teachers else F.cross_entropy
+        options = {"objective": objective, "teachers": teachers}
+        del stacks[:]
+        list(together.run([lambda options=options: trainer.train(client, made[0].weights, **options)] * 2))
+        assert stacks == expected
 
 
-def test_a_step_is_recorded_once_in_a_run(stacks, tmp_path, monkeypatch):
+def _of_first(outputs, labels):
+    return F.cross_entropy(outputs[0], labels)
+
+
+@pytest.mark.parametrize(("method", "count"), [("fedmd", 3), ("moon", 2), ("fedntd", 2)])
+def test_a_step_is_recorded_once_in_a_run(method, count, stacks, tmp_path, monkeypatch):
     """Of the clients and of the server, for all rounds; the results are those of a run without recordings."""
-    expected, steps = simulated(tmp_path / "one", validation=1300, algorithm="fedmd", rounds=3), []
+    expected, steps = simulated(tmp_path / "one", validation=1300, algorithm=method, rounds=3), []
     graphs.forget()
     monkeypatch.setattr(graphs, "recorder", lambda _: lambda run: (steps.append(run), run)[1])
-    assert simulated(tmp_path / "other", validation=1300, algorithm="fedmd", rounds=3) == expected
-    assert len(steps) == 3
+    assert simulated(tmp_path / "other", validation=1300, algorithm=method, rounds=3) == expected
+    assert len(steps) == count
 
 
 @pytest.mark.parametrize("is_together", [True, False])

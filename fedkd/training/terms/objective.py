@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedkd.core import soft_labels
 from fedkd.training import layers
-from fedkd.training.layers import Outputs, WatchedModel
+from fedkd.training.layers import Outputs, WatchedModel, WithTeachers
 from fedkd.training.objectives import mean_over_samples
 from fedkd.training.terms import LayerShapes, label_weight
 from fedkd.training.terms.modules import Batch
@@ -19,22 +19,17 @@ if TYPE_CHECKING:
     from fedkd.training.terms import Term
 
 
-class Taught(nn.Module):
+class Taught(WithTeachers):
     """A student with its teachers. Its parameters are those of the student, and adapters of a loss in a stack."""
+
+    student: WatchedModel
+    teachers: tuple[WatchedModel, ...]
 
     def __init__(
         self, student: WatchedModel, teachers: Sequence[WatchedModel], adapters: Sequence[nn.Parameter] = ()
     ) -> None:
-        super().__init__()
-        self.student, self.adapters = student, nn.ParameterList(adapters)
-        # In a tuple, so that they are not submodules: not trained, not put into training mode.
-        self.teachers = tuple(teachers)
-
-    def forward(self, x: Tensor) -> tuple[Outputs, list[Outputs]]:
-        """The outputs of the student and of each teacher."""
-        with torch.no_grad():
-            outputs = [teacher(x) for teacher in self.teachers]
-        return self.student(x), outputs
+        super().__init__(student, teachers)
+        self.adapters = nn.ParameterList(adapters)
 
 
 class DistillationObjective(Taught):

@@ -1,0 +1,104 @@
+"""Networks by the names of their architectures: one module of each in a process, and stacks of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fedkd import models
+from fedkd.core import seeds
+from fedkd.core.tensors import shapes
+from fedkd.training import stack
+from fedkd.training.stack import NotStackable, Stack
+
+if TYPE_CHECKING:
+    from fedkd.core.tensors import Tensors
+    from fedkd.training.precision import Precision
+
+
+@dataclass(frozen=True)
+class Network:
+    """An architecture on a device, the precision in which it is computed, and whether clients are worth a stack."""
+
+    model: str
+    classes: int
+    norm: models.Norm
+    device: str
+    precision: Precision
+    stacks: bool
+
+    def build(self) -> nn.Module:
+        """A new module."""
+        with seeds.seeded(0):  # its values are replaced, but drawing them would change torch's own stream
+            module = models.build(self.model, self.classes, self.norm)
+        return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    @property
+    def module(self) -> nn.Module:
+        """The one module of this architecture, to load weights into: building costs more than loading."""
+        return _module(self)
+
+    def loaded(self, weights: Tensors) -> nn.Module:
+        """The one module, with these weights."""
+        self.module.load_state_dict(weights)
+        return self.module
+
+    def check(self, weights: Sequence[Tensors], pixels: Tensor) -> None:
+        """Compare a stack of this network with two of them, on images of the size of ``pixels``.
+
+        Raises:
+            NotStackable: they differ, or a client has weights of another network.
+
+        """
+        if len(weights) > 1 and (reason := _why_not(self, *pixels.shape[1:3])):
+            raise NotStackable(reason)
+        own = shapes(self.module.state_dict())
+        if any(shapes(each) != own for each in weights):
+            raise NotStackable("a client has weights of another network")
+
+    def stacked(self, stack: Stack) -> nn.Module:
+        """A network of all clients, with any weights."""
+        if stack.count == 1:
+            return stack.alone(copy.deepcopy(self.module))
+        return stack.add(self.module, [self.module.state_dict()] * stack.count)
+
+
+@lru_cache(maxsize=32)
+def _module(network: Network) -> nn.Module:
+    return network.build()
+
+
+@lru_cache(maxsize=32)
+def _why_not(network: Network, height: int, width: int) -> str:
+    """Why clients with this network cannot be stacked; empty if they can."""
+    x = torch.randn(8, 3, height, width, generator=torch.Generator().manual_seed(0))
+    try:
+        with seeds.seeded(0):
+            stack.check(network.module, x)
+    except NotStackable as reason:
+        return str(reason)
+    return ""
+
+
+@lru_cache(maxsize=32)
+def bytes_of(network: Network, height: int, width: int) -> tuple[int, int]:
+    """Bytes of a network's weights, and of what it keeps of an image for the gradient, in float32."""
+    module, kept = copy.deepcopy(network.module).cpu(), {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with seeds.seeded(0), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = module.train()(torch.zeros(2, 3, height, width))
+    weights = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in module.state_dict().values()}
+    of_images = sum(size for place, size in kept.items() if place not in weights)
+    del output  # until here, so that no place is used twice
+    return sum(weights.values()), of_images // 2
