@@ -35,6 +35,7 @@ CATALOG: dict[str, dict[str, str]] = {
         "moon": "fedkd.algorithms.moon:Moon",
         "fedntd": "fedkd.algorithms.fedntd:FedNTD",
         "fedlmd": "fedkd.algorithms.fedntd:FedLMD",
+        "feddistill-plus": "fedkd.algorithms.fd:FedDistillPlus",
         "mentor": "fedkd.algorithms.mentor:Mentor",
         "scaffold": "fedkd.algorithms.scaffold:Scaffold",
         "feddf": "fedkd.algorithms.feddf:FedDF",

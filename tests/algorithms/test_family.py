@@ -698,3 +698,32 @@ def test_nfdp_trains_on_the_same_few_rows_in_every_round(experiment):
     assert len(seen[0]) == 17
     assert torch.equal(seen[0].pixels, seen[1].pixels)
     assert update.metrics["delta"] == pytest.approx(17 / len(experiment.client(0, 1, {}).data))
+
+
+def test_feddistill_plus_is_fedavg_and_fd_at_once():
+    """Its start and its mean of weights are FedAvg's, its objective and its table FD's."""
+    experiment = prepare(tiny(partitioner="dirichlet:alpha=0.3"))
+    setup, both, fd, average = experiment.setup, *map(call, ("feddistill-plus:gamma=0.5", "fd:gamma=0.5", "fedavg"))
+    state = both.initial_state(setup)
+    clients = [experiment.client(k, 1, {}) for k in range(3)]
+    for number in (1, 2):
+        updates = {}
+        for client in clients:
+            message = both.broadcast(setup, state, client.id)
+            update, memory = both.local_update(setup, client, message)
+            updates[client.id] = update
+            assert shapes(update.tensors) == both.upload_spec(setup, client.id, number)
+            # FD of a client whose own model is the global one.
+            own = dataclasses.replace(client, memory=tensors.put("model", take("student", message)))
+            table = {"means": message["means"]} if "means" in message else {}
+            assert ("means" in message) == (number > 1)
+            alone, kept = fd.local_update(setup, own, table)
+            assert equal(memory, kept)
+            assert equal(take("student", update.tensors), take("model", kept))
+            assert equal({"means": update.tensors["means"]}, alone.tensors)
+        state = both.aggregate(setup, state, updates, seed=number)
+        weights = {k: Update(take("student", u.tensors), u.examples) for k, u in updates.items()}
+        assert equal(both.global_model(setup, state), average.aggregate(setup, {}, weights, seed=number))
+        tables = {k: Update({"means": u.tensors["means"]}, u.examples) for k, u in updates.items()}
+        expected = fd.aggregate(setup, {}, tables, seed=number)
+        assert equal({name: state[name] for name in expected}, expected)

@@ -39,7 +39,8 @@ MORE = [
     "cronus:downlink=nothing",
 ]
 # One model for all.
-SAME = {"fedavg", "fedprox", "fedavgm", "moon", "fedntd", "fedlmd", "mentor", "scaffold", "fedbe", "fedema", "central"}
+SAME = {"fedavg", "fedprox", "fedavgm", "moon", "fedntd", "fedlmd", "feddistill-plus", "mentor"}
+SAME |= {"scaffold", "fedbe", "fedema", "central"}
 PERSONAL = {"fedmd", "nfdp", "comet", "kt-pfl", "fd", "fedproto", "local", "central"}  # without a global student
 
 
