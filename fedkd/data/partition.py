@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from fedkd.core.errors import UsageError
+from fedkd.core.errors import FedkdError, UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -83,3 +83,38 @@ def by_ids(owners: Rows, ids: Sequence[str], group: int) -> Partition:
             "(--proxy holdout:size=N, --validation N), take the proxy from another data set, or remove this client."
         )
     return Partition(np.argsort(owners // group, kind="stable"), np.cumsum(sizes), names)
+
+
+def checked(parts: object, rows: int, clients: int, text: str, kind: type[FedkdError]) -> Partition:
+    """The parts with sorted indices, if they are a partition of some of ``rows`` samples; ``text`` is the partitioner.
+
+    Raises:
+        FedkdError: of this kind, if they are not.
+
+    """
+
+    def wrong(what: str) -> FedkdError:
+        return kind(f"--partitioner {text} {what}.")
+
+    if not isinstance(parts, list | tuple):
+        raise wrong(f"returned {type(parts).__name__}, not a list of index arrays")
+    if len(parts) != clients:
+        raise wrong(f"returned {len(parts)} index arrays for {clients} clients")
+    try:
+        arrays = [np.asarray(part) for part in parts]
+    except (ValueError, TypeError) as error:
+        raise wrong("returned something that is no list of index arrays") from error
+    for client, array in enumerate(arrays):
+        if array.size == 0:
+            raise wrong(f"gave client {client} no samples; every client needs at least one")
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise wrong(f"gave client {client} {array.dtype} of shape {array.shape}, not a row of integer indices")
+    partition = Partition.of(arrays)
+    outside = (partition.rows < 0) | (partition.rows >= rows)
+    if outside.any():
+        client = partition.owners[outside.argmax()]
+        raise wrong(f"gave client {client} an index out of range: there are {rows} samples, counted from 0")
+    values, counts = np.unique(partition.rows, return_counts=True)
+    if len(values) < len(partition.rows):
+        raise wrong(f"assigned sample {values[counts > 1][0]} more than once; shares may not overlap")
+    return partition.sorted()

@@ -1,7 +1,7 @@
-"""Partitioners: how samples are assigned to clients, by flwr-datasets or by a user-defined function.
+"""Partitioners: how samples are assigned to clients, by flwr-datasets, by this module or by a user-defined function.
 
-A partition depends on labels and seed only. Each function here returns a `Recipe`; flwr-datasets takes seconds to
-import and is imported only if a partition is not in the cache.
+A partition depends on labels and seed only. Functions named after a partitioner return a `Recipe`; flwr-datasets takes
+seconds to import and is imported only if a partition is not in the cache.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fedkd.core import cache, seeds, specs
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import FedkdError, PluginError, UsageError
-from fedkd.data.partition import Partition, by_ids
+from fedkd.data import published
+from fedkd.data.partition import Partition, by_ids, checked
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,27 +38,27 @@ Alpha = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 class Recipe:
     """A partitioner of flwr-datasets and its arguments; ``by_clients`` may add some.
 
-    ``direct`` assigns shuffled samples as the library does, if that takes one line: the library takes seconds to import
-    and a millisecond per client.
+    ``direct`` is what is called instead, with the labels, the number of clients and the seed: for what the library does
+    not have, or takes a millisecond per client for.
     """
 
-    kind: str
+    kind: str = ""
     by_label: bool = False
     is_counted: bool = True  # takes num_partitions
     is_seeded: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
     by_clients: Callable[[Rows, int, int], Mapping[str, object]] | None = None  # labels, clients, seed
-    direct: Callable[[Rows, int], Partition] | None = None
+    direct: Callable[[Rows, int, int], Partition] | None = None
     by_column: tuple[str, int] = ("", 1)  # the column whose values are client ids, and how many of them a client has
 
 
 def iid() -> Recipe:
     """Equal shares at random."""
 
-    def cut(order: Rows, clients: int) -> Partition:
-        small, larger = divmod(len(order), clients)
+    def cut(labels: Rows, clients: int, seed: int) -> Partition:
+        small, larger = divmod(len(labels), clients)
         sizes = np.full(clients, small) + (np.arange(clients) < larger)
-        return Partition(order, np.cumsum(sizes))
+        return Partition(_shuffled(labels, seed), np.cumsum(sizes))
 
     return Recipe("IidPartitioner", direct=cut)
 
@@ -75,6 +76,25 @@ def inner_dirichlet(*, alpha: Alpha = 0.5) -> Recipe:
         return {"partition_sizes": [len(part) for part in np.array_split(labels, clients)]}
 
     return Recipe("InnerDirichletPartitioner", True, False, True, {"alpha": alpha}, equal_sizes)
+
+
+def equal_dirichlet(*, alpha: Alpha = 0.5) -> Recipe:
+    """Equal sizes; each class is divided among groups of ten clients by Dirichlet(alpha) (Lin et al., 2020, FedDF)."""
+
+    def divide(labels: Rows, clients: int, seed: int) -> Partition:
+        return published.equal_dirichlet(labels, _shuffled(labels, seed), clients, alpha, seeds.rng(seed, "partition"))
+
+    return Recipe(direct=divide)
+
+
+def few_shot(*, ways: PositiveInt = 3, shots: PositiveInt = 100, spread: NonNegativeInt = 2) -> Recipe:
+    """``ways`` classes per client, ``shots`` samples of each, both up to ``spread`` more or less (Tan et al., 2022)."""
+
+    def draw(labels: Rows, clients: int, seed: int) -> Partition:
+        rng = seeds.rng(seed, "partition")
+        return published.few_shot(labels, _shuffled(labels, seed), clients, ways, shots, spread, rng)
+
+    return Recipe(direct=draw)
 
 
 def pathological(
@@ -198,7 +218,7 @@ def assign(
     if clients > len(labels):
         raise UsageError(f"{clients} clients cannot share {len(labels)} images; use --clients {len(labels)} or fewer.")
     if _is_plugin(text):
-        return _checked(_by_plugin(text, labels, clients, seed), len(labels), clients, text, PluginError)
+        return checked(_by_plugin(text, labels, clients, seed), len(labels), clients, text, PluginError)
     recipe: Recipe = specs.call("partitioner", text)
     if recipe.by_column[0]:
         assert owners is not None
@@ -206,7 +226,12 @@ def assign(
         _require_count(len(partition), clients, text, UsageError)
         return partition
     if recipe.direct is not None:
-        return recipe.direct(_shuffled(labels, seed), clients).sorted()
+        try:
+            return recipe.direct(labels, clients, seed).sorted()
+        except ValueError as error:
+            raise UsageError(
+                f"--partitioner {text!r} cannot assign these samples to {clients} clients: {error}."
+            ) from None
     versions = [np.__version__, version("flwr-datasets")]
     described = json.dumps([4, text, clients, seed, versions, hashlib.sha256(labels.tobytes()).hexdigest()])
 
@@ -214,7 +239,7 @@ def assign(
         import torch
 
         parts = _by_flower(recipe, text, labels, clients, seed)
-        partition = _checked(parts, len(labels), clients, text, UsageError)
+        partition = checked(parts, len(labels), clients, text, UsageError)
         return {"rows": torch.from_numpy(partition.rows), "ends": torch.from_numpy(partition.ends)}
 
     kept = cache.get(f"partitions/{hashlib.sha256(described.encode()).hexdigest()[:24]}", make)
@@ -288,33 +313,3 @@ def _by_subclass(partitioner: Any, text: str, labels: Rows, clients: int) -> lis
 def _require_count(count: int, clients: int, text: str, kind: type[FedkdError]) -> None:
     if count != clients:
         raise kind(f"--partitioner {text!r} makes {count} shares for {clients} clients; use --clients {count}.")
-
-
-def _checked(parts: object, rows: int, clients: int, text: str, kind: type[FedkdError]) -> Partition:
-    """The parts with sorted indices, if they are a partition of some of the samples."""
-
-    def wrong(what: str) -> FedkdError:
-        return kind(f"--partitioner {text} {what}.")
-
-    if not isinstance(parts, list | tuple):
-        raise wrong(f"returned {type(parts).__name__}, not a list of index arrays")
-    if len(parts) != clients:
-        raise wrong(f"returned {len(parts)} index arrays for {clients} clients")
-    try:
-        arrays = [np.asarray(part) for part in parts]
-    except (ValueError, TypeError) as error:
-        raise wrong("returned something that is no list of index arrays") from error
-    for client, array in enumerate(arrays):
-        if array.size == 0:
-            raise wrong(f"gave client {client} no samples; every client needs at least one")
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise wrong(f"gave client {client} {array.dtype} of shape {array.shape}, not a row of integer indices")
-    partition = Partition.of(arrays)
-    outside = (partition.rows < 0) | (partition.rows >= rows)
-    if outside.any():
-        client = partition.owners[outside.argmax()]
-        raise wrong(f"gave client {client} an index out of range: there are {rows} samples, counted from 0")
-    values, counts = np.unique(partition.rows, return_counts=True)
-    if len(values) < len(partition.rows):
-        raise wrong(f"assigned sample {values[counts > 1][0]} more than once; shares may not overlap")
-    return partition.sorted()

@@ -14,6 +14,7 @@ from fedkd.communication.replies import Expected, Failure, excluded
 from fedkd.communication.validation import largest, validate_update
 from fedkd.core.errors import RunError, last_line
 from fedkd.core.tensors import numel
+from fedkd.data import skew
 from fedkd.evaluation import stopping
 
 if TYPE_CHECKING:
@@ -202,8 +203,18 @@ def run_summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: s
         "evaluation_failures": sum(len(row["evaluation_failures"]) for row in rows),
         "training_seconds": total("training_seconds"),
         "evaluation_seconds": total("evaluation_seconds"),
+        "partition_distance": None if (skewed := partition_skew(experiment)) is None else round(skewed.distance, 6),
         "partition_sha256": partition_sha256,
     }
+
+
+def partition_skew(experiment: Experiment) -> skew.Skew | None:
+    """The skew of the clients' shares; None if they bring their own data."""
+    if not len(experiment.partition.rows):
+        return None
+    held_out = 0 if experiment.proxy_rows is None else len(experiment.proxy_rows)
+    private = len(experiment.train) - held_out - len(experiment.validation_rows)
+    return skew.measure(experiment.train.labels.numpy(), experiment.partition, experiment.setup.classes, private)
 
 
 def _break_even(experiment: Experiment, rows: Sequence[Row]) -> int | None:

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedkd.core import specs
 from fedkd.core.catalog import CATALOG
@@ -17,6 +19,7 @@ SPECS = {
     "distribution": ("distribution", 10),
     "grouped-natural-id": ("grouped-natural-id:group=2", 5),
     "size": ("size:sizes=100+200+300+400", 4),
+    "few-shot": ("few-shot:shots=20", 5),
 }
 
 
@@ -47,10 +50,12 @@ def test_the_catalog_has_every_horizontal_partitioner_of_the_library():
 
     theirs = {n for n in dir(flower) if n.endswith("Partitioner") and n != "Partitioner" and "Vertical" not in n}
     recipes = (specs.call("partitioner", SPECS.get(name, (name, 0))[0]) for name in CATALOG["partitioner"])
-    assert {recipe.kind for recipe in recipes} == theirs
+    assert {recipe.kind for recipe in recipes if recipe.kind} == theirs
 
 
-@pytest.mark.parametrize("text", ["dirichlet:alpha=0.5", "iid", "pathological:classes=2", "shard"])
+@pytest.mark.parametrize(
+    "text", ["dirichlet:alpha=0.5", "iid", "pathological:classes=2", "shard", "equal-dirichlet", "few-shot:shots=9"]
+)
 def test_the_seed_alone_decides(text, monkeypatch, tmp_path):
     first = deal(text, seed=1).digest()
     monkeypatch.setenv("FEDKD_CACHE", str(tmp_path / "another"))
@@ -86,6 +91,106 @@ def test_pathological_gives_the_requested_number_of_classes():
     assert all(len(np.unique(LABELS[part])) == 2 for part in parts)
 
 
+def fedavgs_shards(labels, clients, rng):
+    """McMahan et al. (2017): sorted by label, cut into two shards per client of the same size, dealt at random."""
+    size = len(labels) // (2 * clients)
+    shards = np.argsort(labels, kind="stable")[: 2 * clients * size].reshape(-1, size)
+    return [labels[rows].ravel() for rows in np.split(shards[rng.permutation(2 * clients)], clients)]
+
+
+def test_shards_are_those_of_fedavg():
+    labels = np.repeat(np.arange(10), 200)
+    ours = [labels[part] for part in partitioners.assign("shard", labels, 10, 0)]
+    theirs = fedavgs_shards(labels, 10, np.random.default_rng(0))
+    assert {len(part) for part in ours} == {len(part) for part in theirs} == {200}
+    for parts in (ours, theirs):
+        assert all(set(np.bincount(part, minlength=10)) <= {0, 100, 200} for part in parts)
+        assert sum(np.bincount(part, minlength=10) for part in parts).tolist() == [200] * 10
+
+
+def test_moons_dirichlet_has_at_least_ten_samples_per_client():
+    for seed in range(5):
+        sizes = deal("dirichlet:alpha=0.1,min-size=10,self-balancing=true", 10, seed).sizes
+        assert sizes.min() >= 10
+        assert sizes.sum() == 2000
+
+
+def feddfs_parts(labels, clients, alpha, rng):
+    """FedDF's equal-size Dirichlet, sample by sample, from the description of its code."""
+    rows = rng.permutation(len(labels)).tolist()
+    line = []
+    for group in range(0, clients, 10):
+        members = min(10, clients - group)
+        here, rows = rows[: len(labels) * members // clients], rows[len(labels) * members // clients :]
+        while True:
+            hands = [[] for _ in range(members)]
+            for label in range(10):
+                of_class = [row for row in here if labels[row] == label]
+                weights = rng.dirichlet([alpha] * members)
+                weights = [0 if len(hand) >= len(here) / members else w for hand, w in zip(hands, weights, strict=True)]
+                for i, row in enumerate(of_class):  # the share of the class up to each client, as quantiles
+                    upto = np.cumsum(weights) / sum(weights) * len(of_class)
+                    hands[min(int(np.searchsorted(upto.astype(int), i, side="right")), members - 1)].append(row)
+            if min(map(len, hands)) >= int(len(here) / members / 2):
+                break
+        line += [row for hand in hands for row in hand]
+    size = len(labels) // clients
+    return [line[k * size : (k + 1) * size] for k in range(clients)]
+
+
+@pytest.mark.parametrize(("clients", "alpha"), [(20, 0.3), (13, 1.0)])
+def test_equal_sizes_are_divided_as_by_feddf(clients, alpha):
+    """The same random law: mean distances and effective numbers of classes of many partitions agree."""
+    labels = LABELS[:600]
+    found = {"ours": [], "theirs": []}
+    for seed in range(20):
+        ours = partitioners.assign(f"equal-dirichlet:alpha={alpha}", labels, clients, seed)
+        theirs = Partition.of(
+            [np.array(part) for part in feddfs_parts(labels, clients, alpha, np.random.default_rng(seed))]
+        )
+        for name, parts in (("ours", ours), ("theirs", theirs)):
+            result = skew.measure(labels, parts, 10, len(labels))
+            found[name].append((result.distance, result.classes))
+    ours, theirs = (np.mean(found[name], 0) for name in ("ours", "theirs"))
+    assert np.abs(ours / theirs - 1).max() < 0.05
+
+
+def test_equal_shares_of_too_few_classes_are_one_sentence():
+    with pytest.raises(UsageError, match="some client had less than half of its equal share; use a larger alpha"):
+        partitioners.assign("equal-dirichlet:alpha=1e-9", LABELS % 2, 10, 0)
+
+
+dealt = st.lists(st.integers(0, 4), min_size=40, max_size=300).map(np.array)
+
+
+@settings(deadline=None, max_examples=60)
+@given(dealt, st.integers(1, 25), st.floats(0.2, 50), st.integers(0, 10))
+def test_equal_dirichlet_gives_every_client_as_many_samples(labels, clients, alpha, seed):
+    text = f"equal-dirichlet:alpha={alpha}"
+    parts = partitioners.assign(text, labels, clients, seed)
+    assert set(parts.sizes) == {len(labels) // clients}
+    assert len(np.unique(parts.rows)) == len(parts.rows)
+    assert parts.digest() == partitioners.assign(text, labels, clients, seed).digest()
+
+
+@settings(deadline=None, max_examples=60)
+@given(dealt, st.integers(1, 5), st.integers(1, 5), st.integers(1, 8), st.integers(0, 2), st.integers(0, 10))
+def test_few_shot_gives_every_client_some_classes_and_as_many_of_each(labels, clients, ways, shots, spread, seed):
+    text = f"few-shot:ways={ways},shots={shots},spread={spread}"
+    try:
+        parts = partitioners.assign(text, labels, clients, seed)
+    except UsageError as error:
+        assert "too few samples" in str(error) or "classes, and each client" in str(error)  # noqa: PT017
+        return
+    assert len(np.unique(parts.rows)) == len(parts.rows)
+    for table in skew.counts(labels, parts, 5):
+        kinds = table[table > 0]
+        assert len(set(kinds)) == 1
+        assert max(shots - spread, 1) <= kinds[0] <= shots + spread
+        assert min(max(ways - spread, 2), ways) <= len(kinds) <= ways + spread
+    assert parts.digest() == partitioners.assign(text, labels, clients, seed).digest()
+
+
 def test_skew_of_known_shares():
     labels = np.array([0, 0, 1, 1])
     alike = skew.measure(labels, Partition.of([np.array([0, 2]), np.array([1, 3])]), 2, 4)
@@ -103,6 +208,8 @@ def test_skew_of_known_shares():
         ("size:sizes=1+2", 3, "makes 2 shares for 3 clients; use --clients 2"),
         ("natural-id", 3, "use --clients 10"),
         ("exponential", 40, "cannot assign"),
+        ("few-shot:shots=300", 20, r"class \d has too few samples for 300 shots; use fewer shots or clients"),
+        ("few-shot:ways=13,shots=9", 3, "they have 10 classes, and each client should have 11 or more"),
         ("size:sizes=a", 3, "positive integers separated by"),
     ],
 )

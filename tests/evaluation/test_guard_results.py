@@ -202,8 +202,27 @@ def test_every_number_of_a_summary_by_hand():
         "evaluation_failures": 1,
         "training_seconds": 14.0,
         "evaluation_seconds": 2800.0,
+        "partition_distance": distance_by_hand(experiment),
         "partition_sha256": "sha256 of the partition",
     }
+
+
+def distance_by_hand(experiment) -> float:
+    """Half the sum of the absolute differences of two class distributions, as a mean over the clients."""
+    labels = experiment.train.labels.tolist()
+    everyone = [labels[row] for part in experiment.partition for row in part]
+    distances = []
+    for part in experiment.partition:
+        own = [labels[row] for row in part]
+        shares = ((own.count(c) / len(own), everyone.count(c) / len(everyone)) for c in range(10))
+        distances.append(sum(abs(mine - all_) for mine, all_ in shares) / 2)
+    return round(sum(distances) / len(distances), 6)
+
+
+def test_clients_with_their_own_data_have_no_known_skew():
+    experiment = prepare(tiny(partitioner="own"))
+    assert metrics.partition_skew(experiment) is None
+    assert summarized(experiment, [0.5])["partition_distance"] is None
 
 
 def test_the_evaluated_model_follows_from_the_last_row(experiment):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fedkd.communication.ledger import break_even, is_soft_label
 from fedkd.core import tensors
 from fedkd.core.notes import plain
-from fedkd.data import skew
+from fedkd.evaluation import metrics
 from fedkd.evaluation.report.text import percent, size
 
 if TYPE_CHECKING:
@@ -89,11 +89,9 @@ def uplink(experiment: Experiment) -> str:
 
 def _skew(experiment: Experiment) -> str:
     """The sizes of the clients' shares, and how much they differ."""
-    if not len(experiment.partition.rows):
+    result = metrics.partition_skew(experiment)
+    if result is None:
         return "that bring their own data"
-    held_out = 0 if experiment.proxy_rows is None else len(experiment.proxy_rows)
-    private = len(experiment.train) - held_out - len(experiment.validation_rows)
-    result = skew.measure(experiment.train.labels.numpy(), experiment.partition, experiment.setup.classes, private)
     return (
         f"with {result.smallest:,} to {result.largest:,} samples (median {result.median:,}); effective number of "
         f"classes per client {result.classes:.1f}; mean total-variation distance to the global label distribution "
