@@ -63,6 +63,8 @@ class Wide(Pair):
         return torch.cat([logits, more], 1)
 """
 ROOT = Path(__file__).parents[1]
+#: Methods with a mentor on each client, which would be slow by their defaults.
+MENTORS = {name: f"{name}:model=cnn:width=4" for name in ("mentor", "fml", "fedkd-wu")}
 FLAGS = [part for key, value in TINY.items() for part in (f"--{key}", str(value))]
 
 

@@ -1,7 +1,6 @@
 """A larger mentor on each client, which is never sent, and a small student that is averaged.
 
-After FedKD (Wu et al., 2022), in one direction only: in the paper the mentor learns from the student too, and
-updates are compressed by singular vectors.
+After FedKD (Wu et al., 2022), in one direction only. In `fml` the mentor learns from the student, too.
 """
 
 from __future__ import annotations

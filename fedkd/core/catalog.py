@@ -37,6 +37,8 @@ CATALOG: dict[str, dict[str, str]] = {
         "fedlmd": "fedkd.algorithms.fedntd:FedLMD",
         "feddistill-plus": "fedkd.algorithms.fd:FedDistillPlus",
         "mentor": "fedkd.algorithms.mentor:Mentor",
+        "fml": "fedkd.algorithms.fml:FML",
+        "fedkd-wu": "fedkd.algorithms.fml:FedKD",
         "scaffold": "fedkd.algorithms.scaffold:Scaffold",
         "feddf": "fedkd.algorithms.feddf:FedDF",
         "fedbe": "fedkd.algorithms.fedbe:FedBE",

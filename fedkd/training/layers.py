@@ -51,6 +51,18 @@ class WithTeachers(nn.Module):
         return self.student(x), outputs
 
 
+class Pair(nn.Module):
+    """Two networks that are trained on the same batches: returns the logits [B, 2, C] of both."""
+
+    def __init__(self, student: nn.Module, mentor: nn.Module) -> None:
+        super().__init__()
+        self.student, self.mentor = student, mentor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Both."""
+        return torch.stack([self.student(x), self.mentor(x)], 1)
+
+
 @contextmanager
 def layer_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """The outputs of these layers while the block runs, in the order in which the layers finish.

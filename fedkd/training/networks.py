@@ -15,6 +15,7 @@ from fedkd import models
 from fedkd.core import seeds
 from fedkd.core.tensors import shapes
 from fedkd.training import stack
+from fedkd.training.layers import Pair
 from fedkd.training.stack import NotStackable, Stack
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Network:
-    """An architecture on a device, the precision in which it is computed, and whether clients are worth a stack."""
+    """An architecture on a device, the precision in which it is computed, and whether clients are worth a stack.
+
+    With a ``partner`` it is a pair of two architectures (`layers.Pair`).
+    """
 
     model: str
     classes: int
@@ -32,11 +36,14 @@ class Network:
     device: str
     precision: Precision
     stacks: bool
+    partner: str = ""
 
     def build(self) -> nn.Module:
         """A new module."""
         with seeds.seeded(0):  # its values are replaced, but drawing them would change torch's own stream
-            module = models.build(self.model, self.classes, self.norm)
+            names = filter(None, (self.model, self.partner))
+            module, *partner = (models.build(name, self.classes, self.norm) for name in names)
+        module = Pair(module, *partner) if partner else module
         return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
     @property

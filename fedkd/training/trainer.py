@@ -154,6 +154,22 @@ class Trainer:
         )
         return trained
 
+    def train_pair(
+        self, client: Client, weights: Tensors, mentor: tuple[str, Tensors], objective: Objective
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weights after local training of the client's model and a mentor (model, weights) on the same batches.
+
+        ``objective`` gets the logits [B, 2, C] of both, and the labels.
+        """
+        pair = {"student": weights, "mentor": mentor[1]}
+        both = {f"{of}.{name}": tensor for of, tensors in pair.items() for name, tensor in tensors.items()}
+        how = self._training(client.model)
+        how = replace(how, network=replace(how.network, partner=mentor[0]))
+        job = self._job(client, client.data.pixels, client.data.labels, objective)
+        trained = together.result(Fit(how, both, job))
+        student, taught = ({n: trained[f"{of}.{n}"] for n in names} for of, names in pair.items())
+        return student, taught
+
     def _training(self, model: str, output: type[nn.Module] | None = None) -> Training:
         """How clients train on their samples."""
         config = self.config

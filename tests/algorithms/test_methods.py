@@ -25,7 +25,7 @@ from fedkd.simulate.experiment import prepare
 from fedkd.simulate.rounds import Round
 from fedkd.training import together
 from fedkd.training.losses.logits import cross_entropy
-from tests.conftest import tiny
+from tests.conftest import MENTORS, tiny
 
 NAMES = sorted(CATALOG["algorithm"])
 MORE = [
@@ -39,7 +39,7 @@ MORE = [
     "cronus:downlink=nothing",
 ]
 # One model for all.
-SAME = {"fedavg", "fedprox", "fedavgm", "moon", "fedntd", "fedlmd", "feddistill-plus", "mentor"}
+SAME = {"fedavg", "fedprox", "fedavgm", "moon", "fedntd", "fedlmd", "feddistill-plus", *MENTORS}
 SAME |= {"scaffold", "fedbe", "fedema", "central"}
 PERSONAL = {"fedmd", "nfdp", "comet", "kt-pfl", "fd", "fedproto", "local", "central"}  # without a global student
 
@@ -70,8 +70,8 @@ def two_rounds(request):
     """Two rounds of a method, with clients that compute one after the other or, on fewer samples, together."""
     name, is_together = request.param
     changes = {"validation": 1300} if is_together else {}
-    if is_together and name == "mentor":
-        name = "mentor:model=cnn:width=4"
+    if is_together:
+        name = MENTORS.get(name, name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(together, "pays", lambda _: is_together)
         experiment = prepare(tiny(algorithm=name, model="cnn:width=8", clients=3, **changes))

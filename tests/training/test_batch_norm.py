@@ -18,7 +18,7 @@ from fedkd.evaluation.report import header
 from fedkd.simulate.experiment import prepare
 from fedkd.simulate.flower import client_app
 from fedkd.training import loop, optimizers
-from tests.conftest import simulated, tiny
+from tests.conftest import MENTORS, simulated, tiny
 
 NETWORK = """
 from torch import nn
@@ -29,7 +29,7 @@ def pixel(*, classes):
     return nn.Sequential(*layers)
 """
 SIZES = [1, 31, 32, 33, 65]
-OPTIONS = {"mentor": "mentor:model={pixel}", "nfdp": "nfdp:samples=33"}
+OPTIONS = {name: f"{name}:model={{pixel}}" for name in MENTORS} | {"nfdp": "nfdp:samples=33"}
 
 
 @pytest.fixture
