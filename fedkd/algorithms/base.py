@@ -31,13 +31,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Client:
-    """A client in a round: its number, its seed for this round, its model's spec, its data and its memory."""
+    """A client in a round: its number, its seed for this round, its model's spec, its data and its memory.
+
+    Rounds are counted from 1.
+    """
 
     id: int
     seed: int
     model: str
     data: Images
     memory: Tensors
+    round: int = 1
 
     def derive(self, purpose: str) -> int:
         """The seed of this client and round for one purpose."""

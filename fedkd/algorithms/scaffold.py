@@ -48,7 +48,7 @@ class Scaffold(Algorithm):
         own = take("control", client.memory) or setup.trainer.parameter_zeros(client.model)
         slope = {name: common[name] - own[name] for name in common}
         weights = setup.trainer.train(client, start, penalty=Bound(linear, slope))
-        moved = setup.config.learning_rate * total_step(setup.trainer.steps(client), setup.config.momentum)
+        moved = setup.trainer.learning_rate(client) * total_step(setup.trainer.steps(client), setup.config.momentum)
         new = own  # without a step there is no gradient
         if moved:
             new = {n: ((start[n].double() - weights[n].double()) / moved - slope[n].double()).float() for n in own}

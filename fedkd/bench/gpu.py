@@ -96,11 +96,12 @@ class Plain:
         """Train the module, which has its initial weights."""
         loop.train(
             self.work.module,
-            optimizers.sgd(list(self.work.module.parameters()), RATE, MOMENTUM, DECAY),
+            optimizers.sgd(list(self.work.module.parameters()), MOMENTUM, DECAY),
             job.pixels,
             job.targets,
             job.objective,
             SCALING,
+            rates=[RATE],
             epochs=1,
             batch_size=BATCH,
             augmentation=job.augmentation,
@@ -120,7 +121,7 @@ class Graphed(Plain):
         super().__init__(work)
         parameters = list(work.module.parameters())
         self.velocities: list[Tensor | None] = [torch.zeros_like(p) for p in parameters]
-        self.update = optimizers.sgd(parameters, RATE, MOMENTUM, DECAY, self.velocities)
+        self.update = optimizers.sgd(parameters, MOMENTUM, DECAY, self.velocities)
         first = work.jobs[0]
         self.inputs = [torch.empty_like(first.pixels[:BATCH]), torch.empty_like(first.targets[:BATCH])]
         self.draws = torch.zeros(3, BATCH, dtype=torch.int64, device=work.device)
@@ -131,7 +132,7 @@ class Graphed(Plain):
         pixels, targets = self.inputs
         logits = self.work.module(SCALING(augment.apply(pixels, self.draws)))
         nn.functional.cross_entropy(logits, targets).backward()  # type: ignore[no-untyped-call]
-        self.update()
+        self.update(RATE)
 
     def train_one(self, job: Job) -> None:
         self.work.module.train()
@@ -162,7 +163,7 @@ class Stacked:
         self.start = [tensor.detach().clone() for tensor in self.stack.tensors]
         parameters = list(self.network.parameters())
         state = optimizers.state_of(optimizers.sgd, parameters)
-        step = optimizers.sgd(parameters, RATE, MOMENTUM, DECAY, list(state))
+        step = optimizers.sgd(parameters, MOMENTUM, DECAY, list(state))
         self.learner = Learner(self.network, self.stack, step, state)
 
     def train(self) -> Weights:
@@ -173,7 +174,7 @@ class Stacked:
             velocity.zero_()
         if not self.keep:
             self.learner.recordings.clear()
-        options = {"epochs": 1, "batch_size": BATCH, "record": self.record}
+        options = {"rates": [RATE], "epochs": 1, "batch_size": BATCH, "record": self.record}
         stacked_loop.train(self.learner, self.work.jobs, SCALING, **options)  # type: ignore[arg-type]
         return {name: value.detach().clone() for name, value in self.network.state_dict().items()}
 

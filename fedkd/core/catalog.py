@@ -89,6 +89,17 @@ CATALOG: dict[str, dict[str, str]] = {
         "exits": "fedkd.training.terms:Exits",
         "self": "fedkd.training.terms:BornAgain",
     },
+    "optimizer": {
+        "sgd": "fedkd.training.optimizers:sgd",
+        "adam": "fedkd.training.optimizers:adam",
+        "adamw": "fedkd.training.optimizers:adamw",
+    },
+    "schedule": {
+        "constant": "fedkd.training.schedules:constant",
+        "cosine": "fedkd.training.schedules:cosine",
+        "exponential": "fedkd.training.schedules:exponential",
+        "step": "fedkd.training.schedules:step",
+    },
     "model": {
         "cnn": "fedkd.models:cnn",
         "resnet8": "fedkd.models:resnet8",

@@ -103,6 +103,11 @@ class Options:
     #: Why another one may not differ, where that is not obvious.
     REASONS: ClassVar[Mapping[str, str]] = {}
 
+    @property
+    def resumable(self) -> frozenset[str]:
+        """Those of this run."""
+        return self.RESUMABLE
+
     @classmethod
     def parse(cls, values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> Self:
         """A config from keys with dashes or underscores; ``sources`` says where a value was read, for messages.
@@ -154,6 +159,7 @@ class Config(Options):
         | {"data_dir", "checkpoint_every", "patience", "stop_when", "min_clients", "round_retries"}
         | {"resume", "out", "json"}
     )
+    REASONS = dict.fromkeys(("rounds",), "the learning rate of each round depends on it")
 
     algorithm: str = option(
         "ensemble",
@@ -238,6 +244,11 @@ class Config(Options):
     local_epochs: PositiveInt = option(2, "Training", "Epochs of local training in a round.")
     batch_size: PositiveInt = option(32, "Training", "Batch size of local training.")
     learning_rate: Rate = option(0.01, "Training", "Learning rate of local training (SGD).")
+    schedule: str = option(
+        "constant",
+        "Training",
+        "How it changes over rounds: constant, cosine, exponential:gamma=0.99, step:milestones=50+75,gamma=0.1.",
+    )
     momentum: Momentum = option(0.9, "Training", "Momentum of local training.")
     weight_decay: NonNegativeFloat = option(0.0005, "Training", "Weight decay of local training.")
     augment: bool = option(True, "Training", "Random crops, and flips where the data allows them, in local training.")
@@ -303,6 +314,10 @@ class Config(Options):
     resume: str = option("", "Run", "Continue the run in this directory, with its options; --rounds may be larger.")
     out: str = option("", "Run", "Run directory; by default runs/NAME-TIME-HASH.")
     json: bool = option(False, "Run", "Print result.json on standard output, and everything else on standard error.")
+
+    @property
+    def resumable(self) -> frozenset[str]:
+        return self.RESUMABLE - ({"rounds"} if self.schedule == "cosine" else set())
 
     def run(self, algorithm: str, seed: int, dataset: str) -> Self:
         """The config of one run (one algorithm, one seed); ``dataset`` replaces auto."""

@@ -109,11 +109,11 @@ def resumed(options: type[AnyOptions], out: Path, given: Mapping[str, Any]) -> d
         raise UsageError(f"--out {given['out']} has no effect with --resume: the run stays in {out}.")
     for key, value in given.items():
         after = options.parse({**recorded, key: value})
-        if key not in options.RESUMABLE and after != before:
+        if key not in before.resumable and after != before:
             name, old, new = key.replace("_", "-"), *(getattr(each, key) or "none" for each in (before, after))
             why = f" ({options.REASONS[key]})" if key in options.REASONS else ""
             raise ResumeError(f"--{name} {new} differs from the run in {out}, which has {old}{why}; start a new run.")
-    changed = {key: value for key, value in given.items() if key in options.RESUMABLE}
+    changed = {key: value for key, value in given.items() if key in before.resumable}
     return {**recorded, **changed, "out": str(out), "resume": str(out)}
 
 

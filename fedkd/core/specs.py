@@ -176,6 +176,18 @@ def bind(kind: str, text: str, reserved: tuple[str, ...] = ()) -> partial[Any]:
     return partial(component, *arguments, **values)
 
 
+def built_in(kind: str, text: str) -> partial[Any]:
+    """The same for a kind whose components are fedkd's own.
+
+    Raises:
+        UsageError: as `bind`, or another component.
+
+    """
+    if (name := parse(text).name) not in CATALOG[kind]:
+        raise UsageError(unknown(kind, name, CATALOG[kind]))
+    return bind(kind, text)
+
+
 def call(kind: str, text: str, reserved: tuple[str, ...] = ()) -> Any:
     """What the component returns when it is called with its options.
 

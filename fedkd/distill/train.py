@@ -16,7 +16,7 @@ from fedkd.core import notes, seeds
 from fedkd.core.errors import RunError
 from fedkd.core.tensors import put, take
 from fedkd.models import checkpoint
-from fedkd.training import loop, optimizers, stacked_loop, together
+from fedkd.training import loop, optimizers, schedules, stacked_loop, together
 from fedkd.training.batches import Job
 from fedkd.training.stack import Stack
 from fedkd.training.stacked_loop import Learner
@@ -72,19 +72,20 @@ def train(
     with seeds.seeded(seeds.derive(seed, "adapters")):
         objective = objective_of(task, config, module, teachers, terms)
     steps = len(loop.batch_sizes(objective, len(task.train), config.batch_size))
-    rate = optimizers.cosine(config.learning_rate, epochs * steps)
+    rates = schedules.rates("cosine", config.learning_rate, epochs * steps, steps)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     on_gpu = together.pays(task.device)
     velocities: list[Tensor | None] = [torch.zeros_like(p) if on_gpu else None for p in parameters]
     if start:
         _load_state(objective, parameters, velocities, state or {})
-    optimizer = optimizers.sgd(parameters, rate, config.momentum, config.weight_decay, velocities, start=start * steps)
+    optimizer = optimizers.sgd(parameters, config.momentum, config.weight_decay, velocities)
     targets = torch.stack([task.train.labels, torch.arange(len(task.train))], 1)
     pixels, augmentation = task.train.pixels, loop.Augmentation(config.augment, task.flip)
     options: dict[str, Any] = {"epochs": 1, "batch_size": config.batch_size}
     learner = _learner(objective, optimizer, velocities, task.precision) if on_gpu else None
     for epoch in range(start + 1, epochs + 1):
         begin, drawn = time.perf_counter(), seeds.derive(seed, "epoch", epoch)
+        options["rates"] = rates[(epoch - 1) * steps : epoch * steps]
         if learner is None:
             options |= {"augmentation": augmentation, "seed": drawn, "precision": task.precision}
             loop.train(objective, optimizer, pixels, targets, objective.loss, task.scaling, **options)

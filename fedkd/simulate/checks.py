@@ -30,6 +30,7 @@ def check(config: Config) -> None:
     _check_faults(config)
     specs.bind("aggregator", config.aggregator)
     specs.bind("loss", config.loss)
+    specs.built_in("schedule", config.schedule)
     for codec in (config.uplink_codec, config.downlink_codec):
         specs.call("codec", codec)
     for model in [*models.split(config.model), *([config.student] if config.student else [])]:

@@ -63,7 +63,7 @@ class Experiment:
             pools = self.algorithm.pools_data
             data = self.samples(self.pooled(round_number) if pools else self.training_partition[number])
         seed = seeds.derive(self.config.seed, "client", round_number, number)
-        return Client(number, seed, self.setup.model_of(number), data, memory)
+        return Client(number, seed, self.setup.model_of(number), data, memory, round_number)
 
     def samples(self, rows: NDArray[np.int64]) -> Images:
         """Samples of the training set."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,10 @@ from fedkd.data import augment
 from fedkd.data.scaling import Scaling
 from fedkd.training.layers import EMBEDDING, layer_outputs
 from fedkd.training.objectives import on_device
-from fedkd.training.optimizers import Step
 from fedkd.training.precision import Precision, computing, output_of
+
+if TYPE_CHECKING:
+    from fedkd.training.optimizers import Step
 
 CPU_CHUNK, GPU_CHUNK = 64, 2048  # images per forward pass: fits the cache of a CPU core; fills a GPU
 
@@ -60,6 +62,7 @@ def train(
     objective: Objective,
     scaling: Scaling,
     *,
+    rates: Sequence[float],
     epochs: int,
     batch_size: int,
     augmentation: Augmentation,
@@ -70,10 +73,12 @@ def train(
 ) -> None:
     """Minimize ``objective`` over (pixels, targets), in place. ``seed`` determines the order and the augmentation.
 
+    ``rates`` are the learning rates of the steps; the last one is that of all further steps.
+
     With ``average`` the result is the mean of the weights after each epoch (stochastic weight averaging: Izmailov et
     al., 2018).
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, number = torch.Generator().manual_seed(seed), 0
     device = next(model.parameters()).device
     sizes = batch_sizes(model, len(pixels), batch_size)
     objective, penalty = on_device(objective, device), penalty and on_device(penalty, device)
@@ -88,7 +93,8 @@ def train(
                 if penalty is not None:
                     loss = loss + penalty(dict(model.named_parameters()))
                 loss.backward()  # type: ignore[no-untyped-call]
-                step()
+                step(rates[min(number, len(rates) - 1)])
+                number += 1
             for name, weights in _floats(model) if average else ():
                 sums[name] += weights
         if average and epochs:

@@ -1,4 +1,4 @@
-"""SGD and Adam with PyTorch's functional kernels.
+"""SGD, Adam and AdamW with PyTorch's functional kernels.
 
 Creating an optimizer of ``torch.optim`` imports the compiler, which costs a second and 150 MB in every process.
 The kernels are the same, so the results are bitwise equal (tests/training/test_loop.py).
@@ -6,69 +6,103 @@ The kernels are the same, so the results are bitwise equal (tests/training/test_
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-from torch import Tensor
-from torch.optim.adam import adam as adam_kernel
-from torch.optim.sgd import sgd as sgd_kernel
+from pydantic import Field
 
-#: Updates the parameters of the optimizer by one step and clears their gradients.
-Step = Callable[[], None]
+from fedkd.core.lazy import torch
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def cosine(peak: float, steps: int) -> Tensor:
-    """The learning rate of each of ``steps`` steps, from ``peak`` towards zero (Loshchilov and Hutter, 2017)."""
-    values = [peak * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
-    return torch.tensor(values, dtype=torch.float64)
+    #: Updates the parameters of the optimizer by one step at a learning rate, and clears their gradients. To be
+    #: recorded, a step needs the rate as a tensor on the device.
+    Step = Callable[[float | Tensor], None]
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def sgd(
     parameters: Sequence[Tensor],
-    learning_rate: float | Tensor,
     momentum: float,
     weight_decay: float,
     velocities: list[Tensor | None] | None = None,
-    start: int = 0,
+    *,
+    nesterov: bool = False,
 ) -> Step:
     """Stochastic gradient descent with momentum and L2 regularization, as ``torch.optim.SGD``.
 
-    ``learning_rate`` may be a tensor with that of each step. To continue, pass the ``velocities`` of the trainable
-    parameters (updated in place) and the number of steps taken.
+    To continue, pass the ``velocities`` of the trainable parameters, which are updated in place.
     """
+    from torch.optim.sgd import sgd as kernel
+
     trainable = _trainable(parameters)
     velocities = [None] * len(trainable) if velocities is None else velocities
-    rate = _next_of(learning_rate, start, trainable) if isinstance(learning_rate, Tensor) else lambda: learning_rate
 
-    def step() -> None:
-        sgd_kernel(
+    def step(rate: float | Tensor) -> None:
+        kernel(
             trainable,
             _pop_gradients(trainable),
             velocities,
             fused=True,
-            lr=rate(),
+            lr=rate,
             momentum=momentum,
             weight_decay=weight_decay,
             dampening=0.0,
-            nesterov=False,
+            nesterov=nesterov,
             maximize=False,
         )
 
     return step
 
 
-def adam(parameters: Sequence[Tensor], learning_rate: float, state: list[Tensor] | None = None) -> Step:
-    """Adam (Kingma and Ba, 2015) with its default constants, as ``torch.optim.Adam``.
+def adam(
+    parameters: Sequence[Tensor],
+    weight_decay: float = 0.0,
+    state: list[Tensor] | None = None,
+    *,
+    beta1: Beta = 0.9,
+    beta2: Beta = 0.999,
+) -> Step:
+    """Adam with L2 regularization (Kingma and Ba, 2015), as ``torch.optim.Adam``.
 
     ``state`` are the tensors that it keeps, all zeros: see `state_of`.
     """
+    return _adam(parameters, weight_decay, state, (beta1, beta2), is_decoupled=False)
+
+
+def adamw(
+    parameters: Sequence[Tensor],
+    weight_decay: float = 0.0,
+    state: list[Tensor] | None = None,
+    *,
+    beta1: Beta = 0.9,
+    beta2: Beta = 0.999,
+) -> Step:
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019), as ``torch.optim.AdamW``.
+
+    ``state``: see `adam`.
+    """
+    return _adam(parameters, weight_decay, state, (beta1, beta2), is_decoupled=True)
+
+
+def _adam(
+    parameters: Sequence[Tensor],
+    weight_decay: float,
+    state: list[Tensor] | None,
+    betas: tuple[float, float],
+    is_decoupled: bool,
+) -> Step:
+    from torch.optim.adam import adam as kernel
+
     trainable = _trainable(parameters)
     state = state_of(adam, parameters) if state is None else state
     means, squares, counts = (state[i * len(trainable) : (i + 1) * len(trainable)] for i in range(3))
 
-    def step() -> None:
-        adam_kernel(
+    def step(rate: float | Tensor) -> None:
+        kernel(
             trainable,
             _pop_gradients(trainable),
             means,
@@ -77,12 +111,13 @@ def adam(parameters: Sequence[Tensor], learning_rate: float, state: list[Tensor]
             counts,
             fused=True,
             amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=learning_rate,
-            weight_decay=0.0,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=rate,
+            weight_decay=weight_decay,
             eps=1e-8,
             maximize=False,
+            decoupled_weight_decay=is_decoupled,
         )
 
     return step
@@ -91,27 +126,19 @@ def adam(parameters: Sequence[Tensor], learning_rate: float, state: list[Tensor]
 def state_of(optimizer: Callable[..., Step], parameters: Sequence[Tensor]) -> list[Tensor]:
     """What an optimizer keeps of its trainable parameters, all zeros.
 
-    For `sgd` the velocities; for `adam` the means, then the squares, then the numbers of steps.
+    For `sgd` the velocities; for the others the means, then the squares, then the numbers of steps.
     """
     trainable = _trainable(parameters)
     velocities = [torch.zeros_like(p) for p in trainable]
-    if optimizer is sgd:
+    if (optimizer.func if isinstance(optimizer, partial) else optimizer) is sgd:
         return velocities
     return [*velocities, *map(torch.zeros_like, velocities), *(torch.zeros((), device=p.device) for p in trainable)]
 
 
-def _next_of(rates: Tensor, start: int, parameters: Sequence[Tensor]) -> Callable[[], Tensor]:
-    """One rate at each call. Both the rates and their count are on the device, so that a step can be recorded."""
-    device = parameters[0].device
-    rates = rates.to(device, torch.float64 if device.type == "cpu" else torch.float32)  # as the kernels read them
-    count = torch.full((1,), start, device=device)
-
-    def rate() -> Tensor:
-        now = rates.index_select(0, count)[0]
-        count.add_(1)
-        return now
-
-    return rate
+def rates_for(rates: Sequence[float], steps: int, device: torch.device) -> Tensor:
+    """The learning rate of each of so many steps, in the type that the kernels of a device read."""
+    each = [rates[min(number, len(rates) - 1)] for number in range(steps)]
+    return torch.tensor(each, dtype=torch.float64 if device.type == "cpu" else torch.float32)
 
 
 def _trainable(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from fedkd.core import specs
 from fedkd.training import graphs, loop, optimizers, stacked_loop
 from fedkd.training.layers import WatchedModel, WithTeachers
 from fedkd.training.networks import Network, bytes_of
@@ -30,13 +31,15 @@ if TYPE_CHECKING:
 class Training:
     """How a network is trained: what all clients of a stack have in common.
 
-    ``optimizer`` is called with parameters, ``numbers`` and the tensors that it keeps. ``output`` is a module around
-    the network that is trained, and each teacher, if any; ``teachers`` are the networks of a client's teachers.
+    ``optimizer`` is a spec; it is called with parameters, ``numbers`` and the tensors that it keeps. Learning rates are
+    not among the numbers: what is recorded is kept by all of this, and rates may differ in each round. ``output`` is a
+    module around the network that is trained, and each teacher, if any; ``teachers`` are the networks of a client's
+    teachers.
     """
 
     network: Network
     scaling: Scaling
-    optimizer: Callable[..., Step]
+    optimizer: str
     numbers: tuple[float, ...]
     epochs: int
     batch_size: int
@@ -44,15 +47,16 @@ class Training:
     output: type[nn.Module] | None = None
     teachers: tuple[Network, ...] = ()
 
-    def alone(self, network: nn.Module, job: Job) -> None:
+    def alone(self, network: nn.Module, job: Job, rates: Sequence[float]) -> None:
         """Train one client's network, in place."""
         loop.train(
             network,
-            self.optimizer(list(network.parameters()), *self.numbers),
+            self._optimizer(list(network.parameters()), *self.numbers),
             job.pixels,
             job.targets,
             job.objective,
             self.scaling,
+            rates=rates,
             epochs=self.epochs,
             batch_size=self.batch_size,
             augmentation=job.augmentation,
@@ -62,10 +66,12 @@ class Training:
             precision=self.network.precision,
         )
 
-    def stacked(self, learner: Learner, jobs: Sequence[Job], smaller: Callable[[int], Learner]) -> None:
+    def stacked(
+        self, learner: Learner, jobs: Sequence[Job], rates: Sequence[float], smaller: Callable[[int], Learner]
+    ) -> None:
         """Train a network of all clients, in place."""
         options: dict[str, Any] = {"epochs": self.epochs, "batch_size": self.batch_size, "average": self.average}
-        stacked_loop.train(learner, jobs, self.scaling, smaller=smaller, **options)
+        stacked_loop.train(learner, jobs, self.scaling, rates=rates, smaller=smaller, **options)
 
     def learner(self, count: int) -> Learner:
         """A stack of so many clients, always the same one, with any weights."""
@@ -96,24 +102,32 @@ class Training:
     def around(self, network: nn.Module, own: Stack) -> Learner:
         """What trains a network."""
         parameters = list(network.parameters())
-        state = optimizers.state_of(self.optimizer, parameters)
-        return Learner(network, own, self.optimizer(parameters, *self.numbers, state), state)
+        state = optimizers.state_of(self._optimizer, parameters)
+        return Learner(network, own, self._optimizer(parameters, *self.numbers, state), state)
+
+    @property
+    def _optimizer(self) -> Callable[..., Step]:
+        return specs.built_in("optimizer", self.optimizer)
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """The weights of a client's network after training; ``teachers`` are the weights of its teachers."""
+    """The weights of a client's network after training.
+
+    ``rates`` are the learning rates of its steps, and ``teachers`` the weights of its teachers.
+    """
 
     how: Training
     weights: Tensors
     job: Job
+    rates: tuple[float, ...]
     teachers: Sequence[Tensors] = ()
 
     @property
     def key(self) -> Hashable:
         """What requests have in common that are executed together."""
         targets, penalty = self.job.targets, function_of(self.job.penalty)
-        return type(self), self.how, self.job.pixels.shape[1:], targets.shape[1:], targets.dtype, penalty
+        return type(self), self.how, self.job.pixels.shape[1:], targets.shape[1:], targets.dtype, penalty, self.rates
 
     @property
     def network(self) -> Network:
@@ -135,7 +149,7 @@ class Fit:
         # Copied before the student is loaded: there is one module per architecture, and both may have the same.
         teachers = self._teachers()
         module = self.network.loaded(self.weights)
-        self.how.alone(self.how.module(module, teachers), self.job)
+        self.how.alone(self.how.module(module, teachers), self.job, self.rates)
         return weights_of(module)
 
     def _teachers(self) -> list[nn.Module]:
@@ -165,7 +179,7 @@ class Fit:
         learner = how.learner(len(requests))
         networks = how.networks(learner.network)
         Fit.load(requests, learner.stack, networks)
-        how.stacked(learner, [each.job for each in requests], how.learner)
+        how.stacked(learner, [each.job for each in requests], requests[0].rates, how.learner)
         return learner.stack.weights(networks[0])
 
 
@@ -182,7 +196,7 @@ class TaughtFit(Fit):
         teachers = self._teachers()
         module = self.network.loaded(self.weights)
         both = self.taught(module, teachers)
-        self.how.alone(both, replace(self.job, objective=both.loss))
+        self.how.alone(both, replace(self.job, objective=both.loss), self.rates)
         return weights_of(module), weights_of(both.terms)
 
     @staticmethod
@@ -207,7 +221,7 @@ class TaughtFit(Fit):
         Fit.load(requests, learner.stack, networks)
         losses = adapted_losses(both)
         jobs = [replace(each.job, objective=loss) for each, loss in zip(requests, losses, strict=True)]
-        how.stacked(learner, jobs, built)
+        how.stacked(learner, jobs, requests[0].rates, built)
         for k, each in enumerate(both):
             for parameter, trained in zip(each.terms.parameters(), taught.adapters, strict=True):
                 parameter.data = trained.detach()[k]

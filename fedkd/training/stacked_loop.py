@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,14 @@ from torch import Tensor, nn
 from fedkd.core import notes
 from fedkd.core.seeds import seeded
 from fedkd.data import augment
-from fedkd.training import graphs, loop
+from fedkd.training import graphs, loop, optimizers
 from fedkd.training.batches import Job, Plan
 from fedkd.training.graphs import Recording
-from fedkd.training.optimizers import Step
 from fedkd.training.stack import NotStackable, Stack
 from fedkd.training.stacked_losses import Losses
+
+if TYPE_CHECKING:
+    from fedkd.training.optimizers import Step
 
 #: How many clients a stack may have after some have left it: each size is about three quarters of the next one.
 SIZES = (2, 3, 4, 6, 8, 11, 15, 20, 27, 36, 48)
@@ -40,7 +43,8 @@ MOST = 8  # recorded steps of a learner; they differ in the width of a batch, th
 class Learner:
     """A network of the clients of a stack, and what its training keeps between steps.
 
-    ``step`` updates its parameters and ``state``, tensors [K, ...] or, if they count steps, without dimensions.
+    ``step`` updates its parameters and ``state`` at a learning rate, a tensor. The state are tensors [K, ...] or, if
+    they count steps, without dimensions.
     ``recordings`` are the last recorded steps, by what they hold for; None for a step that has been run, as a step must
     before it can be recorded.
     """
@@ -88,6 +92,7 @@ def train(
     jobs: Sequence[Job],
     scaling: Callable[[Tensor], Tensor],
     *,
+    rates: Sequence[float],
     epochs: int,
     batch_size: int,
     average: bool = False,
@@ -96,8 +101,9 @@ def train(
 ) -> None:
     """Do the jobs of all clients, in place, with the results of `loop.train` up to rounding.
 
-    ``smaller`` gives a learner of fewer clients, with any weights; without it, clients that are done stay. With
-    ``record`` a training step is recorded on a GPU.
+    ``rates`` are the learning rates of the steps; the last one is that of all further steps. ``smaller`` gives a
+    learner of fewer clients, with any weights; without it, clients that are done stay. With ``record`` a training step
+    is recorded on a GPU.
 
     Raises:
         NotStackable: the network or an objective draws random numbers, or penalties differ.
@@ -107,7 +113,7 @@ def train(
     data = [graphs.upload([getattr(job, name) for job in jobs], device) for name in ("pixels", "targets")]
     sizes = [loop.batch_sizes(learner.network, len(job.pixels), batch_size) for job in jobs]
     plan = Plan.of(jobs, sizes, epochs)
-    segments = plan.segments()
+    segments, rate_of_steps = plan.segments(), optimizers.rates_for(rates, len(plan.sizes), device)
     first, clients = learner, list(range(len(jobs)))  # those in the stack, some of which may be done
     learner.stack.streams = [torch.Generator(device).manual_seed(job.seed) for job in jobs]
     tensors = first.stack.tensors
@@ -126,7 +132,8 @@ def train(
                 clients = remaining
             if steps is None:
                 own = [jobs[client] for client in clients]
-                steps = _steps(learner, own, data, scaling, plan.part(numbers[0], clients), record)
+                rest = plan.part(numbers[0], clients), rate_of_steps[numbers[0] :]
+                steps = _steps(learner, own, data, scaling, *rest, record)
             for number in numbers:
                 next(steps)
                 if number == 0 and not torch.equal(random, _random_state(device)):
@@ -172,6 +179,7 @@ def _steps(
     data: Sequence[Tensor],
     scaling: Callable[[Tensor], Tensor],
     plan: Plan,
+    rates: Tensor,
     record: bool,
 ) -> Iterator[None]:
     """Train on the batches of a plan, one at each request. Nothing in a step waits for the device.
@@ -183,7 +191,7 @@ def _steps(
     losses = Losses.of([job.objective for job in jobs], [job.penalty for job in jobs], device)
     usual = int(plan.sizes[0].max()) if stack.is_plain else plan.samples.shape[-1]
     parts = [plan.samples.flatten(1), plan.draws.flatten(2).transpose(0, 1), plan.is_real(), plan.shares()]
-    parts.append(torch.zeros(1, dtype=torch.int64))  # the number of the step
+    parts += [rates, torch.zeros(1, dtype=torch.int64)]  # the last one is the number of the step
     key = (
         *(losses.key, scaling, is_augmented, usual),
         *((tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in data),
@@ -199,14 +207,14 @@ def _steps(
 
     def run(longest: int) -> None:
         *batches, number = inputs
-        samples, draws, stack.is_real, shares = (part.index_select(0, number)[0] for part in batches)
+        samples, draws, stack.is_real, shares, rate = (part.index_select(0, number)[0] for part in batches)
         if stack.is_plain:  # its layers know nothing of padding
             samples, draws, shares = samples[:longest], draws[:, :longest], shares[:, :longest]
         pixels, targets = data
         images = pixels[samples]
         x = scaling(augment.apply(images, draws) if is_augmented else images)
         losses.total(network, stack, shares, x, targets[samples]).backward()  # type: ignore[no-untyped-call]
-        learner.step()
+        learner.step(rate)
         number.add_(1)
 
     network.train()

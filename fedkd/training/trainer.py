@@ -16,7 +16,7 @@ from fedkd.core import seeds
 from fedkd.core.errors import DataError
 from fedkd.core.tensors import shapes
 from fedkd.models import checkpoint
-from fedkd.training import loop, optimizers, together
+from fedkd.training import loop, schedules, together
 from fedkd.training.batches import Job
 from fedkd.training.networks import Network
 from fedkd.training.objectives import Joint
@@ -95,6 +95,11 @@ class Trainer:
         module = self._network(client.model).module
         return self.config.local_epochs * len(loop.batch_sizes(module, len(client.data), self.config.batch_size))
 
+    def learning_rate(self, client: Client) -> float:
+        """The learning rate of the client's local training in its round."""
+        config = self.config
+        return config.learning_rate * schedules.factor(config.schedule, client.round - 1, config.rounds)
+
     def train(
         self,
         client: Client,
@@ -150,7 +155,7 @@ class Trainer:
 
         how = replace(self._training(client.model), teachers=(self._network(teacher[0]),))
         trained: tuple[dict[str, Tensor], dict[str, Tensor]] = together.result(
-            TaughtFit(how, weights, job, [teacher[1]], taught=taught)
+            TaughtFit(how, weights, job, (self.learning_rate(client),), [teacher[1]], taught=taught)
         )
         return trained
 
@@ -166,16 +171,16 @@ class Trainer:
         how = self._training(client.model)
         how = replace(how, network=replace(how.network, partner=mentor[0]))
         job = self._job(client, client.data.pixels, client.data.labels, objective)
-        trained = together.result(Fit(how, both, job))
+        trained = together.result(Fit(how, both, job, (self.learning_rate(client),)))
         student, taught = ({n: trained[f"{of}.{n}"] for n in names} for of, names in pair.items())
         return student, taught
 
     def _training(self, model: str, output: type[nn.Module] | None = None) -> Training:
         """How clients train on their samples."""
         config = self.config
-        numbers = (config.learning_rate, config.momentum, config.weight_decay)
+        numbers = (config.momentum, config.weight_decay)
         epochs, size = config.local_epochs, config.batch_size
-        return Training(self._network(model), self.scaling, optimizers.sgd, numbers, epochs, size, output=output)
+        return Training(self._network(model), self.scaling, "sgd", numbers, epochs, size, output=output)
 
     def _job(
         self,
@@ -201,7 +206,7 @@ class Trainer:
         how = replace(
             self._training(client.model, output), teachers=tuple(self._network(client.model) for _ in teachers)
         )
-        trained: dict[str, Tensor] = together.result(Fit(how, weights, job, teachers))
+        trained: dict[str, Tensor] = together.result(Fit(how, weights, job, (self.learning_rate(client),), teachers))
         return trained
 
     def distill(
@@ -220,9 +225,9 @@ class Trainer:
         Without augmentation, since the targets belong to exactly these pixels. ``average``: see `loop.train`.
         """
         rates, size = (self.config.distill_learning_rate,), self.config.distill_batch_size
-        how = Training(self._network(model), self.scaling, optimizers.adam, rates, epochs, size, average)
+        how = Training(self._network(model), self.scaling, "adam", (0.0,), epochs, size, average)
         job = Job(soft_labels.images, soft_labels.targets, objective, loop.Augmentation(), seed)
-        trained: dict[str, Tensor] = together.result(Fit(how, weights, job))
+        trained: dict[str, Tensor] = together.result(Fit(how, weights, job, rates))
         return trained
 
     def predict(self, model: str, weights: Tensors, pixels: Tensor) -> Tensor:

@@ -79,9 +79,9 @@ def test_a_client_starts_from_the_initial_weights_and_then_from_its_own():
 
 
 def test_proxy_logits_are_those_of_the_model_on_the_proxy_samples_of_the_round():
-    proxy = SimpleNamespace(
-        images=torch.arange(10), subset=lambda number: torch.tensor([number, number + 2]), samples=2
-    )
+    images = torch.arange(10)
+    subset = lambda number: torch.tensor([number, number + 2])  # noqa: E731
+    proxy = SimpleNamespace(select=images.__getitem__, subset=subset, samples=2)
     trainer = SimpleNamespace(predict=lambda model, weights, images: (model, weights, images.tolist()))
     setup = setup_with(proxy=proxy, trainer=trainer)
     weights = {"w": torch.zeros(1)}

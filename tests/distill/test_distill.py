@@ -21,7 +21,7 @@ from fedkd.distill import check, distill, teacher_names, teachers, train
 from fedkd.distill.config import DistillConfig
 from fedkd.distill.task import prepare
 from fedkd.models import checkpoint
-from fedkd.training import layers, optimizers
+from fedkd.training import layers, optimizers, schedules
 from fedkd.training.layers import Outputs, WatchedModel
 from fedkd.training.terms.objective import DistillationObjective, teacher_weights
 from tests.conftest import OTHERWISE_IN_TRAINING
@@ -167,15 +167,15 @@ def test_gradients_flow_to_the_student_only(text):
 @pytest.mark.parametrize("weighting", ["uniform", "entropy", "agreement"])
 @pytest.mark.parametrize("text", [*TERMS, "exits", "logits:kind=dist", "logits:kind=standardized"])
 def test_a_training_step_can_be_recorded_if_its_terms_say_so(text, weighting):
-    """With a learning rate of each step; weights of teachers are one more thing that is computed in it."""
+    """Weights of teachers are one more thing that is computed in it."""
     pair, unlabeled = ["resnet8:width=4", "resnet8:width=8"], "logits:weight=0,hard=0"
     one = objective("resnet8:width=8", pair, text, unlabeled, weighting=weighting).train()
-    update = optimizers.sgd(list(one.parameters()), optimizers.cosine(0.1, 4), 0.9, 0.0)
+    update, rate = optimizers.sgd(list(one.parameters()), 0.9, 0.0), torch.tensor(0.1, dtype=torch.float64)
     targets = torch.stack([LABELS, torch.arange(6)], 1)
 
     def step():
         one.loss(one(IMAGES), targets).backward()
-        update()
+        update(rate)
 
     step()
     replay, is_recordable = replays.Replay(step), all(term.is_always_the_same for term in one.terms)
@@ -555,8 +555,8 @@ def test_a_last_batch_of_one_image(tmp_path, capsys, monkeypatch):
     assert code == 7
     assert "returned nan on a last batch of one image, which another --batch-size avoids" in line
     steps = []
-    cosine = optimizers.cosine
-    monkeypatch.setattr(optimizers, "cosine", lambda peak, count: (steps.append(count), cosine(peak, count))[1])
+    rates = schedules.rates
+    monkeypatch.setattr(schedules, "rates", lambda *given: (steps.append(given[2]), rates(*given))[1])
     networks = {"teacher": "./mine.py:pixel", "student": "./mine.py:pixel"}
     result = run_distill(tmp_path / "merged", dataset="noise:size=72", batch_size=8, **networks)
     assert result["status"] == "ok"

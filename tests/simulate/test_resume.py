@@ -147,6 +147,12 @@ def test_options_that_change_results_may_not_differ(copied):
     assert result_of(copied) == before
 
 
+def test_rounds_may_not_differ_if_learning_rates_depend_on_them(tmp_path):
+    out = simulate(tiny(algorithm="local", schedule="cosine", **SMALL, out=str(tmp_path / "run")))
+    with pytest.raises(ResumeError, match=r"--rounds 9 .*has 2 \(the learning rate of each round depends on it\)"):
+        resume(out, rounds=9)
+
+
 def test_a_directory_without_a_run_cannot_be_resumed(tmp_path):
     command = [sys.executable, "-m", "fedkd.simulate", "--resume", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

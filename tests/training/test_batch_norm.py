@@ -93,8 +93,9 @@ def test_merging_changes_no_other_batch(flip, generator):
     def seen(model: nn.Module) -> list[torch.Tensor]:
         images: list[torch.Tensor] = []
         model.register_forward_pre_hook(lambda _, inputs: images.append(inputs[0].detach().clone()))
-        step = optimizers.sgd(list(model.parameters()), 0.1, 0.0, 0.0)
+        step = optimizers.sgd(list(model.parameters()), 0.0, 0.0)
         options = {"epochs": 2, "batch_size": 32, "seed": 5, "augmentation": loop.Augmentation(True, flip)}
+        options["rates"] = [0.1]
         loop.train(model, step, pixels, torch.arange(65) % 10, F.cross_entropy, scaling, **options)
         return images
 
@@ -110,8 +111,9 @@ def test_one_sample_changes_nothing(average):
     model = network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pixels = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
-    step = optimizers.sgd(list(model.parameters()), 0.1, 0.9, 0.1)
+    step = optimizers.sgd(list(model.parameters()), 0.9, 0.1)
     options = {"epochs": 3, "batch_size": 32, "seed": 5, "augmentation": loop.Augmentation(True), "average": average}
+    options["rates"] = [0.1]
     loop.train(
         model, step, pixels, torch.zeros(1, dtype=torch.long), F.cross_entropy, loop.Scaling.of(pixels), **options
     )

@@ -98,7 +98,7 @@ def batches_of(count, size, epochs, seed):
 def optimizer(request, monkeypatch):
     """Distillation by Adam as it is, which does not see the size of a gradient, and by plain SGD, which does."""
     if request.param == "sgd":
-        monkeypatch.setattr(optimizers, "adam", lambda parameters, rate: optimizers.sgd(parameters, rate, 0.0, 0.0))
+        monkeypatch.setattr(optimizers, "adam", lambda parameters, *_: optimizers.sgd(parameters, 0.0, 0.0))
         return torch.optim.SGD, 0.05
     return torch.optim.Adam, 0.002
 
@@ -307,10 +307,10 @@ def small():
 def descended(pixels, labels, **options):
     model = small()
     held = {"scaling": loop.Scaling.of(pixels), "batch_size": 16, "seed": 7, **options}
-    held["augmentation"] = loop.Augmentation()
+    held |= {"augmentation": loop.Augmentation(), "rates": [0.1]}
     loop.train(
         model,
-        optimizers.sgd(list(model.parameters()), 0.1, 0.9, 0.0),
+        optimizers.sgd(list(model.parameters()), 0.9, 0.0),
         pixels,
         labels,
         F.cross_entropy,

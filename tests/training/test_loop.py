@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 
@@ -11,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedkd.algorithms.fedavg import FedProx
-from fedkd.core import seeds
+from fedkd.core import seeds, specs
 from fedkd.data.augment import PAD, crop_and_flip
-from fedkd.training import loop, optimizers
+from fedkd.training import loop, optimizers, schedules
 from fedkd.training.loop import Augmentation, Scaling
 from fedkd.training.objectives import Bound
 from tests.conftest import ROOT
@@ -35,8 +34,8 @@ def small() -> nn.Module:
 
 
 def train(model: nn.Module, pixels, labels, **changes) -> nn.Module:
-    options = {"epochs": 2, "batch_size": 16, "augmentation": Augmentation(), "seed": 7} | changes
-    step = optimizers.sgd(list(model.parameters()), 0.1, 0.9, 0.0)
+    options = {"rates": [0.1], "epochs": 2, "batch_size": 16, "augmentation": Augmentation(), "seed": 7} | changes
+    step = optimizers.sgd(list(model.parameters()), 0.9, 0.0)
     loop.train(model, step, pixels, labels, F.cross_entropy, Scaling.of(pixels), **options)
     return model
 
@@ -169,8 +168,19 @@ def test_score():
     assert loss == pytest.approx((2 * np.log1p(np.exp(-2)) + np.log1p(np.exp(2))) / 3)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
-def test_optimizers_are_bitwise_equal_to_torch_optim(kind, pixels, labels):
+OPTIMIZERS = {
+    "sgd": ((0.9, 5e-4), {"momentum": 0.9, "weight_decay": 5e-4}),
+    "sgd:nesterov=true": ((0.9, 5e-4), {"momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}),
+    "adam": ((), {}),
+    "adam:beta1=0.5,beta2=0.99": ((0.1,), {"weight_decay": 0.1, "betas": (0.5, 0.99)}),
+    "adamw": ((0.1,), {"weight_decay": 0.1}),
+    "adamw:beta1=0.5": ((0.0,), {"weight_decay": 0.0, "betas": (0.5, 0.999)}),
+}
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["a number", "a tensor"])
+@pytest.mark.parametrize("spec", OPTIMIZERS)
+def test_optimizers_are_bitwise_equal_to_torch_optim(spec, as_tensor, pixels, labels):
     """Over some steps, in channels_last; a frozen parameter stays, one without gradient counts as zero."""
 
     def convolutional() -> nn.Module:
@@ -181,19 +191,18 @@ def test_optimizers_are_bitwise_equal_to_torch_optim(kind, pixels, labels):
 
     ours, theirs = convolutional(), convolutional()
     used = [p for p in theirs.parameters() if p.requires_grad]
-    if kind == "sgd":
-        step = optimizers.sgd(list(ours.parameters()), 0.01, 0.9, 5e-4)
-        oracle = torch.optim.SGD(used, lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
-    else:
-        step = optimizers.adam(list(ours.parameters()), 1e-3)
-        oracle = torch.optim.Adam(used, lr=1e-3, fused=True)
+    numbers, options = OPTIMIZERS[spec]
+    step = specs.built_in("optimizer", spec)(list(ours.parameters()), *numbers)
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.partition(":")[0]]
+    oracle = kind(used, lr=1.0, fused=True, **options)
     images = Scaling.of(pixels)(pixels)
-    for _ in range(4):
+    for rate in (0.01, 0.01, 0.002, 0.03):
         for model in (ours, theirs):
             F.cross_entropy(model[2](model[1](model[0](images))), labels).backward()
         for parameter in theirs[3].parameters():
             parameter.grad = torch.zeros_like(parameter)
-        step()
+        oracle.param_groups[0]["lr"] = rate
+        step(optimizers.rates_for([rate], 1, torch.device("cpu"))[0] if as_tensor else rate)
         oracle.step()
         oracle.zero_grad()
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -202,25 +211,39 @@ def test_optimizers_are_bitwise_equal_to_torch_optim(kind, pixels, labels):
     assert torch.equal(ours[2].bias, convolutional()[2].bias)
 
 
-@pytest.mark.parametrize("start", [0, 2])
-def test_a_rate_for_each_step_is_bitwise_equal_to_that_of_torch_optim(start):
-    """Whether the steps are the first ones, or the last ones of a training that is continued."""
-    ours, theirs = small(), small()
-    used = list(theirs.parameters())
-    rates = optimizers.cosine(0.3, 5)
-    velocities = [torch.ones_like(p) for p in used]
-    step = optimizers.sgd(list(ours.parameters()), rates, 0.9, 5e-4, [each.clone() for each in velocities], start)
-    oracle = torch.optim.SGD(used, lr=1.0, momentum=0.9, weight_decay=5e-4, fused=True)
-    for parameter, velocity in zip(used, velocities, strict=True):
-        oracle.state[parameter]["momentum_buffer"] = velocity
-    for number in range(start, 5):
-        oracle.param_groups[0]["lr"] = 0.3 * (1 + math.cos(math.pi * number / 5)) / 2
-        for model in (ours, theirs):
-            model(torch.ones(2, 3, 8, 8)).square().sum().backward()
-        step()
-        oracle.step()
-        oracle.zero_grad()
-    assert all(map(torch.equal, ours.parameters(), used))
+SCHEDULERS = torch.optim.lr_scheduler
+SCHEDULES = {
+    "constant": lambda optimizer: SCHEDULERS.ConstantLR(optimizer, 1.0),
+    "cosine": lambda optimizer: SCHEDULERS.CosineAnnealingLR(optimizer, 12),
+    "exponential:gamma=0.9": lambda optimizer: SCHEDULERS.ExponentialLR(optimizer, 0.9),
+    "step:milestones=3+5+9,gamma=0.2": lambda optimizer: SCHEDULERS.MultiStepLR(optimizer, [3, 5, 9], 0.2),
+}
+
+
+@pytest.mark.parametrize("spec", SCHEDULES)
+def test_schedules_are_those_of_torch(spec):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler, wanted = SCHEDULES[spec](optimizer), []
+    for _ in range(12):
+        wanted.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert schedules.rates(spec, 0.3, 12) == pytest.approx(wanted, rel=1e-12)
+    if spec != "cosine":  # in epochs of four steps
+        each = schedules.rates(spec, 0.3, 48, 4)
+        assert each[::4] == each[3::4] == schedules.rates(spec, 0.3, 12)
+
+
+def test_each_step_has_its_rate_and_the_last_one_goes_on(pixels, labels):
+    """Of eight steps only those with a rate above zero change anything."""
+
+    def after(*rates: float) -> list[torch.Tensor]:
+        return list(train(small(), pixels, labels, rates=rates).parameters())
+
+    assert all(map(torch.equal, after(0.1, 0.0), after(0.1, *[0.0] * 7)))
+    assert all(map(torch.equal, after(0.0), small().parameters()))
+    assert not torch.equal(after(0.1, 0.0)[0], after(0.0)[0])
+    assert not torch.equal(after(0.1, 0.0)[0], after(0.1)[0])
 
 
 def test_training_does_not_import_the_compiler():

@@ -86,8 +86,9 @@ class Watched(nn.Module):
 def train(network: nn.Module, name: precision.Precision, objective=F.cross_entropy, pixels: int = 2, rate=0.01) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (40, pixels, pixels, 3), dtype=torch.uint8, generator=generator)
-    step = optimizers.sgd(list(network.parameters()), rate, 0.9, 1e-3)
+    step = optimizers.sgd(list(network.parameters()), 0.9, 1e-3)
     options = {"epochs": 2, "batch_size": 16, "augmentation": Augmentation(), "seed": 0, "precision": name}
+    options["rates"] = [rate]
     loop.train(network, step, images, torch.arange(40) % 10, objective, SCALING, **options)
 
 

@@ -29,6 +29,7 @@ from fedkd.training.stack import NotStackable, Stack, check
 from fedkd.training.stacked_loop import Learner
 from fedkd.training.terms import Features, Logits, Relations
 from fedkd.training.terms.objective import DistillationObjective, Taught, adapted_losses
+from tests.training import replays
 
 SIZES = (31, 1, 200, 33, 32)
 SCALING = Scaling((120.0,) * 3, (60.0,) * 3)
@@ -55,21 +56,22 @@ def jobs(sizes=SIZES, pixels: int = 16, **changes) -> list[Job]:
     return made
 
 
-def sgd(parameters: list[torch.Tensor], rate: float) -> tuple[optimizers.Step, list[torch.Tensor]]:
+def sgd(parameters: list[torch.Tensor]) -> tuple[optimizers.Step, list[torch.Tensor]]:
     state = optimizers.state_of(optimizers.sgd, parameters)
-    return optimizers.sgd(parameters, rate, 0.9, 1e-3, list(state)), state
+    return optimizers.sgd(parameters, 0.9, 1e-3, list(state)), state
 
 
-def adam(parameters: list[torch.Tensor], rate: float) -> tuple[optimizers.Step, list[torch.Tensor]]:
+def adam(parameters: list[torch.Tensor]) -> tuple[optimizers.Step, list[torch.Tensor]]:
     state = optimizers.state_of(optimizers.adam, parameters)
-    return optimizers.adam(parameters, rate / 10, state), state
+    step = optimizers.adam(parameters, state=state)
+    return lambda rate: step(rate / 10), state
 
 
 def plain(network: nn.Module, job: Job, *, optimizer=sgd, dtype=torch.float32, rate=0.02, **options) -> None:
     """Train by the plain loop."""
     loop.train(
         network,
-        optimizer(list(network.parameters()), rate)[0],
+        optimizer(list(network.parameters()))[0],
         job.pixels,
         job.targets,
         job.objective,
@@ -77,24 +79,24 @@ def plain(network: nn.Module, job: Job, *, optimizer=sgd, dtype=torch.float32, r
         augmentation=job.augmentation,
         seed=job.seed,
         penalty=job.penalty,
-        **{"epochs": 2, "batch_size": 32} | options,
+        **{"rates": [rate], "epochs": 2, "batch_size": 32} | options,
     )
 
 
-def learner_of(networks: list[nn.Module], *, build=None, optimizer=sgd, rate=0.02) -> Learner:
+def learner_of(networks: list[nn.Module], *, build=None, optimizer=sgd) -> Learner:
     """What trains a stack of these networks; ``build`` makes a stack and its network of them."""
     stack, network = (build or stack_of)(networks)
-    return Learner(network, stack, *optimizer(list(network.parameters()), rate))
+    return Learner(network, stack, *optimizer(list(network.parameters())))
 
 
 def stacked(networks: list[nn.Module], work: list[Job], *, build=None, optimizer=sgd, rate=0.02, **options) -> Learner:
     """Train a stack of these networks, which stay as they are."""
 
     def learner(count: int) -> Learner:
-        return learner_of(networks[:count], build=build, optimizer=optimizer, rate=rate)
+        return learner_of(networks[:count], build=build, optimizer=optimizer)
 
     dtype = options.pop("dtype", torch.float32)
-    options = {"epochs": 2, "batch_size": 32, "smaller": learner} | options
+    options = {"rates": [rate], "epochs": 2, "batch_size": 32, "smaller": learner} | options
     trained = learner(len(networks))
     stacked_loop.train(trained, work, lambda pixels: SCALING(pixels).to(dtype), **options)
     return trained
@@ -455,18 +457,26 @@ def recorded(monkeypatch) -> list:
 
 
 def train_again(
-    spec: str, count: int, sizes: tuple[int, ...], device: str = "cpu", build=None, changes=lambda _: {}, **options
+    spec: str,
+    count: int,
+    sizes: tuple[int, ...],
+    device: str = "cpu",
+    build=None,
+    optimizer=sgd,
+    changes=lambda _: {},
+    rates=lambda _: [0.02],
+    **options,
 ) -> list[torch.Tensor]:
     """The results of several trainings of one learner, each from the same weights on other images.
 
-    ``changes`` of the number of a training are those of its `jobs`.
+    ``changes`` of the number of a training are those of its `jobs`, ``rates`` its learning rates.
     """
     own = [each.to(device) for each in own_networks(spec, torch.float64, len(sizes))]
     learners: dict[int, Learner] = {}
 
     def learner(count: int) -> Learner:
         if count not in learners:
-            learners[count] = learner_of(own[:count], build=build)
+            learners[count] = learner_of(own[:count], build=build, optimizer=optimizer)
         for tensor in learners[count].state:
             tensor.zero_()
         return learners[count]
@@ -479,7 +489,8 @@ def train_again(
         work = jobs(counts, seed=lambda k, seed=seed: 10 * seed + k, **changes(seed))
         for job in work[1:]:
             job.pixels.copy_(job.pixels + 100 * seed)
-        stacked_loop.train(trained, work, to_double, epochs=2, batch_size=32, smaller=learner, **options)
+        options |= {"rates": rates(seed), "epochs": 2, "batch_size": 32, "smaller": learner}
+        stacked_loop.train(trained, work, to_double, **options)
         results += [tensor.detach().clone() for tensor in trained.stack.tensors]
     return results
 
@@ -496,6 +507,27 @@ def test_a_step_is_recorded_once_for_all_trainings(sizes, count, monkeypatch):
     seen = train_again("resnet8:width=8,norm=batch", 4, sizes)
     assert all(map(torch.equal, seen, expected))
     assert len(steps) == count
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adam])
+def test_learning_rates_are_new_in_each_training(optimizer, monkeypatch):
+    """Rates of the round and of each step; clients that are done leave the stack."""
+    options = {"rates": lambda number: [[0.02], [0.05], [0.01 * step for step in range(8)]][number]}
+    sizes = (64, 64, 96)
+    expected = train_again("cnn:width=8", 3, sizes, optimizer=optimizer, record=False, **options)
+    monkeypatch.setattr(graphs, "recorder", replays.recorder)
+    monkeypatch.setattr(replays.Replay, "count", 0)
+    seen = train_again("cnn:width=8", 3, sizes, optimizer=optimizer, **options)
+    assert all(map(torch.equal, seen, expected))
+    assert replays.Replay.count > 8
+    assert not torch.equal(seen[0], seen[len(seen) // 3])
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adam])
+def test_clients_of_all_sizes_with_a_rate_of_each_step(optimizer):
+    options, limit = DOUBLE
+    options |= {"optimizer": optimizer, "rates": [0.02 * 0.9**step for step in range(6)]}
+    assert after_training("cnn:width=8", jobs(), **options) <= limit
 
 
 def alone(networks: list[nn.Module]) -> tuple[Stack, nn.Module]:

@@ -216,13 +216,17 @@ def _of_first(outputs, labels):
     return F.cross_entropy(outputs[0], labels)
 
 
-@pytest.mark.parametrize(("method", "count"), [("fedmd", 3), ("moon", 2), ("fedntd", 2)])
-def test_a_step_is_recorded_once_in_a_run(method, count, stacks, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "schedule", "count"),
+    [("fedmd", "constant", 3), ("fedmd", "cosine", 3), ("moon", "cosine", 2), ("fedntd", "constant", 2)],
+)
+def test_a_step_is_recorded_once_in_a_run(method, schedule, count, stacks, tmp_path, monkeypatch):
     """Of the clients and of the server, for all rounds; the results are those of a run without recordings."""
-    expected, steps = simulated(tmp_path / "one", validation=1300, algorithm=method, rounds=3), []
+    options = {"validation": 1300, "algorithm": method, "rounds": 3, "schedule": schedule}
+    expected, steps = simulated(tmp_path / "one", **options), []
     graphs.forget()
     monkeypatch.setattr(graphs, "recorder", lambda _: lambda run: (steps.append(run), run)[1])
-    assert simulated(tmp_path / "other", validation=1300, algorithm=method, rounds=3) == expected
+    assert simulated(tmp_path / "other", **options) == expected
     assert len(steps) == count
 
 
@@ -235,10 +239,10 @@ def test_a_training_that_failed_leaves_no_gradients(is_together, stacks, monkeyp
     def optimizer(*arguments):
         step = sgd(*arguments)
 
-        def failing_step():
+        def failing_step(rate):
             if failing:
                 raise ArithmeticError
-            step()
+            step(rate)
 
         return failing_step
 
