@@ -35,11 +35,7 @@ class FedProto(Algorithm):
     weight: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1.0
 
     def initial_state(self, setup: Setup) -> Tensors:
-        widths = {model: _width(setup, model) for model in setup.models}
-        if len(set(widths.values())) > 1:
-            listed = ", ".join(f"{width} ({model})" for model, width in widths.items())
-            raise UsageError(f"fedproto needs embeddings of one width, these have {listed}; change --model.")
-        width = widths[setup.models[0]]
+        width = common_width(setup, "fedproto")
         return {
             "prototypes": torch.zeros(setup.classes, width),
             "counts": torch.zeros(setup.classes, dtype=torch.int64),
@@ -83,8 +79,22 @@ class FedProto(Algorithm):
         }
 
 
-def _width(setup: Setup, model: str) -> int:
+def common_width(setup: Setup, name: str) -> int:
+    """The width of the embeddings of all clients' models.
+
+    Raises:
+        UsageError: they differ, or a model has no embedding; the message is about the method ``name``.
+
+    """
+    widths = {model: _width(setup, model, name) for model in setup.models}
+    if len(set(widths.values())) > 1:
+        listed = ", ".join(f"{width} ({model})" for model, width in widths.items())
+        raise UsageError(f"{name} needs embeddings of one width, these have {listed}; change --model.")
+    return widths[setup.models[0]]
+
+
+def _width(setup: Setup, model: str, name: str) -> int:
     try:
         return setup.trainer.embed(model, setup.trainer.initial_weights(model), setup.proxy.images[:1]).shape[1]
     except ValueError as error:
-        raise UsageError(f"fedproto cannot use --model {model}: {error}.") from error
+        raise UsageError(f"{name} cannot use --model {model}: {error}.") from error

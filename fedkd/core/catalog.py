@@ -29,6 +29,7 @@ CATALOG: dict[str, dict[str, str]] = {
         "fedema": "fedkd.algorithms.fedema:FedEMA",
         "fd": "fedkd.algorithms.fd:FD",
         "fedproto": "fedkd.algorithms.fedproto:FedProto",
+        "fedtgp": "fedkd.algorithms.fedtgp:FedTGP",
         "fedavg": "fedkd.algorithms.fedavg:FedAvg",
         "fedprox": "fedkd.algorithms.fedavg:FedProx",
         "fedavgm": "fedkd.algorithms.fedavg:FedAvgM",

@@ -41,7 +41,17 @@ MORE = [
 # One model for all.
 SAME = {"fedavg", "fedprox", "fedavgm", "moon", "fedntd", "fedlmd", "feddistill-plus", *MENTORS}
 SAME |= {"scaffold", "fedbe", "fedema", "central"}
-PERSONAL = {"fedmd", "nfdp", "comet", "kt-pfl", "fd", "fedproto", "local", "central"}  # without a global student
+PERSONAL = {
+    "fedmd",
+    "nfdp",
+    "comet",
+    "kt-pfl",
+    "fd",
+    "fedproto",
+    "fedtgp",
+    "local",
+    "central",
+}  # without a global student
 
 
 def one_round(experiment, algorithm, number, state, memories, clients=None):
@@ -362,7 +372,7 @@ def test_clients_may_have_different_architectures(name):
     experiment = prepare(
         tiny(
             algorithm=name,
-            model="cnn:width=4,resnet8:width=32" if name == "fedproto" else "cnn:width=8,resnet8:width=8",
+            model="cnn:width=4,resnet8:width=32" if name in ("fedproto", "fedtgp") else "cnn:width=8,resnet8:width=8",
             student="cnn:width=16",
         )
     )

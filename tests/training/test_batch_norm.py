@@ -131,8 +131,9 @@ def test_every_client_of_every_method_takes_part(name, pixel, tmp_path, batches_
     algorithm = OPTIONS.get(name, name).format(pixel=pixel)
     rows = simulated(tmp_path / "run", algorithm=algorithm, model=pixel, **options)
     assert [(row["participants"], row["failures"]) for row in rows] == [(1 if name == "central" else 5, [])] * 2
-    assert batches_seen
-    assert all(has_batch_norm and size > 1 for has_batch_norm, size in batches_seen)
+    of_clients = [size for has_batch_norm, size in batches_seen if has_batch_norm]
+    assert min(of_clients) > 1
+    assert len(of_clients) == len(batches_seen) or name == "fedtgp"  # whose server trains a network of its own
 
 
 def test_a_client_with_one_sample_sends_what_it_received(pixel):
