@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from fedkd import compare, distill
-from fedkd.core.config import Config, from_file
+from fedkd.core.config import Config
+from fedkd.core.options import from_file
 from fedkd.distill.config import DistillConfig
 from fedkd.evaluation.report import students, table
 from fedkd.simulate import checks, simulate

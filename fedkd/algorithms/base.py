@@ -125,6 +125,8 @@ class Algorithm(ABC):
     pools_data: ClassVar[bool] = False
     #: Whether the method reads the proxy's labels. They are loaded only for methods that set it.
     reads_proxy_labels: ClassVar[bool] = False
+    #: Whether the method assumes that local training is SGD, whose steps are sums of gradients.
+    assumes_sgd: ClassVar[bool] = False
     #: Whether an update may be aggregated in the round after its own.
     accepts_late: ClassVar[bool] = True
     #: Names of the metrics in a client's update. Others are refused, on both sides.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.core import specs
 from fedkd.core.lazy import torch
 from fedkd.core.tensors import put, shapes, take, weighted_mean
 from fedkd.training.objectives import Bound
@@ -30,6 +31,8 @@ class Scaffold(Algorithm):
     accepted and no codec rounds it.
     """
 
+    assumes_sgd: ClassVar[bool] = True
+
     @property
     def needs_one_model(self) -> bool:
         return True
@@ -48,7 +51,9 @@ class Scaffold(Algorithm):
         own = take("control", client.memory) or setup.trainer.parameter_zeros(client.model)
         slope = {name: common[name] - own[name] for name in common}
         weights = setup.trainer.train(client, start, penalty=Bound(linear, slope))
-        moved = setup.trainer.learning_rate(client) * total_step(setup.trainer.steps(client), setup.config.momentum)
+        steps, config = setup.trainer.steps(client), setup.config
+        is_nesterov = specs.built_in("optimizer", config.optimizer).keywords.get("nesterov", False)
+        moved = setup.trainer.learning_rate(client) * total_step(steps, config.momentum, is_nesterov)
         new = own  # without a step there is no gradient
         if moved:
             new = {n: ((start[n].double() - weights[n].double()) / moved - slope[n].double()).float() for n in own}
@@ -77,9 +82,10 @@ def linear(parameters: Tensors, slope: Tensors) -> Tensor:
     return torch.stack([(p * slope[n]).sum() for n, p in parameters.items()]).sum()
 
 
-def total_step(steps: int, momentum: float) -> float:
+def total_step(steps: int, momentum: float, is_nesterov: bool = False) -> float:
     """The distance that ``steps`` steps of SGD with momentum move along a constant gradient of 1 at learning rate 1.
 
-    The gradient of step s moves the model in all later steps too: sum_s (1 - m^(K - s)) / (1 - m), s = 0 .. K - 1.
+    The gradient of step s moves the model in all later steps too: sum_s (1 - m^(K - s)) / (1 - m), s = 0 .. K - 1; with
+    Nesterov's momentum, as if there was one step more: sum_s (1 - m^(K - s + 1)) / (1 - m).
     """
-    return sum((1 - momentum ** (steps - s)) / (1 - momentum) for s in range(steps))
+    return sum((1 - momentum ** (steps - s + is_nesterov)) / (1 - momentum) for s in range(steps))

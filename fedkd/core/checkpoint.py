@@ -18,7 +18,7 @@ from fedkd.core.errors import DataError, ResumeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.core.config import Options
+    from fedkd.core.options import Options
     from fedkd.core.tensors import Tensors
 
 FORMAT = 2  # increase it when older checkpoints cannot be read

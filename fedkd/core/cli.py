@@ -22,8 +22,8 @@ from cyclopts import App, CycloptsError, Group, Parameter, Token, convert
 
 from fedkd import __version__ as version
 from fedkd.core import run_directory
-from fedkd.core.config import Options, from_file
 from fedkd.core.errors import FedkdError, Interrupted, StorageError, Terminated, UsageError
+from fedkd.core.options import Options, from_file
 from fedkd.core.values import MAX_INTEGER
 
 #: The commands, also subcommands of ``fedkd``: where each app is (imported when it is used), and one line.

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedkd.core.config import Options, from_file
 from fedkd.core.errors import DataError, FedkdError, ResumeError, RunError, StorageError, UsageError
+from fedkd.core.options import Options, from_file
 from fedkd.core.seeds import derive
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)

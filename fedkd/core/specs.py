@@ -177,12 +177,7 @@ def bind(kind: str, text: str, reserved: tuple[str, ...] = ()) -> partial[Any]:
 
 
 def built_in(kind: str, text: str) -> partial[Any]:
-    """The same for a kind whose components are fedkd's own.
-
-    Raises:
-        UsageError: as `bind`, or another component.
-
-    """
+    """The same for a kind of which fedkd's own components are the only ones; others are a `UsageError`."""
     if (name := parse(text).name) not in CATALOG[kind]:
         raise UsageError(unknown(kind, name, CATALOG[kind]))
     return bind(kind, text)

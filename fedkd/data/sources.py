@@ -13,8 +13,8 @@ from typing import Annotated
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from fedkd.core import specs
-from fedkd.core.config import Options
 from fedkd.core.errors import PluginError
+from fedkd.core.options import Options
 from fedkd.core.values import MAX_PIXELS, Resize
 
 Pixels = Annotated[int, Field(ge=8, le=1024)]

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from fedkd.core.config import MAX_PIXELS_TEXT, PRECISION_TEXT, RESIZE_TEXT, SKIP_TEXT, Options, option
+from fedkd.core.options import MAX_PIXELS_TEXT, PRECISION_TEXT, RESIZE_TEXT, SKIP_TEXT, Options, option
 from fedkd.core.values import (
     MAX_PIXELS,
     Momentum,

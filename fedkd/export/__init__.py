@@ -19,8 +19,8 @@ from cyclopts.validators import Number
 import fedkd
 from fedkd import models
 from fedkd.core import cli, run_directory, seeds, specs
-from fedkd.core.config import MAX_PIXELS_TEXT, SKIP_TEXT, from_file
 from fedkd.core.errors import DataError, FedkdError, PluginError, UsageError
+from fedkd.core.options import MAX_PIXELS_TEXT, SKIP_TEXT, from_file
 from fedkd.core.values import MAX_PIXELS
 from fedkd.data import sources
 from fedkd.evaluation.report.screen import Screen

@@ -12,6 +12,7 @@ from fedkd.evaluation import stopping
 from fedkd.simulate import faults
 from fedkd.simulate.experiment import algorithm_of, attributing
 from fedkd.simulate.rounds import participants
+from fedkd.training import schedules
 
 if TYPE_CHECKING:
     from fedkd.core.config import Config
@@ -30,7 +31,9 @@ def check(config: Config) -> None:
     _check_faults(config)
     specs.bind("aggregator", config.aggregator)
     specs.bind("loss", config.loss)
-    specs.built_in("schedule", config.schedule)
+    schedules.factor(config.schedule, 0, config.rounds)
+    if specs.built_in("optimizer", config.optimizer).keywords.get("nesterov") and not config.momentum:
+        raise UsageError(f"--optimizer {config.optimizer} needs a --momentum above 0.")
     for codec in (config.uplink_codec, config.downlink_codec):
         specs.call("codec", codec)
     for model in [*models.split(config.model), *([config.student] if config.student else [])]:
@@ -53,6 +56,8 @@ def _check_algorithm(run: Config) -> None:
             f"{run.algorithm} sends weights, so clients and student need one model, "
             f"not --model {run.model} --student {student}."
         )
+    if algorithm.assumes_sgd and specs.parse(run.optimizer).name != "sgd":
+        raise UsageError(f"{run.algorithm} assumes that clients train with SGD, not --optimizer {run.optimizer}.")
     if algorithm.pools_data and run.partitioner == partitioners.OWN:
         raise UsageError(
             f"{run.algorithm} needs all data in one place, but deployed nodes keep theirs; use another method."

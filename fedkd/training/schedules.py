@@ -6,11 +6,13 @@ In ``fedkd.simulate`` a step of local training's schedule is a round, and so is 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
 from fedkd.core import specs
+from fedkd.core.errors import UsageError
 
 Factor = Annotated[float, Field(gt=0, le=1)]
 Milestones = Annotated[
@@ -43,18 +45,25 @@ def factor(spec: str, done: int, total: int, unit: int = 1) -> float:
     """The factor by a schedule.
 
     Raises:
-        UsageError: there is no such schedule.
+        UsageError: there is no such schedule, or it lacks an option.
 
     """
-    return float(specs.built_in("schedule", spec)(done, total, unit))
+    return float(_named(spec)(done, total, unit))
 
 
 def rates(spec: str, peak: float, total: int, unit: int = 1) -> tuple[float, ...]:
     """The learning rate of each of ``total`` steps by a schedule.
 
     Raises:
-        UsageError: there is no such schedule.
+        UsageError: as `factor`.
 
     """
-    of_step = specs.built_in("schedule", spec)
+    of_step = _named(spec)
     return tuple(peak * of_step(done, total, unit) for done in range(total))
+
+
+def _named(spec: str) -> Callable[[int, int, int], float]:
+    found = specs.built_in("schedule", spec)
+    if found.func is step and "milestones" not in found.keywords:
+        raise UsageError(f"schedule {spec!r} needs milestones, as in step:milestones=50+75.")
+    return found

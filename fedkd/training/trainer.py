@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkd import models
-from fedkd.core import seeds
+from fedkd.core import seeds, specs
 from fedkd.core.errors import DataError
 from fedkd.core.tensors import shapes
 from fedkd.models import checkpoint
@@ -112,7 +112,7 @@ class Trainer:
         soft_labels: SoftLabels | None = None,
         soft_objective: Objective = nn.functional.cross_entropy,
     ) -> dict[str, Tensor]:
-        """The weights after local training on the client's samples (SGD).
+        """The weights after local training on the client's samples.
 
         ``objective`` compares logits with labels; with ``with_embeddings`` it gets (logits, embeddings). ``teachers``
         are frozen models of the client's architecture, given by their weights: with them, the objective gets a pair,
@@ -178,9 +178,10 @@ class Trainer:
     def _training(self, model: str, output: type[nn.Module] | None = None) -> Training:
         """How clients train on their samples."""
         config = self.config
-        numbers = (config.momentum, config.weight_decay)
+        is_sgd = specs.parse(config.optimizer).name == "sgd"
+        numbers = (config.momentum, config.weight_decay) if is_sgd else (config.weight_decay,)
         epochs, size = config.local_epochs, config.batch_size
-        return Training(self._network(model), self.scaling, "sgd", numbers, epochs, size, output=output)
+        return Training(self._network(model), self.scaling, config.optimizer, numbers, epochs, size, output=output)
 
     def _job(
         self,

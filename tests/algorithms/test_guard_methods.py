@@ -273,11 +273,12 @@ def test_the_fedgems_server_uses_the_labels_of_its_rounds_samples(watched):
 # -- SCAFFOLD and FedAvgM -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
 @pytest.mark.parametrize(("batch", "steps"), [(50, 3), (4096, 1)])
-def test_a_control_variate_with_a_partial_last_batch(momentum, batch, steps):
+def test_a_control_variate_with_a_partial_last_batch(momentum, nesterov, batch, steps):
     """The mean of the client's gradients over all steps, each weighted by how far it moved the model."""
-    options = {"learning_rate": 0.02, "momentum": momentum, "weight_decay": 0.0, "augment": False}
+    options = {"learning_rate": 0.04, "momentum": momentum, "weight_decay": 0.0, "augment": False}
+    options |= {"optimizer": f"sgd:nesterov={nesterov}", "schedule": "step:milestones=2,gamma=0.5", "rounds": 3}
     experiment = prepare(tiny(algorithm="scaffold", clients=12, batch_size=batch, local_epochs=2, **options))
     setup, algorithm = experiment.setup, experiment.algorithm
     shape = setup.trainer.parameter_zeros(setup.student)
@@ -289,7 +290,7 @@ def test_a_control_variate_with_a_partial_last_batch(momentum, batch, steps):
     assert math.ceil(count / batch) == steps
     assert count % batch
     module, gradients = module_of(setup, start), []
-    sgd = torch.optim.SGD(module.parameters(), lr=0.02, momentum=momentum)
+    sgd = torch.optim.SGD(module.parameters(), lr=0.02, momentum=momentum, nesterov=nesterov)
     generator = torch.Generator().manual_seed(seeds.derive(client.seed, "fit"))
     for _ in range(2):
         order = torch.randperm(count, generator=generator)
@@ -303,7 +304,7 @@ def test_a_control_variate_with_a_partial_last_batch(momentum, batch, steps):
             for name, parameter in module.named_parameters():
                 parameter.grad += common[name] - own[name]
             sgd.step()
-    weights = [sum(momentum**later for later in range(2 * steps - step)) for step in range(2 * steps)]
+    weights = [sum(momentum**later for later in range(2 * steps - step + nesterov)) for step in range(2 * steps)]
     for name, parameter in module.named_parameters():
         expected = sum(w * g[name] for w, g in zip(weights, gradients, strict=True)) / sum(weights)
         assert torch.allclose(take("control", memory)[name], expected, atol=1e-4), name

@@ -9,8 +9,9 @@ import pytest
 
 from fedkd.core import cli, run_directory
 from fedkd.core.cli import from_environment
-from fedkd.core.config import Config, from_file
+from fedkd.core.config import Config
 from fedkd.core.errors import UsageError
+from fedkd.core.options import from_file
 from fedkd.distill.config import DistillConfig
 from fedkd.simulate import simulate
 

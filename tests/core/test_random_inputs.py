@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from fedkd import models
 from fedkd.core import cli, specs
 from fedkd.core.catalog import CATALOG
-from fedkd.core.config import Config, Options
+from fedkd.core.config import Config
 from fedkd.core.errors import PluginError, UsageError
+from fedkd.core.options import Options
 from fedkd.data import proxies
 from fedkd.distill.config import DistillConfig
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedkd.core import cli, run_directory, tensors
-from fedkd.core.config import from_file
 from fedkd.core.errors import DataError, ResumeError, UsageError
+from fedkd.core.options import from_file
 from fedkd.distill import distill, progress, runner, teachers
 from fedkd.distill.config import DistillConfig
 from fedkd.distill.task import prepare

@@ -99,6 +99,6 @@ def test_the_text_of_the_option_is_kept(folder, tmp_path):
     text = saved(folder / "a.safetensors")
     config = tiny(model=text)
     (tmp_path / "again.toml").write_text(run_directory.toml(config))
-    from fedkd.core.config import from_file
+    from fedkd.core.options import from_file
 
     assert Config.parse(from_file(tmp_path / "again.toml")) == config

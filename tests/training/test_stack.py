@@ -509,7 +509,18 @@ def test_a_step_is_recorded_once_for_all_trainings(sizes, count, monkeypatch):
     assert len(steps) == count
 
 
-@pytest.mark.parametrize("optimizer", [sgd, adam])
+def nesterov(parameters: list[torch.Tensor]) -> tuple[optimizers.Step, list[torch.Tensor]]:
+    state = optimizers.state_of(optimizers.sgd, parameters)
+    return optimizers.sgd(parameters, 0.9, 1e-3, list(state), nesterov=True), state
+
+
+def adamw(parameters: list[torch.Tensor]) -> tuple[optimizers.Step, list[torch.Tensor]]:
+    state = optimizers.state_of(optimizers.adamw, parameters)
+    step = optimizers.adamw(parameters, 0.1, state, beta1=0.8)
+    return lambda rate: step(rate / 10), state
+
+
+@pytest.mark.parametrize("optimizer", [sgd, nesterov, adam, adamw])
 def test_learning_rates_are_new_in_each_training(optimizer, monkeypatch):
     """Rates of the round and of each step; clients that are done leave the stack."""
     options = {"rates": lambda number: [[0.02], [0.05], [0.01 * step for step in range(8)]][number]}
@@ -523,7 +534,7 @@ def test_learning_rates_are_new_in_each_training(optimizer, monkeypatch):
     assert not torch.equal(seen[0], seen[len(seen) // 3])
 
 
-@pytest.mark.parametrize("optimizer", [sgd, adam])
+@pytest.mark.parametrize("optimizer", [sgd, nesterov, adam, adamw])
 def test_clients_of_all_sizes_with_a_rate_of_each_step(optimizer):
     options, limit = DOUBLE
     options |= {"optimizer": optimizer, "rates": [0.02 * 0.9**step for step in range(6)]}

@@ -217,12 +217,18 @@ def _of_first(outputs, labels):
 
 
 @pytest.mark.parametrize(
-    ("method", "schedule", "count"),
-    [("fedmd", "constant", 3), ("fedmd", "cosine", 3), ("moon", "cosine", 2), ("fedntd", "constant", 2)],
+    ("method", "optimizer", "schedule", "count"),
+    [
+        ("fedmd", "sgd", "constant", 3),
+        ("fedmd", "sgd", "cosine", 3),
+        ("fedmd", "adamw", "cosine", 3),
+        ("moon", "sgd", "cosine", 2),
+        ("fedntd", "sgd", "constant", 2),
+    ],
 )
-def test_a_step_is_recorded_once_in_a_run(method, schedule, count, stacks, tmp_path, monkeypatch):
+def test_a_step_is_recorded_once_in_a_run(method, optimizer, schedule, count, stacks, tmp_path, monkeypatch):
     """Of the clients and of the server, for all rounds; the results are those of a run without recordings."""
-    options = {"validation": 1300, "algorithm": method, "rounds": 3, "schedule": schedule}
+    options = {"validation": 1300, "algorithm": method, "rounds": 3, "optimizer": optimizer, "schedule": schedule}
     expected, steps = simulated(tmp_path / "one", **options), []
     graphs.forget()
     monkeypatch.setattr(graphs, "recorder", lambda _: lambda run: (steps.append(run), run)[1])

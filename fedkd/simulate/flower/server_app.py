@@ -16,8 +16,9 @@ from fedkd.algorithms.base import Update
 from fedkd.communication.ledger import SerializedBytes
 from fedkd.communication.replies import Expected, Reply
 from fedkd.core import run_directory
-from fedkd.core.config import Config, underscored
+from fedkd.core.config import Config
 from fedkd.core.errors import RunError, UsageError, last_line, printable
+from fedkd.core.options import underscored
 from fedkd.core.runtime import settle
 from fedkd.simulate import checks, faults
 from fedkd.simulate.experiment import prepared
