@@ -115,6 +115,8 @@ class Ensemble(Algorithm):
                 SoftLabels(setup.proxy.select(indices), probs),
                 self.distillation(setup).objective,
                 epochs=setup.config.distill_epochs,
+                steps=setup.config.distill_steps,
+                schedule=setup.config.distill_schedule,
                 seed=seed,
             )
         return {**state, "round": state["round"] + 1, "prev": state["round"], **put("student", student)}

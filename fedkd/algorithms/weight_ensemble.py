@@ -88,6 +88,8 @@ class WeightEnsemble(Algorithm):
                     soft_labels,
                     cross_entropy,
                     epochs=setup.config.distill_epochs,
+                    steps=setup.config.distill_steps,
+                    schedule=setup.config.distill_schedule,
                     seed=derive(seed, name),
                     average=step.average_epochs,
                 )

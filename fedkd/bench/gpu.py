@@ -144,7 +144,8 @@ class Graphed(Plain):
         for velocity in self.velocities:
             assert velocity is not None
             velocity.zero_()
-        plan = Plan.of([job], [loop.batch_sizes(self.work.module, len(job.pixels), BATCH)], 1)
+        sizes = loop.batch_sizes(self.work.module, len(job.pixels), BATCH)
+        plan = Plan.of([job], [sizes], [[len(sizes)]])
         samples, draws = plan.samples.to(self.work.device), plan.draws.to(self.work.device)
         for number in range(len(samples)):
             self.inputs[0].copy_(job.pixels[samples[number, 0]])

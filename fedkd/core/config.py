@@ -123,6 +123,9 @@ class Config(Options):
 
     # Training
     local_epochs: PositiveInt = option(2, "Training", "Epochs of local training in a round.")
+    local_steps: NonNegativeInt = option(
+        0, "Training", "Batches of local training in a round, whatever --local-epochs is; 0: whole epochs."
+    )
     batch_size: PositiveInt = option(32, "Training", "Batch size of local training.")
     optimizer: str = option(
         "sgd",
@@ -139,8 +142,14 @@ class Config(Options):
     weight_decay: NonNegativeFloat = option(0.0005, "Training", "Weight decay of local training.")
     augment: bool = option(True, "Training", "Random crops, and flips where the data allows them, in local training.")
     distill_epochs: NonNegativeInt = option(5, "Training", "Epochs of distillation on the server in a round.")
+    distill_steps: NonNegativeInt = option(
+        0, "Training", "Batches of distillation on the server, whatever --distill-epochs is; 0: whole epochs."
+    )
     distill_batch_size: PositiveInt = option(64, "Training", "Batch size of distillation, on server and clients.")
     distill_learning_rate: Rate = option(0.001, "Training", "Learning rate of distillation (Adam).")
+    distill_schedule: str = option(
+        "constant", "Training", "How it changes over the steps of a distillation on the server: as --schedule."
+    )
 
     # The run
     seed: Seed = option(0, "Run", "Seed of the first repetition; all random numbers are derived from it.")

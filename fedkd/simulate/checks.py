@@ -31,7 +31,8 @@ def check(config: Config) -> None:
     _check_faults(config)
     specs.bind("aggregator", config.aggregator)
     specs.bind("loss", config.loss)
-    schedules.factor(config.schedule, 0, config.rounds)
+    for schedule in (config.schedule, config.distill_schedule):
+        schedules.factor(schedule, 0, 1)
     if specs.built_in("optimizer", config.optimizer).keywords.get("nesterov") and not config.momentum:
         raise UsageError(f"--optimizer {config.optimizer} needs a --momentum above 0.")
     for codec in (config.uplink_codec, config.downlink_codec):

@@ -183,8 +183,9 @@ def _prepare(config: Config) -> Experiment:
 
 def _are_worth_a_stack(config: Config, partition: Partition) -> bool:
     """Whether clients have enough steps of training in a round. It does not depend on the number of rounds."""
-    steps = (-(-partition.sizes // config.batch_size)).sum() * config.local_epochs * config.participation
-    return bool(steps >= FEWEST_STEPS)
+    epochs = (-(-partition.sizes // config.batch_size)) * config.local_epochs
+    steps = config.local_steps * len(partition.sizes) if config.local_steps else epochs.sum()
+    return bool(steps * config.participation >= FEWEST_STEPS)
 
 
 prepared = lru_cache(maxsize=2)(prepare)

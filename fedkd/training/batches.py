@@ -39,16 +39,17 @@ class Plan:
     draws: Tensor
 
     @staticmethod
-    def of(jobs: Sequence[Job], sizes: Sequence[Sequence[int]], epochs: int) -> Plan:
-        """The batches that `loop.train` makes of each job; ``sizes`` are those of its epoch."""
-        steps, longest = epochs * max(map(len, sizes)), max(map(max, filter(None, sizes)), default=0)
+    def of(jobs: Sequence[Job], sizes: Sequence[Sequence[int]], lengths: Sequence[Sequence[int]]) -> Plan:
+        """The batches that `loop.train` makes of each job; ``sizes`` and ``lengths`` are those of its epochs."""
+        steps, longest = max(map(sum, lengths)), max(map(max, filter(None, sizes)), default=0)
         counts = torch.zeros(len(jobs), steps, dtype=torch.int64)
         samples, draws, first = [torch.zeros(0, dtype=torch.int64)], [augment.unchanged(0)], 0
         for k, job in enumerate(jobs):
             generator = torch.Generator().manual_seed(job.seed)
-            counts[k, : epochs * len(sizes[k])] = torch.tensor(list(sizes[k]) * epochs)
-            for _ in range(epochs):
-                batches = loop.batches(list(sizes[k]), generator)
+            used = [size for length in lengths[k] for size in sizes[k][:length]]
+            counts[k, : len(used)] = torch.tensor(used)
+            for length in lengths[k]:
+                batches = loop.batches(list(sizes[k]), generator)[:length]
                 samples += [first + batch for batch in batches]
                 draws.append(job.augmentation.draw(batches, generator))
             first += len(job.pixels)

@@ -67,6 +67,7 @@ def train(
     batch_size: int,
     augmentation: Augmentation,
     seed: int,
+    steps: int = 0,
     penalty: Penalty | None = None,
     average: bool = False,
     precision: Precision = "float32",
@@ -75,19 +76,22 @@ def train(
 
     ``rates`` are the learning rates of the steps; the last one is that of all further steps.
 
+    With ``steps`` above 0 there are so many steps, and as many epochs as this takes; the last one may be cut.
+
     With ``average`` the result is the mean of the weights after each epoch (stochastic weight averaging: Izmailov et
     al., 2018).
     """
     generator, number = torch.Generator().manual_seed(seed), 0
     device = next(model.parameters()).device
     sizes = batch_sizes(model, len(pixels), batch_size)
+    lengths = epoch_lengths(len(sizes), epochs, steps)
     objective, penalty = on_device(objective, device), penalty and on_device(penalty, device)
     model.train()
     model.zero_grad()  # of a training that failed
     with seeded(seed), computing(precision):  # seeded for dropout, which draws from torch's own stream
         sums = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in _floats(model)} if average else {}
-        for _ in range(epochs):
-            for indices in batches(sizes, generator):
+        for length in lengths:
+            for indices in batches(sizes, generator)[:length]:
                 images = augmentation(pixels[indices].to(device), indices, generator)
                 loss = objective(output_of(model, scaling(images), precision), targets[indices].to(device))
                 if penalty is not None:
@@ -97,9 +101,9 @@ def train(
                 number += 1
             for name, weights in _floats(model) if average else ():
                 sums[name] += weights
-        if average and epochs:
+        if average and lengths:
             for name, weights in _floats(model):
-                weights.copy_(sums[name] / epochs)
+                weights.copy_(sums[name] / len(lengths))
 
 
 def batch_sizes(model: nn.Module, count: int, size: int) -> list[int]:
@@ -112,6 +116,14 @@ def batch_sizes(model: nn.Module, count: int, size: int) -> list[int]:
     if sizes[-1:] == [1] and has_batch_norm(model):
         sizes[-2:] = [sum(sizes[-2:])] if len(sizes) > 1 else []
     return sizes
+
+
+def epoch_lengths(batches: int, epochs: int, steps: int = 0) -> list[int]:
+    """The number of batches of each epoch, out of ``batches``; if ``steps`` is above 0, of so many steps in all."""
+    if not steps or not batches:
+        return [batches] * epochs
+    full, rest = divmod(steps, batches)
+    return [batches] * full + [rest] * (rest > 0)
 
 
 def has_batch_norm(model: nn.Module) -> bool:

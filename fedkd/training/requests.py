@@ -43,6 +43,7 @@ class Training:
     numbers: tuple[float, ...]
     epochs: int
     batch_size: int
+    steps: int = 0
     average: bool = False
     output: type[nn.Module] | None = None
     teachers: tuple[Network, ...] = ()
@@ -59,6 +60,7 @@ class Training:
             rates=rates,
             epochs=self.epochs,
             batch_size=self.batch_size,
+            steps=self.steps,
             augmentation=job.augmentation,
             seed=job.seed,
             penalty=job.penalty,
@@ -70,8 +72,9 @@ class Training:
         self, learner: Learner, jobs: Sequence[Job], rates: Sequence[float], smaller: Callable[[int], Learner]
     ) -> None:
         """Train a network of all clients, in place."""
-        options: dict[str, Any] = {"epochs": self.epochs, "batch_size": self.batch_size, "average": self.average}
-        stacked_loop.train(learner, jobs, self.scaling, rates=rates, smaller=smaller, **options)
+        options: dict[str, Any] = {"epochs": self.epochs, "steps": self.steps, "average": self.average}
+        options |= {"rates": rates, "batch_size": self.batch_size, "smaller": smaller}
+        stacked_loop.train(learner, jobs, self.scaling, **options)
 
     def learner(self, count: int) -> Learner:
         """A stack of so many clients, always the same one, with any weights."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,6 +96,7 @@ def train(
     rates: Sequence[float],
     epochs: int,
     batch_size: int,
+    steps: int = 0,
     average: bool = False,
     record: bool = True,
     smaller: Callable[[int], Learner] | None = None,
@@ -112,14 +114,16 @@ def train(
     device = next(learner.network.parameters()).device
     data = [graphs.upload([getattr(job, name) for job in jobs], device) for name in ("pixels", "targets")]
     sizes = [loop.batch_sizes(learner.network, len(job.pixels), batch_size) for job in jobs]
-    plan = Plan.of(jobs, sizes, epochs)
+    lengths = [loop.epoch_lengths(len(each), epochs, steps) for each in sizes]
+    plan = Plan.of(jobs, sizes, lengths)
     segments, rate_of_steps = plan.segments(), optimizers.rates_for(rates, len(plan.sizes), device)
     first, clients = learner, list(range(len(jobs)))  # those in the stack, some of which may be done
     learner.stack.streams = [torch.Generator(device).manual_seed(job.seed) for job in jobs]
     tensors = first.stack.tensors
     results = [] if [working for working, _ in segments] == [clients] else [each.detach().clone() for each in tensors]
+    ends = [set(accumulate(each)) for each in lengths]
     sums = [torch.zeros_like(each, dtype=torch.float64) for each in tensors] if average else []
-    steps: Iterator[None] | None = None
+    each_step: Iterator[None] | None = None
     with learner.stack.computing(), seeded(jobs[0].seed):  # seeded as `loop.train` for one client
         random = _random_state(device)
         for (working, numbers), (later, _) in zip(segments, [*segments[1:], ([], [])], strict=True):
@@ -127,25 +131,26 @@ def train(
             if smaller is not None and count < len(clients):
                 done = [client for client in clients if client not in working]
                 remaining = sorted((working + done)[:count])
-                old, learner, steps = learner, smaller(count), None
+                old, learner, each_step = learner, smaller(count), None
                 learner.take(old, [clients.index(client) for client in remaining])
                 clients = remaining
-            if steps is None:
+            if each_step is None:
                 own = [jobs[client] for client in clients]
                 rest = plan.part(numbers[0], clients), rate_of_steps[numbers[0] :]
-                steps = _steps(learner, own, data, scaling, *rest, record)
+                each_step = _steps(learner, own, data, scaling, *rest, record)
             for number in numbers:
-                next(steps)
+                next(each_step)
                 if number == 0 and not torch.equal(random, _random_state(device)):
                     _drawn(learner)
                 if average:
-                    ended = [client for client in working if (number + 1) % len(sizes[client]) == 0]
+                    ended = [client for client in working if number + 1 in ends[client]]
                     _put(learner, clients, sums, ended, torch.Tensor.add_)
             if results:
                 _put(learner, clients, results, [c for c in working if c not in later], torch.Tensor.copy_)
     if average:
+        epochs_of = torch.tensor([max(1, len(each)) for each in lengths], device=device)
         results = [
-            (total / epochs).to(tensor) if tensor.is_floating_point() else tensor
+            (total / epochs_of.view(-1, *[1] * (total.dim() - 1))).to(tensor) if tensor.is_floating_point() else tensor
             for total, tensor in zip(sums, results or tensors, strict=True)
         ]
     for tensor, result in zip(tensors, results, strict=False):  # none if all is in its place

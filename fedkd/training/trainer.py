@@ -93,7 +93,8 @@ class Trainer:
     def steps(self, client: Client) -> int:
         """The number of steps of local training on the client's samples."""
         module = self._network(client.model).module
-        return self.config.local_epochs * len(loop.batch_sizes(module, len(client.data), self.config.batch_size))
+        batches = loop.batch_sizes(module, len(client.data), self.config.batch_size)
+        return sum(loop.epoch_lengths(len(batches), self.config.local_epochs, self.config.local_steps))
 
     def learning_rate(self, client: Client) -> float:
         """The learning rate of the client's local training in its round."""
@@ -180,8 +181,8 @@ class Trainer:
         config = self.config
         is_sgd = specs.parse(config.optimizer).name == "sgd"
         numbers = (config.momentum, config.weight_decay) if is_sgd else (config.weight_decay,)
-        epochs, size = config.local_epochs, config.batch_size
-        return Training(self._network(model), self.scaling, config.optimizer, numbers, epochs, size, output=output)
+        budget = config.local_epochs, config.batch_size, config.local_steps
+        return Training(self._network(model), self.scaling, config.optimizer, numbers, *budget, output=output)
 
     def _job(
         self,
@@ -219,14 +220,22 @@ class Trainer:
         *,
         epochs: int,
         seed: int,
+        steps: int = 0,
+        schedule: str = "constant",
         average: bool = False,
     ) -> dict[str, Tensor]:
         """The weights after minimizing ``objective(logits, targets)`` over the soft labels (Adam).
 
-        Without augmentation, since the targets belong to exactly these pixels. ``average``: see `loop.train`.
+        Without augmentation, since the targets belong to exactly these pixels. The schedule is that of the learning
+        rate over the steps. ``steps`` and ``average``: see `loop.train`.
         """
-        rates, size = (self.config.distill_learning_rate,), self.config.distill_batch_size
-        how = Training(self._network(model), self.scaling, "adam", (0.0,), epochs, size, average)
+        rate, size, network = self.config.distill_learning_rate, self.config.distill_batch_size, self._network(model)
+        rates: tuple[float, ...] = (rate,)
+        if schedule != "constant":
+            batches = loop.batch_sizes(network.module, len(soft_labels.images), size)
+            total = sum(loop.epoch_lengths(len(batches), epochs, steps))
+            rates = schedules.rates(schedule, rate, total, max(1, len(batches)))
+        how = Training(network, self.scaling, "adam", (0.0,), epochs, size, steps, average)
         job = Job(soft_labels.images, soft_labels.targets, objective, loop.Augmentation(), seed)
         trained: dict[str, Tensor] = together.result(Fit(how, weights, job, rates))
         return trained

@@ -22,21 +22,18 @@ def module_of(setup, weights):
     return module.to(memory_format=torch.channels_last).train()
 
 
-def descended(experiment, client, optimizer, epochs=2):
-    """The weights after local training by an optimizer of torch.optim."""
+def descended(experiment, client, optimizer, epochs=2, steps=None):
+    """The weights after local training by an optimizer of torch.optim, for so many steps."""
     setup = experiment.setup
     module = module_of(setup, setup.trainer.initial_weights(setup.student))
-    optimizer, generator = (
-        optimizer(module.parameters()),
-        torch.Generator().manual_seed(seeds.derive(client.seed, "fit")),
-    )
-    for _ in range(epochs):
-        for rows in torch.randperm(len(client.data), generator=generator).split(50):
-            optimizer.zero_grad()
-            F.cross_entropy(
-                module(setup.trainer.scaling(client.data.pixels[rows])), client.data.labels[rows]
-            ).backward()
-            optimizer.step()
+    generator = torch.Generator().manual_seed(seeds.derive(client.seed, "fit"))
+    optimizer = optimizer(module.parameters())
+    orders = [torch.randperm(len(client.data), generator=generator) for _ in range(epochs)]
+    for rows in [rows for order in orders for rows in order.split(50)][:steps]:
+        optimizer.zero_grad()
+        logits = module(setup.trainer.scaling(client.data.pixels[rows]))
+        F.cross_entropy(logits, client.data.labels[rows]).backward()
+        optimizer.step()
     return module.state_dict()
 
 
@@ -59,6 +56,44 @@ def test_clients_train_by_the_optimizer_at_the_rate_of_the_round(spec):
     for name, tensor in wanted.items():
         assert torch.allclose(weights[name], tensor, atol=2e-5), name
     assert all(torch.equal(trainer.train(client, start)[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("steps", [2, 3, 7])
+def test_clients_train_for_so_many_steps(steps):
+    """Of three batches each, the last of which is smaller; in an order that is drawn anew when an epoch ends."""
+    experiment = prepare(tiny(algorithm="fedavg", **TRAINED | {"local_steps": steps, "weight_decay": 0}))
+    trainer, client = experiment.setup.trainer, experiment.client(1, 3, {})
+    assert 100 < len(client.data) < 150
+    assert trainer.steps(client) == steps
+    weights = trainer.train(client, trainer.initial_weights(client.model))
+    wanted = descended(experiment, client, lambda p: torch.optim.SGD(p, 0.01, 0.9), epochs=3, steps=steps)
+    for name, tensor in wanted.items():
+        assert torch.allclose(weights[name], tensor, atol=2e-5), name
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize(("steps", "epochs"), [(0, 2), (5, 2)])
+def test_the_server_distills_for_so_many_steps_by_a_schedule(schedule, steps, epochs):
+    """40 proxy samples in batches of 16."""
+    options = {"distill_epochs": epochs, "distill_steps": steps, "distill_schedule": schedule}
+    experiment = prepare(tiny(distill_batch_size=16, distill_learning_rate=0.01, **options))
+    setup, algorithm = experiment.setup, experiment.algorithm
+    state, indices = algorithm.initial_state(setup), torch.arange(40)
+    probs = torch.randn(40, setup.classes, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    new = algorithm.global_model(setup, algorithm.distill_student(setup, state, indices, probs, seed=5))
+    module, total = module_of(setup, setup.trainer.initial_weights(setup.student)), steps or 3 * epochs
+    optimizer, generator = torch.optim.Adam(module.parameters(), 0.01), torch.Generator().manual_seed(5)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    orders = [torch.randperm(40, generator=generator) for _ in range(2)]
+    for rows in [rows for order in orders for rows in order.split(16)][:total]:
+        optimizer.zero_grad()
+        logits = module(setup.trainer.scaling(setup.proxy.images[rows]))
+        F.kl_div(logits.log_softmax(-1), probs[rows], reduction="batchmean").backward()
+        optimizer.step()
+        if schedule == "cosine":
+            scheduler.step()
+    for name, tensor in module.state_dict().items():
+        assert torch.allclose(new[name], tensor, atol=1e-4), name
 
 
 @pytest.mark.parametrize(

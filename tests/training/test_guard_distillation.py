@@ -320,6 +320,17 @@ def descended(pixels, labels, **options):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def test_averaged_weights_of_so_many_steps_are_those_of_the_epochs_that_this_takes(generator):
+    """Of four batches: six steps are an epoch and a half."""
+    pixels = torch.randint(256, (50, 8, 8, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(10, (50,), generator=generator)
+    after = [descended(pixels, labels, epochs=1, steps=steps) for steps in (4, 6)]
+    ours = descended(pixels, labels, epochs=1, steps=6, average=True)
+    for name, tensor in ours.items():
+        if tensor.is_floating_point():
+            assert torch.allclose(tensor, (after[0][name] + after[1][name]) / 2, atol=1e-6), name
+
+
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_averaged_weights_are_the_mean_of_those_after_each_epoch(generator, epochs):
     """A run of k epochs begins as one of more does; buffers are averaged as well, but for the counter."""

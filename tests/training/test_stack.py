@@ -541,6 +541,16 @@ def test_clients_of_all_sizes_with_a_rate_of_each_step(optimizer):
     assert after_training("cnn:width=8", jobs(), **options) <= limit
 
 
+@pytest.mark.parametrize("steps", [1, 3, 9])
+def test_clients_of_all_sizes_with_the_same_number_of_steps(steps, monkeypatch):
+    """Clients with one batch or seven, whose last batches are smaller. Recorded, the same to the bit."""
+    options, limit = DOUBLE
+    assert after_training("cnn:width=8", jobs(), steps=steps, **options) <= limit
+    expected = train_again("cnn:width=8", 2, (70, 33), record=False, steps=steps)
+    monkeypatch.setattr(graphs, "recorder", replays.recorder)
+    assert all(map(torch.equal, train_again("cnn:width=8", 2, (70, 33), steps=steps), expected))
+
+
 def alone(networks: list[nn.Module]) -> tuple[Stack, nn.Module]:
     (network,), stack = copy.deepcopy(networks), Stack(1)
     return stack, stack.alone(network)
