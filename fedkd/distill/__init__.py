@@ -10,6 +10,7 @@ from fedkd.core import quotes, run_directory, specs
 from fedkd.core.errors import DataError, FedkdError, PluginError, UsageError
 from fedkd.data import sources
 from fedkd.distill import teacher_names
+from fedkd.training import schedules
 from fedkd.training.terms import BornAgain, Term
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def check(config: DistillConfig) -> list[Term]:
             raise DataError(
                 f"--teacher {text}: no such run or file; a path with a space or a comma stands in double quotes."
             )
+    schedules.factor(config.schedule, 0, 1)
     models.check(config.student)
     for dataset in {config.dataset, config.shifted} - {"auto", ""}:
         sources.named(dataset)

@@ -88,7 +88,13 @@ class DistillConfig(Options):
     epochs: PositiveInt = option(30, "Training", "Epochs of a student, with a teacher or without.")
     teacher_epochs: NonNegativeInt = option(0, "Training", "Epochs of a teacher; 0 for the same as the student.")
     batch_size: PositiveInt = option(64, "Training", "Batch size.")
-    learning_rate: Rate = option(0.05, "Training", "Initial learning rate (SGD), with cosine annealing to zero.")
+    learning_rate: Rate = option(0.05, "Training", "Initial learning rate (SGD).")
+    schedule: str = option(
+        "cosine",
+        "Training",
+        "How it changes: cosine, in every step, towards zero; after epochs step:milestones=150+180+210,gamma=0.1 or "
+        "exponential:gamma=0.99; constant.",
+    )
     momentum: Momentum = option(0.9, "Training", "Momentum.")
     weight_decay: NonNegativeFloat = option(0.0005, "Training", "Weight decay.")
     augment: bool = option(True, "Training", "Random crops, and flips if the data set allows them.")

@@ -121,6 +121,8 @@ def _key(task: Task, config: DistillConfig, model: str, epochs: int) -> str:
     run = (config.augment and task.flip, config.augment, config.seed, config.threads, device)
     machine = (torch.__version__, version("torchvision"), torch.backends.cpu.get_cpu_capability())
     parts = [LAYOUT, model, *numbers, *run, task.digest, *machine]
+    if config.schedule != "cosine":  # of networks that were cached before there were others
+        parts.append(config.schedule)
     prefix = "".join(letter if letter.isalnum() else "-" for letter in model).strip("-")
     return f"{prefix}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
 

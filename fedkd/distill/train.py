@@ -72,7 +72,7 @@ def train(
     with seeds.seeded(seeds.derive(seed, "adapters")):
         objective = objective_of(task, config, module, teachers, terms)
     steps = len(loop.batch_sizes(objective, len(task.train), config.batch_size))
-    rates = schedules.rates("cosine", config.learning_rate, epochs * steps, steps)
+    rates = schedules.rates(config.schedule, config.learning_rate, epochs * steps, steps)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     on_gpu = together.pays(task.device)
     velocities: list[Tensor | None] = [torch.zeros_like(p) if on_gpu else None for p in parameters]

@@ -502,6 +502,7 @@ def fails(capsys, *flags: object) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
+        (["--schedule", "step"], 2, "needs milestones"),
         (["--loss", "features:layers=layer9"], 2, "Unknown layer of the student: 'layer9'"),
         (["--loss", "features:layers=0,teacher=0+3"], 2, "1 layers of the student cannot be compared with 2"),
         (["--loss", "logitz"], 2, "Did you mean 'logits'"),

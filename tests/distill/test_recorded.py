@@ -26,10 +26,10 @@ LOSSES = {
 }
 
 
-def trained(resumed: bool = False, **changes) -> dict[str, torch.Tensor]:
-    """What a third epoch would depend on. Images are augmented; the last batch of an epoch is smaller than the others.
+def states(start: int, state: dict[str, torch.Tensor], **changes):
+    """The functions of the state after each of two epochs, from ``start`` on.
 
-    If ``resumed``, the second epoch continues from the state after the first one.
+    Images are augmented; the last batch of an epoch is smaller than the others.
     """
     options = {"dataset": "noise:size=90", "student": "resnet8:width=4", "teacher": "cnn:width=4", "validation": 8}
     config = DistillConfig.parse({**options, "batch_size": 16, "device": "cpu", **changes})
@@ -39,14 +39,16 @@ def trained(resumed: bool = False, **changes) -> dict[str, torch.Tensor]:
         torch.manual_seed(len(teachers))
         teachers.append(models.build(name, 10, "batch").to(task.device).eval().requires_grad_(False))
 
-    def states(start: int, state: dict[str, torch.Tensor]):
-        module = train.build_untrained(task, config, config.student)
-        options = {"epochs": 2, "seed": 3, "terms": terms, "teachers": teachers, "start": start, "state": state}
-        return (state_of() for _, state_of in train.train(module, task, config, **options))
+    module = train.build_untrained(task, config, config.student)
+    options = {"epochs": 2, "seed": 3, "terms": terms, "teachers": teachers, "start": start, "state": state}
+    return (state_of() for _, state_of in train.train(module, task, config, **options))
 
-    first, second = states(0, {}), None
+
+def trained(resumed: bool = False, **changes) -> dict[str, torch.Tensor]:
+    """What a third epoch would depend on. If ``resumed``, the second one continues from the state after the first."""
+    first = states(0, {}, **changes)
     if resumed:
-        return next(states(1, next(first)))
+        return next(states(1, next(first), **changes))
     _, second = first
     return second
 
@@ -73,6 +75,16 @@ def test_a_recorded_step_does_the_same_to_the_bit(loss, recorded):
     state, replayed = recorded(**changes)
     assert equal(state, trained(**changes))
     assert replayed == 4 + 5
+
+
+def test_an_epoch_has_the_rate_of_its_schedule(recorded):
+    """The second of two epochs has a tenth of the rate of the first one, which is that of a run of constant rates."""
+    options = {"loss": "logits", "teacher": "cnn:width=4", "schedule": "step:milestones=1,gamma=0.1"}
+    state = trained(**options)
+    assert equal(recorded(**options)[0], state)
+    first = next(states(0, {}, schedule="constant", learning_rate=0.05, loss="logits", teacher="cnn:width=4"))
+    wanted = states(1, first, schedule="constant", learning_rate=0.005, loss="logits", teacher="cnn:width=4")
+    assert equal(next(wanted), state)
 
 
 @pytest.mark.parametrize("weighting", ["entropy", "agreement"])
