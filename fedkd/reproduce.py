@@ -17,8 +17,9 @@ from cyclopts.validators import Number
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fedkd.core import cli, run_directory
-from fedkd.core.config import Config, from_file, underscored
+from fedkd.core.config import Config
 from fedkd.core.errors import RunError, UsageError, unknown
+from fedkd.core.options import from_file, underscored
 from fedkd.evaluation.report.screen import Screen
 from fedkd.evaluation.report.table import Grid
 

@@ -140,6 +140,9 @@ class Config(Options):
     )
     momentum: Momentum = option(0.9, "Training", "Momentum of local training (SGD).")
     weight_decay: NonNegativeFloat = option(0.0005, "Training", "Weight decay of local training.")
+    clip_norm: NonNegativeFloat = option(
+        0.0, "Training", "The largest norm of a client's gradient in local training; larger ones are scaled; 0: any."
+    )
     augment: bool = option(True, "Training", "Random crops, and flips where the data allows them, in local training.")
     distill_epochs: NonNegativeInt = option(5, "Training", "Epochs of distillation on the server in a round.")
     distill_steps: NonNegativeInt = option(

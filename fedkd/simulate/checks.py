@@ -59,6 +59,8 @@ def _check_algorithm(run: Config) -> None:
         )
     if algorithm.assumes_sgd and specs.parse(run.optimizer).name != "sgd":
         raise UsageError(f"{run.algorithm} assumes that clients train with SGD, not --optimizer {run.optimizer}.")
+    if algorithm.assumes_sgd and run.clip_norm:
+        raise UsageError(f"{run.algorithm} needs the gradients as they are; leave out --clip-norm {run.clip_norm:g}.")
     if algorithm.pools_data and run.partitioner == partitioners.OWN:
         raise UsageError(
             f"{run.algorithm} needs all data in one place, but deployed nodes keep theirs; use another method."

@@ -210,6 +210,12 @@ def misfit(model: nn.Module, images: Tensor, classes: int) -> str:
     return ""
 
 
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module, copied to the CPU and contiguous."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+
 def score(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     """Accuracy in [0, 1] and mean negative log-likelihood, in nats."""
     accuracy = (logits.argmax(-1) == labels).double().mean().item()

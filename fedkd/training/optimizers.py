@@ -123,6 +123,29 @@ def _adam(
     return step
 
 
+def clipped(
+    step: Step,
+    parameters: Sequence[Tensor],
+    most: float,
+    of_clients: Callable[[Tensor], Tensor] = lambda one: one[None],
+) -> Step:
+    """The same after gradients were scaled to a norm of at most ``most``, as ``torch.nn.utils.clip_grad_norm_``.
+
+    The norm is that of all gradients of a client; ``of_clients`` makes tensors [K, ...] of them.
+    """
+    trainable = _trainable(parameters)
+
+    def clipped_step(rate: float | Tensor) -> None:
+        gradients = [of_clients(p.grad) for p in trainable if p.grad is not None]
+        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+        factors = (most / (norms + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
+        step(rate)
+
+    return clipped_step
+
+
 def state_of(optimizer: Callable[..., Step], parameters: Sequence[Tensor]) -> list[Tensor]:
     """What an optimizer keeps of its trainable parameters, all zeros.
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fedkd.core import seeds
 from fedkd.training import loop, optimizers
-from fedkd.training.requests import weights_of
 
 if TYPE_CHECKING:
     from fedkd.core.tensors import Tensors
@@ -55,7 +54,7 @@ def largest_gap(means: Tensor, present: Tensor) -> float:
 def initial_weights(classes: int, width: int, seed: int) -> dict[str, Tensor]:
     """The weights of a new `Prototypes`."""
     with seeds.seeded(seed):
-        return weights_of(Prototypes(classes, width))
+        return loop.weights_of(Prototypes(classes, width))
 
 
 def trained(
@@ -76,15 +75,16 @@ def trained(
     network.to(device)
     loop.train(
         network,
-        optimizers.sgd(list(network.parameters()), learning_rate, 0.0, 0.0),
+        optimizers.sgd(list(network.parameters()), 0.0, 0.0),
         means[present],
         present.nonzero()[:, 1],
         partial(with_margin, margin=min(largest_gap(means, present), margin)),
         lambda vectors: vectors,  # type: ignore[arg-type]
+        rates=[learning_rate],
         epochs=epochs,
         batch_size=batch_size,
         augmentation=loop.Augmentation(),
         seed=seed,
     )
     with torch.no_grad():
-        return weights_of(network), network.prototypes().cpu()
+        return loop.weights_of(network), network.prototypes().cpu()

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from fedkd.core import specs
@@ -44,6 +43,7 @@ class Training:
     epochs: int
     batch_size: int
     steps: int = 0
+    clip_norm: float = 0.0
     average: bool = False
     output: type[nn.Module] | None = None
     teachers: tuple[Network, ...] = ()
@@ -52,7 +52,7 @@ class Training:
         """Train one client's network, in place."""
         loop.train(
             network,
-            self._optimizer(list(network.parameters()), *self.numbers),
+            self._step(list(network.parameters())),
             job.pixels,
             job.targets,
             job.objective,
@@ -106,7 +106,11 @@ class Training:
         """What trains a network."""
         parameters = list(network.parameters())
         state = optimizers.state_of(self._optimizer, parameters)
-        return Learner(network, own, self._optimizer(parameters, *self.numbers, state), state)
+        return Learner(network, own, self._step(parameters, state, own.of_clients), state)
+
+    def _step(self, parameters: Sequence[Tensor], state: list[Tensor] | None = None, *of_clients: Any) -> Step:
+        step = self._optimizer(parameters, *self.numbers, state)
+        return optimizers.clipped(step, parameters, self.clip_norm, *of_clients) if self.clip_norm else step
 
     @property
     def _optimizer(self) -> Callable[..., Step]:
@@ -153,7 +157,7 @@ class Fit:
         teachers = self._teachers()
         module = self.network.loaded(self.weights)
         self.how.alone(self.how.module(module, teachers), self.job, self.rates)
-        return weights_of(module)
+        return loop.weights_of(module)
 
     def _teachers(self) -> list[nn.Module]:
         pairs = zip(self.how.teachers, self.teachers, strict=True)
@@ -200,7 +204,7 @@ class TaughtFit(Fit):
         module = self.network.loaded(self.weights)
         both = self.taught(module, teachers)
         self.how.alone(both, replace(self.job, objective=both.loss), self.rates)
-        return weights_of(module), weights_of(both.terms)
+        return loop.weights_of(module), loop.weights_of(both.terms)
 
     @staticmethod
     def stacked(requests: Sequence[TaughtFit]) -> list[Any]:  # type: ignore[override]
@@ -229,7 +233,7 @@ class TaughtFit(Fit):
             for parameter, trained in zip(each.terms.parameters(), taught.adapters, strict=True):
                 parameter.data = trained.detach()[k]
         weights = learner.stack.weights(networks[0])
-        return [(mine, weights_of(each.terms)) for mine, each in zip(weights, both, strict=True)]
+        return [(mine, loop.weights_of(each.terms)) for mine, each in zip(weights, both, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,9 +275,3 @@ class Prediction:
 def _within(network: nn.Module) -> nn.Module:
     """The network in a module around it."""
     return cast(nn.Module, network.model)
-
-
-def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of a module, copied to the CPU and contiguous."""
-    tensors = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
-    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}

@@ -20,7 +20,7 @@ from fedkd.training import loop, schedules, together
 from fedkd.training.batches import Job
 from fedkd.training.networks import Network
 from fedkd.training.objectives import Joint
-from fedkd.training.requests import Fit, Prediction, TaughtFit, Training, weights_of
+from fedkd.training.requests import Fit, Prediction, TaughtFit, Training
 
 if TYPE_CHECKING:
     from fedkd.algorithms.base import Client
@@ -53,7 +53,7 @@ class Trainer:
             DataError: they are in a file that cannot be used, or that has changed since it was used first.
 
         """
-        return weights_of(self._initial(model)[0])
+        return loop.weights_of(self._initial(model)[0])
 
     def note(self, model: str) -> str:
         """A sentence on the initial weights of a model, if there is something to know about them."""
@@ -181,7 +181,7 @@ class Trainer:
         config = self.config
         is_sgd = specs.parse(config.optimizer).name == "sgd"
         numbers = (config.momentum, config.weight_decay) if is_sgd else (config.weight_decay,)
-        budget = config.local_epochs, config.batch_size, config.local_steps
+        budget = config.local_epochs, config.batch_size, config.local_steps, config.clip_norm
         return Training(self._network(model), self.scaling, config.optimizer, numbers, *budget, output=output)
 
     def _job(
@@ -235,7 +235,7 @@ class Trainer:
             batches = loop.batch_sizes(network.module, len(soft_labels.images), size)
             total = sum(loop.epoch_lengths(len(batches), epochs, steps))
             rates = schedules.rates(schedule, rate, total, max(1, len(batches)))
-        how = Training(network, self.scaling, "adam", (0.0,), epochs, size, steps, average)
+        how = Training(network, self.scaling, "adam", (0.0,), epochs, size, steps, average=average)
         job = Job(soft_labels.images, soft_labels.targets, objective, loop.Augmentation(), seed)
         trained: dict[str, Tensor] = together.result(Fit(how, weights, job, rates))
         return trained

@@ -22,7 +22,7 @@ def module_of(setup, weights):
     return module.to(memory_format=torch.channels_last).train()
 
 
-def descended(experiment, client, optimizer, epochs=2, steps=None):
+def descended(experiment, client, optimizer, epochs=2, steps=None, clip=None):
     """The weights after local training by an optimizer of torch.optim, for so many steps."""
     setup = experiment.setup
     module = module_of(setup, setup.trainer.initial_weights(setup.student))
@@ -33,6 +33,8 @@ def descended(experiment, client, optimizer, epochs=2, steps=None):
         optimizer.zero_grad()
         logits = module(setup.trainer.scaling(client.data.pixels[rows]))
         F.cross_entropy(logits, client.data.labels[rows]).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
         optimizer.step()
     return module.state_dict()
 
@@ -71,6 +73,19 @@ def test_clients_train_for_so_many_steps(steps):
         assert torch.allclose(weights[name], tensor, atol=2e-5), name
 
 
+@pytest.mark.parametrize(("clip_norm", "changes"), [(0.5, True), (100.0, False)])
+def test_gradients_are_clipped_as_by_torch(clip_norm, changes):
+    experiment = prepare(tiny(algorithm="fedavg", **TRAINED | {"clip_norm": clip_norm, "weight_decay": 0.1}))
+    trainer, client = experiment.setup.trainer, experiment.client(1, 3, {})
+    weights = trainer.train(client, trainer.initial_weights(client.model))
+    wanted, without = (
+        descended(experiment, client, lambda p: torch.optim.SGD(p, 0.01, 0.9, weight_decay=0.1), clip=clip)
+        for clip in (clip_norm, None)
+    )
+    assert all(torch.allclose(weights[name], tensor, atol=2e-5) for name, tensor in wanted.items())
+    assert all(torch.equal(without[name], tensor) for name, tensor in wanted.items()) is not changes
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 @pytest.mark.parametrize(("steps", "epochs"), [(0, 2), (5, 2)])
 def test_the_server_distills_for_so_many_steps_by_a_schedule(schedule, steps, epochs):
@@ -103,6 +118,7 @@ def test_the_server_distills_for_so_many_steps_by_a_schedule(schedule, steps, ep
         ({"optimizer": "adam:nesterov=true"}, "nesterov"),
         ({"optimizer": "sgd:nesterov=true", "momentum": 0}, "needs a --momentum above 0"),
         ({"optimizer": "adam", "algorithm": "scaffold"}, "scaffold assumes that clients train with SGD"),
+        ({"clip_norm": 1, "algorithm": "scaffold"}, "leave out --clip-norm 1"),
         ({"schedule": "linear"}, "Unknown schedule"),
         ({"schedule": "step"}, "milestones"),
         ({"schedule": "step:milestones=0"}, "milestones=0 is not usable"),

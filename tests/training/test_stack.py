@@ -67,6 +67,19 @@ def adam(parameters: list[torch.Tensor]) -> tuple[optimizers.Step, list[torch.Te
     return lambda rate: step(rate / 10), state
 
 
+def clipping(parameters: list[torch.Tensor], *of_clients) -> tuple[optimizers.Step, list[torch.Tensor]]:
+    """Gradients of one norm, which is smaller than most; in the plain loop by PyTorch."""
+    step, state = sgd(parameters)
+    if of_clients:
+        return optimizers.clipped(step, parameters, 0.5, *of_clients), state
+
+    def clipped_step(rate: float) -> None:
+        nn.utils.clip_grad_norm_(parameters, 0.5)
+        step(rate)
+
+    return clipped_step, state
+
+
 def plain(network: nn.Module, job: Job, *, optimizer=sgd, dtype=torch.float32, rate=0.02, **options) -> None:
     """Train by the plain loop."""
     loop.train(
@@ -86,7 +99,8 @@ def plain(network: nn.Module, job: Job, *, optimizer=sgd, dtype=torch.float32, r
 def learner_of(networks: list[nn.Module], *, build=None, optimizer=sgd) -> Learner:
     """What trains a stack of these networks; ``build`` makes a stack and its network of them."""
     stack, network = (build or stack_of)(networks)
-    return Learner(network, stack, *optimizer(list(network.parameters())))
+    of_clients = [stack.of_clients] if optimizer is clipping else []
+    return Learner(network, stack, *optimizer(list(network.parameters()), *of_clients))
 
 
 def stacked(networks: list[nn.Module], work: list[Job], *, build=None, optimizer=sgd, rate=0.02, **options) -> Learner:
@@ -520,7 +534,7 @@ def adamw(parameters: list[torch.Tensor]) -> tuple[optimizers.Step, list[torch.T
     return lambda rate: step(rate / 10), state
 
 
-@pytest.mark.parametrize("optimizer", [sgd, nesterov, adam, adamw])
+@pytest.mark.parametrize("optimizer", [sgd, nesterov, adam, adamw, clipping])
 def test_learning_rates_are_new_in_each_training(optimizer, monkeypatch):
     """Rates of the round and of each step; clients that are done leave the stack."""
     options = {"rates": lambda number: [[0.02], [0.05], [0.01 * step for step in range(8)]][number]}
@@ -534,7 +548,7 @@ def test_learning_rates_are_new_in_each_training(optimizer, monkeypatch):
     assert not torch.equal(seen[0], seen[len(seen) // 3])
 
 
-@pytest.mark.parametrize("optimizer", [sgd, nesterov, adam, adamw])
+@pytest.mark.parametrize("optimizer", [sgd, nesterov, adam, adamw, clipping])
 def test_clients_of_all_sizes_with_a_rate_of_each_step(optimizer):
     options, limit = DOUBLE
     options |= {"optimizer": optimizer, "rates": [0.02 * 0.9**step for step in range(6)]}
