@@ -143,6 +143,9 @@ class Config(Options):
     clip_norm: NonNegativeFloat = option(
         0.0, "Training", "The largest norm of a client's gradient in local training; larger ones are scaled; 0: any."
     )
+    label_smoothing: Momentum = option(
+        0.0, "Training", "The share of a label that is spread over all classes in local training."
+    )
     augment: bool = option(True, "Training", "Random crops, and flips where the data allows them, in local training.")
     distill_epochs: NonNegativeInt = option(5, "Training", "Epochs of distillation on the server in a round.")
     distill_steps: NonNegativeInt = option(

@@ -60,7 +60,7 @@ def of_samples(objective: Callable[..., Tensor]) -> Callable[..., Tensor] | None
     """
     if objective is torch.nn.functional.cross_entropy:
         return partial(torch.nn.functional.cross_entropy, reduction="none")
-    if isinstance(objective, Softened | Joint):
+    if isinstance(objective, LabelSmoothed | Softened | Joint):
         return objective.of_samples
     declared = objective.func if isinstance(objective, partial) else objective
     return partial(_of_samples, objective) if getattr(declared, "is_mean_over_samples", False) else None
@@ -72,6 +72,22 @@ def _of_samples(objective: Callable[..., Tensor], output: Any, targets: Tensor, 
     output, targets = pytree.tree_map(lambda rows: rows[:, None], (output, targets))
     losses: Tensor = torch.vmap(objective, (0, 0, *[None] * len(tensors)))(output, targets, *tensors)
     return losses
+
+
+@dataclass(frozen=True)
+class LabelSmoothed:
+    """The cross-entropy with labels of which a share is spread over all classes (Szegedy et al., 2016)."""
+
+    share: float
+
+    def __call__(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """The loss of a batch."""
+        return torch.nn.functional.cross_entropy(logits, labels, label_smoothing=self.share, reduction=reduction)
+
+    @property
+    def of_samples(self) -> Objective:
+        """See the function."""
+        return partial(self, reduction="none")
 
 
 @dataclass(frozen=True)

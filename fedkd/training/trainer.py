@@ -19,7 +19,7 @@ from fedkd.models import checkpoint
 from fedkd.training import loop, schedules, together
 from fedkd.training.batches import Job
 from fedkd.training.networks import Network
-from fedkd.training.objectives import Joint
+from fedkd.training.objectives import Joint, LabelSmoothed
 from fedkd.training.requests import Fit, Prediction, TaughtFit, Training
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Trainer:
         client: Client,
         weights: Tensors,
         *,
-        objective: Objective = nn.functional.cross_entropy,
+        objective: Objective | None = None,
         penalty: Penalty | None = None,
         with_embeddings: bool = False,
         teachers: Sequence[Tensors] = (),
@@ -115,13 +115,15 @@ class Trainer:
     ) -> dict[str, Tensor]:
         """The weights after local training on the client's samples.
 
-        ``objective`` compares logits with labels; with ``with_embeddings`` it gets (logits, embeddings). ``teachers``
-        are frozen models of the client's architecture, given by their weights: with them, the objective gets a pair,
-        what it would get otherwise and a list of the same of each teacher, for the same augmented batch.
-        ``soft_labels`` are trained on together with the client's samples: the loss is the mean over both, of
-        ``objective`` for the former and ``soft_objective`` for the latter, whose images are not augmented.
+        ``objective`` compares logits with labels, by default by the cross-entropy with ``--label-smoothing``; with
+        ``with_embeddings`` it gets (logits, embeddings). ``teachers`` are frozen models of the client's architecture,
+        given by their weights: with them, the objective gets a pair, what it would get otherwise and a list of the same
+        of each teacher, for the same augmented batch. ``soft_labels`` are trained on together with the client's
+        samples: the loss is the mean over both, of ``objective`` for the former and ``soft_objective`` for the latter,
+        whose images are not augmented.
         """
-        output = loop.Embedded if with_embeddings else None
+        output, share = loop.Embedded if with_embeddings else None, self.config.label_smoothing
+        objective = objective or (LabelSmoothed(share) if share else nn.functional.cross_entropy)
         if soft_labels is None:
             job = self._job(client, client.data.pixels, client.data.labels, objective, penalty=penalty)
             return self._fit(client, weights, job, output, teachers)

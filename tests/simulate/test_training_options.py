@@ -22,7 +22,7 @@ def module_of(setup, weights):
     return module.to(memory_format=torch.channels_last).train()
 
 
-def descended(experiment, client, optimizer, epochs=2, steps=None, clip=None):
+def descended(experiment, client, optimizer, epochs=2, steps=None, clip=None, smoothing=0.0):
     """The weights after local training by an optimizer of torch.optim, for so many steps."""
     setup = experiment.setup
     module = module_of(setup, setup.trainer.initial_weights(setup.student))
@@ -32,7 +32,7 @@ def descended(experiment, client, optimizer, epochs=2, steps=None, clip=None):
     for rows in [rows for order in orders for rows in order.split(50)][:steps]:
         optimizer.zero_grad()
         logits = module(setup.trainer.scaling(client.data.pixels[rows]))
-        F.cross_entropy(logits, client.data.labels[rows]).backward()
+        torch.nn.CrossEntropyLoss(label_smoothing=smoothing)(logits, client.data.labels[rows]).backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
         optimizer.step()
@@ -84,6 +84,17 @@ def test_gradients_are_clipped_as_by_torch(clip_norm, changes):
     )
     assert all(torch.allclose(weights[name], tensor, atol=2e-5) for name, tensor in wanted.items())
     assert all(torch.equal(without[name], tensor) for name, tensor in wanted.items()) is not changes
+
+
+def test_labels_are_smoothed_as_by_torch():
+    experiment = prepare(tiny(algorithm="fedavg", **TRAINED | {"label_smoothing": 0.3, "weight_decay": 0}))
+    trainer, client = experiment.setup.trainer, experiment.client(1, 3, {})
+    weights = trainer.train(client, trainer.initial_weights(client.model))
+    wanted, without = (
+        descended(experiment, client, lambda p: torch.optim.SGD(p, 0.01, 0.9), smoothing=share) for share in (0.3, 0.0)
+    )
+    assert all(torch.allclose(weights[name], tensor, atol=2e-5) for name, tensor in wanted.items())
+    assert not any(torch.allclose(without[name], tensor, atol=2e-5) for name, tensor in wanted.items())
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])

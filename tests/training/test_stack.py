@@ -24,7 +24,7 @@ from fedkd.training.batches import Job
 from fedkd.training.layers import WatchedModel
 from fedkd.training.loop import Augmentation, Embedded, Scaling
 from fedkd.training.losses.logits import cross_entropy, logit_mae, logit_mse
-from fedkd.training.objectives import Bound, Joint, Softened, of_samples
+from fedkd.training.objectives import Bound, Joint, LabelSmoothed, Softened, of_samples
 from fedkd.training.stack import NotStackable, Stack, check
 from fedkd.training.stacked_loop import Learner
 from fedkd.training.terms import Features, Logits, Relations
@@ -246,6 +246,18 @@ def joint_jobs(sizes: tuple[int, ...] = SIZES, soft_objective=cross_entropy, **c
 def test_joint_training_on_labels_and_soft_labels(soft_objective):
     options, limit = DOUBLE
     assert after_training("cnn:width=8", joint_jobs(soft_objective=soft_objective), **options) <= limit
+
+
+def test_smoothed_labels(monkeypatch):
+    options, limit = DOUBLE
+    smoothed = LabelSmoothed(0.3)
+    assert after_training("cnn:width=8", jobs(objective=lambda _: LabelSmoothed(0.3)), **options) <= limit
+    changes = {"changes": lambda _: {"objective": lambda _: smoothed}}
+    expected = train_again("cnn:width=8", 2, (70, 33), record=False, **changes)
+    monkeypatch.setattr(graphs, "recorder", replays.recorder)
+    monkeypatch.setattr(replays.Replay, "count", 0)
+    assert all(map(torch.equal, train_again("cnn:width=8", 2, (70, 33), **changes), expected))
+    assert replays.Replay.count
 
 
 def by_label_of(client: int) -> Bound:
