@@ -18,6 +18,7 @@ from fedkd.core.errors import UsageError
 from fedkd.core.seeds import seeded
 from fedkd.data import augment
 from fedkd.data.scaling import Scaling
+from fedkd.training import optimizers
 from fedkd.training.layers import EMBEDDING, layer_outputs
 from fedkd.training.objectives import on_device
 from fedkd.training.precision import Precision, computing, output_of
@@ -81,10 +82,11 @@ def train(
     With ``average`` the result is the mean of the weights after each epoch (stochastic weight averaging: Izmailov et
     al., 2018).
     """
-    generator, number = torch.Generator().manual_seed(seed), 0
+    generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     sizes = batch_sizes(model, len(pixels), batch_size)
     lengths = epoch_lengths(len(sizes), epochs, steps)
+    rate_of_steps = iter(optimizers.rates_for(rates, sum(lengths), device).tolist())  # to the bit as if recorded
     objective, penalty = on_device(objective, device), penalty and on_device(penalty, device)
     model.train()
     model.zero_grad()  # of a training that failed
@@ -97,8 +99,7 @@ def train(
                 if penalty is not None:
                     loss = loss + penalty(dict(model.named_parameters()))
                 loss.backward()  # type: ignore[no-untyped-call]
-                step(rates[min(number, len(rates) - 1)])
-                number += 1
+                step(next(rate_of_steps))
             for name, weights in _floats(model) if average else ():
                 sums[name] += weights
         if average and lengths:

@@ -774,6 +774,17 @@ def _deterministic(monkeypatch):
 
 
 @needs_gpu
+@pytest.mark.parametrize("optimizer", [sgd, nesterov, adam, adamw, clipping])
+def test_on_a_gpu_learning_rates_are_new_in_each_training(optimizer, monkeypatch):
+    options = {"rates": lambda number: [[0.02], [0.05]][number], "optimizer": optimizer, "device": "cuda"}
+    expected = train_again("cnn:width=8", 2, (64, 64), record=False, **options)
+    record, recordings = graphs.record, []
+    monkeypatch.setattr(graphs, "record", lambda *arguments: (recordings.append(1), record(*arguments))[1])
+    assert all(map(torch.equal, train_again("cnn:width=8", 2, (64, 64), **options), expected))
+    assert len(recordings) == 1
+
+
+@needs_gpu
 @pytest.mark.parametrize("spec", ["cnn:width=8", "resnet8:width=8,norm=batch", "vit-tiny:width=32,depth=2"])
 def test_on_a_gpu_stacked_equals_plain_and_two_runs_give_the_same_bits(spec):
     options, limit = DOUBLE
