@@ -122,11 +122,12 @@ def train(
     tensors = first.stack.tensors
     results = [] if [working for working, _ in segments] == [clients] else [each.detach().clone() for each in tensors]
     ends = [set(accumulate(each)) for each in lengths]
-    sums = [torch.zeros_like(each, dtype=torch.float64) for each in tensors] if average else []
+    is_idle = torch.tensor([float(not any(each)) for each in lengths], dtype=torch.float64, device=device)
+    sums = [each.detach() * is_idle.view(-1, *[1] * (each.dim() - 1)) for each in tensors] if average else []
     each_step: Iterator[None] | None = None
     with learner.stack.computing(), seeded(jobs[0].seed):  # seeded as `loop.train` for one client
         random = _random_state(device)
-        for (working, numbers), (later, _) in zip(segments, [*segments[1:], ([], [])], strict=True):
+        for (working, numbers), (later, _) in zip(segments, [*segments[1:], ([], [])], strict=False):
             count = min((size for size in SIZES if size >= len(working)), default=len(clients))
             if smaller is not None and count < len(clients):
                 done = [client for client in clients if client not in working]
@@ -148,7 +149,7 @@ def train(
             if results:
                 _put(learner, clients, results, [c for c in working if c not in later], torch.Tensor.copy_)
     if average:
-        epochs_of = torch.tensor([max(1, len(each)) for each in lengths], device=device)
+        epochs_of = torch.tensor([sum(map(bool, each)) or 1 for each in lengths], device=device)
         results = [
             (total / epochs_of.view(-1, *[1] * (total.dim() - 1))).to(tensor) if tensor.is_floating_point() else tensor
             for total, tensor in zip(sums, results or tensors, strict=True)

@@ -361,6 +361,21 @@ def test_distillation_with_adam_and_averaged_weights():
     assert after_training("cnn:width=8", work, optimizer=adam, average=True, epochs=3, **options) <= limit
 
 
+def test_the_average_of_no_epochs_is_the_start():
+    """Also that of one client whose single sample BatchNorm cannot be trained on."""
+    own = own_networks("resnet8:width=4,norm=batch", torch.float64, 2)
+    for sizes, epochs in (((8, 8), 0), ((8, 1), 2)):
+        trained = stacked(own, jobs(sizes), dtype=torch.float64, average=True, epochs=epochs)
+        assert all(torch.equal(tensor, own[1].state_dict()[name]) for name, tensor in of(trained, 1).items())
+        assert any(not torch.equal(tensor, own[0].state_dict()[name]) for name, tensor in of(trained, 0).items()) == (
+            epochs > 0
+        )
+
+
+def of(learner: Learner, client: int) -> dict[str, torch.Tensor]:
+    return learner.stack.weights(learner.network)[client]
+
+
 def test_clients_leave_or_stay_with_the_same_result(monkeypatch):
     """Those that are done stay in the stack to the end if there is no smaller one."""
     results, logits = [], []
