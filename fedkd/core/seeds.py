@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,6 +42,15 @@ def seeded(seed: int) -> Iterator[None]:
     """Run a block (initialization, dropout) under ``seed``; torch's global generator is restored after it."""
     import torch
 
-    with torch.random.fork_rng():
+    with restored():
         torch.manual_seed(seed)
         yield
+
+
+def restored() -> AbstractContextManager[None]:
+    """A block after which torch's own random numbers go on as if nothing had been drawn in it."""
+    import torch
+
+    # The devices are named, as PyTorch warns if it has to find out that there are several.
+    context: AbstractContextManager[None] = torch.random.fork_rng(range(torch.cuda.device_count()))
+    return context

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
+from fedkd.core.seeds import restored
 
 _current = threading.local()
 
@@ -65,14 +65,14 @@ class _Turn(threading.Thread):
     def proceeds(self, result: Any) -> bool:
         """Run it on with a result; whether it asks for another one. It ends otherwise."""
         self._result = result
-        with torch.random.fork_rng():
+        with restored():
             self._own.release()
             self._callers.acquire()
         return not self._is_over
 
     def wait_for(self, request: Any) -> Any:
         self.request = request
-        with torch.random.fork_rng():
+        with restored():
             self._callers.release()
             self._own.acquire()
         if isinstance(self._result, BaseException):

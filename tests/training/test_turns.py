@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
+from fedkd.core import seeds
 from fedkd.core.seeds import seeded
 from fedkd.training import turns
 
@@ -77,3 +80,15 @@ def test_each_task_has_torchs_random_numbers_to_itself():
     torch.manual_seed(5)
     turns.run([drawing(seed) for seed in range(3)], lambda requests: requests)
     assert torch.equal(torch.rand(1), before)
+
+
+def test_devices_are_named_where_random_numbers_are_restored(monkeypatch):
+    """PyTorch warns on a machine with several GPUs if they are not."""
+    named = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: (named.append(list(devices)), nullcontext())[1])
+    with seeds.seeded(3):
+        pass
+    turns.run([lambda: turns.ask(0)], lambda requests: requests)
+    assert len(named) > 2
+    assert all(devices == [0, 1] for devices in named)
