@@ -163,6 +163,8 @@ def _attempt(federation: _Federation, before: Progress, number: int, attempt: in
         received[client] = reply.serialized
         outcomes[client] = accept_reply(reply, algorithm, setup, shapes[client], channel, known[client], most)
     samples = federation.samples if simulated.straggler or config.round_timeout else None
+    if samples and config.local_steps:
+        samples = [1] * len(samples)  # all train on as many batches
     durations = _durations(samples, simulated, drawn, outcomes) if samples else {}
     updates: dict[int, Update] = {}
     late: dict[int, tuple[Update, Traffic]] = {}

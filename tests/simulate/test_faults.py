@@ -265,6 +265,9 @@ def test_late_updates_are_dropped_or_used_in_the_next_round():
     slow = setup_with(faults="straggler=1:slowdown=3")
     (first, *_) = run_rounds(Adding(), slow, exchange, 4, PLAIN, samples=samples)
     assert (first.failures, first.duration) == ([], 7.5)
+    as_many = setup_with(faults="straggler=1:slowdown=3", local_steps=5)
+    (first, *_) = run_rounds(Adding(), as_many, exchange, 4, PLAIN, samples=samples)
+    assert first.duration == 3.0, "all train on as many batches"
 
 
 def test_an_aggregate_that_is_not_finite_names_the_largest_update():
