@@ -17,6 +17,7 @@ from fedkd.core.seeds import derive
 from fedkd.core.tensors import put, take
 from fedkd.distill import train
 from fedkd.evaluation.report.text import percent, seconds
+from fedkd.training import loop
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,7 +92,7 @@ class Progress:
             self._report(name, epoch)
             every = self._config.checkpoint_every
             if epoch.number == epochs:
-                self._save(name, epochs, put("network", train.weights_of(module)), inputs)
+                self._save(name, epochs, put("network", loop.weights_of(module)), inputs)
             elif every and epoch.number % every == 0:
                 self._save(name, epoch.number, state_of(), inputs)
 
@@ -102,7 +103,7 @@ class Progress:
     def keep(self, name: str, module: nn.Module, task: Task, epochs: int) -> None:
         """Write the checkpoint of a network from the cache, so that a resumed run has the same one."""
         if not (self._folder / _place(name) / f"state-{epochs}.safetensors").exists():
-            self._save(name, epochs, put("network", train.weights_of(module)), _inputs(task, ()))
+            self._save(name, epochs, put("network", loop.weights_of(module)), _inputs(task, ()))
 
     def evaluation(self, seed: int, task: Task, teachers: Sequence[nn.Module]) -> Any:
         """The evaluation of a seed; empty if the seed is not finished."""
@@ -135,7 +136,7 @@ class Progress:
 
 def _inputs(task: Task, teachers: Sequence[nn.Module]) -> str:
     """A hash of the training images and of the teachers' weights."""
-    digests = [task.digest, *(tensors.digest(train.weights_of(teacher)) for teacher in teachers)]
+    digests = [task.digest, *(tensors.digest(loop.weights_of(teacher)) for teacher in teachers)]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 

@@ -19,7 +19,7 @@ from fedkd.core import cache, notes, seeds, specs
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import DataError
 from fedkd.distill import teacher_names
-from fedkd.distill.train import build_untrained, weights_of
+from fedkd.distill.train import build_untrained
 from fedkd.evaluation import quality
 from fedkd.models import checkpoint
 from fedkd.models.checkpoint import Student
@@ -103,7 +103,7 @@ def trained(
 
     def weights() -> dict[str, Tensor]:
         progress.train(name, module, task, config, epochs=epochs, seed=seed)
-        return weights_of(module)
+        return loop.weights_of(module)
 
     spec, file = models.pretrained(model)
     if file or specs.parse(spec).name not in CATALOG["model"] or progress.is_finished(name, epochs):
@@ -131,7 +131,7 @@ def student_of(task: Task, config: DistillConfig, model: str, module: nn.Module)
     """The content of a student's file for a trained network."""
     (spec, _), pixels = models.pretrained(model), task.test.pixels.shape[1]
     metadata = (spec, config.norm, task.classes, task.test.names, pixels, task.scaling, task.dataset)
-    return Student(*metadata, weights_of(module), config.resize, len(task.validation))
+    return Student(*metadata, loop.weights_of(module), config.resize, len(task.validation))
 
 
 def _module_of(task: Task, config: DistillConfig, text: str, student: Student) -> nn.Module:

@@ -115,14 +115,9 @@ def _learner(
     return learner
 
 
-def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of a module as CPU tensors."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-
-
 def _state(objective: DistillationObjective, velocities: Sequence[Tensor | None]) -> dict[str, Tensor]:
     """Everything that the next epoch depends on, as CPU tensors."""
-    state = put("network", weights_of(objective.student.model)) | put("terms", weights_of(objective.terms))
+    state = put("network", loop.weights_of(objective.student.model)) | put("terms", loop.weights_of(objective.terms))
     for place, term in enumerate(objective.terms):
         extra = cast(TermModule, term).extra_state()
         state |= put(f"term{place}", {name: tensor.cpu() for name, tensor in extra.items()})

@@ -18,8 +18,8 @@ from fedkd.distill import teachers
 from fedkd.distill.config import DistillConfig
 from fedkd.distill.progress import Progress
 from fedkd.distill.task import prepare
-from fedkd.distill.train import weights_of
 from fedkd.evaluation.report.screen import Screen
+from fedkd.training.loop import weights_of
 
 LABELS = np.repeat(np.arange(10), 20)
 OPTIONS = {"dataset": "digits", "student": "cnn:width=4", "epochs": 1, "device": "cpu"}
