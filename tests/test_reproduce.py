@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedkd import reproduce
 from fedkd.core.errors import RunError, UsageError
 from fedkd.core.run_directory import rows
+from fedkd.simulate import reproduce
 
 PAPER = """
 title = "A table"

@@ -1,4 +1,4 @@
-"""``python -m fedkd.reproduce``: a table of a paper, run with the settings of the paper, beside its numbers."""
+"""``python -m fedkd.simulate.reproduce``: a table of a paper, run with its settings, beside its numbers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from fedkd.core.options import from_file, underscored
 from fedkd.evaluation.report.screen import Screen
 from fedkd.evaluation.report.table import Grid
 
-PAPERS = Path(__file__).parent.parent / "simulations" / "papers"
+PAPERS = Path(__file__).parents[2] / "simulations" / "papers"
 
-app = cli.new("reproduce")
+app = cli.new("python -m fedkd.simulate.reproduce")
 
 
 class Side(BaseModel):
@@ -263,7 +263,7 @@ def _list() -> None:
         cost = sum(images(paper, cell) for cell in cells) * paper.seeds
         about = f"{paper.title} ({paper.citation})"
         rows.append([path.stem, about, str(len(cells)), str(paper.seeds), _millions(cost)])
-    caption = "python -m fedkd.reproduce NAME; cost: images on which clients train, of all cells and seeds."
+    caption = "python -m fedkd.simulate.reproduce NAME; cost: images on which clients train, of all cells and seeds."
     Screen(cli.Console()).show(Grid(["name", "table", "cells", "seeds", "cost"], rows, caption).rich())
 
 
