@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from fedkd.core import quotes, runtime, specs
 from fedkd.core.errors import RunError, UsageError
 from fedkd.core.run_directory import rows
-from fedkd.simulate import reproduce
+from fedkd.distill import runner
+from fedkd.distill.task import prepare
+from fedkd.reproduce import __main__ as reproduce
+from fedkd.reproduce import papers, speed
+from fedkd.reproduce.__main__ import Measured
+from tests.conftest import TINY, simulated
 
 PAPER = """
 title = "A table"
 citation = "Somebody, 2026"
-accuracy = "best"
+measure = "best"
 tolerance = 150.0
 samples = 800
 seeds = 2
@@ -89,17 +97,111 @@ def test_runs_are_made_once_and_interrupted_ones_go_on(paper, tmp_path, capfd):
     assert json.loads(result.read_text())["status"] == "ok"
 
 
-def test_only_runs_that_have_ended_are_within_the_tolerance(paper):
-    table = reproduce.read(str(paper))
-    cell = reproduce.cells_of(table, {}, 1.0)[1]
-    assert reproduce.images(table, cell) == 4 * 800
-    curves = [[10.0, 30.0, 20.0, 25.0], [10.0, 20.0]]
-    for found, within in ((curves, "–"), ([curves[0]], "yes"), ([], "–"), ([[], curves[0]], "yes")):
-        grid = reproduce.table(table, [(cell, found)], 1.0)
-        assert grid.rows[0][5] == within
-    assert reproduce.table(table, [(cell, [curves[0]])], 1.0).rows[0][3:5] == ["30.00", "-10.00"]
-    last = table.model_copy(update={"accuracy": "last", "tolerance": 10.0})
-    assert reproduce.table(last, [(cell, [curves[0]])], 1.0).rows[0][3:6] == ["25.00", "-15.00", "no"]
+def measured(*numbers: float | None, has_ended: bool = True) -> list[Measured]:
+    return [Measured(number, 4, has_ended) for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("runs", "within"),
+    [
+        (measured(30.0), "yes"),
+        (measured(30.0, -95.0), "yes"),
+        (measured(-95.0), "no"),
+        (measured(30.0, has_ended=False), "–"),
+        (measured(None), "–"),
+        (measured(30.0, None), "–"),
+        ([Measured(None, 0, False)], "–"),
+        ([Measured(None, 0, False), *measured(30.0)], "yes"),
+        ([], "–"),
+    ],
+)
+def test_only_runs_that_have_ended_are_within_the_tolerance(runs, within, paper):
+    """Of those that have begun; a run without a number (that did not reach the accuracy) leaves the mean undecided."""
+    table = papers.read(str(paper)).model_copy(update={"tolerance": 75.0})
+    cell = papers.cells_of(table, {}, 1.0)[1]
+    assert papers.images(table, cell.config) == 4 * 800
+    assert reproduce.table(table, [(cell, runs)], 1.0).rows[0][5] == within
+    assert reproduce.table(table, [(cell, runs)], 0.5).rows[0][5] == "–"
+
+
+def run_directory_of(tmp_path: Path, accuracies: list[float | None], status: str = "ok", key: str = "") -> Path:
+    out = tmp_path / "run"
+    out.mkdir(exist_ok=True)
+    lines = [{"test_accuracy": accuracy, "client_accuracy": accuracy and accuracy / 2} for accuracy in accuracies]
+    (out / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (out / "result.json").write_text(json.dumps({"status": status}))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("measure", "accuracies", "expected"),
+    [
+        ("last", [0.1, 0.3, 0.2], 20.0),
+        ("best", [0.1, 0.3, 0.2], 30.0),
+        ("best", [None, 0.3, None], 30.0),
+        ("last", [None, None], None),
+        ("last", [], None),
+        ("rounds", [0.1, 0.3, 0.5], 3.0),
+        ("rounds", [0.1, 0.3, 0.4], None),
+    ],
+)
+def test_what_was_published_is_what_is_measured(measure, accuracies, expected, paper, tmp_path):
+    if measure == "rounds":
+        paper.write_text(paper.read_text().replace('"IID"', '"IID"\ntarget=0.5').replace('"skewed"', '"s"\ntarget=0.5'))
+    paper.write_text(paper.read_text().replace('measure = "best"', f'measure = "{measure}"'))
+    table = papers.read(str(paper))
+    cell = papers.cells_of(table, {}, 1.0)[0]
+    out = run_directory_of(tmp_path, accuracies)
+    assert reproduce.measure(table, cell, out) == Measured(expected, len(accuracies), True)
+    if measure != "rounds":
+        clients = dataclasses.replace(cell, key="client_accuracy")
+        assert reproduce.measure(table, clients, out).number == (expected and expected / 2)
+    else:
+        assert cell.config.stop_when == "test_accuracy>=0.5"
+        out = run_directory_of(tmp_path, accuracies, "interrupted")
+        assert reproduce.measure(table, cell, out) == Measured(None, len(accuracies), False)
+
+
+def test_a_table_of_distillations_has_three_networks_and_its_rows_share_runs(tmp_path, capfd):
+    path = tmp_path / "kd.toml"
+    path.write_text("""
+        title = "Distillation"
+        citation = "Somebody, 2026"
+        command = "distill"
+        measure = "last"
+        tolerance = 1.0
+        samples = 1400
+        seeds = 1
+        differs = []
+        options = { dataset = "digits", teacher = "cnn:width=4", student = "cnn:width=2", epochs = 20 }
+        columns = [{ name = "cnn", options = { teacher-epochs = 10 } }]
+        rows = [
+            { name = "teacher", key = "teacher", published = [90.0] },
+            { name = "student", key = "baseline", published = [80.0] },
+            { name = "KD", published = [85.0] },
+        ]
+    """)
+    run(path, "--out", tmp_path, "--scale", "0.1", "--markdown")
+    out = tmp_path / "kd-0.1" / "teacher-cnn-seed0"
+    (entry,) = json.loads((out / "result.json").read_text())["runs"]
+    printed = capfd.readouterr().out
+    for row, key in (("teacher", "teacher"), ("student", "baseline"), ("KD", "student")):
+        accuracy = 100 * entry["evaluation"][key]["accuracy"]
+        line = next(line for line in printed.splitlines() if line.startswith(f"| {row} "))
+        assert f" {accuracy:.2f} " in line
+        assert "| 1 of 1 | 2 of 2 | 0.01 M |" in line
+    assert sorted(out.parent.iterdir()) == [out, out.with_suffix(".toml")]
+    assert papers.cells_of(papers.read(str(path)), {}, 0.1)[0].config.teacher_epochs == 1
+
+
+def test_a_run_that_was_killed_before_its_first_round_begins_anew(paper, tmp_path):
+    """It has a config and no checkpoint, so it cannot be resumed."""
+    out = tmp_path / "mine-0.25" / "ensemble-iid-seed0"
+    out.mkdir(parents=True)
+    (out / "config.toml").write_text("")
+    (out / "partition.npz").write_text("half")
+    run(paper, "--out", tmp_path, "--seeds", "1", "--scale", "0.25", "--row", "ensemble", "--column", "IID")
+    assert reproduce.has_ended(out)
 
 
 def test_a_run_that_fails_ends_the_command(paper, tmp_path):
@@ -115,6 +217,8 @@ def test_a_run_that_fails_ends_the_command(paper, tmp_path):
         (("tolerance = 150.0", "tolerance = 'two'"), "tolerance: Input should be a valid number"),
         (("samples = 800", ""), "samples: Field required"),
         (("samples = 800", "samples = 800\nsample = 1"), "sample: Extra inputs are not permitted"),
+        (('"best"', '"rounds"'), "the column IID has a target if, and only if, rounds are published"),
+        (('"best"', '"best"\ncommand = "distill"'), "evaluates the last epoch only"),
         (("clients = 2", "clients = 0"), "clients"),
         (("clients = 2", "client = 2"), "client"),
     ],
@@ -140,12 +244,71 @@ def test_what_is_not_there_is_named(words, message, paper):
         run(*(paper if word == "PAPER" else word for word in words))
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in reproduce.PAPERS.glob("*.toml")))
-def test_each_table_is_known_to_fedkd_simulate(name, capsys):
-    """All of its cells, and it is in the list with its cost."""
-    table = reproduce.read(name)
-    cells = reproduce.cells_of(table, {}, 1.0)
+@pytest.mark.parametrize("name", papers.names())
+def test_each_table_is_known_to_its_command(name):
+    """All of its cells, each with a run directory of its own or the options of another one."""
+    table = papers.read(name)
+    cells = papers.cells_of(table, {}, 1.0)
     assert cells
-    assert len({cell.run(Path("x"), 0) for cell in cells}) == len(cells)
+    runs = {cell.run(Path("x"), 0): cell.config for cell in cells}
+    assert len({repr(config) for config in runs.values()}) == len(runs)
+    assert len({(cell.row, cell.column) for cell in cells}) == len(cells)
+    assert all(cell.published >= 1 for cell in cells)  # percent or rounds, not fractions
+
+
+def test_the_list_has_each_table_with_its_cost(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "images_per_second", lambda *_: 1e4)
     run()
-    assert name in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in papers.names())
+
+
+def test_the_cost_is_that_of_the_cores_in_use(paper, monkeypatch):
+    monkeypatch.setattr(speed, "images_per_second", lambda *_: 100)
+    monkeypatch.setattr(runtime, "cores", lambda: 4)
+    config = papers.cells_of(papers.read(str(paper)), {"device": "cpu"}, 1.0)[0].config
+    assert speed.hours(config, 3600 * 100) == 1 / 2  # two clients
+    monkeypatch.undo()
+    assert speed.images_per_second("cnn:width=2", "group", 4, 32, "cpu") > 1
+
+
+def cells(command: str) -> dict[str, papers.Cell]:
+    """A cell for each method, model, normalization and optimizer of the tables; or for each pair and loss."""
+    found: dict[str, papers.Cell] = {}
+    keys = ["algorithm", "model", "norm", "optimizer"] if command == "simulate" else ["teacher", "student", "loss"]
+    for name in papers.names():
+        table = papers.read(name)
+        for cell in papers.cells_of(table, {}, 1.0) if table.command == command else ():
+            found.setdefault(", ".join(str(getattr(cell.config, key)) for key in keys), cell)
+    return found
+
+
+@pytest.mark.parametrize("cell", cells("simulate").values(), ids=cells("simulate"))
+def test_a_round_of_each_method_and_model_of_the_tables(cell, tmp_path):
+    """With their own options but for the data, the clients and the lengths."""
+    options = {key: value for key, value in cell.config.run_config().items() if key not in (*TINY, "out")}
+    options |= {"dataset": "noise:size=300", "proxy": "holdout:size=16", "partitioner": "iid"}
+    options |= {"model": cell.config.model, "clients": 4, "rounds": 1, "batch-size": 8, "distill-batch-size": 8}
+    options |= {"local-steps": 1, "distill-steps": 1, "validation": 20 if cell.config.validation else 0}
+    options |= {"participation": 0.5, "stop-when": ""}
+    (row,) = simulated(tmp_path / "run", **options)
+    assert row["participants"] == 2
+    assert row[cell.key] is not None
+
+
+@pytest.mark.parametrize("cell", cells("distill").values(), ids=cells("distill"))
+def test_a_step_of_each_loss_and_pair_of_the_tables(cell):
+    config = dataclasses.replace(cell.config, dataset="noise:size=200", device="cpu")
+    task, _ = prepare(config)
+    runner._check_training_step(task, config, [specs.call("distillation", text) for text in quotes.split(config.loss)])
+
+
+@pytest.mark.real
+def test_a_table_at_a_hundredth_of_its_rounds(tmp_path, capfd):
+    """One round on real images."""
+    words = "feddistill-table2", "--scale", "0.01", "--seeds", "1", "--column", "alpha = 0.1", "--out", tmp_path
+    run(*words, "--row", "FedNTD", "--markdown")
+    printed = capfd.readouterr().out
+    assert re.search(
+        r"\| FedNTD \| alpha = 0.1 \| 47.11 \| \d+.\d\d \| -\d+.\d\d \| – \| 1 of 1 \| 1 of 1 \| 0.05 M", printed
+    )

@@ -1,0 +1,1 @@
+"""Published tables, run with the settings of their papers, beside the published numbers."""
