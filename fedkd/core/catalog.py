@@ -118,6 +118,7 @@ CATALOG: dict[str, dict[str, str]] = {
         "vgg8": "fedkd.models:vgg8",
         "vgg9": "fedkd.models:vgg9",
         "vgg13": "fedkd.models:vgg13",
+        "vgg16": "fedkd.models:vgg16",
         "mobilenetv2": "fedkd.models:mobilenetv2",
         "lenet": "fedkd.models:lenet",
         "mcmahan-cnn": "fedkd.models:mcmahan_cnn",

@@ -105,6 +105,14 @@ def vgg13(*, classes: int, norm: Norm = "group", width: PositiveInt = 64) -> nn.
     return _vgg(2, classes, norm, width)
 
 
+def vgg16(*, classes: int, norm: Norm = "group", width: PositiveInt = 64) -> nn.Module:
+    """CFD's VGG-16 for 32 pixels, two hidden layers of 512 (Sattler et al., 2020), 15,253,578 parameters."""
+    from fedkd.models.convolutional import vgg
+
+    stages = ([width] * 2, [2 * width] * 2, [4 * width] * 3, [8 * width] * 3, [8 * width] * 3)
+    return vgg(stages, classes, norm, pools=5, hidden=[8 * width] * 2)
+
+
 def vgg9(*, classes: int, width: PositiveInt = 32) -> nn.Module:
     """FedDF's VGG-9 without normalization layers (Lin et al., 2020), 2,308,810 parameters."""
     from fedkd.models.convolutional import vgg

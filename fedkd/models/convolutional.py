@@ -183,10 +183,12 @@ class ResNet(nn.Module):
         return logits
 
 
-def vgg(stages: Sequence[Sequence[int]], classes: int, norm: str, pools: int) -> nn.Sequential:
-    """VGG without hidden linear layers: stages of 3x3 convolutions, of which the first ``pools`` end with pooling.
+def vgg(
+    stages: Sequence[Sequence[int]], classes: int, norm: str, pools: int, hidden: Sequence[int] = ()
+) -> nn.Sequential:
+    """VGG: stages of 3x3 convolutions, of which the first ``pools`` end with pooling, and ``hidden`` linear layers.
 
-    ``norm`` may be empty. The classifier sees the mean over the image.
+    ``norm`` may be empty. The linear layers see the mean over the image.
     """
     layers: list[nn.Module] = []
     inputs = 3
@@ -200,9 +202,13 @@ def vgg(stages: Sequence[Sequence[int]], classes: int, norm: str, pools: int) ->
             inputs = width
         if i < pools:
             layers[-1:] = [nn.MaxPool2d(2), nn.ReLU()]  # the same bits, as in `cnn`
-    network = nn.Sequential(*layers, MeanPooling(1), nn.Flatten(), nn.Linear(inputs, classes))
+    layers += [MeanPooling(1), nn.Flatten()]
+    for width in hidden:
+        layers += [nn.Linear(inputs, width), nn.ReLU()]
+        inputs = width
+    network = nn.Sequential(*layers, nn.Linear(inputs, classes))
     _initialize_convolutions(network)
-    if norm:
+    if norm and not hidden:
         _initialize_others(network)
     return network
 

@@ -26,7 +26,14 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 MODELS = ["cnn:width=8", "resnet8:width=8", "vit-tiny", "row-gru", "bottleneck-resnet:width=8", "wrn-16-2:width=8"]
-MODELS += ["vgg8:width=8", "vgg9:width=4", "mobilenetv2:width=0.25", "lenet:projection=16", "mcmahan-cnn:gray=true"]
+MODELS += [
+    "vgg8:width=8",
+    "vgg9:width=4",
+    "vgg16:width=4",
+    "mobilenetv2:width=0.25",
+    "lenet:projection=16",
+    "mcmahan-cnn:gray=true",
+]
 IMAGES = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 

@@ -40,6 +40,8 @@ def test_published_sizes(name, parameters, norm):
         ("vgg8", 100, 3_965_028),
         ("vgg13", 100, 9_462_180),
         ("mobilenetv2:width=0.5", 100, 812_836),
+        # 61.01 MB in float32 (CFD)
+        ("vgg16", 10, 15_253_578),
         # FedGEMS: ResNet-11; FedML: the ResNet-56 of bottleneck blocks
         ("bottleneck-resnet", 10, 127_642),
         ("bottleneck-resnet:blocks=6+6+6", 10, 591_322),
@@ -139,6 +141,8 @@ def test_fedgems_and_feddfs_models_have_their_layers():
 
     widths = [32, 64, 128, 128, 256, 256, 256, 256]
     assert convolutions("vgg9") == [(3, width) for width in widths]
+    widths = [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    assert convolutions("vgg16") == [(3, width) for width in widths]
     for blocks, layers in (("1+1+1", 11), ("1+1+2", 14), ("1+2+2", 17), ("2+2+2", 20), ("6+6+6", 56)):
         assert len(convolutions(f"bottleneck-resnet:blocks={blocks}")) + 1 - 3 == layers, "without three shortcuts"
     for text in ("", "0+1", "1+x", "1+-1"):
