@@ -200,6 +200,9 @@ class Config(Options):
     evaluate_every: PositiveInt = option(
         1, "Run", "Evaluate clients and teacher on the test set every N rounds, and in the last one."
     )
+    client_test_samples: NonNegativeInt = option(
+        1000, "Run", "Test samples for the accuracy of clients and teacher, the same in every run; 0: all."
+    )
     patience: NonNegativeInt = option(
         0, "Run", "End a run when its validation accuracy has not improved for N rounds; 0: never. Needs --validation."
     )

@@ -67,6 +67,17 @@ class Images:
         return keys_of(self.pixels)
 
 
+def stratified(labels: Tensor, count: int) -> Tensor:
+    """The sorted indices of ``count`` samples (at most all), each class in proportion to within one.
+
+    It is always the same draw, whatever the seed of a run is.
+    """
+    size, count = len(labels), min(count, len(labels))
+    order = torch.from_numpy(seeds.rng(0, "stratified").permutation(size))
+    by_class = order[labels[order].argsort(stable=True)]
+    return by_class[torch.arange(count) * size // max(count, 1)].sort().values
+
+
 def keys_of(pixels: Tensor) -> NDArray[np.void]:
     """A hash [N] of each of the images [N, H, W, 3]."""
     digests = (hashlib.blake2b(image.tobytes(), digest_size=KEY_BYTES).digest() for image in pixels.cpu().numpy())

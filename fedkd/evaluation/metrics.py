@@ -30,12 +30,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class ClientEvaluation:
-    """The participants' own models on the test set: their mean accuracy, and that of their ensemble.
+    """The participants' own models on the sample of the test set: their mean accuracy, and that of their ensemble.
 
-    ``failures`` are of clients that are left out of both; a client whose model diverged is left out of the ensemble
-    only.
+    ``test_accuracy`` is their mean on all test images, if there is no global student. ``failures`` are of clients that
+    are left out of both; a client whose model diverged is left out of the ensemble only.
     """
 
+    test_accuracy: float | None
     client_accuracy: float | None
     teacher_accuracy: float | None
     serialized: SerializedBytes
@@ -62,15 +63,16 @@ def evaluate_student(experiment: Experiment, round_: Round, images: Images) -> t
 
 def expected_evaluation(experiment: Experiment) -> Expected:
     """What a client's reply to a request for evaluation holds."""
-    return Expected({"logits": 4 * len(experiment.test) * experiment.setup.classes}, ("accuracy", "loss"))
+    return Expected({"logits": 4 * len(experiment.client_test) * experiment.setup.classes}, ("accuracy", "loss"))
 
 
 def evaluate_clients(experiment: Experiment, exchange: Exchange, round_: Round) -> ClientEvaluation:
-    """Evaluate the participants' own models and their ensemble on the test set.
+    """Evaluate the participants' own models and their ensemble on test images.
 
     This measures the simulation and is not part of a method, so its bytes are counted separately.
     """
-    declared = {"logits": (len(experiment.test), experiment.setup.classes)}
+    images, sample = experiment.client_test, experiment.test_sample
+    declared = {"logits": (len(images), experiment.setup.classes)}
     messages: dict[int, Tensors] = {client: {} for client in round_.updates}
     expected = dict.fromkeys(messages, expected_evaluation(experiment))
     replies = sorted(exchange("evaluate", round_.number, messages, expected), key=lambda r: r.client)
@@ -88,17 +90,22 @@ def evaluate_clients(experiment: Experiment, exchange: Exchange, round_: Round) 
     failures = [Failure(client, *reason) for client, reason in reasons.items() if reason[1]]
     usable = [client for client in evaluated if not reasons[client][1]]
 
-    def accuracy(scores: Tensor) -> float:
-        is_right = (scores.argmax(-1) == experiment.test.labels) & scores.isfinite().all(-1)
+    def accuracy(scores: Tensor, labels: Tensor) -> float:
+        is_right = (scores.argmax(-1) == labels) & scores.isfinite().all(-1)
         return is_right.double().mean().item()
 
+    labels = images.labels[sample]
     teacher = None
     if usable:
         weights = experiment.setup.distillation.client_weights([round_.updates[c].examples for c in usable])
-        logits = [evaluated[client] for client in usable]
-        teacher = accuracy(experiment.algorithm.teacher_probs(experiment.setup, logits, weights))
-    mean = fmean(map(accuracy, evaluated.values())) if evaluated else None  # a diverged model is wrong, and counts
-    return ClientEvaluation(mean, teacher, serialized, failures)
+        logits = [evaluated[client][sample] for client in usable]
+        teacher = accuracy(experiment.algorithm.teacher_probs(experiment.setup, logits, weights), labels)
+    if not evaluated:
+        return ClientEvaluation(None, None, None, serialized, failures)
+    # A diverged model is wrong, and counts.
+    of_all = fmean(accuracy(logits, images.labels) for logits in evaluated.values())
+    of_sample = fmean(accuracy(logits[sample], labels) for logits in evaluated.values())
+    return ClientEvaluation(of_all, of_sample, teacher, serialized, failures)
 
 
 def round_row(
@@ -110,7 +117,8 @@ def round_row(
 ) -> Row:
     """A line of ``rounds.jsonl``, without the times (keys: docs/output-files.md).
 
-    If a method has no global student, the mean accuracy of the clients' own models is the test accuracy.
+    If a method has no global student, the mean accuracy of the clients' own models on all test images is the test
+    accuracy.
 
     Raises:
         RunError: all of these have diverged.
@@ -121,7 +129,7 @@ def round_row(
         raise RunError(
             f"Round {round_.number}: the models of {config.algorithm} have all diverged; lower --learning-rate."
         )
-    accuracy, loss = student or (clients.client_accuracy if clients else None, None)
+    accuracy, loss = student or (clients.test_accuracy if clients else None, None)
     evaluation = clients.serialized if clients else SerializedBytes()
     return {
         "algorithm": config.algorithm,
@@ -178,6 +186,8 @@ def run_summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: s
         "rounds": len(rows),
         "ended": stopping.ended(config, rows),
         "clients": config.clients,
+        "test_samples": len(experiment.test),
+        "client_test_samples": len(experiment.test_sample),
         "evaluated_model": "clients" if last["test_loss"] is None else "student",
         "test_accuracy": last["test_accuracy"],
         "test_accuracy_last5": fmean(last5) if len(last5) == len(rows[-5:]) else None,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from fedkd.algorithms.base import Client, Setup
     from fedkd.communication.channel import Channel
@@ -39,8 +40,9 @@ class Experiment:
     """An algorithm on its data: everything that the server and its clients share.
 
     ``partition`` assigns samples of the training set to clients, sorted for each; ``training_partition`` is the same,
-    or one client with all samples if the algorithm pools data. ``data_hashes`` are those of the data set and of a
-    proxy set from another one.
+    or one client with all samples if the algorithm pools data. ``client_test`` are the test images on which clients'
+    models are evaluated, and ``test_sample`` the indices of those that count for the accuracy of clients and teacher.
+    ``data_hashes`` are those of the data set and of a proxy set from another one.
     """
 
     config: Config
@@ -49,6 +51,8 @@ class Experiment:
     channel: Channel
     train: Images
     test: Images
+    client_test: Images
+    test_sample: Tensor
     proxy_rows: NDArray[np.int64] | None  # of the training set, if the proxy is held out of it
     validation_rows: NDArray[np.int64]  # of the training set
     partition: Partition
@@ -159,13 +163,14 @@ def _prepare(config: Config) -> Experiment:
         setup.trainer.check_batch_norm(model, config.distill_batch_size, "--distill-batch-size")
     for model in {*names, *algorithm.private_models}:
         setup.trainer.check_batch_norm(model, config.batch_size, "--batch-size")
-    _check_initial_state(algorithm, setup)
+    has_student = _has_student(algorithm, setup)
     hashes = {config.dataset: loading.digest(train, test)}
     if proxy_rows is None:
         hashes[f"--proxy {config.proxy}"] = tensors.digest({"images": proxy.images.cpu()})
     train, test = (
         dataclasses.replace(images, classes=classes, pixels=images.pixels.to(device)) for images in (train, test)
     )
+    client_test, test_sample = _client_test(test, config.client_test_samples, has_student)
     return Experiment(
         config=config,
         algorithm=algorithm,
@@ -173,6 +178,8 @@ def _prepare(config: Config) -> Experiment:
         channel=Channel(uplink, downlink, config.temperature),
         train=train,
         test=test,
+        client_test=client_test,
+        test_sample=test_sample,
         proxy_rows=proxy_rows,
         validation_rows=validation_rows,
         partition=partition,
@@ -274,14 +281,29 @@ def _codec(text: str, classes: int) -> Codec:
     return codec
 
 
-def _check_initial_state(algorithm: Algorithm, setup: Setup) -> None:
-    """Make the initial state, so that a method that cannot run says so before others run."""
+def _has_student(algorithm: Algorithm, setup: Setup) -> bool:
+    """Whether the method has a global student. A method that cannot run says so here, before others run."""
     try:
-        algorithm.initial_state(setup)
+        return bool(algorithm.global_model(setup, algorithm.initial_state(setup)))
     except FedkdError:
         raise
     except Exception:
-        return  # of a user-defined algorithm: attributed to it when it runs
+        return False  # of a user-defined algorithm: attributed to it when it runs
+
+
+def _client_test(test: Images, count: int, has_student: bool) -> tuple[Images, Tensor]:
+    """The images on which clients' models are evaluated, and which of them count for the clients' accuracy.
+
+    All test images are predicted if the clients' models give the test accuracy, since there is no student.
+    """
+    import torch
+
+    from fedkd.data.readers import stratified
+
+    sample = stratified(test.labels, count or len(test))
+    if not has_student or len(sample) == len(test):
+        return test, sample
+    return test.select(sample), torch.arange(len(sample))
 
 
 def _check_model(setup: Setup, model: str) -> None:

@@ -179,6 +179,8 @@ def test_every_number_of_a_summary_by_hand():
         "rounds": 7,
         "ended": "rounds",
         "clients": 6,
+        "test_samples": 359,
+        "client_test_samples": 359,
         "evaluated_model": "student",
         "test_accuracy": 0.6,
         "test_accuracy_last5": pytest.approx(0.32),
@@ -254,7 +256,9 @@ def test_every_number_of_a_row_by_hand(experiment):
         attempts=2,
         duration=1.23456789,
     )
-    clients = ClientEvaluation(0.25, 0.75, SerializedBytes(100, 1000, 10, 20), [Failure(2, "refused", "diverged")])
+    clients = ClientEvaluation(
+        0.375, 0.25, 0.75, SerializedBytes(100, 1000, 10, 20), [Failure(2, "refused", "diverged")]
+    )
     row = metrics.round_row(experiment, round_, (0.5, 1.5), clients, (0.125, 2.5))
     assert row == {
         "algorithm": "ensemble",
@@ -286,7 +290,8 @@ def test_every_number_of_a_row_by_hand(experiment):
         "train_metrics": {"epsilon": 8.0, "loss": 2.5},
     }
     without_student = metrics.round_row(experiment, round_, None, clients)
-    assert (without_student["test_accuracy"], without_student["test_loss"]) == (0.25, None)
+    assert (without_student["test_accuracy"], without_student["test_loss"]) == (0.375, None)
+    assert without_student["client_accuracy"] == 0.25
     not_evaluated = metrics.round_row(experiment, round_, (0.5, 1.5), None)
     assert not_evaluated["teacher_accuracy"] is not_evaluated["client_accuracy"] is None
     assert (not_evaluated["evaluation_bytes"], not_evaluated["evaluation_failures"]) == (0, [])

@@ -89,7 +89,9 @@ def _curve(axes: Axes, curves: Curves, name: str, color: str, style: str, with_o
         axes.fill_between(rounds, low, high, color=color, alpha=0.15, linewidth=0)
     if not with_others:
         return
-    styles: dict[str, Any] = {"teacher_accuracy": ("--", "teacher"), "client_accuracy": (":", "mean client")}
+    styles: dict[str, Any] = {"teacher_accuracy": ("--", "teacher")}
+    if _means(curves, name, "test_loss")[0]:  # without a student the test accuracy is that of the clients
+        styles["client_accuracy"] = (":", "mean client")
     for key, (line, label) in styles.items():
         rounds, other, _ = _means(curves, name, key)
         if len(other) > 1 and other != mean:  # a single point is no line

@@ -23,9 +23,11 @@ def lines(experiment: Experiment, fallback: str) -> list[tuple[str, str]]:
     height, width = setup.proxy.images.shape[1:3]
     notices = [("notice", f"CIFAR-10 is not available, so this run uses digits. {fallback}")] if fallback else []
     validation = f"{config.validation:,} validation, " if config.validation else ""
+    sample = len(experiment.test_sample)
+    of_clients = f" ({sample:,} of them for clients and teacher)" if sample < len(experiment.test) else ""
     data = (
         f"{config.dataset}: {plain(len(experiment.partition.rows), 'private sample')}, {validation}"
-        f"{len(setup.proxy.images):,} proxy ({config.proxy}), {len(experiment.test):,} test, "
+        f"{len(setup.proxy.images):,} proxy ({config.proxy}), {len(experiment.test):,} test{of_clients}, "
         f"{height}x{width} pixels, {setup.classes} classes"
     )
     names = dict.fromkeys([*setup.models, setup.student])

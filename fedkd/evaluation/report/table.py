@@ -88,6 +88,10 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
         "uplink, downlink: serialized bytes of all clients and rounds; bytes to …: of both, until that accuracy;",
         "training: of clients and server; evaluation: of clients and student on the test set.",
     ]
+    if (sample := runs[0].get("client_test_samples")) != (whole := runs[0].get("test_samples")):
+        caption.append(
+            f"teacher, clients: on {sample:,} of the {whole:,} test images, the same for all methods and seeds."
+        )
     if is_paired:
         caption.append(f"Δ {BASELINE}: difference in percentage points, paired by seed.")
     if is_validated:

@@ -131,15 +131,16 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Evaluate the client's own model on the test set. This measures the simulation and is not part of a method.
+    """Evaluate the client's own model on test images. This measures the simulation and is not part of a method.
 
     The logits are uploaded too, so that the server can evaluate their ensemble.
     """
     experiment, memory = _memory(message, context)
     model = experiment.setup.model_of(_int(context.node_config["partition-id"]))
-    logits = experiment.setup.trainer.predict(model, take("model", memory), experiment.test.pixels)
-    accuracy, loss = loop.score(logits, experiment.test.labels)
-    metrics = MetricRecord({EXAMPLES: len(experiment.test), "accuracy": accuracy, "loss": loss})
+    images = experiment.client_test
+    logits = experiment.setup.trainer.predict(model, take("model", memory), images.pixels)
+    accuracy, loss = loop.score(logits, images.labels)
+    metrics = MetricRecord({EXAMPLES: len(images), "accuracy": accuracy, "loss": loss})
     content = RecordDict({ARRAYS: to_record({"logits": logits}), METRICS: metrics})
     return Message(content, reply_to=message)
 
