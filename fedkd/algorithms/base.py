@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from fedkd.core.lazy import torch
 from fedkd.core.seeds import derive
 from fedkd.core.tensors import take
+from fedkd.training.early_stopping import EarlyStopping
 from fedkd.training.objectives import Softened
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fedkd.core.config import Config
+    from fedkd.core.soft_labels import SoftLabels
     from fedkd.core.tensors import Shapes, Tensors
     from fedkd.data.proxies import ProxySet
     from fedkd.data.readers import Images
+    from fedkd.training.loop import Objective
     from fedkd.training.trainer import Trainer
 
     Aggregator = Callable[[Tensor, Tensor], Tensor]
@@ -90,6 +93,7 @@ class Setup:
     """What the server and all clients share before the first round.
 
     ``models`` are the specs of the clients' models, assigned in turn; ``student`` is that of the global student.
+    ``validation`` are the samples of ``--validation``, none without it.
     """
 
     config: Config
@@ -97,6 +101,7 @@ class Setup:
     models: tuple[str, ...]
     student: str
     proxy: ProxySet
+    validation: Images
     distillation: Distillation
     trainer: Trainer
 
@@ -116,6 +121,32 @@ class Setup:
     def proxy_logits(self, model: str, weights: Tensors, number: int) -> Tensor:
         """A model's logits [P, C] on the proxy samples of a round."""
         return self.trainer.predict(model, weights, self.proxy.select(self.proxy.subset(number)))
+
+    def distill(
+        self,
+        model: str,
+        weights: Tensors,
+        soft_labels: SoftLabels,
+        objective: Objective,
+        *,
+        seed: int,
+        average: bool = False,
+    ) -> dict[str, Tensor]:
+        """A model's weights after distillation on the server, by the options of the run; see `Trainer.distill`."""
+        config, held_out = self.config, self.validation
+        patience = config.distill_patience
+        return self.trainer.distill(
+            model,
+            weights,
+            soft_labels,
+            objective,
+            epochs=config.distill_epochs,
+            steps=config.distill_steps,
+            schedule=config.distill_schedule,
+            seed=seed,
+            average=average,
+            stopping=EarlyStopping(held_out.pixels, held_out.labels, patience) if patience else None,
+        )
 
 
 class Algorithm(ABC):

@@ -109,16 +109,9 @@ class Ensemble(Algorithm):
         """The state after the student was distilled from probs [R, C] on these proxy samples [R]."""
         student = take("student", state)
         if len(indices):
-            student = setup.trainer.distill(
-                setup.student,
-                student,
-                SoftLabels(setup.proxy.select(indices), probs),
-                self.distillation(setup).objective,
-                epochs=setup.config.distill_epochs,
-                steps=setup.config.distill_steps,
-                schedule=setup.config.distill_schedule,
-                seed=seed,
-            )
+            soft_labels = SoftLabels(setup.proxy.select(indices), probs)
+            objective = self.distillation(setup).objective
+            student = setup.distill(setup.student, student, soft_labels, objective, seed=seed)
         return {**state, "round": state["round"] + 1, "prev": state["round"], **put("student", student)}
 
     def global_model(self, setup: Setup, state: Tensors) -> Tensors:

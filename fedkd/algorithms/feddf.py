@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class FedDF(WeightEnsemble):
     """FedDF (Lin et al., 2020): each architecture's mean is distilled from the mean logits of all clients' models.
 
-    A student with an architecture of its own continues from the last round. Algorithms 1 and 3. Left out of the
-    paper's server step: cosine decay, early stopping on validation, dropping of bad clients.
+    A student with an architecture of its own continues from the last round. Algorithms 1 and 3. The paper's cosine
+    decay and early stopping are options of the run. Left out: dropping of bad clients.
     """
 
     @property

@@ -82,17 +82,8 @@ class WeightEnsemble(Algorithm):
             if group := [update for client, update in updates.items() if name == self._group(setup, client)]:
                 weights = weighted_mean([u.tensors for u in group], [u.examples for u in group])
             if name == "student" or not step.separate_student:
-                weights = setup.trainer.distill(
-                    model,
-                    weights,
-                    soft_labels,
-                    cross_entropy,
-                    epochs=setup.config.distill_epochs,
-                    steps=setup.config.distill_steps,
-                    schedule=setup.config.distill_schedule,
-                    seed=derive(seed, name),
-                    average=step.average_epochs,
-                )
+                own_seed, average = derive(seed, name), step.average_epochs
+                weights = setup.distill(model, weights, soft_labels, cross_entropy, seed=own_seed, average=average)
             new |= put(name, weights)
         return new
 

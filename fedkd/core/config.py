@@ -157,6 +157,13 @@ class Config(Options):
         "constant", "Training", "How it changes over the steps of a distillation on the server: as --schedule."
     )
 
+    distill_patience: NonNegativeInt = option(
+        0,
+        "Training",
+        "End a distillation on the server when its validation accuracy, measured every 100 steps, has not risen for N "
+        "steps, and keep the best student; 0: never. Needs --validation.",
+    )
+
     # The run
     seed: Seed = option(0, "Run", "Seed of the first repetition; all random numbers are derived from it.")
     seeds: Repetitions = option(1, "Run", "Number of repetitions, with seed, seed + 1, ...")

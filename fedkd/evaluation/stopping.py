@@ -77,14 +77,15 @@ def conditions(text: str) -> list[Condition]:
 
 
 def check(config: Config) -> None:
-    """Check ``--patience`` and ``--stop-when``.
+    """Check ``--patience``, ``--distill-patience`` and ``--stop-when``.
 
     Raises:
         UsageError: an option that needs ``--validation``, or a condition that cannot be used.
 
     """
-    if config.patience and not config.validation:
-        raise UsageError(f"--patience {config.patience} needs --validation N, samples on which to see an improvement.")
+    for option, patience in (("--patience", config.patience), ("--distill-patience", config.distill_patience)):
+        if patience and not config.validation:
+            raise UsageError(f"{option} {patience} needs --validation N, samples on which to see an improvement.")
     for condition in conditions(config.stop_when):
         if condition.key.startswith("validation") and not config.validation:
             raise UsageError(f"--stop-when {condition.text} needs --validation N, samples on which to measure it.")

@@ -123,6 +123,8 @@ def attributing(config: Config) -> AbstractContextManager[None]:
 
 
 def _prepare(config: Config) -> Experiment:
+    import torch
+
     from fedkd.algorithms.base import Distillation, Setup
     from fedkd.communication.channel import Channel
     from fedkd.data.partition import Partition
@@ -138,6 +140,7 @@ def _prepare(config: Config) -> Experiment:
     classes = max(train.classes, test.classes)
     proxy, proxy_rows, private = _proxy(config, source, train, test, algorithm.reads_proxy_labels)
     validation_rows, private = _validation(config, private)
+    held_out = train.select(torch.from_numpy(validation_rows))
     partition = _partition(config, train, private)
     pooled = Partition(partition.rows, partition.ends[-1:])
     names = models.split(config.model)
@@ -148,6 +151,7 @@ def _prepare(config: Config) -> Experiment:
         models=tuple(names),
         student=config.student or names[0],
         proxy=dataclasses.replace(proxy, images=proxy.images.to(device)),
+        validation=dataclasses.replace(held_out, pixels=held_out.pixels.to(device)),
         distillation=Distillation(
             aggregator=specs.bind("aggregator", config.aggregator),
             loss=specs.bind("loss", config.loss),

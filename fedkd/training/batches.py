@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedkd.data import augment
 from fedkd.training import loop
+from fedkd.training.early_stopping import EarlyStopping
 from fedkd.training.loop import Augmentation, Objective, Penalty
 
 
@@ -24,6 +25,7 @@ class Job:
     augmentation: Augmentation
     seed: int
     penalty: Penalty | None = None
+    stopping: EarlyStopping | None = None
 
 
 @dataclass(frozen=True)

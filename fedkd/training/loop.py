@@ -6,8 +6,9 @@ the fastest layout for convolutions on CPUs and GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from fedkd.core.seeds import seeded
 from fedkd.data import augment
 from fedkd.data.scaling import Scaling
 from fedkd.training import optimizers
+from fedkd.training.early_stopping import Best, EarlyStopping, mean_after
 from fedkd.training.layers import EMBEDDING, layer_outputs
 from fedkd.training.objectives import on_device
 from fedkd.training.precision import Precision, computing, output_of
@@ -71,6 +73,7 @@ def train(
     steps: int = 0,
     penalty: Penalty | None = None,
     average: bool = False,
+    stopping: EarlyStopping | None = None,
     precision: Precision = "float32",
 ) -> None:
     """Minimize ``objective`` over (pixels, targets), in place. ``seed`` determines the order and the augmentation.
@@ -80,31 +83,49 @@ def train(
     With ``steps`` above 0 there are so many steps, and as many epochs as this takes; the last one may be cut.
 
     With ``average`` the result is the mean of the weights after each epoch (stochastic weight averaging: Izmailov et
-    al., 2018).
+    al., 2018). With ``stopping`` it is what the best of the measured numbers of steps would give.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     sizes = batch_sizes(model, len(pixels), batch_size)
     lengths = epoch_lengths(len(sizes), epochs, steps)
+    ends = set(accumulate(filter(None, lengths)))
+    tensors = [tensor.detach() for tensor in model.state_dict().values()]
     rate_of_steps = iter(optimizers.rates_for(rates, sum(lengths), device).tolist())  # to the bit as if recorded
     objective, penalty = on_device(objective, device), penalty and on_device(penalty, device)
     model.train()
     model.zero_grad()  # of a training that failed
     with seeded(seed), computing(precision):  # seeded for dropout, which draws from torch's own stream
-        sums = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in _floats(model)} if average else {}
-        for length in lengths:
-            for indices in batches(sizes, generator)[:length]:
-                images = augmentation(pixels[indices].to(device), indices, generator)
-                loss = objective(output_of(model, scaling(images), precision), targets[indices].to(device))
-                if penalty is not None:
-                    loss = loss + penalty(dict(model.named_parameters()))
-                loss.backward()  # type: ignore[no-untyped-call]
-                step(next(rate_of_steps))
-            for name, weights in _floats(model) if average else ():
-                sums[name] += weights
-        if average and lengths:
-            for name, weights in _floats(model):
-                weights.copy_(sums[name] / len(lengths))
+        sums = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in tensors] if average else []
+
+        def validate(images: Tensor) -> Tensor:
+            logits = predict(model, images, scaling, precision)
+            model.train()
+            return logits
+
+        def result(number: int) -> Sequence[Tensor]:
+            return mean_after(number, tensors, sums, ends) if average else tensors
+
+        best = Best(stopping, tensors, sum(lengths), validate, result) if stopping else None
+        for number, indices in enumerate(_order(sizes, lengths, generator), 1):
+            images = augmentation(pixels[indices].to(device), indices, generator)
+            loss = objective(output_of(model, scaling(images), precision), targets[indices].to(device))
+            if penalty is not None:
+                loss = loss + penalty(dict(model.named_parameters()))
+            loss.backward()  # type: ignore[no-untyped-call]
+            step(next(rate_of_steps))
+            for total, tensor in zip(sums, tensors, strict=False) if number in ends else ():  # no sums, no average
+                total += tensor
+            if best is not None and best.ends(number):
+                break
+        for tensor, value in zip(tensors, best.weights if best else result(sum(lengths)), strict=True):
+            tensor.copy_(value)
+
+
+def _order(sizes: list[int], lengths: Sequence[int], generator: torch.Generator) -> Iterator[Tensor]:
+    """The indices of the samples in each batch of all epochs, drawn when an epoch begins."""
+    for length in lengths:
+        yield from batches(sizes, generator)[:length]
 
 
 def batch_sizes(model: nn.Module, count: int, size: int) -> list[int]:
@@ -149,11 +170,6 @@ def check_batch_norm(model: nn.Module, name: str, size: int, option: str) -> Non
 def batches(sizes: list[int], generator: torch.Generator) -> tuple[Tensor, ...]:
     """The indices of the samples in each batch of an epoch, shuffled, for the size of each batch."""
     return torch.split(torch.randperm(sum(sizes), generator=generator), sizes)
-
-
-def _floats(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """The floating-point parameters and buffers, which can be averaged."""
-    return [(name, tensor.detach()) for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
 
 
 class Embedded(nn.Module):

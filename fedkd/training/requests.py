@@ -65,6 +65,7 @@ class Training:
             seed=job.seed,
             penalty=job.penalty,
             average=self.average,
+            stopping=job.stopping,
             precision=self.network.precision,
         )
 
@@ -134,7 +135,8 @@ class Fit:
     def key(self) -> Hashable:
         """What requests have in common that are executed together."""
         targets, penalty = self.job.targets, function_of(self.job.penalty)
-        return type(self), self.how, self.job.pixels.shape[1:], targets.shape[1:], targets.dtype, penalty, self.rates
+        shapes = self.job.pixels.shape[1:], targets.shape[1:], targets.dtype
+        return type(self), self.how, shapes, penalty, self.rates, self.job.stopping  # each stops on its own
 
     @property
     def network(self) -> Network:

@@ -28,6 +28,7 @@ from fedkd.core.seeds import seeded
 from fedkd.data import augment
 from fedkd.training import graphs, loop, optimizers
 from fedkd.training.batches import Job, Plan
+from fedkd.training.early_stopping import Best, mean_after
 from fedkd.training.graphs import Recording
 from fedkd.training.stack import NotStackable, Stack
 from fedkd.training.stacked_losses import Losses
@@ -121,9 +122,10 @@ def train(
     learner.stack.streams = [torch.Generator(device).manual_seed(job.seed) for job in jobs]
     tensors = first.stack.tensors
     results = [] if [working for working, _ in segments] == [clients] else [each.detach().clone() for each in tensors]
-    ends = [set(accumulate(each)) for each in lengths]
+    ends = [set(accumulate(filter(None, each))) for each in lengths]
     is_idle = torch.tensor([float(not any(each)) for each in lengths], dtype=torch.float64, device=device)
     sums = [each.detach() * is_idle.view(-1, *[1] * (each.dim() - 1)) for each in tensors] if average else []
+    best = _best(learner, jobs[0], scaling, sums, ends[0], len(plan.sizes))
     each_step: Iterator[None] | None = None
     with learner.stack.computing(), seeded(jobs[0].seed):  # seeded as `loop.train` for one client
         random = _random_state(device)
@@ -146,16 +148,44 @@ def train(
                 if average:
                     ended = [client for client in working if number + 1 in ends[client]]
                     _put(learner, clients, sums, ended, torch.Tensor.add_)
+                if best and best.ends(number + 1):
+                    break
             if results:
                 _put(learner, clients, results, [c for c in working if c not in later], torch.Tensor.copy_)
-    if average:
-        epochs_of = torch.tensor([sum(map(bool, each)) or 1 for each in lengths], device=device)
-        results = [
-            (total / epochs_of.view(-1, *[1] * (total.dim() - 1))).to(tensor) if tensor.is_floating_point() else tensor
-            for total, tensor in zip(sums, results or tensors, strict=True)
-        ]
+    results = best.weights if best else _means(sums, results or tensors, lengths) if average else results
     for tensor, result in zip(tensors, results, strict=False):  # none if all is in its place
         tensor.detach().copy_(result)
+
+
+def _best(
+    learner: Learner,
+    job: Job,
+    scaling: Callable[[Tensor], Tensor],
+    sums: Sequence[Tensor],
+    ends: set[int],
+    steps: int,
+) -> Best | None:
+    """The best weights of a single client, if its training may end early."""
+    tensors = [tensor.detach() for tensor in learner.stack.tensors]
+
+    def validate(images: Tensor) -> Tensor:
+        (logits,) = predict(learner.network, learner.stack, [images], scaling)
+        learner.network.train()
+        return logits
+
+    def result(number: int) -> Sequence[Tensor]:
+        return mean_after(number, tensors, sums, ends) if sums else tensors
+
+    return Best(job.stopping, tensors, steps, validate, result) if job.stopping else None
+
+
+def _means(sums: Sequence[Tensor], tensors: Sequence[Tensor], lengths: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The means [K, ...] over the epochs of each client, which have these numbers of batches; integers are the last."""
+    epochs = torch.tensor([sum(map(bool, each)) or 1 for each in lengths], device=tensors[0].device)
+    return [
+        (total / epochs.view(-1, *[1] * (total.dim() - 1))).to(tensor) if tensor.is_floating_point() else tensor
+        for total, tensor in zip(sums, tensors, strict=True)
+    ]
 
 
 def _drawn(learner: Learner) -> None:

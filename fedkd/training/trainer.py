@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fedkd.core.soft_labels import SoftLabels
     from fedkd.core.tensors import Shapes, Tensors
     from fedkd.data.scaling import Scaling
+    from fedkd.training.early_stopping import EarlyStopping
     from fedkd.training.loop import Objective, Penalty
     from fedkd.training.precision import Precision
     from fedkd.training.terms import Term
@@ -225,11 +226,12 @@ class Trainer:
         steps: int = 0,
         schedule: str = "constant",
         average: bool = False,
+        stopping: EarlyStopping | None = None,
     ) -> dict[str, Tensor]:
         """The weights after minimizing ``objective(logits, targets)`` over the soft labels (Adam).
 
         Without augmentation, since the targets belong to exactly these pixels. The schedule is that of the learning
-        rate over the steps. ``steps`` and ``average``: see `loop.train`.
+        rate over the steps. ``steps``, ``average`` and ``stopping``: see `loop.train`.
         """
         rate, size, network = self.config.distill_learning_rate, self.config.distill_batch_size, self._network(model)
         rates: tuple[float, ...] = (rate,)
@@ -238,7 +240,7 @@ class Trainer:
             total = sum(loop.epoch_lengths(len(batches), epochs, steps))
             rates = schedules.rates(schedule, rate, total, max(1, len(batches)))
         how = Training(network, self.scaling, "adam", (0.0,), epochs, size, steps, average=average)
-        job = Job(soft_labels.images, soft_labels.targets, objective, loop.Augmentation(), seed)
+        job = Job(soft_labels.images, soft_labels.targets, objective, loop.Augmentation(), seed, stopping=stopping)
         trained: dict[str, Tensor] = together.result(Fit(how, weights, job, rates))
         return trained
 

@@ -34,7 +34,7 @@ def distillation(temperature=4.0, weighting="size", calls=None):
 
 def setup_with(**parts):
     empty = {"config": None, "classes": 3, "models": ("a", "b"), "student": "s", "proxy": None, "distillation": None}
-    return Setup(**{**empty, "trainer": None, **parts})
+    return Setup(**{**empty, "validation": None, "trainer": None, **parts})
 
 
 def test_the_aggregator_gets_logits_over_the_temperature_and_the_weights():

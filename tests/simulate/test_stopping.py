@@ -119,6 +119,7 @@ def test_patience_counts_rounds_since_the_first_best_one(accuracies, patience, e
     ("options", "expected"),
     [
         ({"patience": 2}, "--patience 2 needs --validation"),
+        ({"distill_patience": 2}, "--distill-patience 2 needs --validation"),
         ({"stop_when": "validation_loss<1"}, "--stop-when validation_loss<1 needs --validation"),
         ({"stop_when": "test_acuracy>=0.6"}, "Did you mean 'test_accuracy'"),
         ({"validation": 10, "partitioner": "own"}, "--validation holds samples out of the training set"),
