@@ -169,6 +169,11 @@ class Algorithm(ABC):
         return False
 
     @property
+    def needs_validation(self) -> bool:
+        """Whether the server needs the samples of ``--validation``."""
+        return False
+
+    @property
     def private_models(self) -> tuple[str, ...]:
         """Models that every client trains besides its own."""
         return ()

@@ -74,18 +74,25 @@ class WeightEnsemble(Algorithm):
         updates = {client: update for client, update in updates.items() if logits[client].isfinite().all()}
         if not updates:
             raise RunError("No client's model gives finite logits; lower --learning-rate.")
+        averaged, updates = self.selected(setup, updates)
         stacked = torch.stack([logits[client] for client in updates])
         soft_labels = SoftLabels(images, step.targets(setup, updates, stacked, images, seed))
         new = {"round": state["round"] + 1}
         for name, model in self._server_models(setup).items():
             weights = take(name, state)
-            if group := [update for client, update in updates.items() if name == self._group(setup, client)]:
+            if group := [update for client, update in averaged.items() if name == self._group(setup, client)]:
                 weights = weighted_mean([u.tensors for u in group], [u.examples for u in group])
             if name == "student" or not step.separate_student:
                 own_seed, average = derive(seed, name), step.average_epochs
                 weights = setup.distill(model, weights, soft_labels, cross_entropy, seed=own_seed, average=average)
             new |= put(name, weights)
         return new
+
+    def selected(
+        self, setup: Setup, updates: Mapping[int, Update]
+    ) -> tuple[Mapping[int, Update], Mapping[int, Update]]:
+        """The updates that are averaged, and those that are the ensemble; by default all of them."""
+        return updates, updates
 
     def teacher_probs(self, setup: Setup, logits: Sequence[Tensor], weights: Tensor) -> Tensor:
         return self.server_step.aggregator(torch.stack(list(logits)), weights)

@@ -61,6 +61,8 @@ def _check_algorithm(run: Config) -> None:
         raise UsageError(f"{run.algorithm} assumes that clients train with SGD, not --optimizer {run.optimizer}.")
     if algorithm.assumes_sgd and run.clip_norm:
         raise UsageError(f"{run.algorithm} needs the gradients as they are; leave out --clip-norm {run.clip_norm:g}.")
+    if algorithm.needs_validation and not run.validation:
+        raise UsageError(f"{run.algorithm} needs --validation N, samples on which the server measures clients' models.")
     if algorithm.pools_data and run.partitioner == partitioners.OWN:
         raise UsageError(
             f"{run.algorithm} needs all data in one place, but deployed nodes keep theirs; use another method."
