@@ -36,6 +36,7 @@ CATALOG: dict[str, dict[str, str]] = {
         "moon": "fedkd.algorithms.moon:Moon",
         "fedntd": "fedkd.algorithms.fedntd:FedNTD",
         "fedlmd": "fedkd.algorithms.fedntd:FedLMD",
+        "fedvls": "fedkd.algorithms.fedvls:FedVLS",
         "feddistill-plus": "fedkd.algorithms.fd:FedDistillPlus",
         "mentor": "fedkd.algorithms.mentor:Mentor",
         "fml": "fedkd.algorithms.fml:FML",

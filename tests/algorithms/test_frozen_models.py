@@ -1,4 +1,4 @@
-"""MOON, FedNTD and FedLMD, whose clients train beside frozen models, against their papers' formulas."""
+"""MOON, FedNTD, FedLMD and FedVLS, whose clients train beside frozen models, against their papers' formulas."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from fedkd import models
 from fedkd.algorithms.fedntd import FedLMD, FedNTD
+from fedkd.algorithms.fedvls import FedVLS
 from fedkd.algorithms.moon import Moon
 from fedkd.core import specs
 from fedkd.core.errors import UsageError
@@ -87,12 +88,41 @@ def not_true_loss(beta, temperature, masked=()):
     return loss_of
 
 
+def vacant_class_loss(weight, suppression, counts):
+    """The authors' calibrated cross-entropy, KL over the classes without samples, and suppression, number by number."""
+    classes, shares = range(len(counts)), [count / sum(counts) for count in counts]
+    absent = [c for c in classes if not counts[c]]
+
+    def loss_of(ours, theirs, labels):
+        fits, distances = [], []
+        for logits, teacher, label in zip(ours[0], theirs[0][0], labels.tolist(), strict=True):
+            shifted = [(logits[c] + math.log(shares[c] + 1e-9)).exp() for c in classes]
+            fits.append(-(shifted[label] / sum(shifted)).log())
+            p, q = teacher[absent].softmax(0), logits[absent].softmax(0)
+            distances.append(sum(a * (a / b).log() for a, b in zip(p, q, strict=True)))
+        suppressed = 0
+        for c in classes:
+            if shares[c]:
+                values = [
+                    row[c].exp() / (shares[c] + 1e-9) / len(counts) if label != c else torch.tensor(1.0)
+                    for row, label in zip(ours[0], labels.tolist(), strict=True)
+                ]
+                suppressed = suppressed + shares[c] * (sum(values) / len(values)).log()
+        return sum(fits) / len(fits) + weight * sum(distances) / len(fits) + suppression * suppressed
+
+    return loss_of
+
+
 SLOW = {"clients": 12, "local_epochs": 2, "norm": "batch", "augment": "true", "partitioner": "dirichlet:alpha=0.3"}
 
 
 @pytest.mark.parametrize("is_together", [False, True])
 @pytest.mark.parametrize(
-    "name", ["moon", "moon:mu=1,temperature=0.2", "fedntd", "fedntd:beta=0.5,temperature=2", "fedlmd"]
+    "name",
+    [
+        *("moon", "moon:mu=1,temperature=0.2", "fedntd", "fedntd:beta=0.5,temperature=2", "fedlmd"),
+        *("fedvls", "fedvls:weight=2,suppression=0.3"),
+    ],
 )
 def test_local_training_is_the_papers(name, is_together, monkeypatch):
     """In a client's second round, with augmented images and BatchNorm; on its own and in a stack."""
@@ -105,6 +135,10 @@ def test_local_training_is_the_papers(name, is_together, monkeypatch):
         client = experiment.client(number, 2, first[1][number])
         if isinstance(algorithm, Moon):
             frozen, loss_of = [first[2], first[0][number].tensors], moons_loss(algorithm.mu, algorithm.temperature)
+        elif isinstance(algorithm, FedVLS):
+            counts = torch.bincount(client.data.labels, minlength=10).tolist()
+            assert 0 in counts
+            frozen, loss_of = [first[2]], vacant_class_loss(algorithm.weight, algorithm.suppression, counts)
         else:
             counts = torch.bincount(client.data.labels, minlength=10).tolist()
             major = [c for c in range(10) if counts[c] > sum(counts) / 10] if name == "fedlmd" else []
@@ -146,6 +180,27 @@ def test_fedlmd_masks_the_classes_above_the_mean_in_the_teacher_only():
     # The teacher's classes are 2 and 3, the student's 0, 2 and 3: KL((1/2, 1/2) || (1/3, 1/3)) = ln(3/2).
     loss = algorithm.objective((logits, [logits]), torch.tensor([1]), masked)
     assert float(loss) == pytest.approx(math.log(4) + math.log(1.5), abs=1e-6)
+
+
+def test_the_three_terms_of_fedvls_of_known_logits():
+    """Three of four samples are of class 0, none of class 2 or 3; a batch of one sample of class 0 and one of class 1.
+
+    The calibrated fit of logits zero is -ln p. On classes 2 and 3, KL((3/4, 1/4) || (1/2, 1/2)) = 0.1308. The mean for
+    class 0 is (1 + 1 / (4 * 3/4)) / 2 = 2/3, for class 1 (1 / (4 * 1/4) + 1) / 2 = 1.
+    """
+    logits, labels = torch.zeros(2, 4), torch.tensor([0, 1])
+    teacher, shares = torch.tensor([[9.0, -9, math.log(3), 0]]).expand(2, 4), torch.tensor([0.75, 0.25, 0, 0])
+    fit, vacant, suppressed = -(math.log(3 / 4) + math.log(1 / 4)) / 2, 0.1308120359, 3 / 4 * math.log(2 / 3)
+    for weight, suppression in ((0, 0), (1, 0), (0, 1), (0.1, 0.005)):
+        loss = FedVLS(weight, suppression).objective((logits, [teacher]), labels, {"shares": shares})
+        assert float(loss) == pytest.approx(fit + weight * vacant + suppression * suppressed, abs=1e-6)
+
+
+def test_fedvls_with_samples_of_all_classes_distills_nothing():
+    logits, labels = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 2, 0])
+    shares = {"shares": torch.full((3,), 1 / 3)}
+    loss = FedVLS(weight=9, suppression=0).objective((logits, [2 * logits]), labels, shares)
+    assert float(loss) == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), abs=1e-6)
 
 
 def test_without_a_class_to_distill_only_the_cross_entropy_is_left():

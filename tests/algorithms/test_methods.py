@@ -39,7 +39,7 @@ MORE = [
     "cronus:downlink=nothing",
 ]
 # One model for all.
-SAME = {"fedavg", "fedprox", "fedavgm", "moon", "fedntd", "fedlmd", "feddistill-plus", *MENTORS}
+SAME = {"fedavg", "fedprox", "fedavgm", "moon", "fedntd", "fedlmd", "fedvls", "feddistill-plus", *MENTORS}
 SAME |= {"scaffold", "fedbe", "fedema", "central"}
 PERSONAL = {
     "fedmd",
