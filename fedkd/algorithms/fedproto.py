@@ -64,8 +64,7 @@ class FedProto(Algorithm):
         return shapes(self.initial_state(setup))
 
     def check_update(self, setup: Setup, update: Update) -> str:
-        counts = update.tensors["counts"]
-        return "" if (counts >= 0).all() and counts.sum() == update.examples else "sent counts that do not add up"
+        return check_counts(update)
 
     def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
         counts = torch.stack([update.tensors["counts"] for update in updates.values()])
@@ -77,6 +76,25 @@ class FedProto(Algorithm):
             "prototypes": torch.where(is_new[:, None], mean.float(), state["prototypes"]),
             "counts": torch.where(is_new, total, state["counts"]),
         }
+
+
+def check_counts(update: Update) -> str:
+    """What is wrong with the ``counts`` [C] of the samples of each class in an update; empty if nothing is."""
+    counts = update.tensors["counts"]
+    return "" if (counts >= 0).all() and counts.sum() == update.examples else "sent counts that do not add up"
+
+
+def head_of(setup: Setup, name: str) -> str:
+    """The name of the layer of the global student that maps embeddings to logits.
+
+    Raises:
+        UsageError: it has no such layer; the message is about the method ``name``.
+
+    """
+    try:
+        return setup.trainer.head(setup.student, setup.proxy.images)
+    except ValueError as error:
+        raise UsageError(f"{name} cannot use --model {setup.student}: {error}.") from error
 
 
 def common_width(setup: Setup, name: str) -> int:

@@ -38,6 +38,7 @@ CATALOG: dict[str, dict[str, str]] = {
         "fedlmd": "fedkd.algorithms.fedntd:FedLMD",
         "fedvls": "fedkd.algorithms.fedvls:FedVLS",
         "feddistill-plus": "fedkd.algorithms.fd:FedDistillPlus",
+        "fedgen": "fedkd.algorithms.fedgen:FedGen",
         "mentor": "fedkd.algorithms.mentor:Mentor",
         "fml": "fedkd.algorithms.fml:FML",
         "fedkd-wu": "fedkd.algorithms.fml:FedKD",

@@ -15,7 +15,7 @@ from fedkd import models
 from fedkd.core import seeds
 from fedkd.core.tensors import shapes
 from fedkd.training import stack
-from fedkd.training.layers import Pair
+from fedkd.training.layers import EMBEDDING, Pair, layer_outputs
 from fedkd.training.stack import NotStackable, Stack
 
 if TYPE_CHECKING:
@@ -79,6 +79,26 @@ class Network:
 @lru_cache(maxsize=32)
 def _module(network: Network) -> nn.Module:
     return network.build()
+
+
+@lru_cache(maxsize=32)
+def head(network: Network, height: int, width: int) -> str:
+    """The name of a network's last linear layer, whose input is the embedding and whose output are the logits.
+
+    Raises:
+        ValueError: it has no such layer.
+
+    """
+    module = copy.deepcopy(network.module).cpu().eval()
+    x = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), layer_outputs(module, [EMBEDDING]) as outputs:
+        logits = module(x)
+        name: str = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)][-1]
+        expected = module.get_submodule(name)(outputs[EMBEDDING])
+    is_own = f"{name}.weight" in dict(module.named_parameters())
+    if not is_own or expected.shape != logits.shape or not torch.allclose(expected, logits, 1e-3, 1e-3):
+        raise ValueError("its logits are not the output of its last linear layer, with weights of its own")
+    return name
 
 
 @lru_cache(maxsize=32)

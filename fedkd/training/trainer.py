@@ -16,7 +16,7 @@ from fedkd.core import seeds, specs
 from fedkd.core.errors import DataError
 from fedkd.core.tensors import shapes
 from fedkd.models import checkpoint
-from fedkd.training import loop, schedules, together
+from fedkd.training import loop, networks, schedules, together
 from fedkd.training.batches import Job
 from fedkd.training.networks import Network
 from fedkd.training.objectives import Joint, LabelSmoothed
@@ -256,6 +256,15 @@ class Trainer:
         request = Prediction(self._network(model), self.scaling, weights, pixels, loop.Embedding)
         embeddings: Tensor = together.result(request)
         return embeddings
+
+    def head(self, model: str, pixels: Tensor) -> str:
+        """The name of a model's layer from embeddings to logits, for images of the size of ``pixels`` [N, H, W, 3].
+
+        Raises:
+            ValueError: it has no such layer.
+
+        """
+        return networks.head(self._network(model), *pixels.shape[1:3])
 
     def _network(self, model: str) -> Network:
         return Network(model, self.classes, self.config.norm, self.device, self.precision, self.stacks)
