@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from fedkd.algorithms.base import Client, Update
 from fedkd.algorithms.fedavg import FedAvg
-from fedkd.algorithms.fedproto import check_counts, common_width, head_of
+from fedkd.algorithms.fedproto import check_counts, common_width, head_logits, head_of
 from fedkd.core import seeds
 from fedkd.core.lazy import torch
 from fedkd.core.tensors import Int64, put, take, weighted_mean
@@ -109,6 +109,5 @@ class HeadLoss:
 
     def __call__(self, parameters: Tensors, tensors: Tensors) -> Tensor:
         """The term, from the named parameters of the model."""
-        weight, bias = parameters[f"{self.head}.weight"], parameters.get(f"{self.head}.bias")
-        logits = torch.nn.functional.linear(tensors["embeddings"], weight, bias)
+        logits = head_logits(parameters, self.head, tensors["embeddings"])
         return self.weight * torch.nn.functional.cross_entropy(logits, tensors["labels"])

@@ -67,15 +67,20 @@ class FedProto(Algorithm):
         return check_counts(update)
 
     def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
-        counts = torch.stack([update.tensors["counts"] for update in updates.values()])
-        prototypes = torch.stack([update.tensors["prototypes"] for update in updates.values()]).double()
-        total = counts.sum(0)
-        mean = (counts[..., None] * prototypes).sum(0) / total.clamp_min(1)[:, None]
-        is_new = total > 0  # a class that no participant has keeps its prototype
+        total = torch.stack([update.tensors["counts"] for update in updates.values()]).sum(0)
         return {
-            "prototypes": torch.where(is_new[:, None], mean.float(), state["prototypes"]),
-            "counts": torch.where(is_new, total, state["counts"]),
+            "prototypes": merged("prototypes", state, updates),
+            "counts": torch.where(total > 0, total, state["counts"]),
         }
+
+
+def merged(name: str, state: Tensors, updates: Mapping[int, Update]) -> Tensor:
+    """The clients' means [C, D] of this name, weighted by their counts; those of classes that none has are kept."""
+    counts = torch.stack([update.tensors["counts"] for update in updates.values()])
+    means = torch.stack([update.tensors[name] for update in updates.values()]).double()
+    total = counts.sum(0)
+    mean = (counts[..., None] * means).sum(0) / total.clamp_min(1)[:, None]
+    return torch.where((total > 0)[:, None], mean.float(), state[name])
 
 
 def check_counts(update: Update) -> str:
@@ -95,6 +100,11 @@ def head_of(setup: Setup, name: str) -> str:
         return setup.trainer.head(setup.student, setup.proxy.images)
     except ValueError as error:
         raise UsageError(f"{name} cannot use --model {setup.student}: {error}.") from error
+
+
+def head_logits(weights: Tensors, head: str, embeddings: Tensor) -> Tensor:
+    """The logits [N, C] that the layer ``head`` of a model with these weights gives for embeddings [N, D]."""
+    return torch.nn.functional.linear(embeddings, weights[f"{head}.weight"], weights.get(f"{head}.bias"))
 
 
 def common_width(setup: Setup, name: str) -> int:

@@ -39,6 +39,7 @@ CATALOG: dict[str, dict[str, str]] = {
         "fedvls": "fedkd.algorithms.fedvls:FedVLS",
         "feddistill-plus": "fedkd.algorithms.fd:FedDistillPlus",
         "fedgen": "fedkd.algorithms.fedgen:FedGen",
+        "fedhkd": "fedkd.algorithms.fedhkd:FedHKD",
         "mentor": "fedkd.algorithms.mentor:Mentor",
         "fml": "fedkd.algorithms.fml:FML",
         "fedkd-wu": "fedkd.algorithms.fml:FedKD",

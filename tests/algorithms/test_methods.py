@@ -40,7 +40,7 @@ MORE = [
 ]
 # One model for all.
 SAME = {"fedavg", "fedprox", "fedavgm", "moon", "fedntd", "fedlmd", "fedvls", "feddistill-plus", *MENTORS}
-SAME |= {"fedgen", "scaffold", "fedbe", "fedema", "central"}
+SAME |= {"fedgen", "fedhkd", "scaffold", "fedbe", "fedema", "central"}
 PERSONAL = {
     "fedmd",
     "nfdp",
