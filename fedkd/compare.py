@@ -29,6 +29,9 @@ app = cli.new("compare")
 def compare(
     *runs: Annotated[Path, Parameter(help="Run directories, of different methods, losses or seeds.")],
     markdown: Annotated[bool, Parameter(help="Write the tables as Markdown.", negative=())] = False,
+    largest: Annotated[
+        bool, Parameter(help="Also the largest test accuracy of all rounds or epochs, as in some papers.", negative=())
+    ] = False,
     out: Annotated[Path | None, Parameter(help="A directory for curve.png and curve.svg.")] = None,
 ) -> None:
     """Put methods and seeds of several runs into one table, as if they were one run.
@@ -47,10 +50,12 @@ def compare(
     if files[0].is_distilled:
         if out is not None:
             raise UsageError("--out is for curves of fedkd.simulate; runs of fedkd.distill have none.")
-        grids = [students.side_by_side(distilled(files))]
+        rows = distilled(files)
+        grids = [students.side_by_side(rows), *([students.largest(rows)] if largest else [])]
     else:
         finished, curves = simulated(files)
         grids = [table.side_by_side(finished, curves), table.ledger(finished)]
+        grids += [table.largest(curves)] if largest else []
     for grid in grids:
         if markdown:
             print(f"{grid.markdown()}\n")

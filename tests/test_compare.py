@@ -97,6 +97,35 @@ def test_the_command_writes_markdown_and_a_figure(runs, tmp_path):
     assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
+def cells(printed, title):
+    """The rows of the table with this title, in Markdown."""
+    lines = printed[printed.index(title) :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_the_largest_accuracy_is_shown_on_request(runs, distillations, capsys):
+    """Of all rounds, or of all epochs."""
+    compare(runs / "both", markdown=True)
+    compare(distillations / "longer", markdown=True)
+    assert "largest" not in capsys.readouterr().out
+    compare(runs / "both", markdown=True, largest=True)
+    finished, curves = read((runs / "both",))
+    found = cells(capsys.readouterr().out, "| method | last round | largest on test |")
+    assert [row[0] for row in found] == ["ensemble", "fedavg"]
+    for method, last, largest in found:
+        tested = [[row["test_accuracy"] for row in rows] for (name, _), rows in curves.items() if name == method]
+        most = [max(each) for each in tested]
+        assert [run["largest_test_accuracy"] for run in finished if run["algorithm"] == method] == most
+        for cell, values in ((last, [each[-1] for each in tested]), (largest, most)):
+            assert cell == f"{100 * fmean(values):.1f}% ±{100 * stdev(values):.1f}"
+    compare(distillations / "longer", markdown=True, largest=True)
+    found = cells(capsys.readouterr().out, "| loss | teacher | last epoch | largest on test |")
+    epochs = [json.loads(line) for line in (distillations / "longer" / "epochs.jsonl").open()]
+    for row, name in zip(found, ("baseline", "student"), strict=True):
+        values = [epoch["test_accuracy"] for epoch in epochs if epoch["network"] == f"{name} seed0"]
+        assert row[2:] == ([f"{100 * value:.1f}%" for value in (values[-1], max(values))] if values else [row[2], "–"])
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [

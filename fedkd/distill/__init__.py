@@ -78,5 +78,7 @@ def _check_combination(config: DistillConfig, terms: list[Term], named: list[str
         raise UsageError("--teacher and --teachers-from exclude each other; put all students into one directory.")
     if (named or config.teachers_from) and not needs_teacher:
         raise UsageError(f"--loss {config.loss} uses no teacher; remove the teacher, or add a loss such as logits.")
+    if config.teachers_from and not config.validation:
+        raise UsageError("--teachers-from ranks teachers on validation images; --validation must be at least 1.")
     if config.teachers_from:
         teacher_names.candidates(Path(config.teachers_from), config.out)

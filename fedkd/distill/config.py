@@ -74,11 +74,11 @@ class DistillConfig(Options):
         "A data set of the same classes with shifted test images; by default the test images, rotated and translated.",
     )
     data_dir: str = option("", "Data", "Folder with torchvision's files, their archive, or parquet; also FEDKD_DATA.")
-    validation: PositiveInt = option(
+    validation: NonNegativeInt = option(
         1000,
         "Data",
         "Number of training images used for validation and for the ranking of teachers, not for training; at most a "
-        "tenth of the training set.",
+        "tenth of the training set; 0: all are trained on.",
     )
 
     resize: Resize = option("crop", "Data", RESIZE_TEXT)

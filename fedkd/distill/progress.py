@@ -105,6 +105,17 @@ class Progress:
         if not (self._folder / _place(name) / f"state-{epochs}.safetensors").exists():
             self._save(name, epochs, put("network", loop.weights_of(module)), _inputs(task, ()))
 
+    def best(self, name: str) -> dict[str, Any]:
+        """The best epoch of a network by validation, and its largest test accuracy; None for one from the cache."""
+        rows = [row for row in run_directory.rows(self._rows) if row["network"] == name] if self._lines else []
+        best = max((row for row in rows if row["accuracy"] is not None), key=lambda row: row["accuracy"], default={})
+        return {
+            "best_epoch": best.get("number"),
+            "best_validation_accuracy": best.get("accuracy"),
+            "best_test_accuracy": best.get("test_accuracy"),
+            "largest_test_accuracy": max((row["test_accuracy"] for row in rows), default=None),
+        }
+
     def evaluation(self, seed: int, task: Task, teachers: Sequence[nn.Module]) -> Any:
         """The evaluation of a seed; empty if the seed is not finished."""
         return self._restored(f"evaluation seed{seed}", _inputs(task, teachers))[0].get("evaluation", {})
@@ -128,10 +139,8 @@ class Progress:
         """Append an epoch to ``epochs.jsonl`` and print it."""
         run_directory.append(self._rows, {"network": name, **dataclasses.asdict(epoch)})
         self._lines += 1
-        self._screen.print(
-            f"{name:>24}  epoch {epoch.number:>3}  validation {percent(epoch.accuracy):>6}  "
-            f"loss {epoch.loss:6.3f}  {seconds(epoch.seconds):>8}"
-        )
+        validation = "" if epoch.loss is None else f"validation {percent(epoch.accuracy):>6}  loss {epoch.loss:6.3f}  "
+        self._screen.print(f"{name:>24}  epoch {epoch.number:>3}  {validation}{seconds(epoch.seconds):>8}")
 
 
 def _inputs(task: Task, teachers: Sequence[nn.Module]) -> str:

@@ -75,7 +75,7 @@ def run(config: DistillConfig, terms: Sequence[Term]) -> None:
                 evaluation = _run_seed(task, seed_config, terms, obtained, progress, out / student)
             result["runs"].append({"seed": seed, "evaluation": evaluation})
         joined = report.joined([run["evaluation"] for run in result["runs"]])
-        for grid in (report.quality_table(joined), report.cost_table(joined)):
+        for grid in (report.quality_table(joined), report.cost_table(joined), report.epochs_table(joined)):
             screen.show(grid.rich())
         gains = report.gains([run["evaluation"] for run in result["runs"]])
         result["gain"] = {"mean": fmean(gains), "std": stdev(gains) if len(gains) > 1 else None}
@@ -262,6 +262,8 @@ def _run_seed(
     kinds = tuple(corruptions.KINDS) if count else ()
     options: dict[str, Any] = {"seed": config.seed, "kinds": kinds, "count": max(1, count)}
     evaluation = quality.evaluate(candidates, task.test, task.shifted, **options)
+    for name in paths:
+        evaluation[name] |= progress.best(f"{name} {suffix}")
     progress.keep_evaluation(config.seed, task, teachers_of_run, evaluation)
     return evaluation
 

@@ -62,7 +62,7 @@ def prepare(config: DistillConfig) -> tuple[Task, str]:
     resolved = precision.resolve(config.precision, device)
     train, test = loading.splits(source, config.data_dir)
     classes = max(train.classes, test.classes)
-    held_out = max(1, min(config.validation, len(train) // 10))
+    held_out = max(1, min(config.validation, len(train) // 10)) if config.validation else 0
     if len(train) <= held_out:
         raise DataError(f"{dataset} has {len(train)} training images; at least two are needed.")
     order = torch.randperm(len(train), generator=seeds.generator(0, "validation"))

@@ -25,6 +25,7 @@ from fedkd.training.terms.objective import DistillationObjective
 
 if TYPE_CHECKING:
     from fedkd.core.tensors import Tensors
+    from fedkd.data.readers import Images
     from fedkd.distill.config import DistillConfig
     from fedkd.distill.task import Task
     from fedkd.training.optimizers import Step
@@ -34,11 +35,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Epoch:
-    """A finished epoch: its number from 1, accuracy and loss on the validation images, and its duration."""
+    """A finished epoch: its number from 1, accuracy and loss on the validation images, and its duration.
+
+    Without validation images accuracy and loss are None. The test accuracy is for tables that report the largest one;
+    nothing in training depends on it.
+    """
 
     number: int
-    accuracy: float
-    loss: float
+    accuracy: float | None
+    loss: float | None
+    test_accuracy: float
     seconds: float
 
 
@@ -66,7 +72,7 @@ def train(
     continue after epoch ``start``, pass its state.
 
     Raises:
-        RunError: the validation loss is not finite.
+        RunError: the loss is not finite.
 
     """
     with seeds.seeded(seeds.derive(seed, "adapters")):
@@ -92,14 +98,20 @@ def train(
         else:
             job = Job(pixels, targets, objective.loss, augmentation, drawn)
             stacked_loop.train(learner, [job], task.scaling, **options)
-        logits = loop.predict(module, task.validation.pixels, task.scaling, task.precision)
-        accuracy, loss = loop.score(logits, task.validation.labels)
-        if not math.isfinite(loss):
+        accuracy, loss = _scored(module, task, task.validation) if len(task.validation) else (None, None)
+        test_accuracy, test_loss = _scored(module, task, task.test)
+        if not math.isfinite(test_loss if loss is None else loss):
             raise RunError(
                 f"Training diverged in epoch {epoch}; "
                 f"lower --learning-rate {config.learning_rate:g} or the weight of a loss term."
             )
-        yield Epoch(epoch, accuracy, loss, time.perf_counter() - begin), partial(_state, objective, velocities)
+        done = Epoch(epoch, accuracy, loss, test_accuracy, time.perf_counter() - begin)
+        yield done, partial(_state, objective, velocities)
+
+
+def _scored(module: nn.Module, task: Task, images: Images) -> tuple[float, float]:
+    """Accuracy and loss."""
+    return loop.score(loop.predict(module, images.pixels, task.scaling, task.precision), images.labels)
 
 
 def _learner(

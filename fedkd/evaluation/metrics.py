@@ -195,6 +195,7 @@ def run_summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: s
         "best_round": best["round"],
         "best_validation_accuracy": best["validation_accuracy"],
         "best_test_accuracy": best["test_accuracy"],
+        "largest_test_accuracy": max((a for row in rows if (a := row["test_accuracy"]) is not None), default=None),
         "teacher_accuracy": last["teacher_accuracy"],
         "client_accuracy": last["client_accuracy"],
         "uplink_serialized_bytes": total("uplink_serialized_bytes"),

@@ -339,6 +339,41 @@ def test_all_losses_train_a_student(changes, tmp_path):
     assert len(list((tmp_path / "run").glob("student*.safetensors"))) == len(result["runs"])
 
 
+def test_the_best_epoch_by_validation_and_the_largest_test_accuracy(tmp_path, monkeypatch, capsys):
+    """At a rate that is so high that accuracies go up and down; a shorter run ends with the weights of the best one."""
+    monkeypatch.setenv("FEDKD_CACHE", str(tmp_path / "cache"))
+    options = {"learning_rate": 0.5, "schedule": "constant", "student": "cnn:width=2", "seed": 1}
+    result = run_distill(tmp_path / "run", epochs=5, teacher_epochs=1, **options)["runs"][0]["evaluation"]
+    shown, rows = capsys.readouterr().out, [json.loads(line) for line in (tmp_path / "run" / "epochs.jsonl").open()]
+    assert "best_epoch" not in result["teacher"]
+    for name in ("baseline", "student"):
+        own = [row for row in rows if row["network"] == f"{name} seed1"]
+        validation, test = ([row[key] for row in own] for key in ("accuracy", "test_accuracy"))
+        best = validation.index(max(validation))
+        wanted = {"best_epoch": best + 1, "best_validation_accuracy": max(validation), "best_test_accuracy": test[best]}
+        wanted["largest_test_accuracy"] = max(test)
+        assert {key: result[name][key] for key in wanted} == wanted
+        assert result[name]["accuracy"] == test[-1]
+        assert f"{100 * test[best]:.1f}%" in shown
+    assert best < 4
+    short = run_distill(tmp_path / "short", epochs=best + 1, teacher_epochs=1, **options)["runs"][0]["evaluation"]
+    assert short["student"]["accuracy"] == result["student"]["best_test_accuracy"]
+    again = run_distill(tmp_path / "again", epochs=best + 1, teacher_epochs=1, **options)["runs"][0]["evaluation"]
+    assert again["baseline"]["largest_test_accuracy"] is None, "a network from the cache has no epochs"
+
+
+def test_all_images_can_be_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDKD_CACHE", str(tmp_path / "cache"))
+    assert len(prepare(config(validation=0))[0].train) == 1438
+    result = run_distill(tmp_path / "run", validation=0)["runs"][0]["evaluation"]["student"]
+    row = json.loads((tmp_path / "run" / "epochs.jsonl").read_text().splitlines()[-1])
+    assert (row["accuracy"], row["loss"], result["best_epoch"], result["best_test_accuracy"]) == (None,) * 4
+    assert result["largest_test_accuracy"] == row["test_accuracy"] == result["accuracy"]
+    assert checkpoint.load(tmp_path / "run").held_out == 0
+    with pytest.raises(UsageError, match="--validation must be at least 1"):
+        check(config(teacher="", teachers_from=str(tmp_path), validation=0))
+
+
 def test_a_second_run_gives_the_same_and_uses_cached_teachers(tmp_path):
     results = [run_distill(tmp_path / name, teacher="cnn:width=6", loss="logits features") for name in ("a", "b")]
     epochs = [[json.loads(line)["network"] for line in (tmp_path / n / "epochs.jsonl").open()] for n in ("a", "b")]

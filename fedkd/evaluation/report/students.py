@@ -106,6 +106,39 @@ def side_by_side(runs: Sequence[tuple[str, str, Sequence[Evaluation]]]) -> Grid:
     return Grid(titles, rows, caption)
 
 
+def epochs_table(results: Joined) -> Grid:
+    """Test accuracy after the last epoch, and after that with the best validation accuracy."""
+    titles = ["model", "last epoch", "best epoch", "val acc", "test at best"]
+    rows = [
+        [
+            name,
+            _share(result["accuracy"]),
+            f"{result['best_epoch']['mean']:.1f}".removesuffix(".0") if result["best_epoch"] else "–",
+            *(_share(result[key]) for key in ("best_validation_accuracy", "best_test_accuracy")),
+        ]
+        for name, result in results.items()
+        if "best_epoch" in result
+    ]
+    caption = (
+        "best epoch: the first one with the highest validation accuracy; –: no validation, or not trained here.\n"
+        "The files have the weights of the last epoch."
+    )
+    return Grid(titles, rows, caption)
+
+
+def largest(runs: Sequence[tuple[str, str, Sequence[Evaluation]]]) -> Grid:
+    """Test accuracy after the last epoch, and the largest of all epochs, as some published tables report it."""
+    rows = []
+    for title, teacher, name, evaluations in [
+        (BASELINE, "–", BASELINE, runs[0][2]),
+        *((*run[:2], STUDENT, run[2]) for run in runs),
+    ]:
+        result = joined(evaluations)[name]
+        rows.append([title, teacher, _share(result["accuracy"]), _share(result.get("largest_test_accuracy"))])
+    caption = "largest: of all epochs, chosen on the test set, so it is too high; –: not trained here."
+    return Grid(["loss", "teacher", "last epoch", "largest on test"], rows, caption)
+
+
 def cost_table(results: Joined) -> Grid:
     """A row for each candidate: parameters, multiply-adds, bytes on disk and latency."""
     first = next(iter(results.values()))

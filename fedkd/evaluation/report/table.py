@@ -103,6 +103,17 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
     return Grid(titles, rows, "\n".join(caption))
 
 
+def largest(curves: Curves) -> Grid:
+    """Test accuracy after the last round, and the largest of all rounds, as some published tables report it."""
+    lines = []
+    for name in dict.fromkeys(name for name, _ in curves):
+        mine = [[row["test_accuracy"] for row in rows] for (algorithm, _), rows in curves.items() if algorithm == name]
+        most = [max((value for value in each if value is not None), default=None) for each in mine]
+        lines.append([name, _spread([each[-1] for each in mine]), _spread(most)])
+    caption = "largest: of all rounds, chosen on the test set, so it is too high."
+    return Grid(["method", "last round", "largest on test"], lines, caption)
+
+
 def failures(curves: Curves) -> Grid | None:
     """How often each method lacked updates, by cause, and of which clients; None if never."""
     counts: dict[tuple[str, str], Counter[int]] = {}
