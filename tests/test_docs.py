@@ -117,7 +117,7 @@ def documented(title):
 
 
 def test_every_key_of_a_run_is_documented_and_every_documented_key_is_there(tmp_path):
-    simulate(tiny(out=str(tmp_path / "run"), rounds=1, validation=30))
+    simulate(tiny(out=str(tmp_path / "run"), rounds=1, validation=30, local_test=0.1))
     result, environment = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("result", "env"))
     row = json.loads((tmp_path / "run" / "rounds.jsonl").read_text())
     only_after_an_error = {"code", "message"}

@@ -106,6 +106,11 @@ class Config(Options):
     validation: NonNegativeInt = option(
         0, "Data", "Samples held out of the private training data, to evaluate the student in each round; 0: none."
     )
+    local_test: Momentum = option(
+        0.0,
+        "Data",
+        "Share of each client's samples that is held out of its training, to evaluate its model on; 0: none.",
+    )
 
     resize: Resize = option("crop", "Data", RESIZE_TEXT)
     max_pixels: PositiveInt = option(MAX_PIXELS, "Data", MAX_PIXELS_TEXT)

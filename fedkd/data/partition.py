@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
+from fedkd.core import seeds
 from fedkd.core.errors import FedkdError, UsageError
 
 if TYPE_CHECKING:
@@ -66,6 +67,28 @@ class Partition(Sequence["Rows"]):
         """SHA-256 over each client's size and samples, little-endian: the same on every machine."""
         starts = self.ends - self.sizes
         return hashlib.sha256(np.insert(self.rows, starts, self.sizes).astype("<i8").tobytes()).hexdigest()
+
+
+def held_out(size: int, share: float, seed: int, client: int) -> tuple[Rows, Rows]:
+    """The places of a client's samples that it trains on and of those of its local test split, both sorted.
+
+    It trains on at least one.
+    """
+    count = min(round(share * size), size - 1) if share else 0
+    order = seeds.rng(seed, "local-test", client).permutation(size) if count else np.arange(size)
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def hold_out(partition: Partition, share: float, seed: int) -> tuple[Partition, Partition]:
+    """The samples that each client trains on, and its local test split."""
+    if not share:
+        return partition, Partition(partition.rows[:0], np.zeros_like(partition.ends))
+    parts = []
+    for client, rows in enumerate(partition):
+        own, held = held_out(len(rows), share, seed, client)
+        parts.append((rows[own], rows[held]))
+    training, test = (Partition.of(part) for part in zip(*parts, strict=True))
+    return dataclasses.replace(training, ids=partition.ids), test
 
 
 def by_ids(owners: Rows, ids: Sequence[str], group: int) -> Partition:

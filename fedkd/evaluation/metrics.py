@@ -15,11 +15,12 @@ from fedkd.communication.validation import largest, validate_update
 from fedkd.core.errors import RunError, last_line
 from fedkd.core.tensors import numel
 from fedkd.data import skew
-from fedkd.evaluation import stopping
+from fedkd.evaluation import per_client, stopping
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedkd.algorithms.base import Update
     from fedkd.core.tensors import Tensors
     from fedkd.data.readers import Images
     from fedkd.simulate.experiment import Experiment
@@ -30,17 +31,22 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class ClientEvaluation:
-    """The participants' own models on the sample of the test set: their mean accuracy, and that of their ensemble.
+    """The participants' own models on the sample of the test set (``clients``), and the accuracy of their ensemble.
 
     ``test_accuracy`` is their mean on all test images, if there is no global student. ``failures`` are of clients that
     are left out of both; a client whose model diverged is left out of the ensemble only.
     """
 
     test_accuracy: float | None
-    client_accuracy: float | None
     teacher_accuracy: float | None
+    clients: Sequence[Row]
     serialized: SerializedBytes
     failures: Sequence[Failure] = ()
+
+    @property
+    def client_accuracy(self) -> float | None:
+        """The mean accuracy on the sample."""
+        return per_client.summary(self.clients)["client_accuracy"]
 
 
 def evaluate_student(experiment: Experiment, round_: Round, images: Images) -> tuple[float, float] | None:
@@ -63,7 +69,8 @@ def evaluate_student(experiment: Experiment, round_: Round, images: Images) -> t
 
 def expected_evaluation(experiment: Experiment) -> Expected:
     """What a client's reply to a request for evaluation holds."""
-    return Expected({"logits": 4 * len(experiment.client_test) * experiment.setup.classes}, ("accuracy", "loss"))
+    names = ("accuracy", "loss", *(per_client.LOCAL if experiment.config.local_test else ()))
+    return Expected({"logits": 4 * len(experiment.client_test) * experiment.setup.classes}, names)
 
 
 def evaluate_clients(experiment: Experiment, exchange: Exchange, round_: Round) -> ClientEvaluation:
@@ -77,35 +84,38 @@ def evaluate_clients(experiment: Experiment, exchange: Exchange, round_: Round) 
     expected = dict.fromkeys(messages, expected_evaluation(experiment))
     replies = sorted(exchange("evaluate", round_.number, messages, expected), key=lambda r: r.client)
     serialized = sum((reply.serialized for reply in replies), SerializedBytes())
-    evaluated: dict[int, Tensor] = {}
+    evaluated: dict[int, Update] = {}
     reasons = dict.fromkeys(messages, ("no reply", "no reply"))
     for reply in replies:
         reasons[reply.client] = reply.cause, reply.failure or "sent no logits"
         if reply.update is None:
             continue
-        fault = validate_update(replace(reply.update, metrics={}), declared)
-        reasons[reply.client] = "refused", fault
-        if {name: tuple(tensor.shape) for name, tensor in reply.update.tensors.items()} == declared:
-            evaluated[reply.client] = reply.update.tensors["logits"]
+        local = per_client.fault(reply.update.metrics)
+        reasons[reply.client] = "refused", validate_update(replace(reply.update, metrics={}), declared) or local
+        shapes = {name: tuple(tensor.shape) for name, tensor in reply.update.tensors.items()}
+        if shapes == declared and not local:
+            evaluated[reply.client] = reply.update
     failures = [Failure(client, *reason) for client, reason in reasons.items() if reason[1]]
     usable = [client for client in evaluated if not reasons[client][1]]
-
-    def accuracy(scores: Tensor, labels: Tensor) -> float:
-        is_right = (scores.argmax(-1) == labels) & scores.isfinite().all(-1)
-        return is_right.double().mean().item()
-
     labels = images.labels[sample]
+    logits = {client: update.tensors["logits"] for client, update in evaluated.items()}
     teacher = None
     if usable:
         weights = experiment.setup.distillation.client_weights([round_.updates[c].examples for c in usable])
-        logits = [evaluated[client][sample] for client in usable]
-        teacher = accuracy(experiment.algorithm.teacher_probs(experiment.setup, logits, weights), labels)
-    if not evaluated:
-        return ClientEvaluation(None, None, None, serialized, failures)
-    # A diverged model is wrong, and counts.
-    of_all = fmean(accuracy(logits, images.labels) for logits in evaluated.values())
-    of_sample = fmean(accuracy(logits[sample], labels) for logits in evaluated.values())
-    return ClientEvaluation(of_all, of_sample, teacher, serialized, failures)
+        sampled = [logits[client][sample] for client in usable]
+        probs = experiment.algorithm.teacher_probs(experiment.setup, sampled, weights)
+        teacher = _accuracy(probs, labels)
+    entries = [
+        per_client.entry(client, round_.updates[client].examples, logits[client][sample], labels, update.metrics)
+        for client, update in evaluated.items()
+    ]
+    entries = per_client.with_student(experiment, round_, entries)
+    mean = fmean(_accuracy(each, images.labels) for each in logits.values()) if logits else None
+    return ClientEvaluation(mean, teacher, entries, serialized, failures)
+
+
+def _accuracy(scores: Tensor, labels: Tensor) -> float:
+    return per_client.is_right(scores, labels).double().mean().item()
 
 
 def round_row(
@@ -140,7 +150,7 @@ def round_row(
         "validation_accuracy": validation[0] if validation else None,
         "validation_loss": validation[1] if validation else None,
         "teacher_accuracy": clients.teacher_accuracy if clients else None,
-        "client_accuracy": clients.client_accuracy if clients else None,
+        **per_client.summary(clients.clients if clients else ()),
         "uplink_serialized_bytes": round_.serialized.uplink_arrays,
         "downlink_serialized_bytes": round_.serialized.downlink_arrays,
         "uplink_float32_bytes": round_.uplink.float32,
@@ -157,6 +167,7 @@ def round_row(
         "simulated_duration": None if round_.duration is None else round(round_.duration, 5),
         "failures": _listed(round_.failures),
         "evaluation_failures": _listed(clients.failures if clients else ()),
+        "clients": clients.clients if clients else [],
         "excluded": sorted(excluded(round_.refusals, config.exclude_after)),
         "train_metrics": _mean_metrics(round_),
     }
@@ -197,7 +208,7 @@ def run_summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: s
         "best_test_accuracy": best["test_accuracy"],
         "largest_test_accuracy": max((a for row in rows if (a := row["test_accuracy"]) is not None), default=None),
         "teacher_accuracy": last["teacher_accuracy"],
-        "client_accuracy": last["client_accuracy"],
+        **{key: last.get(key) for key in per_client.KEYS},
         "uplink_serialized_bytes": total("uplink_serialized_bytes"),
         "downlink_serialized_bytes": total("downlink_serialized_bytes"),
         "float32_bytes": total("uplink_float32_bytes", "downlink_float32_bytes"),
@@ -223,8 +234,9 @@ def partition_skew(experiment: Experiment) -> skew.Skew | None:
     """The skew of the clients' shares; None if they bring their own data."""
     if not len(experiment.partition.rows):
         return None
-    held_out = 0 if experiment.proxy_rows is None else len(experiment.proxy_rows)
-    private = len(experiment.train) - held_out - len(experiment.validation_rows)
+    held_out = len(experiment.validation_rows) + len(experiment.local_tests.rows)
+    held_out += 0 if experiment.proxy_rows is None else len(experiment.proxy_rows)
+    private = len(experiment.train) - held_out
     return skew.measure(experiment.train.labels.numpy(), experiment.partition, experiment.setup.classes, private)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedkd.core.errors import UsageError, unknown
+from fedkd.evaluation import per_client
 
 if TYPE_CHECKING:
     from fedkd.core.config import Config
@@ -31,7 +32,7 @@ KEYS = {
         "validation_accuracy",
         "validation_loss",
     ),
-    *("teacher_accuracy", "client_accuracy"),
+    *("teacher_accuracy", *per_client.KEYS),
     *(f"uplink_{kind}_bytes" for kind in KINDS),
     *(f"downlink_{kind}_bytes" for kind in KINDS),
 }
@@ -89,6 +90,8 @@ def check(config: Config) -> None:
     for condition in conditions(config.stop_when):
         if condition.key.startswith("validation") and not config.validation:
             raise UsageError(f"--stop-when {condition.text} needs --validation N, samples on which to measure it.")
+        if "local" in condition.key and not config.local_test:
+            raise UsageError(f"--stop-when {condition.text} needs --local-test, samples on which to measure it.")
 
 
 def best(rows: Sequence[Row]) -> Row | None:

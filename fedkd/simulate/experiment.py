@@ -40,7 +40,8 @@ class Experiment:
     """An algorithm on its data: everything that the server and its clients share.
 
     ``partition`` assigns samples of the training set to clients, sorted for each; ``training_partition`` is the same,
-    or one client with all samples if the algorithm pools data. ``client_test`` are the test images on which clients'
+    or one client with all samples if the algorithm pools data. ``local_tests`` has the samples that are held out of
+    each client's training. ``client_test`` are the test images on which clients'
     models are evaluated, and ``test_sample`` the indices of those that count for the accuracy of clients and teacher.
     ``data_hashes`` are those of the data set and of a proxy set from another one.
     """
@@ -57,6 +58,7 @@ class Experiment:
     validation_rows: NDArray[np.int64]  # of the training set
     partition: Partition
     training_partition: Partition
+    local_tests: Partition
     data_hashes: Mapping[str, str]
 
     def client(self, number: int, round_number: int, memory: Tensors, data: Images | None = None) -> Client:
@@ -68,6 +70,10 @@ class Experiment:
             data = self.samples(self.pooled(round_number) if pools else self.training_partition[number])
         seed = seeds.derive(self.config.seed, "client", round_number, number)
         return Client(number, seed, self.setup.model_of(number), data, memory, round_number)
+
+    def local_test_rows(self, number: int) -> NDArray[np.int64]:
+        """The samples of a client's local test split in the training set; of all clients if data is pooled."""
+        return self.local_tests.rows if self.algorithm.pools_data else self.local_tests[number]
 
     def samples(self, rows: NDArray[np.int64]) -> Images:
         """Samples of the training set."""
@@ -127,8 +133,9 @@ def _prepare(config: Config) -> Experiment:
 
     from fedkd.algorithms.base import Distillation, Setup
     from fedkd.communication.channel import Channel
-    from fedkd.data.partition import Partition
+    from fedkd.data.partition import Partition, hold_out
     from fedkd.data.scaling import Scaling
+    from fedkd.evaluation import per_client
     from fedkd.training import precision
     from fedkd.training.trainer import Trainer
 
@@ -141,7 +148,7 @@ def _prepare(config: Config) -> Experiment:
     proxy, proxy_rows, private = _proxy(config, source, train, test, algorithm.reads_proxy_labels)
     validation_rows, private = _validation(config, private)
     held_out = train.select(torch.from_numpy(validation_rows))
-    partition = _partition(config, train, private)
+    partition, local_tests = hold_out(_partition(config, train, private), config.local_test, config.seed)
     pooled = Partition(partition.rows, partition.ends[-1:])
     names = models.split(config.model)
     scaling = train.scaling or Scaling.of(proxy.images)
@@ -174,7 +181,7 @@ def _prepare(config: Config) -> Experiment:
     train, test = (
         dataclasses.replace(images, classes=classes, pixels=images.pixels.to(device)) for images in (train, test)
     )
-    client_test, test_sample = _client_test(test, config.client_test_samples, has_student)
+    client_test, test_sample = per_client.evaluated_images(test, config.client_test_samples, has_student)
     return Experiment(
         config=config,
         algorithm=algorithm,
@@ -188,6 +195,7 @@ def _prepare(config: Config) -> Experiment:
         validation_rows=validation_rows,
         partition=partition,
         training_partition=pooled if algorithm.pools_data else partition,
+        local_tests=local_tests,
         data_hashes=hashes,
     )
 
@@ -293,21 +301,6 @@ def _has_student(algorithm: Algorithm, setup: Setup) -> bool:
         raise
     except Exception:
         return False  # of a user-defined algorithm: attributed to it when it runs
-
-
-def _client_test(test: Images, count: int, has_student: bool) -> tuple[Images, Tensor]:
-    """The images on which clients' models are evaluated, and which of them count for the clients' accuracy.
-
-    All test images are predicted if the clients' models give the test accuracy, since there is no student.
-    """
-    import torch
-
-    from fedkd.data.readers import stratified
-
-    sample = stratified(test.labels, count or len(test))
-    if not has_student or len(sample) == len(test):
-        return test, sample
-    return test.select(sample), torch.arange(len(sample))
 
 
 def _check_model(setup: Setup, model: str) -> None:

@@ -295,6 +295,9 @@ def _save_partitions(path: Path, experiments: Mapping[int, Experiment]) -> None:
             arrays[f"seed{seed}_ids"] = np.asarray(partition.ids)
         if experiment.proxy_rows is not None:
             arrays[f"seed{seed}_proxy"] = experiment.proxy_rows
+        if experiment.config.local_test:
+            tests = experiment.local_tests
+            arrays |= {f"seed{seed}_local_test_rows": tests.rows, f"seed{seed}_local_test_ends": tests.ends}
         if experiment.config.validation:
             arrays[f"seed{seed}_validation"] = experiment.validation_rows
     with run_directory.atomic(path) as part:

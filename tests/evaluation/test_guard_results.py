@@ -11,7 +11,7 @@ from fedkd.algorithms.base import Update
 from fedkd.communication.ledger import SerializedBytes, Traffic, break_even
 from fedkd.communication.replies import Failure
 from fedkd.core import tensors
-from fedkd.evaluation import metrics
+from fedkd.evaluation import metrics, per_client
 from fedkd.evaluation.metrics import ClientEvaluation
 from fedkd.simulate.experiment import prepare
 from fedkd.simulate.rounds import Round
@@ -190,6 +190,7 @@ def test_every_number_of_a_summary_by_hand():
         "best_test_accuracy": 0.3,
         "teacher_accuracy": pytest.approx(0.07),
         "client_accuracy": pytest.approx(0.007),
+        **dict.fromkeys(per_client.KEYS[1:]),
         "uplink_serialized_bytes": 28,
         "downlink_serialized_bytes": 280,
         "float32_bytes": 2800 + 28_000,
@@ -236,6 +237,14 @@ def test_the_evaluated_model_follows_from_the_last_row(experiment):
 # A row of a round.
 
 
+def entry(client: int, accuracy: float, local: float | None = None, student: float | None = None) -> dict:
+    of_local = {"local_samples": 7, "local_accuracy": local, "local_loss": 1.0, "student_local_accuracy": student}
+    return {"client": client, "samples": 50, "accuracy": accuracy, "loss": 2.0, **of_local}
+
+
+ENTRIES = [entry(0, 0.125), entry(2, 0.375, 0.5, 0.75)]
+
+
 def test_every_number_of_a_row_by_hand(experiment):
     none = torch.zeros(1)
     updates = {
@@ -257,7 +266,7 @@ def test_every_number_of_a_row_by_hand(experiment):
         duration=1.23456789,
     )
     clients = ClientEvaluation(
-        0.375, 0.25, 0.75, SerializedBytes(100, 1000, 10, 20), [Failure(2, "refused", "diverged")]
+        0.375, 0.75, ENTRIES, SerializedBytes(100, 1000, 10, 20), [Failure(2, "refused", "diverged")]
     )
     row = metrics.round_row(experiment, round_, (0.5, 1.5), clients, (0.125, 2.5))
     assert row == {
@@ -270,6 +279,14 @@ def test_every_number_of_a_row_by_hand(experiment):
         "validation_loss": 2.5,
         "teacher_accuracy": 0.75,
         "client_accuracy": 0.25,
+        "client_accuracy_worst": 0.125,
+        "client_accuracy_p10": pytest.approx(0.15),
+        "client_accuracy_std": 0.125,
+        "local_accuracy": 0.5,
+        "local_accuracy_worst": 0.5,
+        "local_accuracy_p10": 0.5,
+        "local_accuracy_std": 0.0,
+        "student_local_accuracy": 0.75,
         "uplink_serialized_bytes": 2,
         "downlink_serialized_bytes": 1,
         "uplink_float32_bytes": 21,
@@ -286,6 +303,7 @@ def test_every_number_of_a_row_by_hand(experiment):
         "simulated_duration": 1.23457,
         "failures": [{"client": 1, "cause": "error", "reason": "ValueError: no"}],
         "evaluation_failures": [{"client": 2, "cause": "refused", "reason": "diverged"}],
+        "clients": ENTRIES,
         "excluded": [5, 7],
         "train_metrics": {"epsilon": 8.0, "loss": 2.5},
     }

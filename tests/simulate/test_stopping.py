@@ -47,7 +47,7 @@ def ended_after(config: Config, rows):
 @pytest.fixture(scope="module")
 def row(tmp_path_factory):
     out = tmp_path_factory.mktemp("row") / "run"
-    simulate(tiny(**SMALL, validation=60, rounds=1, round_timeout=9, out=str(out)))
+    simulate(tiny(**SMALL, validation=60, local_test=0.2, rounds=1, round_timeout=9, out=str(out)))
     return read(out, "rounds.jsonl")
 
 

@@ -22,11 +22,12 @@ def lines(experiment: Experiment, fallback: str) -> list[tuple[str, str]]:
     setup, config = experiment.setup, experiment.config
     height, width = setup.proxy.images.shape[1:3]
     notices = [("notice", f"CIFAR-10 is not available, so this run uses digits. {fallback}")] if fallback else []
-    validation = f"{config.validation:,} validation, " if config.validation else ""
+    held_out = {"local test": len(experiment.local_tests.rows), "validation": config.validation}
+    others = "".join(f"{count:,} {name}, " for name, count in held_out.items() if count)
     sample = len(experiment.test_sample)
     of_clients = f" ({sample:,} of them for clients and teacher)" if sample < len(experiment.test) else ""
     data = (
-        f"{config.dataset}: {plain(len(experiment.partition.rows), 'private sample')}, {validation}"
+        f"{config.dataset}: {plain(len(experiment.partition.rows), 'private sample')}, {others}"
         f"{len(setup.proxy.images):,} proxy ({config.proxy}), {len(experiment.test):,} test{of_clients}, "
         f"{height}x{width} pixels, {setup.classes} classes"
     )

@@ -54,8 +54,10 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
     is_even = len({sum(run["algorithm"] == name for run in runs) for name in names}) == 1
     is_paired = BASELINE in names and len(names) > 1
     is_validated = any(run.get("best_round") is not None for run in runs)
+    is_local = any(run.get("local_accuracy") is not None for run in runs)
     has_lengths = len({len(rows) for rows in curves.values()}) > 1  # some have ended early
     titles = ["method", "test acc", *([f"Δ {BASELINE}"] if is_paired else []), "last 5", "teacher", "clients"]
+    titles += ["local", "local p10", "student local"] * is_local
     titles += ["validation", "test at best"] * is_validated + ["rounds"] * has_lengths
     titles += ["uplink", "downlink", "training", "evaluation"]
     titles += ["bytes to common" if common is None else f"bytes to {percent(common)}"]
@@ -66,6 +68,9 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
         reached = [value for value in spent if value is not None]
         cells = {key: _spread([run[key] for run in mine]) for key in ("test_accuracy", "test_accuracy_last5")}
         cells |= {key: _spread([run[key] for run in mine]) for key in ("teacher_accuracy", "client_accuracy")}
+        if is_local:
+            keys = ("local_accuracy", "local_accuracy_p10", "student_local_accuracy")
+            cells |= {key: _spread([run[key] for run in mine]) for key in keys}
         if is_validated:
             cells |= {k: _spread([run[k] for run in mine]) for k in ("best_validation_accuracy", "best_test_accuracy")}
         accuracy, *others = cells.values()
@@ -94,6 +99,11 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
         )
     if is_paired:
         caption.append(f"Δ {BASELINE}: difference in percentage points, paired by seed.")
+    if is_local:
+        caption.append(
+            "local, student local: mean accuracy of a client's model, and of the student, on the client's local test "
+            "split;\nlocal p10: that of the client at the 10th percentile."
+        )
     if is_validated:
         caption.append("validation: the highest validation accuracy; test at best: test accuracy in that round.")
     if any(run["evaluated_model"] == "clients" for run in runs):

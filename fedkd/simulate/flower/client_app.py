@@ -20,10 +20,11 @@ from fedkd.core.errors import DataError, PluginError, RunError, UsageError
 from fedkd.core.runtime import settle
 from fedkd.core.tensors import put, take
 from fedkd.data.partitioners import OWN
+from fedkd.evaluation import per_client
 from fedkd.evaluation.metrics import expected_evaluation
 from fedkd.simulate.experiment import Experiment, prepared
 from fedkd.simulate.flower.local_update import MemoryFile
-from fedkd.simulate.flower.node_data import node_data
+from fedkd.simulate.flower.node_data import node_data, split
 from fedkd.simulate.flower.records import (
     ARRAYS,
     CONFIG,
@@ -38,12 +39,12 @@ from fedkd.simulate.flower.records import (
     undeclared_in_message,
     undeclared_in_reply,
 )
-from fedkd.training import loop
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fedkd.core.tensors import Tensors
+    from fedkd.data.readers import Images
 
 
 def only_declared(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -136,12 +137,15 @@ def evaluate(message: Message, context: Context) -> Message:
     The logits are uploaded too, so that the server can evaluate their ensemble.
     """
     experiment, memory = _memory(message, context)
-    model = experiment.setup.model_of(_int(context.node_config["partition-id"]))
-    images = experiment.client_test
-    logits = experiment.setup.trainer.predict(model, take("model", memory), images.pixels)
-    accuracy, loss = loop.score(logits, images.labels)
-    metrics = MetricRecord({EXAMPLES: len(images), "accuracy": accuracy, "loss": loss})
-    content = RecordDict({ARRAYS: to_record({"logits": logits}), METRICS: metrics})
+    trainer, number = experiment.setup.trainer, _int(context.node_config["partition-id"])
+    model, weights, images = experiment.setup.model_of(number), take("model", memory), experiment.client_test
+    logits = trainer.predict(model, weights, images.pixels)
+    metrics = dict(zip(("accuracy", "loss"), per_client.score(logits, images.labels), strict=True))
+    if experiment.config.local_test and len(local := _local_test(experiment, message, context)):
+        of_local = per_client.score(trainer.predict(model, weights, local.pixels), local.labels)
+        metrics |= dict(zip(per_client.LOCAL, (float(len(local)), *of_local), strict=True))
+    measured = MetricRecord({EXAMPLES: len(images), **metrics})
+    content = RecordDict({ARRAYS: to_record({"logits": logits}), METRICS: measured})
     return Message(content, reply_to=message)
 
 
@@ -157,15 +161,31 @@ def identify(message: Message, context: Context) -> Message:
 def _client(message: Message, context: Context) -> tuple[Experiment, Client]:
     """The run that a message is for, and this client in it."""
     experiment, memory = _memory(message, context)
-    data, partition_id = None, _int(context.node_config["partition-id"])
-    if experiment.config.partitioner == OWN:
-        if "data" not in context.node_config:
-            raise DataError("This node has no data; start it with --node-config \"... data='/path/to/its/folder'\".")
-        path, setup = str(context.node_config["data"]), experiment.setup
-        data = node_data(path, _run_of(message, context))
-        for model in (setup.model_of(partition_id), *experiment.algorithm.private_models):
-            setup.trainer.check_batch_norm(model, len(data), f"the number of images in {path}")
-    return experiment, experiment.client(partition_id, _int(_config(message)["round"]), memory, data)
+    own, partition_id = _own_data(message, context), _int(context.node_config["partition-id"])
+    client = experiment.client(partition_id, _int(_config(message)["round"]), memory, own and own[0])
+    if own:
+        for model in (client.model, *experiment.algorithm.private_models):
+            name = f"the number of images in {context.node_config['data']}"
+            experiment.setup.trainer.check_batch_norm(model, len(client.data), name)
+    return experiment, client
+
+
+def _local_test(experiment: Experiment, message: Message, context: Context) -> Images:
+    """The local test split of this client."""
+    if own := _own_data(message, context):
+        return own[1]
+    return experiment.samples(experiment.local_test_rows(_int(context.node_config["partition-id"])))
+
+
+def _own_data(message: Message, context: Context) -> tuple[Images, Images] | None:
+    """A node's own data for training and its local test split; None if clients have samples of the training set."""
+    run = _run_of(message, context)
+    if run.partitioner != OWN:
+        return None
+    if "data" not in context.node_config:
+        raise DataError("This node has no data; start it with --node-config \"... data='/path/to/its/folder'\".")
+    images = node_data(str(context.node_config["data"]), run)
+    return split(images, run, _int(context.node_config["partition-id"]))
 
 
 def _memory(message: Message, context: Context) -> tuple[Experiment, Tensors]:

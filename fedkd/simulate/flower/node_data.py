@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from fedkd.data.readers import Images
 
 
+def split(images: Images, config: Config, client: int) -> tuple[Images, Images]:
+    """Of a node's data, what it trains on and its local test split."""
+    import torch
+
+    from fedkd.data.partition import held_out
+
+    if not config.local_test:
+        return images, images.first(0)
+    training, test = held_out(len(images), config.local_test, config.seed, client)
+    return images.select(torch.from_numpy(training)), images.select(torch.from_numpy(test))
+
+
 @lru_cache(maxsize=2)
 def node_data(path: str, config: Config) -> Images:
     """The data of a node in a deployment, with classes numbered as in the public set.
