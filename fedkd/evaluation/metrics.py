@@ -49,22 +49,29 @@ class ClientEvaluation:
         return per_client.summary(self.clients)["client_accuracy"]
 
 
-def evaluate_student(experiment: Experiment, round_: Round, images: Images) -> tuple[float, float] | None:
-    """Accuracy and loss of the global student, if the method has one."""
+def predict_student(experiment: Experiment, state: Tensors, images: Images) -> Tensor | None:
+    """The logits of the global student, if the method has one."""
+    setup = experiment.setup
+    weights = experiment.algorithm.global_model(setup, state)
+    return setup.trainer.predict(setup.student, weights, images.pixels) if weights else None
+
+
+def evaluate_student(
+    experiment: Experiment, round_: Round, images: Images
+) -> tuple[tuple[float, float] | None, Tensor | None]:
+    """Accuracy and loss of the global student, and its logits, if the method has one."""
     from fedkd.training import loop
 
-    setup = experiment.setup
-    weights = experiment.algorithm.global_model(setup, round_.state)
-    if not weights:
-        return None
-    logits = setup.trainer.predict(setup.student, weights, images.pixels)
+    logits = predict_student(experiment, round_.state, images)
+    if logits is None:
+        return None, None
     accuracy, loss = loop.score(logits, images.labels)
     if not math.isfinite(loss):
         raise RunError(
             f"Round {round_.number}: the student of {experiment.config.algorithm} has diverged; "
             "lower --distill-learning-rate or --learning-rate, or raise --temperature. " + largest(round_.updates)
         )
-    return accuracy, loss
+    return (accuracy, loss), logits
 
 
 def expected_evaluation(experiment: Experiment) -> Expected:

@@ -16,7 +16,7 @@ from fedkd import models
 from fedkd.core import cli, environment, run_directory, specs
 from fedkd.core.errors import DataError, FedkdError, ResumeError, StorageError
 from fedkd.data.loading import choose_dataset
-from fedkd.evaluation import metrics, stopping
+from fedkd.evaluation import confusion, metrics, stopping
 from fedkd.evaluation.report import figure, header, table
 from fedkd.evaluation.report.screen import HEAD, Screen
 from fedkd.models.checkpoint import other_classes
@@ -25,6 +25,8 @@ from fedkd.simulate.experiment import Experiment, prepared
 from fedkd.simulate.rounds import Memories, run_rounds
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedkd.communication.replies import Expected, Reply
     from fedkd.core.config import Config
     from fedkd.core.tensors import Tensors
@@ -150,7 +152,7 @@ def _run(
         screen.print(f"         continued after round {start.number}")
     memories = start.memories if start else Memories(uuid4().hex)
     state, best = (start.progress.state, start.best) if start else (None, {})
-    rows = rounds.curves[run.algorithm, run.seed]
+    rows, logits = rounds.curves[run.algorithm, run.seed], None
     watched = screen.watch(partial(exchange, run, memories), run, experiment.training_partition.sizes.tolist())
     left = run_rounds(
         experiment.algorithm,
@@ -163,7 +165,7 @@ def _run(
     )
     for round_, seconds in _timed(_attributed(run, _until_ended(run, rows, left))):
         with _attributing(run):
-            row = _evaluated(experiment, watched, round_, seconds, rows)
+            row, logits = _evaluated(experiment, watched, round_, seconds, rows)
         for failure in round_.failures:
             if "\n" in failure.reason:  # rows have the last line
                 where = {"algorithm": run.algorithm, "seed": run.seed, "round": round_.number}
@@ -179,12 +181,25 @@ def _run(
     assert state is not None
     with _attributing(run):
         last = experiment.algorithm.global_model(experiment.setup, state)
+        if logits is None:  # no round was left
+            logits = metrics.predict_student(experiment, state, experiment.test)
         summary = metrics.run_summary(experiment, rows, experiment.partition.digest())
     screen.end(summary, run)
-    for name, weights in (("student", last), ("student-best", best)):
-        if weights:
-            experiment.student(weights).save(out / _student_name(name, run, is_first))
+    if last and logits is not None:
+        _save_students(experiment, last, best, logits, partial(_student_file, out, run, is_first))
     return summary
+
+
+def _save_students(
+    experiment: Experiment, last: Tensors, best: Tensors, logits: Tensor, file: Callable[[str], Path]
+) -> None:
+    """Write the last and the best student, and the confusion matrix of the last one by its logits on the test set."""
+    experiment.student(last).save(file("student"))
+    if best:
+        experiment.student(best).save(file("student-best"))
+    counts = confusion.matrix(experiment.test.labels, logits.argmax(-1), experiment.setup.classes)
+    text = confusion.as_csv(counts, experiment.test.names)
+    run_directory.write(file("confusion").with_suffix(".csv"), text)
 
 
 class RoundsFile:
@@ -232,19 +247,25 @@ class RoundsFile:
         run_directory.write(self._path, "".join(map(run_directory.line, rows)))
 
 
-def _evaluated(experiment: Experiment, exchange: Exchange, round_: Round, seconds: float, before: Sequence[Row]) -> Row:
-    """The row of a round, with the time of the round and of its evaluation; ``before`` are the rows before it."""
+def _evaluated(
+    experiment: Experiment, exchange: Exchange, round_: Round, seconds: float, before: Sequence[Row]
+) -> tuple[Row, Tensor | None]:
+    """The row of a round, with the time of the round and of its evaluation, and the student's logits.
+
+    ``before`` are the rows before it.
+    """
     config, start = experiment.config, time.perf_counter()
     evaluate_clients = partial(metrics.evaluate_clients, experiment, exchange, round_)
     clients = evaluate_clients() if round_.number % config.evaluate_every == 0 else None
-    test, validation = metrics.evaluate_student(experiment, round_, experiment.test), None
+    (test, logits), validation = metrics.evaluate_student(experiment, round_, experiment.test), None
     if config.validation:
-        validation = metrics.evaluate_student(experiment, round_, experiment.samples(experiment.validation_rows))
+        validation, _ = metrics.evaluate_student(experiment, round_, experiment.samples(experiment.validation_rows))
     row = partial(metrics.round_row, experiment, round_, test, validation=validation)
     if clients is None and stopping.ended(config, [*before, row(None)]):
         clients = evaluate_clients()
     evaluation = time.perf_counter() - start
-    return {**row(clients), "training_seconds": round(seconds, 5), "evaluation_seconds": round(evaluation, 5)}
+    times = {"training_seconds": round(seconds, 5), "evaluation_seconds": round(evaluation, 5)}
+    return {**row(clients), **times}, logits
 
 
 def _timed(rounds: Iterable[Round]) -> Iterator[tuple[Round, float]]:
@@ -272,10 +293,10 @@ def _attributing(run: Config) -> AbstractContextManager[None]:
     return specs.attributing([(kind, getattr(run, kind)) for kind in kinds], "on the server")
 
 
-def _student_name(name: str, run: Config, is_first: bool) -> str:
-    """The first student has the plain name; the others are named after their run."""
+def _student_file(out: Path, run: Config, is_first: bool, name: str) -> Path:
+    """The first entry with a student has the plain name; the others are named after their run."""
     plain = "student.safetensors" if is_first else run_directory.student_file(run.algorithm, run.seed)
-    return plain.replace("student", name, 1)
+    return out / plain.replace("student", name, 1)
 
 
 def _save_partitions(path: Path, experiments: Mapping[int, Experiment]) -> None:

@@ -44,6 +44,7 @@ def result_of(out: Path) -> dict[str, object]:
         "runs": [timeless(run) for run in result["runs"]],
         "status": result["status"],
         "students": {path.name: tensors.digest(tensors.load(path)) for path in sorted(out.glob("*.safetensors"))},
+        "confusion": {path.name: path.read_text() for path in sorted(out.glob("*.csv"))},
     }
 
 

@@ -114,7 +114,8 @@ def test_the_run_directory(finished):
     assert names == {
         "config.toml", "env.json", "partition.npz", "rounds.jsonl", "result.json", "curve.png", "curve.svg",
         "student.safetensors", "student-fedavg-seed0.safetensors", "student-ensemble-seed1.safetensors",
-        "student-fedavg-seed1.safetensors", "checkpoint",
+        "student-fedavg-seed1.safetensors", "checkpoint", "confusion.csv", "confusion-fedavg-seed0.csv",
+        "confusion-ensemble-seed1.csv", "confusion-fedavg-seed1.csv",
     }  # fmt: skip
     assert json.loads((out / "result.json").read_text()) == json.loads(process.stdout)
     config = Config.parse(tomllib.loads((out / "config.toml").read_text()))
