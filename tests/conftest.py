@@ -65,6 +65,8 @@ class Wide(Pair):
 ROOT = Path(__file__).parents[1]
 #: Methods with a mentor on each client, which would be slow by their defaults.
 MENTORS = {name: f"{name}:model=cnn:width=4" for name in ("mentor", "fml", "fedkd-wu")}
+#: Methods whose server would take hours by their defaults.
+DATA_FREE = {name: f"{name}:epochs=2,generator_steps=1,generator_width=4" for name in ("dense", "co-boosting")}
 FLAGS = [part for key, value in TINY.items() for part in (f"--{key}", str(value))]
 
 

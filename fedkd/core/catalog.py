@@ -47,6 +47,8 @@ CATALOG: dict[str, dict[str, str]] = {
         "feddf": "fedkd.algorithms.feddf:FedDF",
         "fedbe": "fedkd.algorithms.fedbe:FedBE",
         "fed-et": "fedkd.algorithms.fed_et:FedET",
+        "dense": "fedkd.algorithms.dense:Dense",
+        "co-boosting": "fedkd.algorithms.co_boosting:CoBoosting",
         "local": "fedkd.algorithms.local:Local",
         "central": "fedkd.algorithms.local:Central",
     },

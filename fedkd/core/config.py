@@ -48,7 +48,8 @@ class Config(Options):
         "The algorithm. Soft labels on a proxy set: ensemble, fedmd, nfdp, dsfl, cronus, cfd, selective-fd, density, "
         "scarlet, comet, kt-pfl, fedgems, fedema; no proxy set: fd, fedproto, fedtgp; weights: fedavg, fedprox, "
         "fedavgm, moon, fedntd, fedlmd, fedvls, feddistill-plus, fedgen, fedhkd, mentor, fml, fedkd-wu, scaffold, "
-        "feddf, fedbe, fed-et; baselines: local, central (options of each: python -m fedkd.list algorithm).",
+        "feddf, fedbe, fed-et; one-shot: dense, co-boosting; baselines: local, central (options of each: "
+        "python -m fedkd.list algorithm).",
     )
     compare: Several = option(
         "", "Methods", "Further algorithms to compare on the same data, initial models and seeds.", several=True

@@ -56,6 +56,10 @@ class Network:
         self.module.load_state_dict(weights)
         return self.module
 
+    def frozen(self, weights: Tensors) -> nn.Module:
+        """A copy with these weights, in evaluation mode, that is not trained."""
+        return copy.deepcopy(self.loaded(weights)).eval().requires_grad_(False)
+
     def check(self, weights: Sequence[Tensors], pixels: Tensor) -> None:
         """Compare a stack of this network with two of them, on images of the size of ``pixels``.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -163,7 +162,7 @@ class Fit:
 
     def _teachers(self) -> list[nn.Module]:
         pairs = zip(self.how.teachers, self.teachers, strict=True)
-        return [copy.deepcopy(network.loaded(weights)).eval().requires_grad_(False) for network, weights in pairs]
+        return [network.frozen(weights) for network, weights in pairs]
 
     @staticmethod
     def check(requests: Sequence[Fit]) -> None:

@@ -266,6 +266,10 @@ class Trainer:
         """
         return networks.head(self._network(model), *pixels.shape[1:3])
 
+    def frozen(self, model: str, weights: Tensors) -> nn.Module:
+        """A network of its own with these weights, in evaluation mode, that is not trained."""
+        return self._network(model).frozen(weights)
+
     def _network(self, model: str) -> Network:
         return Network(model, self.classes, self.config.norm, self.device, self.precision, self.stacks)
 

@@ -25,7 +25,7 @@ from fedkd.simulate.experiment import prepare
 from fedkd.simulate.rounds import Round
 from fedkd.training import together
 from fedkd.training.losses.logits import cross_entropy
-from tests.conftest import MENTORS, tiny
+from tests.conftest import DATA_FREE, MENTORS, tiny
 
 NAMES = sorted(CATALOG["algorithm"])
 MORE = [
@@ -79,6 +79,7 @@ def one_round(experiment, algorithm, number, state, memories, clients=None):
 def two_rounds(request):
     """Two rounds of a method, with clients that compute one after the other or, on fewer samples, together."""
     name, is_together = request.param
+    name = DATA_FREE.get(name, name)
     changes = {"validation": 1300} if is_together else {}
     if is_together:
         name = MENTORS.get(name, name)
@@ -371,7 +372,7 @@ def test_the_proxy_subset_follows_from_the_round():
 def test_clients_may_have_different_architectures(name):
     experiment = prepare(
         tiny(
-            algorithm=name,
+            algorithm=DATA_FREE.get(name, name),
             model="cnn:width=4,resnet8:width=32" if name in ("fedproto", "fedtgp") else "cnn:width=8,resnet8:width=8",
             student="cnn:width=16",
         )

@@ -9,7 +9,7 @@ import pytest
 from fedkd.core import tensors
 from fedkd.simulate.experiment import prepare
 from tests.algorithms.test_methods import one_round
-from tests.conftest import MENTORS, tiny
+from tests.conftest import DATA_FREE, MENTORS, tiny
 
 #: A value of each option that differs from the one in `tiny`.
 CHANGED = {
@@ -38,7 +38,8 @@ def table() -> dict[str, dict[str, bool]]:
 
 def trained(method: str, **changes: object) -> str:
     """A hash of all that two rounds of a method give: updates, memories and the server's state."""
-    config = {"algorithm": MENTORS.get(method, method), "dataset": "noise:size=200,pixels=8", "partitioner": "linear"}
+    quick = {**MENTORS, **DATA_FREE}.get(method, method)
+    config = {"algorithm": quick, "dataset": "noise:size=200,pixels=8", "partitioner": "linear"}
     experiment = prepare(tiny(**(config | changes)))
     algorithm, state, memories = experiment.algorithm, experiment.algorithm.initial_state(experiment.setup), {}
     results = []
