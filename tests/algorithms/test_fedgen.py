@@ -176,7 +176,9 @@ def test_models_without_a_head_are_refused(name, message, tmp_path):
         one_round(experiment, experiment.algorithm, 2, state, {})
 
 
-@pytest.mark.parametrize("name", ["cnn", "resnet8", "bottleneck-resnet", "mobilenetv2", "lenet:projection=8", "vgg8"])
+@pytest.mark.parametrize(
+    "name", ["cnn", "resnet8", "bottleneck-resnet", "mobilenetv2", "lenet:projection=8", "vit-tiny", "row-gru"]
+)
 def test_models_of_fedkd_have_a_head(name, experiment):
     assert experiment.setup.trainer.head(name, torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
 

@@ -41,7 +41,7 @@ def slowly_trained(setup, client, start, frozen, loss_of):
         last = [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)][-1]
         last.register_forward_pre_hook(lambda _, inputs, module=module: seen.update({id(module): inputs[0]}))
     config, generator = setup.config, torch.Generator().manual_seed(client.derive("fit"))
-    sgd = torch.optim.SGD(student.parameters(), config.learning_rate, config.momentum)
+    sgd = torch.optim.SGD(student.parameters(), config.learning_rate, config.momentum, 0, config.weight_decay)
     sizes = loop.batch_sizes(student, len(client.data), config.batch_size)
     for _ in range(config.local_epochs):
         for rows in loop.batches(sizes, generator):

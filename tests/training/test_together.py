@@ -224,6 +224,8 @@ def _of_first(outputs, labels):
         ("fedmd", "adamw", "cosine", 3),
         ("moon", "sgd", "cosine", 2),
         ("fedntd", "sgd", "constant", 2),
+        ("fedgen", "sgd", "constant", 2),
+        ("fedhkd", "sgd", "constant", 2),
     ],
 )
 def test_a_step_is_recorded_once_in_a_run(method, optimizer, schedule, count, stacks, tmp_path, monkeypatch):
