@@ -179,14 +179,21 @@ def test_a_table_of_distillations_has_three_networks_and_its_rows_share_runs(tmp
             { name = "teacher", key = "teacher", published = [90.0] },
             { name = "student", key = "baseline", published = [80.0] },
             { name = "KD", published = [85.0] },
+            { name = "KD, best", key = "student.largest_test_accuracy", published = [85.0] },
         ]
     """)
     run(path, "--out", tmp_path, "--scale", "0.1", "--markdown")
     out = tmp_path / "kd-0.1" / "teacher-cnn-seed0"
     (entry,) = json.loads((out / "result.json").read_text())["runs"]
     printed = capfd.readouterr().out
-    for row, key in (("teacher", "teacher"), ("student", "baseline"), ("KD", "student")):
-        accuracy = 100 * entry["evaluation"][key]["accuracy"]
+    keys = (
+        ("teacher", "accuracy"),
+        ("baseline", "accuracy"),
+        ("student", "accuracy"),
+        ("student", "largest_test_accuracy"),
+    )
+    for row, (network, key) in zip(("teacher", "student", "KD", "KD, best"), keys, strict=True):
+        accuracy = 100 * entry["evaluation"][network][key]
         line = next(line for line in printed.splitlines() if line.startswith(f"| {row} "))
         assert f" {accuracy:.2f} " in line
         assert "| 1 of 1 | 2 of 2 | 0.01 M |" in line
@@ -218,7 +225,7 @@ def test_a_run_that_fails_ends_the_command(paper, tmp_path):
         (("samples = 800", ""), "samples: Field required"),
         (("samples = 800", "samples = 800\nsample = 1"), "sample: Extra inputs are not permitted"),
         (('"best"', '"rounds"'), "the column IID has a target if, and only if, rounds are published"),
-        (('"best"', '"best"\ncommand = "distill"'), "evaluates the last epoch only"),
+        (('"best"', '"best"\ncommand = "distill"'), "measure is last with fedkd.distill"),
         (("clients = 2", "clients = 0"), "clients"),
         (("clients = 2", "client = 2"), "client"),
     ],

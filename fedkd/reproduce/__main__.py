@@ -119,7 +119,8 @@ def measure(paper: Paper, cell: Cell, out: Path) -> Measured:
     rows, ended = run_directory.rows(file) if file.exists() else [], has_ended(out)
     if paper.command == "distill":
         result = json.loads((out / "result.json").read_text(encoding="utf-8")) if ended else {"runs": []}
-        accuracies = [run["evaluation"][cell.key]["accuracy"] for run in result["runs"]]
+        network, _, name = cell.key.partition(".")
+        accuracies = [run["evaluation"][network][name or "accuracy"] for run in result["runs"]]
         length = max((row["number"] for row in rows if row["network"].startswith("student")), default=0)
     else:
         accuracies, length = [row[cell.key] for row in rows if row[cell.key] is not None], len(rows)

@@ -40,7 +40,8 @@ class PaperColumn(Side):
 class PaperRow(Side):
     """A row with its published numbers, one for each column (nan: none), and their spread, if it was published.
 
-    ``key`` says which number of a run is meant: one of ``rounds.jsonl``; or the network of ``fedkd.distill``.
+    ``key`` says which number of a run is meant: one of ``rounds.jsonl``; or the network of ``fedkd.distill``, and its
+    key in ``result.json`` if it is not the accuracy (``student.largest_test_accuracy``).
     """
 
     published: list[float]
@@ -80,7 +81,7 @@ class Paper(BaseModel):
             if (column.target is None) == (self.measure == "rounds"):
                 raise ValueError(f"the column {column.name} has a target if, and only if, rounds are published")
         if self.command == "distill" and self.measure != "last":
-            raise ValueError("fedkd.distill evaluates the last epoch only")
+            raise ValueError("measure is last with fedkd.distill; the key of a row may name another number")
         return self
 
 
