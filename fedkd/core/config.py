@@ -38,7 +38,7 @@ class Config(Options):
         {"rounds", "workers", "engine", "device", "client_timeout", "ray_address", "client_cpus", "client_gpus"}
         | {"precision"}  # what it is on the device may not differ (`environment.keep`)
         | {"data_dir", "checkpoint_every", "patience", "stop_when", "min_clients", "round_retries"}
-        | {"resume", "out", "json"}
+        | {"save", "resume", "out", "json"}
     )
     REASONS = dict.fromkeys(("rounds",), "the learning rate of each round depends on it")
 
@@ -227,6 +227,9 @@ class Config(Options):
     )
     checkpoint_every: NonNegativeInt = option(
         1, "Run", "Write a checkpoint every N rounds, and after the last one; 0: never."
+    )
+    save: Literal["student", "clients"] = option(
+        "student", "Run", "Models that are written at the end: student (the global one), or clients: theirs as well."
     )
     resume: str = option("", "Run", "Continue the run in this directory, with its options; --rounds may be larger.")
     out: str = option("", "Run", "Run directory; by default runs/NAME-TIME-HASH.")

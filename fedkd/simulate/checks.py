@@ -44,6 +44,8 @@ def check(config: Config) -> None:
     proxies.parse(config.proxy)
     partitioners.check(config.partitioner)
     stopping.check(config)
+    if config.save == "clients" and config.partitioner == partitioners.OWN:
+        raise UsageError("--save clients: models that were trained on deployed nodes' own data stay on the nodes.")
     if config.validation and config.partitioner == partitioners.OWN:
         raise UsageError("--validation holds samples out of the training set, but deployed nodes keep their own data.")
 

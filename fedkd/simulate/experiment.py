@@ -90,12 +90,18 @@ class Experiment:
         sampled = sample(len(self.partition), self.config.participation, self.config.seed, round_number)
         return np.concatenate([self.partition[client] for client in sampled])
 
-    def student(self, weights: Tensors) -> Student:
-        """The global student with everything that is needed to use it."""
+    def student(self, weights: Tensors, model: str = "") -> Student:
+        """The global student, or a client's ``model``, with everything that is needed to use it."""
         from fedkd.models.checkpoint import Student
 
         setup, test = self.setup, self.test
-        about = (models.pretrained(setup.student)[0], self.config.norm, setup.classes, test.names, test.pixels.shape[1])
+        about = (
+            models.pretrained(model or setup.student)[0],
+            self.config.norm,
+            setup.classes,
+            test.names,
+            test.pixels.shape[1],
+        )
         return Student(*about, setup.trainer.scaling, self.config.dataset, weights, self.config.resize)
 
     @property

@@ -16,11 +16,11 @@ from fedkd import models
 from fedkd.core import cli, environment, run_directory, specs
 from fedkd.core.errors import DataError, FedkdError, ResumeError, StorageError
 from fedkd.data.loading import choose_dataset
-from fedkd.evaluation import confusion, metrics, stopping
+from fedkd.evaluation import metrics, stopping
 from fedkd.evaluation.report import figure, header, table
 from fedkd.evaluation.report.screen import HEAD, Screen
 from fedkd.models.checkpoint import other_classes
-from fedkd.simulate import checkpoint
+from fedkd.simulate import checkpoint, saving
 from fedkd.simulate.experiment import Experiment, prepared
 from fedkd.simulate.rounds import Memories, run_rounds
 
@@ -186,20 +186,11 @@ def _run(
         summary = metrics.run_summary(experiment, rows, experiment.partition.digest())
     screen.end(summary, run)
     if last and logits is not None:
-        _save_students(experiment, last, best, logits, partial(_student_file, out, run, is_first))
+        saving.save_students(experiment, last, best, logits, partial(saving.student_file, out, run, is_first))
+    if run.save == "clients":
+        failed = saving.save_clients(experiment, partial(exchange, run, memories), memories.latest, len(rows), out)
+        screen.not_saved(failed)
     return summary
-
-
-def _save_students(
-    experiment: Experiment, last: Tensors, best: Tensors, logits: Tensor, file: Callable[[str], Path]
-) -> None:
-    """Write the last and the best student, and the confusion matrix of the last one by its logits on the test set."""
-    experiment.student(last).save(file("student"))
-    if best:
-        experiment.student(best).save(file("student-best"))
-    counts = confusion.matrix(experiment.test.labels, logits.argmax(-1), experiment.setup.classes)
-    text = confusion.as_csv(counts, experiment.test.names)
-    run_directory.write(file("confusion").with_suffix(".csv"), text)
 
 
 class RoundsFile:
@@ -291,12 +282,6 @@ def _attributing(run: Config) -> AbstractContextManager[None]:
     """Attribute what a user-defined component raises on the server to that component."""
     kinds = ("algorithm", "aggregator", "loss")
     return specs.attributing([(kind, getattr(run, kind)) for kind in kinds], "on the server")
-
-
-def _student_file(out: Path, run: Config, is_first: bool, name: str) -> Path:
-    """The first entry with a student has the plain name; the others are named after their run."""
-    plain = "student.safetensors" if is_first else run_directory.student_file(run.algorithm, run.seed)
-    return out / plain.replace("student", name, 1)
 
 
 def _save_partitions(path: Path, experiments: Mapping[int, Experiment]) -> None:

@@ -65,7 +65,7 @@ def test_ray_gives_the_same_bits(tmp_path):
         wait_for(lambda: list(out.glob("checkpoint/*/checkpoint.json")))
         killed.kill()
     wait_for(lambda: not left(tmp_path))
-    process = run("--resume", out, "--json")
+    process = run("--resume", out, "--save", "clients", "--json")
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout)["status"] == "ok"
     rows = simulated(
@@ -74,10 +74,12 @@ def test_ray_gives_the_same_bits(tmp_path):
         compare="fedavg",
         uplink_codec=CODED,
         downlink_codec=CODED,
+        save="clients",
     )
     lines = (tmp_path / "ray" / "rounds.jsonl").read_text().splitlines()
     assert [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in lines] == rows
-    for name in ("student.safetensors", "student-fedavg-seed0.safetensors"):
+    clients = [f"clients-fedavg-seed0/client-{client}.safetensors" for client in range(3)]
+    for name in ("student.safetensors", "student-fedavg-seed0.safetensors", *clients):
         assert tensors.equal(tensors.load(tmp_path / "ray" / name), tensors.load(tmp_path / "local" / name))
     wait_for(lambda: not left(tmp_path))
 

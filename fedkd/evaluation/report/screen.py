@@ -23,12 +23,13 @@ from rich.table import Column
 from rich.text import Text
 
 from fedkd.core import cli
+from fedkd.core.errors import last_line
 from fedkd.evaluation.report.text import percent, seconds, size
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fedkd.communication.replies import Expected, Reply
+    from fedkd.communication.replies import Expected, Failure, Reply
     from fedkd.core.config import Config
     from fedkd.core.tensors import Tensors
     from fedkd.evaluation.metrics import Row
@@ -219,6 +220,11 @@ class Screen:
             if kind not in self._shown and failure["reason"] != failure["cause"]:
                 self.print(f"         client {failure['client']}: {failure['reason']}")
             self._shown.add(kind)
+
+    def not_saved(self, failures: Sequence[Failure]) -> None:
+        """Say which clients' models could not be saved."""
+        listed = [{"client": each.client, "cause": each.cause, "reason": last_line(each.reason)} for each in failures]
+        self._failures("models of clients not saved", listed)
 
     def end(self, run: Row, config: Config) -> None:
         """Say why a run ended if it was before its last round, and which round was its best."""

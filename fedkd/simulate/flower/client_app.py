@@ -39,6 +39,7 @@ from fedkd.simulate.flower.records import (
     undeclared_in_message,
     undeclared_in_reply,
 )
+from fedkd.simulate.saving import QUERY, expected_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,7 @@ def only_declared(message: Message, context: Context, call_next: ClientAppCallab
         shapes = experiment.algorithm.upload_spec(experiment.setup, client, number)
         expected = Expected(experiment.channel.upload_sizes(shapes), experiment.algorithm.metrics)
     else:
-        expected = expected_evaluation(experiment)
+        expected = expected_model(experiment, client) if kind == QUERY else expected_evaluation(experiment)
     if fault := undeclared_in_reply(reply.content, expected):
         raise PluginError(f"The client was about to send {fault}; nothing was sent.")
     return reply
@@ -146,6 +147,16 @@ def evaluate(message: Message, context: Context) -> Message:
         metrics |= dict(zip(per_client.LOCAL, (float(len(local)), *of_local), strict=True))
     measured = MetricRecord({EXAMPLES: len(images), **metrics})
     content = RecordDict({ARRAYS: to_record({"logits": logits}), METRICS: measured})
+    return Message(content, reply_to=message)
+
+
+@app.query(QUERY.removeprefix("query."))
+def send_model(message: Message, context: Context) -> Message:
+    """Upload the client's own model for ``--save clients``, unless it is one of data that the server does not have."""
+    experiment, memory = _memory(message, context)
+    if experiment.config.save != "clients" or experiment.config.partitioner == OWN:
+        raise RunError("This client does not send its model.")
+    content = RecordDict({ARRAYS: to_record(take("model", memory)), METRICS: MetricRecord({EXAMPLES: 1})})
     return Message(content, reply_to=message)
 
 
