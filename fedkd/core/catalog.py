@@ -137,6 +137,8 @@ CATALOG: dict[str, dict[str, str]] = {
         "svhn": "fedkd.data.sources:svhn",
         "stl10": "fedkd.data.sources:stl10",
         "fashion-mnist": "fedkd.data.sources:fashion_mnist",
+        "mnist": "fedkd.data.sources:mnist",
+        "emnist": "fedkd.data.sources:emnist",
         "digits": "fedkd.data.sources:digits",
         "hf": "fedkd.data.sources:hf",
         "folder": "fedkd.data.sources:folder",

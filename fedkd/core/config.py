@@ -94,8 +94,8 @@ class Config(Options):
     dataset: str = option(
         "auto",
         "Data",
-        "auto (CIFAR-10, else digits), cifar10, cifar100, svhn, stl10, fashion-mnist, digits, noise, folder:PATH, "
-        "hf:NAME (a table), ./mine.py:Name.",
+        "auto (CIFAR-10, else digits), cifar10, cifar100, svhn, stl10, fashion-mnist, mnist, emnist:part=letters, "
+        "digits, noise, folder:PATH, hf:NAME (a table), ./mine.py:Name.",
     )
     data_dir: str = option("", "Data", "Folder with torchvision's files, their archive, or parquet; also FEDKD_DATA.")
     proxy: str = option(

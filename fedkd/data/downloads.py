@@ -47,7 +47,11 @@ def dataset(source: Source, split: str, data_dir: str) -> Any:
     import torchvision
 
     kind = getattr(torchvision.datasets, source.argument)
-    options = {"split": split} if source.argument in ("SVHN", "STL10") else {"train": split == "train"}
+    options: dict[str, Any] = {"train": split == "train"}
+    if source.argument in ("SVHN", "STL10"):
+        options = {"split": split}
+    elif source.argument == "EMNIST":
+        options |= {"split": source.train_part}
     files = _files(kind, split)
     extracted = _extracted(kind, files)
     target = places.downloaded()
@@ -77,6 +81,8 @@ def _files(kind: Any, split: str) -> list[File]:
     """What torchvision's class downloads; nothing if it does not list it, then it downloads by itself."""
     if hasattr(kind, "split_list"):
         listed = [kind.split_list[split]]
+    elif kind.__name__ == "EMNIST":
+        listed = [(kind.url, f"EMNIST/raw/{kind.url.rpartition('/')[2]}", kind.md5)]
     elif hasattr(kind, "resources"):
         folder = f"{kind.__name__}/raw"
         listed = [(f"{kind.mirrors[0]}{name}", f"{folder}/{name}", md5) for name, md5 in kind.resources]
@@ -119,6 +125,10 @@ def _from_archives(archives: list[Path], files: list[File], kind: Any, options: 
                 folder = Path(temporary, file.path.parent)
                 folder.mkdir(parents=True, exist_ok=True)
                 extract_archive(str(archive), str(folder))
+            for inner in Path(temporary).rglob("*.gz"):  # EMNIST is an archive of archives
+                if inner.name.startswith(f"emnist-{options['split']}-"):
+                    extract_archive(str(inner), str(inner.parents[1]))
+                inner.unlink()
             for path in filter(Path.is_file, Path(temporary).rglob("*")):
                 place = target / path.relative_to(temporary)
                 place.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from fedkd.data.samples import Samples
 from fedkd.data.sources import fraction_of
 
 SYSTEM = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "lost+found"})
+ANNOTATIONS = "val/val_annotations.txt"  # the classes of Tiny-ImageNet's test images
 TEST = ("test", "val", "valid", "validation")  # names of the folder of test images
 
 
@@ -58,7 +59,11 @@ def labeled(root: Path, split: str, test: str) -> Samples:
         DataError: there are no such folders.
 
     """
-    if (fraction := fraction_of(test)) is None:
+    fraction = fraction_of(test)
+    if (root / ANNOTATIONS).is_file():
+        samples = _tiny_imagenet(root, split if fraction is None else "train")
+        return samples if fraction is None else samples.part(split, fraction)
+    if fraction is None:
         return _split(root, ("train",) if split == "train" else (test,) if test else TEST)
     if any(root.glob("train/*/")) or any(root.glob("clients/*/train/")):
         samples = _split(root, ("train",))
@@ -68,6 +73,29 @@ def labeled(root: Path, split: str, test: str) -> Samples:
     else:
         samples = class_folders(root)
     return samples.part(split, fraction)
+
+
+def _tiny_imagenet(root: Path, split: str) -> Samples:
+    """Tiny-ImageNet as it is distributed: ``train/CLASS/images/FILE``, and ``val/images/FILE`` with a list of classes.
+
+    Raises:
+        DataError: a line of the list names no class.
+
+    """
+    ignored = _Ignored()
+    names = [path.name for path in _listed(root / "train", ignored) if path.is_dir()]
+    if split == "train":
+        found = [[*_images(root / "train" / name / "images", ignored)] for name in names]
+        files = [file for part in found for file in part]
+        return _samples(root, files, np.repeat(range(len(names)), [*map(len, found)]), names, ignored.notes(root))
+    files, labels, numbers = [], [], {name: number for number, name in enumerate(names)}
+    for line, text in enumerate((root / ANNOTATIONS).read_text(encoding="utf-8").splitlines(), 1):
+        file, name, *_ = [*text.split("\t"), "", ""]
+        if name not in numbers:
+            raise DataError(f"{root / ANNOTATIONS}, line {line}: {name or 'nothing'} is none of the classes in train.")
+        files.append(root / "val" / "images" / file)
+        labels.append(numbers[name])
+    return _samples(root, files, labels, names, ())
 
 
 def _split(root: Path, names: tuple[str, ...]) -> Samples:

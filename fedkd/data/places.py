@@ -21,6 +21,7 @@ NAMES = {
     "cifar100": ("cifar100", "uoft-cs/cifar100", "cifar-100"),
     "svhn": ("svhn", "ufldl-stanford/svhn"),
     "stl10": ("stl10", "stl-10"),
+    "mnist": ("mnist", "ylecun/mnist"),
     "fashion_mnist": ("fashion_mnist", "zalando-datasets/fashion_mnist", "fashion-mnist"),
 }
 #: Folders for parquet files in the folder of a data set on the hub.

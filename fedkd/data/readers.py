@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 
@@ -120,7 +121,8 @@ def _found(
         return files, lambda: tables.of_parquet(source, files, split), ()
     if source.reader in ("folder", "own"):
         samples = _folder(source, root, split)
-        return samples.files, lambda: dataclasses.replace(samples, notes=()), samples.notes
+        annotations = filter(Path.is_file, [root / folders.ANNOTATIONS])
+        return [*samples.files, *annotations], lambda: dataclasses.replace(samples, notes=()), samples.notes
     if source.reader == "hugging_face" and root.suffix.lower() in tables.TEXT and root.is_file():
         samples = tables.of_source(source, split)  # now, since its images are other files
         return [root, *samples.files], lambda: samples, ()
@@ -230,8 +232,12 @@ def _torchvision(source: Source, split: str, data_dir: str) -> Samples:
 def _of_torchvision(dataset: Any, source: Source) -> Samples:
     labels = getattr(dataset, "targets", None)
     labels = np.asarray(dataset.labels if labels is None else labels)
-    pictures = [dataset[i][0] for i in range(len(dataset))]
-    return Samples.of(source.name, pictures, labels, getattr(dataset, "classes", ()))
+    pictures, names = [dataset[i][0] for i in range(len(dataset))], getattr(dataset, "classes", ())
+    if source.argument == "EMNIST":  # its images are stored column by column, and its letters counted from 1
+        pictures = [picture.transpose(PIL.Image.Transpose.TRANSPOSE) for picture in pictures]
+        if source.train_part == "letters":
+            labels, names = labels - 1, names[1:]
+    return Samples.of(source.name, pictures, labels, names)
 
 
 def renumbered(images: Images, names: Sequence[str], classes: int, where: str) -> Images:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -34,7 +34,7 @@ class Source:
     count: int = 0
     train: int = 0  # number of training images, the first ones; 0 for all
     test: int = 0  # number of test images
-    train_part: str = ""  # the name of the training part
+    train_part: str = ""  # the name of the training part, or of EMNIST's split
     held_out: str = ""  # the name of the test part, or the fraction of the images that it gets
     image_column: str = ""
     label_column: str = ""
@@ -99,6 +99,16 @@ def stl10(*, pixels: Pixels = 32) -> Source:
 def fashion_mnist() -> Source:
     """Fashion-MNIST (Xiao et al., 2017), converted to RGB and scaled from 28 pixels."""
     return Source("fashion-mnist", "torchvision", "FashionMNIST", "fashion_mnist")
+
+
+def mnist() -> Source:
+    """MNIST (LeCun et al., 1998): 60,000 and 10,000 digits of 10 classes, scaled from 28 pixels."""
+    return Source("mnist", "torchvision", "MNIST", "mnist", flip=False)
+
+
+def emnist(*, part: Literal["byclass", "bymerge", "balanced", "letters", "digits", "mnist"] = "balanced") -> Source:
+    """EMNIST (Cohen et al., 2017): handwritten letters and digits, scaled from 28 pixels; ``part`` is its split."""
+    return Source("emnist", "torchvision", "EMNIST", "emnist", flip=False, train_part=part)
 
 
 def digits() -> Source:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torchvision
 
 from fedkd.core import cache, cli, specs
-from fedkd.core.errors import DataError
+from fedkd.core.errors import DataError, UsageError
 from fedkd.data import downloads, loading, places, sources
 from fedkd.data.readers import read
 from fedkd.simulate.__main__ import app
-from tests.data.tiny_sets import AUTOMOBILES, FISH, extracted, packed, parquet
+from tests.data.tiny_sets import AUTOMOBILES, FISH, extracted, idx, packed, parquet
 
 KINDS = {
     "cifar10": "CIFAR10",
@@ -20,6 +21,9 @@ KINDS = {
     "svhn": "SVHN",
     "stl10": "STL10",
     "fashion-mnist": "FashionMNIST",
+    "mnist": "MNIST",
+    "emnist": "EMNIST",
+    "emnist:part=letters": "EMNIST",
 }
 
 
@@ -78,6 +82,7 @@ def test_parquet_files_of_cifar100(files, tmp_path):
         ("svhn", "svhn"),
         ("stl10", "stl10/data"),
         ("fashion-mnist", "zalando-datasets/fashion_mnist/fashion_mnist"),
+        ("mnist", "ylecun/mnist/mnist"),
     ],
 )
 def test_parquet_files_of_other_data_sets_are_found_by_the_name_of_their_folder(name, files, tmp_path):
@@ -124,7 +129,8 @@ def test_files_in_an_unnamed_folder_that_cannot_be_read_are_named(tmp_path):
 @pytest.mark.parametrize("name", KINDS)
 def test_torchvisions_files(name, parent, tmp_path, monkeypatch):
     """In the named folder, in one with the name of the data set, and the folder of the files itself."""
-    names = places.NAMES[specs.call("dataset", name).folder]
+    folder = specs.call("dataset", name).folder
+    names = places.NAMES.get(folder, (folder,))
     folder = {"": "", "set": names[0], "hyphen": names[-1]}[parent]
     files = extracted(KINDS[name], tmp_path / "any" / folder, monkeypatch)
     assert is_read(name, tmp_path / "any")
@@ -134,19 +140,38 @@ def test_torchvisions_files(name, parent, tmp_path, monkeypatch):
     assert is_read(name, Path("."))
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "fashion-mnist"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "fashion-mnist", "mnist", "emnist"])
 @pytest.mark.parametrize("at", ["folder", "archive", "parent"])
 def test_an_archive_is_extracted_into_the_cache(name, at, tmp_path, monkeypatch):
     archives = packed(KINDS[name], tmp_path / "any" / name.replace("cifar", "cifar-"), monkeypatch)
     before = sorted(tmp_path.rglob("any/*"))
     data_dir = {"archive": archives[0], "folder": archives[0].parent, "parent": archives[0].parents[1]}[at]
-    if name == "fashion-mnist" and at == "archive":
+    if name == "emnist" and at == "parent":
+        assert is_read("emnist:part=letters", data_dir)
+    if name.endswith("mnist") and at == "archive":
         data_dir = archives[0].parents[2]
     assert is_read(name, data_dir)
     assert sorted(tmp_path.rglob("any/*")) == before
     for archive in archives:
         archive.write_bytes(b"damaged later")
     assert is_read(name, data_dir), "decoded images are in the cache"
+
+
+def test_emnist_is_upright_and_its_letters_are_26_classes(tmp_path, monkeypatch):
+    """Its files have the columns of an image where MNIST's have the rows."""
+    folder, image = extracted("EMNIST", tmp_path, monkeypatch), np.zeros((1, 28, 28), np.uint8)
+    image[0, :9] = 200  # the first nine columns
+    for split in ("train", "test"):
+        idx(folder / f"emnist-letters-{split}-images-idx3-ubyte", image, [26])
+        idx(folder / f"emnist-letters-{split}-labels-idx1-ubyte", image, [26])
+    images = read(specs.call("dataset", "emnist:part=letters"), "test", str(tmp_path))
+    assert (images.labels.tolist(), images.classes, images.names[25]) == ([25], 26, "z")
+    pixels = images.pixels[0, :, :, 0]
+    assert (pixels[:, :9] > 190).all()
+    assert (pixels[:, 12:] < 10).all()
+    assert read(specs.call("dataset", "emnist"), "test", str(tmp_path)).classes == 47
+    with pytest.raises(UsageError, match="part=greek is not usable"):
+        specs.call("dataset", "emnist:part=greek")
 
 
 def test_an_archive_is_refused_if_its_md5_differs_or_it_is_of_another_data_set(tmp_path, monkeypatch):

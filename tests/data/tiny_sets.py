@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import pickle
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +43,10 @@ def extracted(kind: str, root: Path, patch: pytest.MonkeyPatch) -> Path:
         return _svhn(made, root, patch)
     if kind == "STL10":
         return _stl10(made, root, patch)
-    if kind == "FashionMNIST":
-        return _fashion_mnist(made, root)
+    if kind in ("MNIST", "FashionMNIST"):
+        return _mnist(made, root)
+    if kind == "EMNIST":
+        return _emnist(root)
     folder = root / made.base_folder
     folder.mkdir(parents=True)
     labels = "labels" if kind == "CIFAR10" else "fine_labels"
@@ -81,20 +84,44 @@ def _stl10(made: type, root: Path, patch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def _fashion_mnist(made: type, root: Path) -> Path:
-    folder = root / "FashionMNIST" / "raw"
+def _mnist(made: type, root: Path) -> Path:
+    folder = root / made.__name__ / "raw"
     folder.mkdir(parents=True)
     for name, _ in made.resources:
-        shape, values = ((2, 28, 28), np.repeat([1, 2], 784)) if "images" in name else ((2,), np.array([1, 0]))
-        head = bytes([0, 0, 8, len(shape)]) + np.array(shape, dtype=">i4").tobytes()
-        (folder / name.removesuffix(".gz")).write_bytes(head + values.astype(np.uint8).tobytes())
+        idx(folder / name.removesuffix(".gz"), np.repeat([1, 2], 784).reshape(2, 28, 28), [1, 0])
     return folder
+
+
+def _emnist(root: Path) -> Path:
+    """Its split balanced, and its letters, which are counted from 1."""
+    folder = root / "EMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part, labels in (("balanced", [1, 0]), ("letters", [2, 1])):
+        for name in (f"emnist-{part}-{split}" for split in ("train", "test")):
+            idx(folder / f"{name}-images-idx3-ubyte", np.repeat([1, 2], 784).reshape(2, 28, 28), labels)
+            idx(folder / f"{name}-labels-idx1-ubyte", [], labels)
+    return folder
+
+
+def idx(path: Path, images: np.ndarray, labels: list[int]) -> None:
+    """A file of images or of labels, by its name, in MNIST's format."""
+    values = np.asarray(images if "images" in path.name else labels)
+    head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, dtype=">i4").tobytes()
+    path.write_bytes(head + values.astype(np.uint8).tobytes())
 
 
 def packed(kind: str, root: Path, patch: pytest.MonkeyPatch) -> list[Path]:
     """The archives of a class of torchvision instead of the files; its MD5s are set to theirs."""
     made, folder = getattr(torchvision.datasets, kind), extracted(kind, root, patch)
-    if kind == "FashionMNIST":
+    if kind == "EMNIST":
+        archive = folder / "gzip.zip"
+        with zipfile.ZipFile(archive, "w") as inner:
+            for file in sorted(folder.glob("emnist-*")):
+                inner.writestr(f"gzip/{file.name}.gz", gzip.compress(file.read_bytes()))
+                file.unlink()
+        patch.setattr(made, "md5", md5(archive))
+        return [archive]
+    if kind in ("MNIST", "FashionMNIST"):
         files = sorted(folder.iterdir())
         archives = [file.with_name(f"{file.name}.gz") for file in files]
         for file, archive in zip(files, archives, strict=True):
