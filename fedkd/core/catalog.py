@@ -8,8 +8,8 @@ terms of fedkd.distill) and ``fedkd.partitioner``.
 from __future__ import annotations
 
 _PARTITIONERS = """
-iid dirichlet inner-dirichlet equal-dirichlet few-shot pathological shard distribution size linear square exponential
-id-to-size continuous natural-id grouped-natural-id
+iid dirichlet inner-dirichlet equal-dirichlet few-shot counts pathological shard distribution size linear square
+exponential id-to-size continuous natural-id grouped-natural-id
 """.split()  # noqa: SIM905
 
 CATALOG: dict[str, dict[str, str]] = {

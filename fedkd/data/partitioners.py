@@ -97,6 +97,12 @@ def few_shot(*, ways: PositiveInt = 3, shots: PositiveInt = 100, spread: NonNega
     return Recipe(direct=draw)
 
 
+def counts(*, file: str) -> Recipe:
+    """As many samples of each class as a CSV file says: a line per client, a number per class (DENSE's README)."""
+    table = published.table(file)
+    return Recipe(direct=lambda labels, _, seed: published.counts(labels, _shuffled(labels, seed), table))
+
+
 def pathological(
     *,
     classes: PositiveInt = 2,
@@ -227,11 +233,13 @@ def assign(
         return partition
     if recipe.direct is not None:
         try:
-            return recipe.direct(labels, clients, seed).sorted()
+            partition = recipe.direct(labels, clients, seed).sorted()
         except ValueError as error:
             raise UsageError(
                 f"--partitioner {text!r} cannot assign these samples to {clients} clients: {error}."
             ) from None
+        _require_count(len(partition), clients, text, UsageError)
+        return partition
     versions = [np.__version__, version("flwr-datasets")]
     described = json.dumps([4, text, clients, seed, versions, hashlib.sha256(labels.tobytes()).hexdigest()])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,3 +85,40 @@ def few_shot(
         parts.append(np.concatenate([left[label][:count] for label in chosen]))
         left |= {label: left[label][count:] for label in chosen}
     return Partition.of(parts)
+
+
+def table(file: str) -> Rows:
+    """The numbers of samples [clients, classes] in a CSV file without a header.
+
+    Raises:
+        ValueError: it cannot be read, a number is not one, or a client has no samples.
+
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        found = np.array([line.split(",") for line in lines if line.strip()]).astype(np.int64)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror})") from error
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{file} needs a line for each client with whole numbers, one for each class") from error
+    if not found.size or found.min() < 0 or not found.sum(1).all():
+        raise ValueError(f"a line of {file} has a number below zero, or a client without samples")
+    return found
+
+
+def counts(labels: Rows, order: Rows, table: Rows) -> Partition:
+    """As many samples of each class for each client as a table [clients, classes] says.
+
+    Raises:
+        ValueError: there are other classes, or too few samples of one.
+
+    """
+    if (classes := labels.max() + 1) != table.shape[1]:
+        raise ValueError(f"the file has numbers for {table.shape[1]} classes, and they have {classes}")
+    pieces = []
+    for label, numbers in enumerate(table.T):
+        rows = order[labels[order] == label]
+        if len(rows) < numbers.sum():
+            raise ValueError(f"class {label} has {len(rows):,} samples, and the file has {numbers.sum():,}")
+        pieces.append(np.split(rows, np.cumsum(numbers))[:-1])
+    return Partition.of([np.concatenate(of_client) for of_client in zip(*pieces, strict=True)])

@@ -184,6 +184,8 @@ def _prepare(config: Config) -> Experiment:
     hashes = {config.dataset: loading.digest(train, test)}
     if proxy_rows is None:
         hashes[f"--proxy {config.proxy}"] = tensors.digest({"images": proxy.images.cpu()})
+    if "file" in specs.parse(config.partitioner).options:
+        hashes[f"--partitioner {config.partitioner}"] = partition.digest()
     train, test = (
         dataclasses.replace(images, classes=classes, pixels=images.pixels.to(device)) for images in (train, test)
     )

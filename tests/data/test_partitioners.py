@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,8 @@ from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import PluginError, UsageError
 from fedkd.data import partitioners, skew
 from fedkd.data.partition import Partition
+from fedkd.simulate.experiment import prepare
+from tests.conftest import tiny
 
 LABELS = np.random.default_rng(0).integers(0, 10, 2000)
 SPECS = {
@@ -20,6 +23,7 @@ SPECS = {
     "grouped-natural-id": ("grouped-natural-id:group=2", 5),
     "size": ("size:sizes=100+200+300+400", 4),
     "few-shot": ("few-shot:shots=20", 5),
+    "counts": (f"counts:file={Path(__file__).with_name('counts.csv')}", 5),
 }
 
 
@@ -54,7 +58,11 @@ def test_the_catalog_has_every_horizontal_partitioner_of_the_library():
 
 
 @pytest.mark.parametrize(
-    "text", ["dirichlet:alpha=0.5", "iid", "pathological:classes=2", "shard", "equal-dirichlet", "few-shot:shots=9"]
+    "text",
+    [
+        *("dirichlet:alpha=0.5", "iid", "pathological:classes=2", "shard", "equal-dirichlet", "few-shot:shots=9"),
+        SPECS["counts"][0],
+    ],
 )
 def test_the_seed_alone_decides(text, monkeypatch, tmp_path):
     first = deal(text, seed=1).digest()
@@ -194,6 +202,63 @@ def test_few_shot_gives_every_client_some_classes_and_as_many_of_each(labels, cl
         assert max(shots - spread, 1) <= kinds[0] <= shots + spread
         assert min(max(ways - spread, 2), ways) <= len(kinds) <= ways + spread
     assert parts.digest() == partitioners.assign(text, labels, clients, seed).digest()
+
+
+#: DENSE's README, for CIFAR-10, five clients and seed 1; the sizes are sums.
+DENSE = """156,709,301,2629,20,651,915,113,180,2133
+1771,2695,1251,1407,665,314,1419,3469,0,0
+236,15,1715,76,1304,34,1773,75,3289,2360
+2809,575,157,853,2555,2557,203,1213,0,0
+28,1006,1576,35,456,1444,690,130,1531,507
+"""
+
+
+def counted(tmp_path, text, labels, clients=5, seed=0):
+    (tmp_path / "numbers.csv").write_text(text)
+    return partitioners.assign(f"counts:file={tmp_path}/numbers.csv", labels, clients, seed)
+
+
+def test_clients_have_the_numbers_of_the_file(tmp_path):
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(10), 5000))
+    parts = counted(tmp_path, DENSE, labels)
+    found = [",".join(map(str, np.bincount(labels[part], minlength=10))) for part in parts]
+    assert "\n".join(found) + "\n" == DENSE
+    assert parts.sizes.tolist() == [7807, 12991, 10877, 10922, 7403]
+    assert (np.sort(parts.rows) == np.arange(50_000)).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1,1\n1,1\n", "makes 2 shares for 3 clients; use --clients 2"),
+        ("2,1\n1,1\n1,0\n", "class 0 has 3 samples, and the file has 4"),
+        ("1\n1\n1\n", "numbers for 1 classes, and they have 2"),
+        ("1,1\n1\n1,1\n", "needs a line for each client with whole numbers, one for each class"),
+        ("a,b\n1,1\n1,1\n", "needs a line for each client with whole numbers"),
+        ("1,1\n0,0\n1,1\n", "a client without samples"),
+        ("1,1\n2,-1\n1,1\n", "below zero"),
+        ("", "a client without samples"),
+    ],
+)
+def test_numbers_that_cannot_be_are_one_sentence(tmp_path, text, expected):
+    with pytest.raises(UsageError, match=expected) as caught:
+        counted(tmp_path, text, np.array([0, 1, 0, 1, 0, 1]), 3)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_numbers_that_is_not_there_is_named():
+    with pytest.raises(UsageError, match=r"none\.csv cannot be read \(No such file"):
+        partitioners.check("counts:file=none.csv")
+
+
+def test_a_changed_file_of_numbers_is_another_partition(tmp_path):
+    """So that a run is not resumed with other clients."""
+    found = []
+    for numbers in ("1,2,3,4,5,6,7,8,9,9", "2,1,3,4,5,6,7,8,9,9"):
+        (tmp_path / "numbers.csv").write_text(f"{numbers}\n" * 3)
+        found.append(prepare(tiny(partitioner=f"counts:file={tmp_path}/numbers.csv")).data_hashes)
+    (changed,) = {name for name, _ in found[0].items() ^ found[1].items()}
+    assert changed == f"--partitioner counts:file={tmp_path}/numbers.csv"
 
 
 def test_skew_of_known_shares():
