@@ -239,6 +239,26 @@ def recording(setup):
     return dataclasses.replace(setup, trainer=Recording(**fields)), seen
 
 
+def test_the_images_of_the_lowest_loss_are_kept(trained):
+    """Not those of the last step: the values of the loss are given, its gradients are those of the cross-entropy."""
+    setup, updates = trained
+    networks = [setup.trainer.frozen(setup.model_of(client), update.tensors) for client, update in updates.items()]
+    ensemble = synthesis.Ensemble(networks, torch.ones(3) / 3, setup.trainer.scaling)
+
+    def images(*values):
+        left = list(values)
+
+        def loss(seen, labels):
+            cost = F.cross_entropy(seen.ensemble, labels)
+            return cost - cost.detach() + left.pop(0)
+
+        how = {"side": SIDE, "width": 4, "steps": len(values), "seed": 1, "device": "cpu", "precision": "float32"}
+        return synthesis.generated(ensemble, ensemble, torch.arange(BATCH), loss, **how)
+
+    assert torch.equal(images(3, 1, 2), images(3, 1))
+    assert not torch.equal(images(3, 1, 2), images(3, 2, 1))
+
+
 def test_weights_are_uploaded_once_and_nothing_is_received(tmp_path):
     """In the first round; later, clients with the student's architecture receive the student and go on from it."""
     model = {"model": "cnn:width=4,resnet8:width=8", "student": "resnet8:width=8", "clients": 4}
