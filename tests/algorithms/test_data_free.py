@@ -203,7 +203,7 @@ def algorithm_name(algorithm):
         "co-boosting:epochs=1,generator_steps=3",
         # Otherwise rounding in the signs of gradients would change later students, and so the images made for them.
         "co-boosting:epochs=3,generator_steps=3,generator_width=8,perturbation=0",
-        "co-boosting:epochs=3,generator_steps=3,generator_width=8,temperature=1,adversarial=0,perturbation=30,step=0.2",
+        "co-boosting:epochs=3,generator_steps=2,temperature=1,adversarial=0,perturbation=30,step=0.2",
     ],
 )
 def test_the_student_is_that_of_the_paper(trained, name):
