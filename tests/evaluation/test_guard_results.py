@@ -188,6 +188,7 @@ def test_every_number_of_a_summary_by_hand():
         "best_round": 5,
         "best_validation_accuracy": 0.8,
         "best_test_accuracy": 0.3,
+        "largest_test_accuracy": 0.9,
         "teacher_accuracy": pytest.approx(0.07),
         "client_accuracy": pytest.approx(0.007),
         **dict.fromkeys(per_client.KEYS[1:]),
