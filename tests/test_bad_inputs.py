@@ -204,7 +204,7 @@ SIMULATE = [
     ("a model of torchvision", "--model torchvision:resnet1", 2, "Unknown model of torchvision"),
     ("two models for FedAvg", "--algorithm fedavg --model cnn,resnet8", 2, "one model"),
     ("another student for FedAvg", "--compare fedavg --student resnet8", 2, "one model"),
-    ("an unknown data set", "--dataset mnist", 2, "Did you mean"),
+    ("an unknown data set", "--dataset fashion_mnist", 2, "Did you mean"),
     ("a folder that is missing", "--dataset folder:/no/such/place", 3, "There is no folder"),
     ("a folder without a path", "--dataset folder", 2, "folder:PATH"),
     ("a folder without classes", "--dataset folder:flat", 3, "flat"),

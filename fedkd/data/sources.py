@@ -101,9 +101,9 @@ def fashion_mnist() -> Source:
     return Source("fashion-mnist", "torchvision", "FashionMNIST", "fashion_mnist")
 
 
-def mnist() -> Source:
-    """MNIST (LeCun et al., 1998): 60,000 and 10,000 digits of 10 classes, scaled from 28 pixels."""
-    return Source("mnist", "torchvision", "MNIST", "mnist", flip=False)
+def mnist(*, train: NonNegativeInt = 0, test: NonNegativeInt = 0, pixels: Pixels = 32) -> Source:
+    """MNIST (LeCun et al., 1998): 60,000 and 10,000 digits, or the first of them, scaled from 28 pixels."""
+    return Source("mnist", "torchvision", "MNIST", "mnist", flip=False, train=train, test=test, pixels=pixels)
 
 
 def emnist(*, part: Literal["byclass", "bymerge", "balanced", "letters", "digits", "mnist"] = "balanced") -> Source:

@@ -50,7 +50,7 @@ class PaperRow(Side):
 
 
 class Paper(BaseModel):
-    """A scenario file of a published table, in ``simulations/papers``.
+    """A scenario file of a published table, in ``simulations/papers``. In its texts, ``{here}`` is its folder.
 
     ``measure`` says what was published: accuracies of the last round (or epoch) or the largest of all rounds, in
     percent; or the number of rounds to an accuracy. ``tolerance`` has the same unit. ``seeds`` is the number of runs of
@@ -126,11 +126,20 @@ def read(name: str) -> Paper:
             raise UsageError(f"{FOLDER} is not there: clone the repository, or name a scenario file, ./mine.toml.")
         raise UsageError(unknown("table", name, names()))
     try:
-        return Paper.model_validate(from_file(path))
+        return Paper.model_validate(_located(from_file(path), path.parent))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "table"
         raise UsageError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}.") from error
+
+
+def _located(value: Any, folder: Path) -> Any:
+    """The same with the folder of the scenario file in place of ``{here}``."""
+    if isinstance(value, dict):
+        return {key: _located(each, folder) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_located(each, folder) for each in value]
+    return value.replace("{here}", str(folder.resolve())) if isinstance(value, str) else value
 
 
 def cells_of(paper: Paper, changes: Mapping[str, Any], scale: float) -> list[Cell]:
