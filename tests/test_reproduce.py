@@ -78,8 +78,7 @@ def test_runs_are_made_once_and_interrupted_ones_go_on(paper, tmp_path, capfd):
     assert "| FedAvg (theirs) | skewed | 40.00 ± 0.25 | – | – | – | 0 of 2 | 0 of 2 |" in capfd.readouterr().out
     run(*words)
     printed = capfd.readouterr()
-    folder = tmp_path / "mine-0.5"
-    files = [folder / f"fedavg-theirs-skewed-seed{seed}" / "rounds.jsonl" for seed in (0, 1)]
+    files = [file / "rounds.jsonl" for file in sorted((tmp_path / "mine-0.5").glob("fedavg-theirs-skewed-*-seed?"))]
     best = [100 * max(row["test_accuracy"] for row in rows(file)) for file in files]
     assert [len(list(rows(file))) for file in files] == [2, 2]
     assert (
@@ -112,6 +111,7 @@ def measured(*numbers: float | None, has_ended: bool = True) -> list[Measured]:
         (measured(30.0, None), "–"),
         ([Measured(None, 0, False)], "–"),
         ([Measured(None, 0, False), *measured(30.0)], "yes"),
+        ([*measured(30.0), *measured(30.0, has_ended=False)], "–"),
         ([], "–"),
     ],
 )
@@ -122,6 +122,8 @@ def test_only_runs_that_have_ended_are_within_the_tolerance(runs, within, paper)
     assert papers.images(table, cell.config) == 4 * 800
     assert reproduce.table(table, [(cell, runs)], 1.0).rows[0][5] == within
     assert reproduce.table(table, [(cell, runs)], 0.5).rows[0][5] == "–"
+    ended = sum(run.has_ended for run in runs)
+    assert reproduce.table(table, [(cell, runs)], 1.0).rows[0][6] == f"{ended} of {len(runs)}"
 
 
 def run_directory_of(tmp_path: Path, accuracies: list[float | None], status: str = "ok", key: str = "") -> Path:
@@ -183,7 +185,7 @@ def test_a_table_of_distillations_has_three_networks_and_its_rows_share_runs(tmp
         ]
     """)
     run(path, "--out", tmp_path, "--scale", "0.1", "--markdown")
-    out = tmp_path / "kd-0.1" / "teacher-cnn-seed0"
+    (out,) = (tmp_path / "kd-0.1").glob("teacher-cnn-*-seed0")
     (entry,) = json.loads((out / "result.json").read_text())["runs"]
     printed = capfd.readouterr().out
     keys = (
@@ -196,14 +198,15 @@ def test_a_table_of_distillations_has_three_networks_and_its_rows_share_runs(tmp
         accuracy = 100 * entry["evaluation"][network][key]
         line = next(line for line in printed.splitlines() if line.startswith(f"| {row} "))
         assert f" {accuracy:.2f} " in line
-        assert "| 1 of 1 | 2 of 2 | 0.01 M |" in line
+        assert "| 1 of 1 | 2 of 2 | 5,600 |" in line
     assert sorted(out.parent.iterdir()) == [out, out.with_suffix(".toml")]
     assert papers.cells_of(papers.read(str(path)), {}, 0.1)[0].config.teacher_epochs == 1
 
 
 def test_a_run_that_was_killed_before_its_first_round_begins_anew(paper, tmp_path):
     """It has a config and no checkpoint, so it cannot be resumed."""
-    out = tmp_path / "mine-0.25" / "ensemble-iid-seed0"
+    cell = papers.cells_of(papers.read(str(paper)), {}, 0.25)[2]
+    out = cell.run(tmp_path / "mine-0.25", 0)
     out.mkdir(parents=True)
     (out / "config.toml").write_text("")
     (out / "partition.npz").write_text("half")
@@ -213,8 +216,30 @@ def test_a_run_that_was_killed_before_its_first_round_begins_anew(paper, tmp_pat
 
 def test_a_run_that_fails_ends_the_command(paper, tmp_path):
     paper.write_text(paper.read_text().replace("holdout:size=40", "holdout:size=4000"))
-    with pytest.raises(RunError, match=r"seed0 ended with code \d"):
+    with pytest.raises(RunError, match=r"FedAvg \(theirs\), IID, seed 0 ended with code 2; it has said why") as caught:
         run(paper, "--out", tmp_path, "--seeds", "1")
+    assert caught.value.code == 2
+
+
+def test_other_options_are_another_run(paper):
+    """Whatever the titles of rows and columns are made of."""
+    text = paper.read_text().replace('"FedAvg (theirs)"', '"α+"').replace('"ensemble"\noptions', '"β-"\noptions')
+    paper.write_text(text.replace("published = [30, 20]", "published = [30, nan]"))
+    cells = papers.cells_of(papers.read(str(paper)), {}, 1.0)
+    runs = {cell.run(Path("x"), 0) for cell in cells}
+    assert len(runs) == len(cells) == 3
+    assert {cell.run(Path("x"), 0) for cell in papers.cells_of(papers.read(str(paper)), {"device": "cpu"}, 1.0)} == runs
+    paper.write_text(paper.read_text().replace("local-epochs = 1", "local-epochs = 2"))
+    assert not runs & {cell.run(Path("x"), 0) for cell in papers.cells_of(papers.read(str(paper)), {}, 1.0)}
+
+
+def test_an_accuracy_that_was_not_reached_is_said(paper):
+    text = paper.read_text().replace('"IID"', '"IID"\ntarget = 0.5').replace('"skewed"', '"s"\ntarget = 0.5')
+    paper.write_text(text.replace('measure = "best"', 'measure = "rounds"'))
+    table = papers.read(str(paper))
+    cell = papers.cells_of(table, {}, 1.0)[0]
+    (row,) = reproduce.table(table, [(cell, measured(3.0, None))], 1.0).rows
+    assert row[2:7] == ["50 ± 0.5", "not reached (1 of 2)", "-47.00", "–", "2 of 2"]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +249,20 @@ def test_a_run_that_fails_ends_the_command(paper, tmp_path):
         (("tolerance = 150.0", "tolerance = 'two'"), "tolerance: Input should be a valid number"),
         (("samples = 800", ""), "samples: Field required"),
         (("samples = 800", "samples = 800\nsample = 1"), "sample: Extra inputs are not permitted"),
-        (('"best"', '"rounds"'), "the column IID has a target if, and only if, rounds are published"),
+        (("tolerance = 150.0", "tolerence = 1"), "tolerence: Extra inputs are not permitted"),
+        (("tolerance = 150.0", "tolerance = nan"), "tolerance: "),
+        (("seeds = 2", "seeds = 0"), "seeds: "),
+        (("published = [30, 20]", "published = [30, inf]"), "it is not finite"),
+        (('"ensemble"\noptions', '"FedAvg (theirs)"\noptions'), "have the same name"),
+        (('workers = "1"', 'compare = "local"'), "compare is no option of a table"),
+        (('workers = "1"', "seeds = 3"), "seeds is no option of a table"),
+        (('dataset = "digits"', 'dataset = "digitz"'), "FedAvg .theirs., IID: Unknown dataset 'digitz'"),
+        (("published = [30, 20]", 'published = [30, 20]\nkey = "clients"'), "Unknown key 'clients'"),
+        (
+            ("published = [30, 20]", 'published = [30, 20]\nkey = "local_accuracy"'),
+            "local_accuracy.* needs --local-test",
+        ),
+        (('"best"', '"rounds"'), "the column IID has a target if, and only if, measure is rounds"),
         (('"best"', '"best"\ncommand = "distill"'), "measure is last with fedkd.distill"),
         (("clients = 2", "clients = 0"), "clients"),
         (("clients = 2", "client = 2"), "client"),
@@ -249,6 +287,14 @@ def test_a_scenario_file_with_a_mistake_is_refused(change, message, paper, tmp_p
 def test_what_is_not_there_is_named(words, message, paper):
     with pytest.raises(UsageError, match=message):
         run(*(paper if word == "PAPER" else word for word in words))
+
+
+def test_the_example_in_the_docs_is_a_table(tmp_path):
+    page = (papers.FOLDER.parents[1] / "docs" / "reproducing.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "mine.toml").write_text(example)
+    table = papers.read(str(tmp_path / "mine.toml"))
+    assert [cell.published for cell in papers.cells_of(table, {}, 1.0)] == table.rows[0].published
 
 
 @pytest.mark.parametrize("name", papers.names())
@@ -279,18 +325,25 @@ def test_the_cost_is_that_of_the_cores_in_use(paper, monkeypatch):
     assert speed.images_per_second("cnn:width=2", "group", 4, 32, "cpu") > 1
 
 
-def cells(command: str) -> dict[str, papers.Cell]:
-    """A cell for each method, model, normalization and optimizer of the tables; or for each pair and loss."""
+def cells(command: str, *keys: str) -> dict[str, papers.Cell]:
+    """Cells of the tables that have between them every value of these options."""
     found: dict[str, papers.Cell] = {}
-    keys = ["algorithm", "model", "norm", "optimizer"] if command == "simulate" else ["teacher", "student", "loss"]
+    seen: set[tuple[str, str]] = set()
     for name in papers.names():
         table = papers.read(name)
         for cell in papers.cells_of(table, {}, 1.0) if table.command == command else ():
-            found.setdefault(", ".join(str(getattr(cell.config, key)) for key in keys), cell)
+            values = {key: str(getattr(cell.config, key)) for key in keys}
+            if not values.items() <= seen:
+                seen |= values.items()
+                found[", ".join(values.values())] = cell
     return found
 
 
-@pytest.mark.parametrize("cell", cells("simulate").values(), ids=cells("simulate"))
+METHODS = cells("simulate", "algorithm", "model", "norm", "optimizer")
+LOSSES = cells("distill", "teacher", "student", "loss")
+
+
+@pytest.mark.parametrize("cell", METHODS.values(), ids=METHODS)
 def test_a_round_of_each_method_and_model_of_the_tables(cell, tmp_path):
     """With their own options but for the data, the clients and the lengths."""
     options = {key: value for key, value in cell.config.run_config().items() if key not in (*TINY, "out")}
@@ -303,7 +356,7 @@ def test_a_round_of_each_method_and_model_of_the_tables(cell, tmp_path):
     assert row[cell.key] is not None
 
 
-@pytest.mark.parametrize("cell", cells("distill").values(), ids=cells("distill"))
+@pytest.mark.parametrize("cell", LOSSES.values(), ids=LOSSES)
 def test_a_step_of_each_loss_and_pair_of_the_tables(cell):
     config = dataclasses.replace(cell.config, dataset="noise:size=200", device="cpu")
     task, _ = prepare(config)
@@ -317,5 +370,5 @@ def test_a_table_at_a_hundredth_of_its_rounds(tmp_path, capfd):
     run(*words, "--row", "FedNTD", "--markdown")
     printed = capfd.readouterr().out
     assert re.search(
-        r"\| FedNTD \| alpha = 0.1 \| 47.11 \| \d+.\d\d \| -\d+.\d\d \| – \| 1 of 1 \| 1 of 1 \| 0.05 M", printed
+        r"\| FedNTD \| alpha = 0.1 \| 47.11 \| \d+.\d\d \| -\d+.\d\d \| – \| 1 of 1 \| 1 of 1 \| 50,000", printed
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from fedkd.algorithms.base import Client, Update
 from fedkd.algorithms.fedproto import FedProto, common_width
@@ -29,7 +29,7 @@ class FedTGP(FedProto):
     """
 
     margin: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 100.0
-    server_epochs: NonNegativeInt = 100
+    server_epochs: PositiveInt = 100
 
     def initial_state(self, setup: Setup) -> Tensors:
         from fedkd.training import prototypes

@@ -110,11 +110,15 @@ def resumed(options: type[AnyOptions], out: Path, given: Mapping[str, Any]) -> d
     for key, value in given.items():
         after = options.parse({**recorded, key: value})
         if key not in before.resumable and after != before:
-            name, old, new = key.replace("_", "-"), *(getattr(each, key) or "none" for each in (before, after))
+            name, old, new = key.replace("_", "-"), *(_shown(getattr(each, key)) for each in (before, after))
             why = f" ({options.REASONS[key]})" if key in options.REASONS else ""
             raise ResumeError(f"--{name} {new} differs from the run in {out}, which has {old}{why}; start a new run.")
     changed = {key: value for key, value in given.items() if key in before.resumable}
     return {**recorded, **changed, "out": str(out), "resume": str(out)}
+
+
+def _shown(value: object) -> object:
+    return "none" if value == "" else value
 
 
 def create(out: Path) -> None:

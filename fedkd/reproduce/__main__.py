@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated
@@ -15,7 +17,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from fedkd.core import cli, run_directory
+from fedkd.core import cli, run_directory, runtime
 from fedkd.core.errors import RunError, UsageError, unknown
 from fedkd.evaluation.report.screen import Screen
 from fedkd.evaluation.report.table import Grid
@@ -51,16 +53,16 @@ def reproduce(
         Screen(cli.Console()).show(listing(device).rich())
         return
     paper = papers.read(name)
-    cells = [
-        cell
-        for cell in papers.cells_of(paper, {"device": device}, scale)
-        if cell.row in (row or [cell.row]) and cell.column in (column or [cell.column])
-    ]
     count = seeds or paper.seeds
     for kind, given, known in (("row", row, paper.rows), ("column", column, paper.columns)):
         for each in given:
             if each not in (names := [side.name for side in known]):
                 raise UsageError(unknown(kind, each, names))
+    cells = [
+        cell
+        for cell in papers.cells_of(paper, {"device": device}, scale)
+        if cell.row in (row or [cell.row]) and cell.column in (column or [cell.column])
+    ]
     folder = out / (Path(name).stem if scale == 1 else f"{Path(name).stem}-{scale:g}")
     for seed in () if show else range(count):
         for cell in cells:
@@ -70,11 +72,11 @@ def reproduce(
     print(f"{grid.markdown()}\n") if markdown else Screen(cli.Console()).show(grid.rich())
 
 
-def _run(command: str, cell: Cell, seed: int, out: Path) -> None:
+def _run(name: str, cell: Cell, seed: int, out: Path) -> None:
     """Run a cell with a seed to its end, unless it has ended.
 
     Raises:
-        RunError: the run ended with an error, which it has printed.
+        RunError: the run ended with an error, which it has printed, and with this code.
 
     """
     if has_ended(out):
@@ -89,11 +91,17 @@ def _run(command: str, cell: Cell, seed: int, out: Path) -> None:
         run_directory.write(scenario, run_directory.toml(replace(cell.config, seed=seed)))
         arguments = [str(scenario), "--out", str(out)]
     print(f"{cell.row}, {cell.column}, seed {seed}:", file=sys.stderr)
-    code = subprocess.run([sys.executable, "-m", f"fedkd.{command}", *arguments], check=False).returncode
+    end_with_this = partial(runtime.end_with, os.getpid()) if os.name == "posix" else None  # no run is left behind
+    command = [sys.executable, "-m", f"fedkd.{name}", *arguments]
+    code = subprocess.run(command, check=False, preexec_fn=end_with_this).returncode
     if code in (130, 143):
+        print("fedkd: the same command goes on with this table.", file=sys.stderr)
         raise KeyboardInterrupt
     if code:
-        raise RunError(f"The run in {out} ended with code {code}; the same command goes on from there.")
+        goes_on = "the same command goes on from there" if (out / "checkpoint").is_dir() else "it has said why"
+        error = RunError(f"The run of {cell.row}, {cell.column}, seed {seed} ended with code {code}; {goes_on}.")
+        error.code = code if code > 0 else RunError.code  # negative: of a signal
+        raise error
 
 
 def has_ended(out: Path) -> bool:
@@ -137,27 +145,29 @@ def table(paper: Paper, cells: Sequence[tuple[Cell, Sequence[Measured]]], scale:
     rows, form = [], "g" if paper.measure == "rounds" else ".2f"
     for cell, runs in cells:
         started = [run for run in runs if run.length]
+        ended = [run for run in runs if run.has_ended]
         found = [run.number for run in started if run.number is not None]
         difference = fmean(found) - cell.published if found else None
-        has_all = len(found) == len(started) and all(run.has_ended for run in started)
-        is_comparable = difference is not None and has_all and scale == 1
-        lengths = [run.length for run in started]
+        is_comparable = difference is not None and len(ended) == len(found) == len(started) and scale == 1
+        not_reached = paper.measure == "rounds" and len(ended) > len(found)
         rows.append(
             [
                 cell.row,
                 cell.column,
                 f"{cell.published:{form}}" + (f" ± {cell.spread:{form}}" if cell.spread is not None else ""),
-                _mean(found),
+                f"not reached ({len(found)} of {len(ended)})" if not_reached else _mean(found),
                 "–" if difference is None else f"{difference:+.2f}",
                 ("yes" if abs(difference or 0) <= paper.tolerance else "no") if is_comparable else "–",
-                f"{len(found)} of {len(runs)}",
-                f"{min(lengths, default=0)} of {cell.length}",
-                _millions(papers.images(paper, cell.config)),
+                f"{len(ended)} of {len(runs)}",
+                f"{min((run.length for run in started), default=0)} of {cell.length}",
+                _count(papers.images(paper, cell.config)),
             ]
         )
     length = "epochs" if paper.command == "distill" else "rounds"
     title = f"{paper.title} ({paper.citation}). {_ABOUT[paper.measure]}; over seeds, with standard deviation."
-    notes = [f"At scale {scale:g} of the {length}: not comparable with the published numbers."] if scale < 1 else []
+    notes = [f"{row.name}: {row.key}." for row in paper.rows if row.key]
+    if scale < 1:
+        notes.append(f"At scale {scale:g} of the {length}: not comparable with the published numbers.")
     notes += [f"Differs: {each}." for each in paper.differs]
     within = f"within {paper.tolerance:g}"
     titles = ["row", "column", "published", "ours", "difference", within, "seeds", length, "images of a seed"]
@@ -177,8 +187,8 @@ def _mean(found: Sequence[float]) -> str:
     return f"{fmean(found):.2f}" + (f" ± {stdev(found):.2f}" if len(found) > 1 else "")
 
 
-def _millions(count: float) -> str:
-    return f"{count / 1e6:.2f} M"
+def _count(images: float) -> str:
+    return f"{images / 1e6:.2f} M" if images >= 1e5 else f"{images:,.0f}"
 
 
 def listing(device: str) -> Grid:
@@ -190,7 +200,7 @@ def listing(device: str) -> Grid:
         costs = [(run, papers.images(paper, run)) for run in {cell.run_name: cell.config for cell in cells}.values()]
         hours = sum(speed.hours(*cost) for cost in costs)
         about = f"{paper.title} ({paper.citation})"
-        cost = [_millions(sum(images for _, images in costs)), f"{hours:.3g} h"]
+        cost = [_count(sum(images for _, images in costs)), f"{hours:.3g} h"]
         rows.append([name, about, str(len(cells)), str(paper.seeds), *cost])
     caption = (
         "python -m fedkd.reproduce NAME; images and time of training: of clients (or students), all cells, one seed;\n"

@@ -79,10 +79,8 @@ def one_round(experiment, algorithm, number, state, memories, clients=None):
 def two_rounds(request):
     """Two rounds of a method, with clients that compute one after the other or, on fewer samples, together."""
     name, is_together = request.param
-    name = DATA_FREE.get(name, name)
+    name = {**DATA_FREE, **MENTORS}.get(name, name)
     changes = {"validation": 1300} if is_together else {}
-    if is_together:
-        name = MENTORS.get(name, name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(together, "pays", lambda _: is_together)
         experiment = prepare(tiny(algorithm=name, model="cnn:width=8", clients=3, **changes))
