@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
 COMMANDS = re.findall(
     r"^python -m fedkd\.simulate (.*?)(?:\s{2,}#.*)?$",
-    (ROOT / "README.md").read_text() + (ROOT / "docs/gpu.md").read_text(),
+    ((ROOT / "README.md").read_text() + (ROOT / "docs/gpu.md").read_text()).replace("\\\n", ""),
     re.MULTILINE,
 )
 
