@@ -158,6 +158,8 @@ class Algorithm(ABC):
     reads_proxy_labels: ClassVar[bool] = False
     #: Whether the method assumes that local training is SGD, whose steps are sums of gradients.
     assumes_sgd: ClassVar[bool] = False
+    #: Whether clients minimize a loss with private labels that is not the cross-entropy of the run (label smoothing).
+    has_own_loss: ClassVar[bool] = False
     #: Whether an update may be aggregated in the round after its own.
     accepts_late: ClassVar[bool] = True
     #: Names of the metrics in a client's update. Others are refused, on both sides.

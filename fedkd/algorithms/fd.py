@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, NonNegativeFloat
 
@@ -35,6 +35,7 @@ class FD(Algorithm):
     means and of the loss. The means are taken after training, in evaluation mode.
     """
 
+    has_own_loss: ClassVar[bool] = True
     gamma: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1.0
 
     def broadcast(self, setup: Setup, state: Tensors, client: int) -> Tensors:

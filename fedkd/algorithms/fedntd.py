@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
@@ -31,6 +31,7 @@ class FedNTD(FedAvg):
     leave out the label of the sample.
     """
 
+    has_own_loss: ClassVar[bool] = True
     beta: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1.0
     temperature: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = 1.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, NonNegativeFloat
 
@@ -32,6 +32,7 @@ class FedProto(Algorithm):
     embeddings (the input of the last linear layer) must have one width.
     """
 
+    has_own_loss: ClassVar[bool] = True
     weight: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1.0
 
     def initial_state(self, setup: Setup) -> Tensors:

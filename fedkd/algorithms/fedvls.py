@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, NonNegativeFloat
 
@@ -32,6 +32,7 @@ class FedVLS(FedAvg):
     of p_c * log(mean over the batch of exp(logit_c - log p_c - log C)), where a sample of class c counts as exp(0).
     """
 
+    has_own_loss: ClassVar[bool] = True
     weight: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 0.1
     suppression: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 0.005
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fedkd import models
 from fedkd.algorithms.base import Client, Update
@@ -28,6 +28,7 @@ class FML(FedAvg):
     Both minimize CE + KL(other || own) on the same batches; the other's probabilities are constants.
     """
 
+    has_own_loss: ClassVar[bool] = True
     model: str = "resnet20"
 
     def __post_init__(self) -> None:

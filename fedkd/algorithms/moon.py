@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
@@ -34,6 +34,7 @@ class Moon(FedAvg):
     and the term has no gradient.
     """
 
+    has_own_loss: ClassVar[bool] = True
     mu: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 5.0
     temperature: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = 0.5
 

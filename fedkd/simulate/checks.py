@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fedkd import models
-from fedkd.core import specs
+from fedkd.core import notes, specs
 from fedkd.core.errors import UsageError
 from fedkd.data import partitioners, proxies, sources
 from fedkd.evaluation import stopping
@@ -63,6 +63,8 @@ def _check_algorithm(run: Config) -> None:
         raise UsageError(f"{run.algorithm} assumes that clients train with SGD, not --optimizer {run.optimizer}.")
     if algorithm.assumes_sgd and run.clip_norm:
         raise UsageError(f"{run.algorithm} needs the gradients as they are; leave out --clip-norm {run.clip_norm:g}.")
+    if algorithm.has_own_loss and run.label_smoothing:
+        notes.say(f"--label-smoothing has no effect on {run.algorithm}, whose clients minimize a loss of its own.")
     if algorithm.needs_validation and not run.validation:
         raise UsageError(f"{run.algorithm} needs --validation N, samples on which the server measures clients' models.")
     if algorithm.pools_data and run.partitioner == partitioners.OWN:

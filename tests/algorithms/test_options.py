@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from fedkd.core import tensors
+from fedkd.core import notes, tensors
+from fedkd.simulate import checks
 from fedkd.simulate.experiment import prepare
 from tests.algorithms.test_methods import one_round
 from tests.conftest import DATA_FREE, MENTORS, tiny
@@ -60,3 +62,22 @@ def test_a_method_uses_the_options_of_the_table(method):
     for option, value in options.items():
         if uses[option]:
             assert trained(method, **{option: value}) != plain, option
+
+
+@pytest.mark.parametrize("method", table())
+def test_label_smoothing_changes_every_method_without_a_loss_of_its_own(method, capsys):
+    """Else a notice says that it does not."""
+    quick = {**MENTORS, **DATA_FREE}.get(method, method)
+    config = tiny(algorithm=quick, dataset="noise:size=200,pixels=8", label_smoothing=0.3)
+    updates = []
+    for one in (config, dataclasses.replace(config, label_smoothing=0.0)):
+        experiment = prepare(one)
+        algorithm, setup = experiment.algorithm, experiment.setup
+        message = algorithm.broadcast(setup, algorithm.initial_state(setup), 0)
+        update, memory = algorithm.local_update(setup, experiment.client(0, 1, {}), message)
+        updates.append(update.tensors | memory)
+    notes.say.cache_clear()  # a notice is printed once in a process
+    capsys.readouterr()
+    checks.check(config)
+    is_said = "--label-smoothing has no effect" in capsys.readouterr().err
+    assert tensors.equal(*updates) == algorithm.has_own_loss == is_said
