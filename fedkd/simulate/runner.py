@@ -250,7 +250,7 @@ def _evaluated(
     clients = evaluate_clients() if round_.number % config.evaluate_every == 0 else None
     (test, logits), validation = metrics.evaluate_student(experiment, round_, experiment.test), None
     if config.validation:
-        validation, _ = metrics.evaluate_student(experiment, round_, experiment.samples(experiment.validation_rows))
+        validation, _ = metrics.evaluate_student(experiment, round_, experiment.setup.validation)
     row = partial(metrics.round_row, experiment, round_, test, validation=validation)
     if clients is None and stopping.ended(config, [*before, row(None)]):
         clients = evaluate_clients()
