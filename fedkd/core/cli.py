@@ -30,7 +30,6 @@ from fedkd.core.values import MAX_INTEGER
 COMMANDS = {
     "simulate": ("fedkd.simulate.__main__:app", "Run federated distillation and other methods, and compare them."),
     "compare": ("fedkd.compare:app", "Put separate runs into one table."),
-    "reproduce": ("fedkd.reproduce.__main__:app", "Run a published table, and put our numbers beside its numbers."),
     "distill": ("fedkd.distill.__main__:app", "Distill a student from one or several teachers, or from itself."),
     "export": ("fedkd.export:app", "Write a student for ONNX Runtime, PyTorch or a phone."),
     "serve": ("fedkd.serve:app", "Serve an exported model over HTTP."),
