@@ -203,9 +203,8 @@ def listing(device: str) -> Grid:
         cost = [_count(sum(images for _, images in costs)), f"{hours:.3g} h"]
         rows.append([name, about, str(len(cells)), str(paper.seeds), *cost])
     caption = (
-        "python -m fedkd.bench.reproduce NAME; images and time: of training of clients (or students), all cells, one seed;"
-        "\n"
-        f"time: from {speed.STEPS} plain steps of each network here, one client for each core, or one on a GPU."
+        "python -m fedkd.bench.reproduce NAME; images and time: of clients (or students) in training, all cells, one\n"
+        f"seed; time: from {speed.STEPS} plain steps of each network here, one client for each core, or one on a GPU."
     )
     return Grid(["name", "table", "cells", "seeds", "images", "time"], rows, caption)
 
