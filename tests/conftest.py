@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedkd.communication.replies import Failure
 from fedkd.core import run_directory
+from fedkd.core.communication.replies import Failure
 from fedkd.core.config import Config
 from fedkd.core.runtime import settle
 from fedkd.simulate import simulate

@@ -240,7 +240,7 @@ SIMULATE = [
     ("a model that fails", "--model ./mine.py:failing", 7, "failing failed before the first round: ZeroDivisionError"),
     ("a model that exits", "--model cnn:width=8,./mine.py:leaving", 7, "leaving failed .*SystemExit: 3"),
     ("a model of three classes", "--student ./mine.py:narrow", 7, r"returns \(2, 3\) for 2 images"),
-    ("no codec", "--downlink-codec ./mine.py:three", 7, "not a subclass of fedkd.communication.codecs.Codec"),
+    ("no codec", "--downlink-codec ./mine.py:three", 7, "not a subclass of fedkd.core.communication.codecs.Codec"),
     ("no data set", "--dataset ./mine.py:three", 7, "is int; a function or class that gives pairs"),
     ("no proxy", "--proxy ./mine.py:three", 7, "is int; a function or class that gives pairs"),
     ("a partitioner that fails", "--partitioner ./mine.py:split:how=raise", 7, "failed: ZeroDivisionError: mine"),

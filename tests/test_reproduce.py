@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fedkd.bench.reproduce import __main__ as reproduce
-from fedkd.bench.reproduce import papers, speed
-from fedkd.bench.reproduce.__main__ import Measured
 from fedkd.core import quotes, runtime, specs
 from fedkd.core.errors import RunError, UsageError
 from fedkd.core.run_directory import rows
 from fedkd.distill import runner
 from fedkd.distill.task import prepare
+from fedkd.reproduce import __main__ as reproduce
+from fedkd.reproduce import papers, speed
+from fedkd.reproduce.__main__ import Measured
 from tests.conftest import TINY, simulated
 
 PAPER = """

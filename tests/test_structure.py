@@ -15,13 +15,14 @@ FILES = sorted((ROOT / "fedkd").rglob("*.py"))
 # From the lowest to the highest. A file imports from its own folder and from lower ranks.
 RANKS = [
     {"core"},
-    {"communication", "data"},
+    {"data"},
     {"models"},
     {"training"},
     {"algorithms"},
     {"evaluation"},
     {"simulate", "distill", "export", "serve"},
     {"compare", "list"},
+    {"reproduce"},
     {"bench"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

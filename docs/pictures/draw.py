@@ -128,7 +128,7 @@ def architecture_picture() -> str:
     left = [
         ("simulate/experiment.py", ["names of a config → objects"], 82),
         ("data/", ["data sets, proxy sets, partitioners"], 152),
-        ("communication/", ["codecs, deltas, validation, bytes"], 257),
+        ("core/communication/", ["codecs, deltas, validation, bytes"], 257),
         ("models/", ["networks, checkpoint files"], 432),
     ]
     right = [

@@ -79,12 +79,12 @@ CATALOG: dict[str, dict[str, str]] = {
         "pkt": "fedkd.training.losses.output_relations:pkt",
     },
     "codec": {
-        "float32": "fedkd.communication.codecs:Float32",
-        "float16": "fedkd.communication.codecs:Float16",
-        "bfloat16": "fedkd.communication.codecs:BFloat16",
-        "uint8": "fedkd.communication.codecs:UInt8",
-        "bits": "fedkd.communication.codecs:Bits",
-        "top": "fedkd.communication.codecs:Top",
+        "float32": "fedkd.core.communication.codecs:Float32",
+        "float16": "fedkd.core.communication.codecs:Float16",
+        "bfloat16": "fedkd.core.communication.codecs:BFloat16",
+        "uint8": "fedkd.core.communication.codecs:UInt8",
+        "bits": "fedkd.core.communication.codecs:Bits",
+        "top": "fedkd.core.communication.codecs:Top",
     },
     "distillation": {
         "logits": "fedkd.training.terms:Logits",

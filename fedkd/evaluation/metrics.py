@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from fedkd.communication.ledger import SerializedBytes, break_even, is_soft_label
-from fedkd.communication.replies import Expected, Failure, excluded
-from fedkd.communication.validation import largest, validate_update
+from fedkd.core.communication.ledger import SerializedBytes, break_even, is_soft_label
+from fedkd.core.communication.replies import Expected, Failure, excluded
+from fedkd.core.communication.validation import largest, validate_update
 from fedkd.core.errors import RunError, last_line
 from fedkd.core.tensors import numel
 from fedkd.data import skew

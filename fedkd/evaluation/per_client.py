@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from fedkd.communication.validation import MAX_EXAMPLES
+from fedkd.core.communication.validation import MAX_EXAMPLES
 
 if TYPE_CHECKING:
     from torch import Tensor

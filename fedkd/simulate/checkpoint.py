@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd.algorithms.base import Update
-from fedkd.communication.ledger import Traffic
 from fedkd.core import checkpoint, run_directory
+from fedkd.core.communication.ledger import Traffic
 from fedkd.core.errors import DataError, ResumeError
 from fedkd.core.tensors import put, take
 from fedkd.simulate.rounds import Memories, Progress

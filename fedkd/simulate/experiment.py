@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedkd.algorithms.base import Client, Setup
-    from fedkd.communication.channel import Channel
-    from fedkd.communication.codecs import Codec
+    from fedkd.core.communication.channel import Channel
+    from fedkd.core.communication.codecs import Codec
     from fedkd.core.config import Config
     from fedkd.core.tensors import Tensors
     from fedkd.data.partition import Partition
@@ -138,7 +138,7 @@ def _prepare(config: Config) -> Experiment:
     import torch
 
     from fedkd.algorithms.base import Distillation, Setup
-    from fedkd.communication.channel import Channel
+    from fedkd.core.communication.channel import Channel
     from fedkd.data.partition import Partition, hold_out
     from fedkd.data.scaling import Scaling
     from fedkd.evaluation import per_client
@@ -289,11 +289,11 @@ def _codec(text: str, classes: int) -> Codec:
     """The codec, tried on one distribution, so that a mistake shows before the first round."""
     import torch
 
-    from fedkd.communication.codecs import Codec
+    from fedkd.core.communication.codecs import Codec
 
     codec = specs.call("codec", text)
     if not isinstance(codec, Codec):
-        raise PluginError(f"codec {text} is not a subclass of fedkd.communication.codecs.Codec.")
+        raise PluginError(f"codec {text} is not a subclass of fedkd.core.communication.codecs.Codec.")
     try:
         codec.encode(torch.full((1, classes), 1 / classes), None)
     except ValueError as error:

@@ -6,17 +6,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from fedkd.communication.channel import Channel, Encoded
-from fedkd.communication.ledger import SerializedBytes, Traffic
-from fedkd.communication.replies import Expected, Failure, Reply, excluded
-from fedkd.communication.validation import MAX_EXAMPLES, largest, validate_update
 from fedkd.core import seeds
+from fedkd.core.communication.channel import Channel, Encoded
+from fedkd.core.communication.ledger import SerializedBytes, Traffic
+from fedkd.core.communication.replies import Expected, Failure, Reply, excluded
+from fedkd.core.communication.validation import MAX_EXAMPLES, largest, validate_update
 from fedkd.core.errors import RunError, last_line
 from fedkd.simulate import faults
 
 if TYPE_CHECKING:
     from fedkd.algorithms.base import Algorithm, Setup, Update
-    from fedkd.communication.channel import Cache
+    from fedkd.core.communication.channel import Cache
     from fedkd.core.config import Config
     from fedkd.core.tensors import Shapes, Tensors
     from fedkd.simulate.faults import Faults

@@ -27,7 +27,7 @@ from fedkd.simulate.rounds import Memories, run_rounds
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.communication.replies import Expected, Reply
+    from fedkd.core.communication.replies import Expected, Reply
     from fedkd.core.config import Config
     from fedkd.core.tensors import Tensors
     from fedkd.evaluation.metrics import Row

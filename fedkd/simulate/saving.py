@@ -8,9 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedkd.communication.replies import Expected, Failure
-from fedkd.communication.validation import validate_update
 from fedkd.core import run_directory
+from fedkd.core.communication.replies import Expected, Failure
+from fedkd.core.communication.validation import validate_update
 from fedkd.core.tensors import itemsize
 from fedkd.evaluation import confusion
 

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from fedkd.algorithms import aggregators
 from fedkd.algorithms.base import Distillation, Update
-from fedkd.communication.ledger import SerializedBytes, Traffic, is_soft_label
-from fedkd.communication.replies import Failure, Reply
-from fedkd.communication.validation import validate_update
 from fedkd.core import specs, tensors
 from fedkd.core.catalog import CATALOG
+from fedkd.core.communication.ledger import SerializedBytes, Traffic, is_soft_label
+from fedkd.core.communication.replies import Failure, Reply
+from fedkd.core.communication.validation import validate_update
 from fedkd.core.errors import UsageError
 from fedkd.core.soft_labels import SoftLabels
 from fedkd.evaluation import metrics

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from fedkd.algorithms.base import Update
-from fedkd.communication.ledger import SerializedBytes, Traffic
-from fedkd.communication.replies import Reply
 from fedkd.core import tensors
+from fedkd.core.communication.ledger import SerializedBytes, Traffic
+from fedkd.core.communication.replies import Reply
 from fedkd.core.config import Config
 from fedkd.data.readers import stratified
 from fedkd.evaluation import metrics, per_client

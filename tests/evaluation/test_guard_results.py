@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fedkd.algorithms.base import Update
-from fedkd.communication.ledger import SerializedBytes, Traffic, break_even
-from fedkd.communication.replies import Failure
 from fedkd.core import tensors
+from fedkd.core.communication.ledger import SerializedBytes, Traffic, break_even
+from fedkd.core.communication.replies import Failure
 from fedkd.evaluation import metrics, per_client
 from fedkd.evaluation.metrics import ClientEvaluation
 from fedkd.simulate.experiment import prepare
@@ -22,7 +22,7 @@ SPOILED = """
 from dataclasses import dataclass
 from fedkd.algorithms.fedavg import FedAvg
 from fedkd.core.tensors import integer, put, take
-from fedkd.communication.replies import Failure
+from fedkd.core.communication.replies import Failure
 
 @dataclass(frozen=True)
 class Spoiled(FedAvg):

@@ -8,8 +8,8 @@ import torch
 
 from fedkd.algorithms.base import Update
 from fedkd.algorithms.local import Local
-from fedkd.communication.ledger import SerializedBytes, Traffic
-from fedkd.communication.replies import Failure, Reply
+from fedkd.core.communication.ledger import SerializedBytes, Traffic
+from fedkd.core.communication.replies import Failure, Reply
 from fedkd.evaluation import metrics
 from fedkd.evaluation.report import table
 from fedkd.simulate.experiment import prepare

@@ -13,9 +13,9 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss
 
 from fedkd.algorithms.base import Update
-from fedkd.communication.ledger import SerializedBytes, Traffic
-from fedkd.communication.replies import Reply
 from fedkd.core import run_directory
+from fedkd.core.communication.ledger import SerializedBytes, Traffic
+from fedkd.core.communication.replies import Reply
 from fedkd.core.errors import UsageError
 from fedkd.core.tensors import take
 from fedkd.data.partition import Partition, hold_out

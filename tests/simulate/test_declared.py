@@ -8,7 +8,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkd.communication.replies import Expected
+from fedkd.core.communication.replies import Expected
 from fedkd.core.errors import LINE, TEXT, last_line, printable
 from fedkd.simulate.experiment import prepare
 from fedkd.simulate.flower import client_app, records, server_app

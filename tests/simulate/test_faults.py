@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fedkd.algorithms.base import Algorithm, Update
-from fedkd.communication.channel import Channel
-from fedkd.communication.codecs import Float32
-from fedkd.communication.ledger import SerializedBytes, Traffic
-from fedkd.communication.replies import Reply
+from fedkd.core.communication.channel import Channel
+from fedkd.core.communication.codecs import Float32
+from fedkd.core.communication.ledger import SerializedBytes, Traffic
+from fedkd.core.communication.replies import Reply
 from fedkd.core.errors import RunError, UsageError
 from fedkd.simulate import checks, faults, simulate
 from fedkd.simulate.experiment import prepare

@@ -13,10 +13,10 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedkd.communication.ledger import SerializedBytes
-from fedkd.communication.replies import Expected
 from fedkd.core import tensors
 from fedkd.core.checkpoint import without_checksum
+from fedkd.core.communication.ledger import SerializedBytes
+from fedkd.core.communication.replies import Expected
 from fedkd.core.errors import DataError
 from fedkd.simulate.experiment import Experiment, prepared
 from fedkd.simulate.flower import client_app, local_update, server_app

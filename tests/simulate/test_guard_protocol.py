@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from fedkd.algorithms.base import Algorithm, Update
-from fedkd.communication import channel, codecs, entropy, ledger, validation
-from fedkd.communication.channel import Channel, Encoded
-from fedkd.communication.ledger import SerializedBytes, Traffic
-from fedkd.communication.replies import Failure, Reply
-from fedkd.communication.validation import validate_update
 from fedkd.core import seeds
+from fedkd.core.communication import channel, codecs, entropy, ledger, validation
+from fedkd.core.communication.channel import Channel, Encoded
+from fedkd.core.communication.ledger import SerializedBytes, Traffic
+from fedkd.core.communication.replies import Failure, Reply
+from fedkd.core.communication.validation import validate_update
 from fedkd.core.errors import RunError
 from fedkd.core.tensors import Int64, UInt8
 from fedkd.evaluation import metrics

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fedkd.algorithms import ensemble, fedmd, kt_pfl
-from fedkd.communication.replies import Reply
 from fedkd.core import seeds, tensors
+from fedkd.core.communication.replies import Reply
 from fedkd.core.soft_labels import SoftLabels
 from fedkd.simulate import rounds
 from fedkd.simulate.experiment import Experiment, prepare

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fedkd.algorithms.base import Algorithm, Update
-from fedkd.communication.channel import Channel
-from fedkd.communication.codecs import Float32, UInt8
-from fedkd.communication.ledger import SerializedBytes, Traffic
-from fedkd.communication.replies import Failure, Reply
 from fedkd.core import seeds
+from fedkd.core.communication.channel import Channel
+from fedkd.core.communication.codecs import Float32, UInt8
+from fedkd.core.communication.ledger import SerializedBytes, Traffic
+from fedkd.core.communication.replies import Failure, Reply
 from fedkd.core.errors import RunError
 from fedkd.simulate.rounds import Progress, accept_reply, participants, run_rounds, sample
 from tests.conftest import reasons, tiny

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fedkd.algorithms.base import Algorithm, Update
-from fedkd.communication.channel import Channel
-from fedkd.communication.codecs import Float32
-from fedkd.communication.ledger import SerializedBytes
-from fedkd.communication.replies import Reply
-from fedkd.communication.validation import validate_update
+from fedkd.core.communication.channel import Channel
+from fedkd.core.communication.codecs import Float32
+from fedkd.core.communication.ledger import SerializedBytes
+from fedkd.core.communication.replies import Reply
+from fedkd.core.communication.validation import validate_update
 from fedkd.core.errors import RunError, last_line
 from fedkd.core.tensors import Int64
 from fedkd.simulate.rounds import run_rounds, sample

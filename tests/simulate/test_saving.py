@@ -8,8 +8,8 @@ import pytest
 from sklearn.metrics import accuracy_score
 
 import fedkd
-from fedkd.communication.replies import Expected
 from fedkd.core import tensors
+from fedkd.core.communication.replies import Expected
 from fedkd.core.errors import UsageError
 from fedkd.distill import distill
 from fedkd.distill.config import DistillConfig

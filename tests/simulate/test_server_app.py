@@ -12,8 +12,8 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from PIL import Image
 
-from fedkd.communication.replies import Expected
 from fedkd.core import run_directory, tensors
+from fedkd.core.communication.replies import Expected
 from fedkd.core.errors import DataError, RunError
 from fedkd.data import loading
 from fedkd.simulate import experiment

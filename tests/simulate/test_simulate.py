@@ -270,7 +270,11 @@ def test_a_participation_below_one(tmp_path):
     ("changes", "error", "expected"),
     [
         ({"uplink_codec": "top:k=10"}, UsageError, "with 10 classes, k is at most 9"),
-        ({"downlink_codec": "{own}:notcodec"}, PluginError, "is not a subclass of fedkd.communication.codecs.Codec"),
+        (
+            {"downlink_codec": "{own}:notcodec"},
+            PluginError,
+            "is not a subclass of fedkd.core.communication.codecs.Codec",
+        ),
         ({"aggregator": "{own}:narrow"}, PluginError, "--aggregator .*:narrow failed on the server"),
         ({"loss": "{own}:vector"}, PluginError, "--loss .*:vector failed on the server"),
         ({"distill_learning_rate": 1e12}, RunError, "Round 1: the student of ensemble has diverged; lower"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-from fedkd.communication.ledger import break_even, is_soft_label
 from fedkd.core import tensors
+from fedkd.core.communication.ledger import break_even, is_soft_label
 from fedkd.core.notes import plain
 from fedkd.evaluation import metrics
 from fedkd.evaluation.report.text import percent, size

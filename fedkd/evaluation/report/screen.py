@@ -29,7 +29,7 @@ from fedkd.evaluation.report.text import percent, seconds, size
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fedkd.communication.replies import Expected, Failure, Reply
+    from fedkd.core.communication.replies import Expected, Failure, Reply
     from fedkd.core.config import Config
     from fedkd.core.tensors import Tensors
     from fedkd.evaluation.metrics import Row

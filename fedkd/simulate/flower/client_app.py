@@ -13,8 +13,8 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
 from fedkd.algorithms.base import Client
-from fedkd.communication.channel import ENCODED
-from fedkd.communication.replies import Expected
+from fedkd.core.communication.channel import ENCODED
+from fedkd.core.communication.replies import Expected
 from fedkd.core.config import Config
 from fedkd.core.errors import DataError, PluginError, RunError, UsageError
 from fedkd.core.runtime import settle

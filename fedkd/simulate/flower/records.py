@@ -12,14 +12,14 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.constant import SType
 
-from fedkd.communication.channel import ENCODED
-from fedkd.communication.validation import few, names_differ
+from fedkd.core.communication.channel import ENCODED
+from fedkd.core.communication.validation import few, names_differ
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from fedkd.communication.replies import Expected
+    from fedkd.core.communication.replies import Expected
     from fedkd.core.tensors import Tensors
 
 ARRAYS, CONFIG, METRICS, MEMORY, OWNER = "arrays", "config", "metrics", "memory", "owner"

@@ -13,9 +13,9 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
 from fedkd.algorithms.base import Update
-from fedkd.communication.ledger import SerializedBytes
-from fedkd.communication.replies import Expected, Reply
 from fedkd.core import run_directory
+from fedkd.core.communication.ledger import SerializedBytes
+from fedkd.core.communication.replies import Expected, Reply
 from fedkd.core.config import Config
 from fedkd.core.errors import RunError, UsageError, last_line, printable
 from fedkd.core.options import underscored

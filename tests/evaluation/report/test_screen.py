@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from fedkd.communication.ledger import SerializedBytes
-from fedkd.communication.replies import Reply
+from fedkd.core.communication.ledger import SerializedBytes
+from fedkd.core.communication.replies import Reply
 from fedkd.evaluation.report import screen as screens
 from fedkd.evaluation.report.screen import Estimate, Screen, duration
 from tests.conftest import tiny

@@ -10,8 +10,8 @@ import pytest
 import torch
 import zstandard
 
-from fedkd.communication import codecs, entropy
-from fedkd.communication.codecs import CLASSES, Bits, Float16, Float32, Top, UInt8
+from fedkd.core.communication import codecs, entropy
+from fedkd.core.communication.codecs import CLASSES, Bits, Float16, Float32, Top, UInt8
 
 
 def wire(*numbers, body=b""):

@@ -32,7 +32,7 @@ def _not_infinite(number: float) -> float:
 
 
 Published = Annotated[float, AfterValidator(_not_infinite)]
-FOLDER = Path(__file__).parents[3] / "simulations" / "papers"
+FOLDER = Path(__file__).parents[2] / "simulations" / "papers"
 
 
 #: Options that are not those of a cell: they are given by the command, or make several runs of one.

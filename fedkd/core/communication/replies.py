@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedkd.communication.ledger import SerializedBytes
+from fedkd.core.communication.ledger import SerializedBytes
 
 if TYPE_CHECKING:
     from fedkd.algorithms.base import Update

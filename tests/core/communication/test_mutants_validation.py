@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedkd.algorithms.base import Update
-from fedkd.communication.validation import MAX_ABS_LOGIT, MAX_ABS_METRIC, SUM_TOLERANCE, validate_update
+from fedkd.core.communication.validation import MAX_ABS_LOGIT, MAX_ABS_METRIC, SUM_TOLERANCE, validate_update
 from fedkd.core.tensors import Int64, UInt8
 
 PAIR = {"x": (2, 3)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedkd.communication.ledger import SerializedBytes, Traffic, break_even, is_soft_label
+from fedkd.core.communication.ledger import SerializedBytes, Traffic, break_even, is_soft_label
 
 
 def test_traffic_adds_up_column_by_column():

@@ -11,14 +11,14 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
-from fedkd.communication.ledger import Traffic, is_soft_label
+from fedkd.core.communication.ledger import Traffic, is_soft_label
 from fedkd.core.soft_labels import probabilities
 from fedkd.core.tensors import Int64, UInt8, integer, itemsize, put, take
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedkd.communication.codecs import Codec
+    from fedkd.core.communication.codecs import Codec
     from fedkd.core.tensors import Shapes, Tensors
 
     Cache = dict[int, tuple[Tensor, "EncodedTensor"]]  # by id() of a tensor, which is kept alive: it, and its encoding

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedkd.communication import channel as channels
-from fedkd.communication.channel import Channel, decode, encode
-from fedkd.communication.codecs import Bits, Float16, Float32, UInt8
-from fedkd.communication.ledger import Traffic
+from fedkd.core.communication import channel as channels
+from fedkd.core.communication.channel import Channel, decode, encode
+from fedkd.core.communication.codecs import Bits, Float16, Float32, UInt8
+from fedkd.core.communication.ledger import Traffic
 
 PROBS = torch.tensor([[0.2, 0.8], [1.0, 0.0], [0.0, 1.0]])
 OTHER = torch.tensor([[0.2, 0.8], [1.0, 0.0], [0.6, 0.4]])  # one row differs

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
-from fedkd.communication import entropy
-from fedkd.communication.entropy import Coder, Stream, Symbols
+from fedkd.core.communication import entropy
+from fedkd.core.communication.entropy import Coder, Stream, Symbols
 from fedkd.core.lazy import torch
 
 if TYPE_CHECKING:

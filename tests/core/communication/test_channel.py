@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from fedkd.algorithms.base import Algorithm, Update
-from fedkd.communication import channel, codecs, ledger
-from fedkd.communication.channel import Channel
-from fedkd.communication.ledger import SerializedBytes
-from fedkd.communication.replies import Reply
 from fedkd.core import specs
+from fedkd.core.communication import channel, codecs, ledger
+from fedkd.core.communication.channel import Channel
+from fedkd.core.communication.ledger import SerializedBytes
+from fedkd.core.communication.replies import Reply
 from fedkd.simulate import rounds
 from tests.conftest import reasons, simulated, tiny
 

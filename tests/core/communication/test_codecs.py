@@ -13,9 +13,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkd.communication import codecs, entropy
 from fedkd.core import specs
 from fedkd.core.catalog import CATALOG
+from fedkd.core.communication import codecs, entropy
 from fedkd.core.errors import UsageError
 
 FLOATS = ["float32", "float16", "bfloat16"]

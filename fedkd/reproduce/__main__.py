@@ -1,4 +1,4 @@
-"""``python -m fedkd.bench.reproduce``: a table of a paper, run with its settings, beside its numbers."""
+"""``python -m fedkd.reproduce``: a table of a paper, run with its settings, beside its numbers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from fedkd.bench.reproduce import papers, speed
-from fedkd.bench.reproduce.papers import Cell, Paper
 from fedkd.core import cli, run_directory, runtime
 from fedkd.core.errors import RunError, UsageError, unknown
 from fedkd.evaluation.report.screen import Screen
 from fedkd.evaluation.report.table import Grid
+from fedkd.reproduce import papers, speed
+from fedkd.reproduce.papers import Cell, Paper
 
-app = cli.new("python -m fedkd.bench.reproduce")
+app = cli.new("reproduce")
 
 
 @app.default
@@ -203,7 +203,7 @@ def listing(device: str) -> Grid:
         cost = [_count(sum(images for _, images in costs)), f"{hours:.3g} h"]
         rows.append([name, about, str(len(cells)), str(paper.seeds), *cost])
     caption = (
-        "python -m fedkd.bench.reproduce NAME; images and time: of clients (or students) in training, all cells, one\n"
+        "python -m fedkd.reproduce NAME; images and time: of clients (or students) in training, all cells, one\n"
         f"seed; time: from {speed.STEPS} plain steps of each network here, one client for each core, or one on a GPU."
     )
     return Grid(["name", "table", "cells", "seeds", "images", "time"], rows, caption)
