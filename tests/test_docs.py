@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedkd import compare, distill
+from fedkd import distill
+from fedkd.compare import reading
 from fedkd.core.config import Config
 from fedkd.core.options import from_file
 from fedkd.distill.config import DistillConfig
@@ -159,7 +160,7 @@ def published(grid):
 
 
 def run_files(directory):
-    return [compare.read_run(path) for path in sorted(directory.iterdir()) if path.is_dir()]
+    return [reading.read_run(path) for path in sorted(directory.iterdir()) if path.is_dir()]
 
 
 COMPARED = [ROOT / "simulations" / "main", *sorted((ROOT / "simulations" / "family").iterdir())]
@@ -168,11 +169,11 @@ COMPARED = [ROOT / "simulations" / "main", *sorted((ROOT / "simulations" / "fami
 @pytest.mark.parametrize("runs", COMPARED, ids=lambda path: path.name)
 def test_the_tables_of_the_results_are_those_of_the_rounds_beside_them(runs):
     """Which seeds and methods there are is read off the files."""
-    assert published(table.side_by_side(*compare.simulated(run_files(runs))))
+    assert published(table.side_by_side(*reading.simulated(run_files(runs))))
 
 
 def test_the_table_of_distillations_is_that_of_the_results_beside_it():
-    assert published(students.side_by_side(compare.distilled(run_files(ROOT / "simulations" / "distill"))))
+    assert published(students.side_by_side(reading.distilled(run_files(ROOT / "simulations" / "distill"))))
 
 
 def test_the_pictures_are_those_that_their_script_draws():

@@ -73,7 +73,19 @@ def run(*words: object) -> None:
 
 def test_runs_are_made_once_and_interrupted_ones_go_on(paper, tmp_path, capfd):
     """The table has the numbers of rounds.jsonl, and says what is not comparable."""
-    words = paper, "--out", tmp_path, "--row", "FedAvg (theirs)", "--column", "skewed", "--markdown", "--scale", "0.5"
+    words = (
+        paper,
+        "--out",
+        tmp_path,
+        "--row",
+        "FedAvg (theirs)",
+        "--column",
+        "skewed",
+        "--format",
+        "markdown",
+        "--scale",
+        "0.5",
+    )
     run(*words, "--show")
     assert "| FedAvg (theirs) | skewed | 40.00 ± 0.25 | – | – | – | 0 of 2 | 0 of 2 |" in capfd.readouterr().out
     run(*words)
@@ -184,7 +196,7 @@ def test_a_table_of_distillations_has_three_networks_and_its_rows_share_runs(tmp
             { name = "KD, best", key = "student.largest_test_accuracy", published = [85.0] },
         ]
     """)
-    run(path, "--out", tmp_path, "--scale", "0.1", "--markdown")
+    run(path, "--out", tmp_path, "--scale", "0.1", "--format", "markdown")
     (out,) = (tmp_path / "kd-0.1").glob("teacher-cnn-*-seed0")
     (entry,) = json.loads((out / "result.json").read_text())["runs"]
     printed = capfd.readouterr().out
@@ -367,7 +379,7 @@ def test_a_step_of_each_loss_and_pair_of_the_tables(cell):
 def test_a_table_at_a_hundredth_of_its_rounds(tmp_path, capfd):
     """One round on real images."""
     words = "feddistill-table2", "--scale", "0.01", "--seeds", "1", "--column", "alpha = 0.1", "--out", tmp_path
-    run(*words, "--row", "FedNTD", "--markdown")
+    run(*words, "--row", "FedNTD", "--format", "markdown")
     printed = capfd.readouterr().out
     assert re.search(
         r"\| FedNTD \| alpha = 0.1 \| 47.11 \| \d+.\d\d \| -\d+.\d\d \| – \| 1 of 1 \| 1 of 1 \| 50,000", printed

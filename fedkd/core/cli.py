@@ -29,7 +29,7 @@ from fedkd.core.values import MAX_INTEGER
 #: The commands, also subcommands of ``fedkd``: where each app is (imported when it is used), and one line.
 COMMANDS = {
     "simulate": ("fedkd.simulate.__main__:app", "Run federated distillation and other methods, and compare them."),
-    "compare": ("fedkd.compare:app", "Put separate runs into one table."),
+    "compare": ("fedkd.compare.__main__:app", "Put separate runs, or those of a scenario file, into one table."),
     "distill": ("fedkd.distill.__main__:app", "Distill a student from one or several teachers, or from itself."),
     "export": ("fedkd.export:app", "Write a student for ONNX Runtime, PyTorch or a phone."),
     "serve": ("fedkd.serve:app", "Serve an exported model over HTTP."),
@@ -195,6 +195,8 @@ def command(function: Callable[[AnyOptions], Path], options: type[AnyOptions]) -
         for note in misspelt(os.environ):
             print(f"fedkd: {note}", file=sys.stderr)
         file, environment = from_file(scenario), from_environment(os.environ, options)
+        if tables := [key for key, value in file.items() if isinstance(value, dict)]:
+            raise UsageError(f"{scenario} has a table [{tables[0]}]: run it by python -m fedkd.compare {scenario}.")
         values = file | environment | given
         sources = dict.fromkeys(file, f" in {scenario}")
         sources |= {key: f" in FEDKD_{key.upper()}" for key in environment} | dict.fromkeys(given, "")

@@ -34,12 +34,13 @@ from fedkd.core.values import (
 class Config(Options):
     """The options of ``fedkd.simulate``, the keys of a scenario file and of Flower's run config."""
 
-    RESUMABLE = frozenset(
-        {"rounds", "workers", "engine", "device", "client_timeout", "ray_address", "client_cpus", "client_gpus"}
-        | {"precision"}  # what it is on the device may not differ (`environment.keep`)
-        | {"data_dir", "checkpoint_every", "patience", "stop_when", "min_clients", "round_retries"}
-        | {"save", "resume", "out", "json"}
+    #: Options of the machine and of the output, on which no result depends but by rounding.
+    MACHINE = frozenset(
+        {"workers", "engine", "device", "client_timeout", "ray_address", "client_cpus", "client_gpus"}
+        | {"precision"}  # what it is on the device may not differ in a resumed run (`environment.keep`)
+        | {"data_dir", "checkpoint_every", "save", "resume", "out", "json"}
     )
+    RESUMABLE = MACHINE | {"rounds", "patience", "stop_when", "min_clients", "round_retries"}
     REASONS = dict.fromkeys(("rounds",), "the learning rate of each round depends on it")
 
     algorithm: str = option(

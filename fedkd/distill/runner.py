@@ -26,9 +26,9 @@ from fedkd.distill.teachers import Teacher, TeacherEnsemble
 from fedkd.evaluation import quality
 from fedkd.evaluation.quality import Candidate
 from fedkd.evaluation.report import students as report
+from fedkd.evaluation.report.grid import Grid
 from fedkd.evaluation.report.screen import Screen
 from fedkd.evaluation.report.students import BASELINE, STUDENT
-from fedkd.evaluation.report.table import Grid
 from fedkd.evaluation.report.text import percent, points
 from fedkd.models import checkpoint
 from fedkd.training import loop
@@ -67,7 +67,7 @@ def run(config: DistillConfig, terms: Sequence[Term]) -> None:
             obtained, ranking = _obtain_teachers(task, config, terms, progress)
         result |= {"teachers": [teacher.name for teacher in obtained], "ranking": ranking}
         if ranking:
-            screen.show(_ranking_table(ranking).rich())
+            screen.show(_ranking_table(ranking))
         for seed in range(config.seed, config.seed + config.seeds):
             student = f"{STUDENT}.safetensors" if seed == config.seed else f"{STUDENT}-seed{seed}.safetensors"
             seed_config = dataclasses.replace(config, seed=seed, seeds=1)
@@ -76,7 +76,7 @@ def run(config: DistillConfig, terms: Sequence[Term]) -> None:
             result["runs"].append({"seed": seed, "evaluation": evaluation})
         joined = report.joined([run["evaluation"] for run in result["runs"]])
         for grid in (report.quality_table(joined), report.cost_table(joined), report.epochs_table(joined)):
-            screen.show(grid.rich())
+            screen.show(grid)
         gains = report.gains([run["evaluation"] for run in result["runs"]])
         result["gain"] = {"mean": fmean(gains), "std": stdev(gains) if len(gains) > 1 else None}
         screen.print(f"{STUDENT} - {BASELINE} in percentage points, paired by seed: {points(gains)}")

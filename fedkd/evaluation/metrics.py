@@ -190,22 +190,32 @@ def _mean_metrics(round_: Round) -> dict[str, float]:
 
 
 def run_summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: str) -> Row:
-    """One entry of ``runs`` in ``result.json``, from the rows of its rounds."""
+    """One entry of ``runs`` in ``result.json``: the totals of its rounds, and what the experiment adds."""
+    skewed = partition_skew(experiment)
+    return {
+        **totals(rows),
+        "ended": stopping.ended(experiment.config, rows),
+        "clients": experiment.config.clients,
+        "test_samples": len(experiment.test),
+        "client_test_samples": len(experiment.test_sample),
+        "break_even_proxy_size": _break_even(experiment, rows),
+        "partition_distance": None if skewed is None else round(skewed.distance, 6),
+        "partition_sha256": partition_sha256,
+    }
+
+
+def totals(rows: Sequence[Row]) -> Row:
+    """The summary of a method and seed as far as the rows of its rounds tell: also of a run that has not ended."""
 
     def total(*keys: str) -> Any:
         return sum(row[key] for row in rows for key in keys)
 
-    last5 = [row["test_accuracy"] for row in rows[-5:] if row["test_accuracy"] is not None]
-    config, last = experiment.config, rows[-1]
+    last5, last = [row["test_accuracy"] for row in rows[-5:] if row["test_accuracy"] is not None], rows[-1]
     best = stopping.best(rows) or dict.fromkeys(("round", "validation_accuracy", "test_accuracy"))
     return {
-        "algorithm": config.algorithm,
-        "seed": config.seed,
+        "algorithm": last["algorithm"],
+        "seed": last["seed"],
         "rounds": len(rows),
-        "ended": stopping.ended(config, rows),
-        "clients": config.clients,
-        "test_samples": len(experiment.test),
-        "client_test_samples": len(experiment.test_sample),
         "evaluated_model": "clients" if last["test_loss"] is None else "student",
         "test_accuracy": last["test_accuracy"],
         "test_accuracy_last5": fmean(last5) if len(last5) == len(rows[-5:]) else None,
@@ -223,7 +233,6 @@ def run_summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: s
         "entropy_bound_bytes": round(
             sum(row["uplink_entropy_bound_bytes"] + row["downlink_entropy_bound_bytes"] for row in rows), 1
         ),
-        "break_even_proxy_size": _break_even(experiment, rows),
         "metadata_bytes": total("uplink_metadata_bytes", "downlink_metadata_bytes"),
         "evaluation_bytes": total("evaluation_bytes"),
         "failures": sum(len(row["failures"]) for row in rows),
@@ -232,8 +241,6 @@ def run_summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: s
         "evaluation_failures": sum(len(row["evaluation_failures"]) for row in rows),
         "training_seconds": total("training_seconds"),
         "evaluation_seconds": total("evaluation_seconds"),
-        "partition_distance": None if (skewed := partition_skew(experiment)) is None else round(skewed.distance, 6),
-        "partition_sha256": partition_sha256,
     }
 
 
@@ -276,16 +283,19 @@ def common_accuracy(curves: Sequence[Sequence[Row]]) -> float | None:
     return min(peaks) if peaks else None
 
 
-def bytes_to(accuracy: float, rows: Sequence[Row]) -> int | None:
-    """Bytes in both directions until a run's test accuracy first reaches ``accuracy``.
+def until(accuracy: float, rows: Sequence[Row]) -> Sequence[Row] | None:
+    """The rows of a run up to the first whose test accuracy is at least ``accuracy``.
 
-    None if it never does, or if an earlier round was not evaluated.
+    None if there is none, or if an earlier round was not evaluated.
     """
-    total: int = 0
-    for row in rows:
-        total += int(row["uplink_serialized_bytes"] + row["downlink_serialized_bytes"])
+    for number, row in enumerate(rows, 1):
         if row["test_accuracy"] is None:
             return None
         if row["test_accuracy"] >= accuracy:
-            return total
+            return rows[:number]
     return None
+
+
+def sent(rows: Sequence[Row]) -> int:
+    """Serialized bytes in both directions."""
+    return sum(int(row["uplink_serialized_bytes"] + row["downlink_serialized_bytes"]) for row in rows)

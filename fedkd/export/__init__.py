@@ -90,7 +90,7 @@ def export(
         run_directory.write_json(folder / f"{prefix}export.json", report)
         run_directory.write(folder / f"{prefix}MODEL_CARD.md", card.card(report, card.trained(file)))
     if test is not None:
-        screen.show(grid(report).rich())
+        screen.show(grid(report))
     if json:
         print((place / f"{prefix}export.json").read_text(encoding="utf-8"), end="")
 

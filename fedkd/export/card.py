@@ -9,7 +9,7 @@ from typing import Any
 
 from fedkd.core import run_directory
 from fedkd.data import pictures
-from fedkd.evaluation.report.table import Grid
+from fedkd.evaluation.report.grid import Grid
 from fedkd.evaluation.report.text import percent
 from fedkd.export.check import grid
 

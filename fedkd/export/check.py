@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedkd.core.errors import RunError
-from fedkd.evaluation.report.table import Grid
+from fedkd.evaluation.report.grid import Grid
 from fedkd.evaluation.report.text import percent, size
 from fedkd.training.loop import CPU_CHUNK
 

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated
@@ -17,10 +12,11 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from fedkd.core import cli, run_directory, runtime
-from fedkd.core.errors import RunError, UsageError, unknown
+from fedkd.core import cli, run_directory
+from fedkd.core.errors import UsageError, unknown
+from fedkd.core.subruns import complete, has_ended
+from fedkd.evaluation.report.grid import Format, Grid
 from fedkd.evaluation.report.screen import Screen
-from fedkd.evaluation.report.table import Grid
 from fedkd.reproduce import papers, speed
 from fedkd.reproduce.papers import Cell, Paper
 
@@ -43,14 +39,14 @@ def reproduce(
     out: Annotated[Path, Parameter(help="The folder of all runs.")] = Path("runs/papers"),
     device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:N.")] = "auto",
     show: Annotated[bool, Parameter(help="Print what is there already, and run nothing.", negative=())] = False,
-    markdown: Annotated[bool, Parameter(help="Write the table as Markdown.", negative=())] = False,
+    form: Annotated[Format, Parameter(name="--format", help="terminal, markdown or latex.")] = "terminal",
 ) -> None:
     """Run a published table with the settings of its paper, and print our numbers beside the published ones.
 
     Without a name, list the tables. Runs that are there are not repeated, and interrupted ones go on where they were.
     """
     if not name:
-        Screen(cli.Console()).show(listing(device).rich())
+        Screen(cli.Console()).show(listing(device))
         return
     paper = papers.read(name)
     count = seeds or paper.seeds
@@ -66,50 +62,11 @@ def reproduce(
     folder = out / (Path(name).stem if scale == 1 else f"{Path(name).stem}-{scale:g}")
     for seed in () if show else range(count):
         for cell in cells:
-            _run(paper.command, cell, seed, cell.run(folder, seed))
+            about = f"{cell.row}, {cell.column}, seed {seed}"
+            complete(paper.command, replace(cell.config, seed=seed), cell.run(folder, seed), about)
     measured = [(cell, [measure(paper, cell, cell.run(folder, seed)) for seed in range(count)]) for cell in cells]
     grid = table(paper, measured, scale)
-    print(f"{grid.markdown()}\n") if markdown else Screen(cli.Console()).show(grid.rich())
-
-
-def _run(name: str, cell: Cell, seed: int, out: Path) -> None:
-    """Run a cell with a seed to its end, unless it has ended.
-
-    Raises:
-        RunError: the run ended with an error, which it has printed, and with this code.
-
-    """
-    if has_ended(out):
-        return
-    if (out / "config.toml").exists() and not (out / "checkpoint").is_dir():  # it was killed before its first round
-        run_directory.lock(out)
-        shutil.rmtree(out)
-        run_directory.unlock(out)
-    arguments, scenario = ["--resume", str(out)], out.with_suffix(out.suffix + ".toml")
-    if not out.exists():
-        run_directory.create(out.parent)
-        run_directory.write(scenario, run_directory.toml(replace(cell.config, seed=seed)))
-        arguments = [str(scenario), "--out", str(out)]
-    print(f"{cell.row}, {cell.column}, seed {seed}:", file=sys.stderr)
-    end_with_this = partial(runtime.end_with, os.getpid()) if os.name == "posix" else None  # no run is left behind
-    command = [sys.executable, "-m", f"fedkd.{name}", *arguments]
-    code = subprocess.run(command, check=False, preexec_fn=end_with_this).returncode
-    if code in (130, 143):
-        print("fedkd: the same command goes on with this table.", file=sys.stderr)
-        raise KeyboardInterrupt
-    if code:
-        goes_on = "the same command goes on from there" if (out / "checkpoint").is_dir() else "it has said why"
-        error = RunError(f"The run of {cell.row}, {cell.column}, seed {seed} ended with code {code}; {goes_on}.")
-        error.code = code if code > 0 else RunError.code  # negative: of a signal
-        raise error
-
-
-def has_ended(out: Path) -> bool:
-    """Whether a run directory holds a run that is complete."""
-    try:
-        return bool(json.loads((out / "result.json").read_text(encoding="utf-8"))["status"] == "ok")
-    except (OSError, ValueError, KeyError):
-        return False
+    Screen(cli.Console()).show(grid, form)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fedkd.core.config import Config
     from fedkd.core.tensors import Tensors
     from fedkd.evaluation.metrics import Row
+    from fedkd.evaluation.report.grid import Grid
     from fedkd.simulate.checkpoint import Checkpoint
     from fedkd.simulate.rounds import Exchange, Round
 
@@ -78,9 +79,8 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> None:
                 start = checkpoints[run.algorithm, run.seed]
                 finished.append(_run(run, exchange, out, screen, rounds, start, is_first))
         figure.draw(rounds.curves, _title(runs[0]), out)
-        tables = (table.side_by_side(finished, rounds.curves), table.ledger(finished), table.failures(rounds.curves))
-        for grid in filter(None, tables):
-            screen.show(grid.rich())
+        for grid in _tables(finished, rounds.curves):
+            screen.show(grid)
         status = "ok"
     except FedkdError as error:
         if "Traceback" in error.details:
@@ -308,6 +308,11 @@ def _save_partitions(path: Path, experiments: Mapping[int, Experiment]) -> None:
             arrays[f"seed{seed}_validation"] = experiment.validation_rows
     with run_directory.atomic(path) as part:
         np.savez_compressed(part, **arrays)
+
+
+def _tables(finished: Sequence[Row], curves: table.Curves) -> list[Grid]:
+    grids = table.side_by_side(finished, curves), table.costs(curves), table.ledger(finished), table.failures(curves)
+    return [grid for grid in grids if grid]
 
 
 def _title(config: Config) -> str:

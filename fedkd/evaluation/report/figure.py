@@ -1,111 +1,172 @@
-"""The learning curves as a figure: over rounds, and over bytes."""
+"""The learning curves as a figure: a number of each round over rounds, bytes or seconds."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedkd.core import run_directory
+from fedkd.core.errors import UsageError
+from fedkd.evaluation.report.table import NO_LABELS, Curves, Labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fedkd.evaluation.report.table import Curves
+    from fedkd.evaluation.metrics import Row
 
 # Okabe and Ito's colors, which color-blind readers can distinguish; teacher and clients have that of their method.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")  # of further methods, after the last color
+FORMATS = ("png", "svg", "pdf")
+# Text is text in the files, and numbers give the same file: a fixed salt, no date.
+RC: Any = {"svg.hashsalt": "fedkd", "svg.fonttype": "none", "pdf.fonttype": 42, "font.size": 9}
+RC |= {"axes.spines.top": False, "axes.spines.right": False}
+
+Panel = Literal["rounds", "bytes", "seconds"]
+AXES = {
+    "rounds": "round",
+    "bytes": "bytes in both directions, all clients (MB)",
+    "seconds": "training time of clients and server (s)",
+}
 
 
-def draw(curves: Curves, title: str, out: Path) -> None:
-    """Write ``curve.png`` and ``curve.svg``."""
-    import matplotlib
+@dataclass(frozen=True)
+class Look:
+    """What a figure shows, and how: its panels, its number, its width in columns of a paper, a style of matplotlib.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+    Without columns it is as wide as a screen. ``style`` is a file of rcParams, or a name that matplotlib knows.
+    """
 
-    # A fixed salt and no date, so that the same numbers give the same file.
-    with plt.rc_context(
-        {"svg.hashsalt": "fedkd", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    ):
-        figure, (over_rounds, over_bytes) = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
+    panels: Sequence[Panel] = ("rounds", "bytes")
+    metric: str = "test_accuracy"
+    columns: int = 0
+    style: str = ""
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height in inches; a column of a paper is 3.3 inches wide."""
+        if not self.columns:
+            return 5.0 * len(self.panels), 4.6
+        width = 3.3 if self.columns == 1 else 6.9
+        return width, 0.75 * width / len(self.panels) + 0.5
+
+
+def draw(
+    curves: Curves, title: str, out: Path, name: str = "curve", labels: Labels = NO_LABELS, look: Look | None = None
+) -> None:
+    """Write NAME.png, .svg and .pdf: means over seeds, and the standard deviation as a band.
+
+    A curve ends with the first of its seeds. ``labels`` are names for methods, instead of their specs.
+    """
+    look = look or Look()
+    with sized(look.size, look.style) as figure:
+        panels = figure.subplots(1, len(look.panels), sharey=True, squeeze=False)[0]
         names = list(dict.fromkeys(name for name, _ in curves))
-        for index, name in enumerate(names):
-            color, style = COLORS[index % len(COLORS)], STYLES[index // len(COLORS) % len(STYLES)]
-            _curve(over_rounds, curves, name, color, style, len(names) <= 3)
-            _against_bytes(over_bytes, curves, name, color, style)
-        bands = " (bands: range over seeds)" if len(curves) > len(names) else ""
-        over_rounds.set(xlabel=f"round{bands}", ylabel="test accuracy (%)")
-        over_rounds.xaxis.get_major_locator().set_params(integer=True)
-        # Methods differ by orders of magnitude here.
-        over_bytes.set(xlabel="bytes in both directions, all clients (MB)", xscale="log")
-        over_bytes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        over_bytes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-        over_bytes.xaxis.set_minor_formatter(NullFormatter())
-        handles, labels = over_rounds.get_legend_handles_labels()
-        figure.legend(
-            handles,
-            labels,
-            loc="outside lower center",
-            ncols=min(6, max(3, len(labels) // 4)),
-            frameon=False,
-            fontsize=8,
-        )
-        for axes in (over_rounds, over_bytes):
-            axes.grid(alpha=0.25, linewidth=0.6)
-        figure.suptitle(title, fontsize=10)
-        save(figure, out, "curve")
-        plt.close(figure)
+        for axes, panel in zip(panels, look.panels, strict=True):
+            for index, method in enumerate(names):
+                runs = [rows for (algorithm, _), rows in curves.items() if algorithm == method]
+                with_others = len(names) <= 3 and panel == "rounds" and look.metric == "test_accuracy"
+                _curves(axes, runs, panel, look.metric, labels.get(method, method), index, with_others)
+            _label(axes, panel, len(curves) > len(names))
+        panels[0].set_ylabel(look.metric.replace("_", " ") + " (%)" * look.metric.endswith("accuracy"))
+        handles, texts = panels[0].get_legend_handles_labels()
+        most = {0: min(6, max(3, len(texts) // 4)), 1: 2}.get(look.columns, 4)
+        figure.legend(handles, texts, loc="outside lower center", ncols=most, frameon=False, fontsize=8)
+        if not look.columns:  # a figure of a paper has a caption
+            figure.suptitle(title, fontsize=10)
+        save(figure, out, name)
+
+
+def check(look: Look) -> None:
+    """Whether matplotlib knows the style.
+
+    Raises:
+        UsageError: it does not.
+
+    """
+    if look.style:
+        with sized(look.size, look.style):
+            pass
+
+
+@contextmanager
+def sized(size: tuple[float, float], style: str = "") -> Iterator[Figure]:
+    """A figure with the rcParams of all figures, and those of a style on top. No window is opened."""
+    import matplotlib
+    from matplotlib import style as styles
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(RC):
+        if style:
+            try:
+                styles.use(style)
+            except (OSError, ValueError) as error:
+                raise UsageError(f"--style {style} is neither a file of rcParams nor a style of matplotlib.") from error
+        yield Figure(figsize=size, layout="constrained")
 
 
 def save(figure: Figure, out: Path, name: str) -> None:
-    """Write ``NAME.png`` and ``NAME.svg``, without dates, so that the same numbers give the same files."""
-    with run_directory.atomic(out / f"{name}.png") as part:
-        figure.savefig(part, dpi=144, metadata={"Software": None})
-    with run_directory.atomic(out / f"{name}.svg") as part:
-        figure.savefig(part, metadata={"Date": None})
+    """Write NAME.png, .svg and .pdf, without dates, so that the same numbers give the same files."""
+    without_date = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    for kind in FORMATS:
+        with run_directory.atomic(out / f"{name}.{kind}") as part:
+            figure.savefig(part, dpi=144, metadata=without_date[kind])
 
 
-def _means(curves: Curves, name: str, key: str) -> tuple[list[int], list[float], list[list[float]]]:
-    """Rounds, the mean over seeds, and each seed's own curve, where all seeds have a value: some may end early."""
-    runs = [rows for (algorithm, _), rows in curves.items() if algorithm == name]
-    whole = [rows for rows in zip(*runs, strict=False) if all(row[key] is not None for row in rows)]
-    return (
-        [rows[0]["round"] for rows in whole],
-        [100 * fmean(r[key] for r in rows) for rows in whole],
-        [[100 * rows[i][key] for rows in whole] for i in range(len(runs))],
-    )
-
-
-def _curve(axes: Axes, curves: Curves, name: str, color: str, style: str, with_others: bool) -> None:
-    rounds, mean, each = _means(curves, name, "test_accuracy")
-    axes.plot(rounds, mean, style, color=color, marker="o", markersize=3, label=name)
-    if len(each) > 1:
-        low, high = (list(map(pick, zip(*each, strict=True))) for pick in (min, max))
-        axes.fill_between(rounds, low, high, color=color, alpha=0.15, linewidth=0)
+def _curves(
+    axes: Axes, runs: Sequence[Sequence[Row]], panel: str, metric: str, name: str, index: int, with_others: bool
+) -> None:
+    """The curve of a method, with its band; and those of its teacher and its clients, if they differ."""
+    color, style = COLORS[index % len(COLORS)], STYLES[index // len(COLORS) % len(STYLES)]
+    places, mean, std = _means(runs, panel, metric)
+    if panel == "bytes" and not any(places):
+        places = mean = std = []  # nothing is sent
+    axes.plot(places, mean, style, color=color, marker="o", markersize=3, label=name)
+    if len(runs) > 1:
+        low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+        axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
     if not with_others:
         return
-    styles: dict[str, Any] = {"teacher_accuracy": ("--", "teacher")}
-    if _means(curves, name, "test_loss")[0]:  # without a student the test accuracy is that of the clients
-        styles["client_accuracy"] = (":", "mean client")
-    for key, (line, label) in styles.items():
-        rounds, other, _ = _means(curves, name, key)
+    others = {"teacher_accuracy": ("--", "teacher")}
+    if _means(runs, panel, "test_loss")[0]:  # without a student the test accuracy is that of the clients
+        others["client_accuracy"] = (":", "mean client")
+    for key, (line, label) in others.items():
+        rounds, other, _ = _means(runs, panel, key)
         if len(other) > 1 and other != mean:  # a single point is no line
             axes.plot(rounds, other, line, color=color, linewidth=1, label=f"{name}: {label}")
 
 
-def _against_bytes(axes: Axes, curves: Curves, name: str, color: str, style: str) -> None:
-    runs = [rows for (algorithm, _), rows in curves.items() if algorithm == name]
-    for rows in runs:
-        spent = list(accumulate(row["uplink_serialized_bytes"] + row["downlink_serialized_bytes"] for row in rows))
-        points = [
-            (b / 1e6, 100 * r["test_accuracy"])
-            for b, r in zip(spent, rows, strict=True)
-            if r["test_accuracy"] is not None
-        ]
-        if points and spent[-1]:
-            axes.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=3)
+def _means(runs: Sequence[Sequence[Row]], panel: str, metric: str) -> tuple[list[float], list[float], list[float]]:
+    """Places, means and standard deviations over seeds, where all have a value: some may end early."""
+    keys = {"bytes": ("uplink_serialized_bytes", "downlink_serialized_bytes"), "seconds": ("training_seconds",)}
+    unit, scale = {"bytes": 1e-6}.get(panel, 1.0), 100 if metric.endswith("accuracy") else 1
+    spent = [list(accumulate(sum(row[key] for key in keys.get(panel, ())) for row in rows)) for rows in runs]
+    places, means, stds = [], [], []
+    for rows, each in zip(zip(*runs, strict=False), zip(*spent, strict=False), strict=True):
+        values = [row.get(metric) for row in rows]
+        known = [scale * value for value in values if value is not None]
+        if len(known) == len(values):
+            places.append(float(rows[0]["round"]) if panel == "rounds" else unit * fmean(each))
+            means.append(fmean(known))
+            stds.append(stdev(known) if len(known) > 1 else 0.0)
+    return places, means, stds
+
+
+def _label(axes: Axes, panel: Panel, has_bands: bool) -> None:
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    axes.set_xlabel(AXES[panel] + "\n(bands: standard deviation over seeds)" * has_bands)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    if panel == "rounds":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if panel == "bytes":  # methods differ by orders of magnitude here
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(NullFormatter())

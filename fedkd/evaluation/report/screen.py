@@ -24,11 +24,10 @@ from rich.text import Text
 
 from fedkd.core import cli
 from fedkd.core.errors import last_line
+from fedkd.evaluation.report.grid import Format, Grid
 from fedkd.evaluation.report.text import percent, seconds, size
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from fedkd.core.communication.replies import Expected, Failure, Reply
     from fedkd.core.config import Config
     from fedkd.core.tensors import Tensors
@@ -124,8 +123,12 @@ class Screen:
         """Print a line; a terminal may wrap it."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def show(self, table: Table) -> None:
+    def show(self, grid: Grid, form: Format = "terminal") -> None:
         """Print a table at its own width: a narrow terminal may wrap its lines, but no number is cut."""
+        if form != "terminal":
+            print(f"{grid.markdown() if form == 'markdown' else grid.latex()}\n", file=self.console.file)
+            return
+        table = grid.rich()
         needed = Console(width=1000).measure(table).maximum
         wide = cli.Console(file=self.console.file, width=max(self.console.width, needed), no_color=True)
         wide.print(table)

@@ -8,8 +8,8 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from fedkd.core.notes import plain
-from fedkd.evaluation.report.figure import COLORS, STYLES, save
-from fedkd.evaluation.report.table import Grid
+from fedkd.evaluation.report.figure import COLORS, STYLES, save, sized
+from fedkd.evaluation.report.grid import Grid
 from fedkd.evaluation.report.text import points, size, spread
 
 if TYPE_CHECKING:
@@ -183,21 +183,11 @@ def _latency(value: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def draw(results: Joined, title: str, out: Path) -> None:
-    """Write ``quality.png`` and ``quality.svg``: a panel for each corruption, then reliability and confidence."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    """Write ``quality.png``, ``.svg`` and ``.pdf``: a panel for each corruption, then reliability and confidence."""
     kinds = list(next(iter(results.values()))["corruptions"])
     columns = (len(kinds) + 1) // 2
-    # A fixed salt and no date, so that the same numbers give the same file.
-    with plt.rc_context(
-        {"svg.hashsalt": "fedkd", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    ):
-        figure, grid = plt.subplots(
-            2, columns + 1, figsize=(3.4 * (columns + 1), 6.4), layout="constrained", squeeze=False
-        )
+    with sized((3.4 * (columns + 1), 6.4)) as figure:
+        grid = figure.subplots(2, columns + 1, squeeze=False)
         panels = list(grid[:, :columns].flat)
         for axes in panels[1 : len(kinds)]:
             axes.sharey(panels[0])
@@ -213,7 +203,6 @@ def draw(results: Joined, title: str, out: Path) -> None:
             axes.grid(alpha=0.25, linewidth=0.6)
         figure.suptitle(title, fontsize=10)
         save(figure, out, "quality")
-        plt.close(figure)
 
 
 def _style(index: int) -> dict[str, Any]:

@@ -4,68 +4,46 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
-from fedkd.evaluation.metrics import bytes_to, common_accuracy
+from fedkd.evaluation.metrics import common_accuracy, sent, until
+from fedkd.evaluation.report.grid import Grid
 from fedkd.evaluation.report.text import percent, points, seconds, size, spread
 
 if TYPE_CHECKING:
     from fedkd.evaluation.metrics import Row
 
 Curves = Mapping[tuple[str, int], Sequence["Row"]]  # (algorithm, seed) -> the rows of its rounds
+Labels = Mapping[str, str]  # algorithm -> its name in tables and figures, if it has one
+NO_LABELS: Labels = {}
 BASELINE = "fedavg"
 LISTED = 5  # clients in a cell
+RESAMPLES = 10_000
+CLIENTS = "*: no global student; the test accuracy is the mean of the clients' own models."
+UNFINISHED = "†: not finished; after the last round that is there."
+INTERVAL = "[95% bootstrap interval of the mean]; with few seeds it is too narrow"
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A table as text: its titles, a row for each method, and a caption."""
+def side_by_side(runs: Sequence[Row], curves: Curves, labels: Labels = NO_LABELS) -> Grid:
+    """A row for each method: means over seeds, with the standard deviation where there are several.
 
-    titles: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str
-
-    def rich(self) -> Table:
-        """For a terminal."""
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=self.caption, caption_justify="left")
-        table.add_column(self.titles[0], overflow="fold")
-        for title in self.titles[1:]:
-            table.add_column(title, justify="right", no_wrap=True)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def markdown(self) -> str:
-        """For a document."""
-        rule = ["---", *["---:"] * (len(self.titles) - 1)]
-        lines = [f"| {' | '.join(cells)} |" for cells in (self.titles, rule, *self.rows)]
-        return "\n".join([*lines, "", self.caption.replace("\n", " ")])
-
-
-def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
-    """A row for each method: means over seeds, with the standard deviation where there are several."""
-    common = common_accuracy(list(curves.values()))
+    ``labels`` are names for methods, instead of their specs.
+    """
     names = list(dict.fromkeys(run["algorithm"] for run in runs))
     is_even = len({sum(run["algorithm"] == name for run in runs) for name in names}) == 1
     is_paired = BASELINE in names and len(names) > 1
     is_validated = any(run.get("best_round") is not None for run in runs)
     is_local = any(run.get("local_accuracy") is not None for run in runs)
     has_lengths = len({len(rows) for rows in curves.values()}) > 1  # some have ended early
-    titles = ["method", "test acc", *([f"Δ {BASELINE}"] if is_paired else []), "last 5", "teacher", "clients"]
+    baseline = labels.get(BASELINE, BASELINE)
+    titles = ["method", "test acc", *([f"Δ {baseline}"] if is_paired else []), "last 5", "teacher", "clients"]
     titles += ["local", "local p10", "student local"] * is_local
     titles += ["validation", "test at best"] * is_validated + ["rounds"] * has_lengths
     titles += ["uplink", "downlink", "training", "evaluation"]
-    titles += ["bytes to common" if common is None else f"bytes to {percent(common)}"]
     rows = []
     for name in names:
         mine = [run for run in runs if run["algorithm"] == name]
-        spent = [None if common is None else bytes_to(common, curves[name, run["seed"]]) for run in mine]
-        reached = [value for value in spent if value is not None]
         cells = {key: _spread([run[key] for run in mine]) for key in ("test_accuracy", "test_accuracy_last5")}
         cells |= {key: _spread([run[key] for run in mine]) for key in ("teacher_accuracy", "client_accuracy")}
         if is_local:
@@ -77,7 +55,7 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
         others += [f"{fmean(len(curves[name, run['seed']]) for run in mine):.1f}".removesuffix(".0")] * has_lengths
         rows.append(
             [
-                name + "*" * (mine[0]["evaluated_model"] == "clients") + f" ({_seeds(len(mine))})" * (not is_even),
+                labels.get(name, name) + _marks(mine) + f" ({_seeds(len(mine))})" * (not is_even),
                 accuracy,
                 *([_paired(mine, runs)] if is_paired else []),
                 *others,
@@ -86,19 +64,20 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
                     for key in ("uplink_serialized_bytes", "downlink_serialized_bytes")
                 ),
                 *(seconds(fmean(run[key] for run in mine)) for key in ("training_seconds", "evaluation_seconds")),
-                size(fmean(reached)) if len(reached) == len(mine) else "–",
             ]
         )
     caption = [
-        "uplink, downlink: serialized bytes of all clients and rounds; bytes to …: of both, until that accuracy;",
+        "uplink, downlink: serialized bytes of all clients and rounds;",
         "training: of clients and server; evaluation: of clients and student on the test set.",
     ]
-    if (sample := runs[0].get("client_test_samples")) != (whole := runs[0].get("test_samples")):
+    ended = [run for run in runs if not run.get("unfinished")] or [runs[0]]
+    if (sample := ended[0].get("client_test_samples")) != (whole := ended[0].get("test_samples")):
         caption.append(
             f"teacher, clients: on {sample:,} of the {whole:,} test images, the same for all methods and seeds."
         )
     if is_paired:
-        caption.append(f"Δ {BASELINE}: difference in percentage points, paired by seed.")
+        has_interval = any("[" in row[2] for row in rows)
+        caption.append(f"Δ {baseline}: difference in percentage points, paired by seed{f' {INTERVAL}' * has_interval}.")
     if is_local:
         caption.append(
             "local, student local: mean accuracy of a client's model, and of the student, on the client's local test "
@@ -107,19 +86,62 @@ def side_by_side(runs: Sequence[Row], curves: Curves) -> Grid:
     if is_validated:
         caption.append("validation: the highest validation accuracy; test at best: test accuracy in that round.")
     if any(run["evaluated_model"] == "clients" for run in runs):
-        caption.append("*: no global student; the test accuracy is the mean of the clients' own models.")
+        caption.append(CLIENTS)
     if any(None in [row["test_accuracy"] for row in rows] for rows in curves.values()):
         caption.append("–: not evaluated in every round (--evaluate-every).")
+    caption += [UNFINISHED] * _unfinished(runs)
     return Grid(titles, rows, "\n".join(caption))
 
 
-def largest(curves: Curves) -> Grid:
+def costs(curves: Curves, target: float | None = None, labels: Labels = NO_LABELS) -> Grid | None:
+    """Rounds, bytes and training time of each method until its test accuracy first is ``target``.
+
+    Without a target, it is the highest that all methods reached; None if there is none.
+    """
+    accuracy = common_accuracy(list(curves.values())) if target is None else target
+    if accuracy is None:
+        return None
+    lines = []
+    for name in dict.fromkeys(name for name, _ in curves):
+        spent = [until(accuracy, rows) for (algorithm, _), rows in curves.items() if algorithm == name]
+        reached = [rows for rows in spent if rows is not None]
+        cells = ["–"] * 3
+        if len(reached) == len(spent):
+            training = fmean(sum(row["training_seconds"] for row in rows) for rows in reached)
+            cells = [f"{fmean(map(len, reached)):.1f}".removesuffix(".0"), size(fmean(map(sent, reached)))]
+            cells.append(seconds(training))
+        lines.append([labels.get(name, name), f"{len(reached)} of {len(spent)}", *cells])
+    which = "the highest accuracy that all methods reached" if target is None else "the target"
+    caption = (
+        f"Until the test accuracy first is {percent(accuracy)}, {which}; –: not with every seed, or not evaluated."
+    )
+    return Grid(["method", "seeds", "rounds", "bytes, both directions", "training"], lines, caption)
+
+
+def pivot(settings: Mapping[str, Sequence[Row]], metric: str, labels: Labels = NO_LABELS) -> Grid:
+    """A row for each method, a column for each setting: means over seeds of a number of ``result.json``."""
+    names = list(dict.fromkeys(run["algorithm"] for runs in settings.values() for run in runs))
+    lines = []
+    for name in names:
+        mine = [[run for run in runs if run["algorithm"] == name] for runs in settings.values()]
+        cells = [_number(metric, [run[metric] for run in runs]) + "†" * _unfinished(runs) for runs in mine]
+        clients = any(run["evaluated_model"] == "clients" for runs in mine for run in runs)
+        lines.append([labels.get(name, name) + "*" * clients, *cells])
+    counts = {sum(run["algorithm"] == name for run in runs) for runs in settings.values() for name in names}
+    how_many = _seeds(max(counts)) if len(counts) == 1 else f"{min(counts)} to {_seeds(max(counts))}"
+    caption = [f"{metric.replace('_', ' ')}, {how_many}" + "; ±: standard deviation" * (max(counts) > 1) + "."]
+    caption += [CLIENTS] * any(line[0].endswith("*") for line in lines)
+    caption += [UNFINISHED] * any(map(_unfinished, settings.values()))
+    return Grid(["method", *settings], lines, "\n".join(caption))
+
+
+def largest(curves: Curves, labels: Labels = NO_LABELS) -> Grid:
     """Test accuracy after the last round, and the largest of all rounds, as some published tables report it."""
     lines = []
     for name in dict.fromkeys(name for name, _ in curves):
         mine = [[row["test_accuracy"] for row in rows] for (algorithm, _), rows in curves.items() if algorithm == name]
         most = [max((value for value in each if value is not None), default=None) for each in mine]
-        lines.append([name, _spread([each[-1] for each in mine]), _spread(most)])
+        lines.append([labels.get(name, name), _spread([each[-1] for each in mine]), _spread(most)])
     caption = "largest: of all rounds, chosen on the test set, so it is too high."
     return Grid(["method", "last round", "largest on test"], lines, caption)
 
@@ -138,20 +160,34 @@ def failures(curves: Curves) -> Grid | None:
     return Grid(titles, lines, "All seeds and rounds; the reasons are in rounds.jsonl.") if lines else None
 
 
-def ledger(runs: Sequence[Row]) -> Grid:
+def ledger(runs: Sequence[Row], labels: Labels = NO_LABELS) -> Grid:
     """The bytes of each method in all: as float32, at the entropy bound, encoded and serialized."""
     rows = []
     for name in dict.fromkeys(run["algorithm"] for run in runs):
         mine = [run for run in runs if run["algorithm"] == name]
         sizes = [fmean(run[key] for run in mine) for key in ("float32_bytes", "entropy_bound_bytes", "encoded_bytes")]
         serialized = fmean(run["uplink_serialized_bytes"] + run["downlink_serialized_bytes"] for run in mine)
-        equal = [run["break_even_proxy_size"] for run in mine if run["break_even_proxy_size"] is not None]
-        rows.append([name, *map(size, sizes), size(serialized), f"{int(fmean(equal)):,}" if equal else "–"])
+        equal = [samples for run in mine if (samples := run.get("break_even_proxy_size")) is not None]
+        rows.append(
+            [labels.get(name, name), *map(size, sizes), size(serialized), f"{int(fmean(equal)):,}" if equal else "–"]
+        )
     caption = (
         "entropy bound: of the symbols one by one, floats as encoded; serialized: with names and headers;\n"
         "break-even: proxy samples per round at which the uplink takes as many bytes as the student's weights."
     )
     return Grid(["method", "float32", "entropy bound", "encoded", "serialized", "break-even"], rows, caption)
+
+
+def _number(metric: str, values: Sequence[float | None]) -> str:
+    """The mean of a number of ``result.json``, in its unit; fractions with their standard deviation."""
+    known = [value for value in values if value is not None]
+    if metric.endswith("accuracy") or not known:
+        return _spread(values)
+    if metric.endswith("bytes"):
+        return size(fmean(known))
+    if metric.endswith("seconds"):
+        return seconds(fmean(known))
+    return f"{fmean(known):.4g}" + (f" ±{stdev(known):.2g}" if len(known) > 1 else "")
 
 
 def _spread(values: Sequence[float | None]) -> str:
@@ -170,7 +206,27 @@ def _paired(mine: Sequence[Row], runs: Sequence[Row]) -> str:
     if mine[0]["algorithm"] == BASELINE or not differences:
         return "–"
     pairs = f" ({_seeds(len(differences))})" if len(differences) < len(mine) else ""
-    return points(differences) + pairs
+    return points(differences) + _interval(differences) + pairs
+
+
+def _interval(differences: Sequence[float]) -> str:
+    """The percentile bootstrap interval of their mean, in percentage points; none of fewer than three."""
+    if len(differences) < 3:
+        return ""
+    import numpy as np
+
+    drawn = np.random.default_rng(0).choice(differences, (RESAMPLES, len(differences)))
+    low, high = (100 * float(value) for value in np.percentile(drawn.mean(1), [2.5, 97.5]))
+    return f" [{low:+.1f}, {high:+.1f}]"
+
+
+def _marks(runs: Sequence[Row]) -> str:
+    """What a method's name is followed by: no global student, not finished."""
+    return "*" * bool(runs[0]["evaluated_model"] == "clients") + "†" * _unfinished(runs)
+
+
+def _unfinished(runs: Sequence[Row]) -> bool:
+    return any(run.get("unfinished") for run in runs)
 
 
 def _seeds(count: int) -> str:

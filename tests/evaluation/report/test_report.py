@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import io
+import shutil
+import subprocess
 
 import pytest
 from rich.console import Console
 
+from fedkd.core.errors import UsageError
 from fedkd.core.notes import plain
 from fedkd.evaluation import metrics
 from fedkd.evaluation.report import figure, table, text
+from fedkd.evaluation.report.grid import Grid
 from fedkd.evaluation.report.screen import Screen
 
 
@@ -36,13 +40,19 @@ def summary(rows):
     }
 
 
+def bytes_to(accuracy, rows):
+    """Bytes in both directions until an accuracy is reached."""
+    reached = metrics.until(accuracy, rows)
+    return None if reached is None else metrics.sent(reached)
+
+
 def test_bytes_to_a_common_accuracy():
     slow, fast, silent = curve([0.1, 0.2, 0.3]), curve([0.2, 0.6, 0.5], up=1000), curve([0.05], up=0, down=0)
     common = metrics.common_accuracy([slow, fast, silent])
     assert common == 0.3, "the best of the slowest; a method without communication does not count"
-    assert metrics.bytes_to(common, slow) == 450
-    assert metrics.bytes_to(common, fast) == 2100
-    assert metrics.bytes_to(0.9, fast) is None
+    assert bytes_to(common, slow) == 450
+    assert bytes_to(common, fast) == 2100
+    assert bytes_to(0.9, fast) is None
     assert metrics.common_accuracy([silent]) is None
 
 
@@ -50,10 +60,70 @@ def test_a_method_that_is_not_evaluated_in_every_round_has_no_bytes_to_an_accura
     """It may have reached the accuracy in a round without an evaluation."""
     rows, other = curve([None, 0.4], model="clients"), curve([0.5, 0.6], name="b")
     assert metrics.common_accuracy([rows, other]) == 0.6
-    assert metrics.bytes_to(0.4, rows) is None
-    grid = table.side_by_side([summary(rows), summary(other)], {("a", 0): rows, ("b", 0): other})
-    assert [row[-1] for row in grid.rows] == ["–", "300 B"]
-    assert "not evaluated in every round" in grid.caption
+    assert bytes_to(0.4, rows) is None
+    curves = {("a", 0): rows, ("b", 0): other}
+    assert "not evaluated in every round" in table.side_by_side([summary(rows), summary(other)], curves).caption
+    assert table.costs(curves).rows == [["a", "0 of 1", "–", "–", "–"], ["b", "1 of 1", "2", "300 B", "2.0 s"]]
+    assert table.costs(curves, 0.5).rows[1] == ["b", "1 of 1", "1", "150 B", "1.0 s"]
+    assert "Until the test accuracy first is 50.0%, the target" in table.costs(curves, 0.5).caption
+
+
+def test_costs_are_means_over_seeds_that_all_reached_it():
+    curves = {("a", 0): curve([0.2, 0.4]), ("a", 1): curve([0.4, 0.5], seed=1)}
+    assert table.costs(curves, 0.4).rows == [["a", "2 of 2", "1.5", "225 B", "1.5 s"]]
+    assert table.costs(curves, 0.5).rows == [["a", "1 of 2", "–", "–", "–"]]
+    assert table.costs({("silent", 0): curve([0.5], up=0)}) is None
+
+
+def test_a_pivot_has_a_column_for_each_setting():
+    found = [summary(curve([0.4 + 0.1 * s], seed=s)) for s in (0, 1)]
+    other = [summary(curve([0.6], name="b", model="clients")) | {"unfinished": True}]
+    settings = {"alpha=0.1": found, "alpha=1": [*found[:1], *other]}
+    grid = table.pivot(settings, "test_accuracy", {"b": "B (ours)"})
+    assert list(grid.titles) == ["method", "alpha=0.1", "alpha=1"]
+    assert grid.rows == [["a", "45.0% ±7.1", "40.0%"], ["B (ours)*", "–", "60.0%†"]]
+    assert "0 to 2 seeds" in grid.caption
+    assert "†: not finished" in grid.caption
+    cells = [
+        table.pivot({"x": found}, key).rows[0][1] for key in ("uplink_serialized_bytes", "training_seconds", "seed")
+    ]
+    assert cells == ["100 B", "3.0 s", "0.5 ±0.71"]
+
+
+def test_the_interval_is_the_percentile_bootstrap():
+    from scipy.stats import bootstrap
+
+    differences = [0.01, -0.02, 0.03, 0.015, 0.07]
+    low, high = (float(word.strip("[],")) for word in table._interval(differences).split())
+    expected = bootstrap(
+        (differences,), lambda each, axis: each.mean(axis), method="percentile", n_resamples=100_000, rng=1
+    ).confidence_interval
+    assert (low, high) == pytest.approx((100 * expected.low, 100 * expected.high), abs=0.11)
+    assert table._interval(differences[:2]) == ""
+
+
+def test_a_table_in_latex_has_no_sign_that_it_would_read_as_a_command():
+    grid = Grid(["method", "Δ fedavg"], [["dsfl:a_b=50%&$#{}~^\\", "+1.0 ±0.5"]], "one\ntwo_three")
+    lines = grid.latex().splitlines()
+    body = r"dsfl:a\_b=50\%\&\$\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{} & +1.0 $\pm$0.5 \\"
+    assert lines[2:7] == [r"\begin{tabular}{lr}", r"\toprule", r"method & $\Delta$ fedavg \\", r"\midrule", body]
+    assert r"\caption{one two\_three}" in lines
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_latex_compiles(tmp_path):
+    rows = curve([0.5], name="dsfl:temperature=0.1")
+    more = {"float32_bytes": 1, "entropy_bound_bytes": 1, "encoded_bytes": 1}
+    grids = [
+        table.side_by_side([summary(rows)], {(rows[0]["algorithm"], 0): rows}),
+        table.ledger([summary(rows) | more]),
+    ]
+    body = "\n".join(grid.latex() for grid in grids)
+    preamble = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}"
+    (tmp_path / "t.tex").write_text(f"{preamble}{body}\\end{{document}}")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_table_has_means_and_standard_deviations_over_seeds():
@@ -64,7 +134,6 @@ def test_the_table_has_means_and_standard_deviations_over_seeds():
     shown = out.getvalue()
     assert "45.0% ±7.1" in shown
     assert "b*" in shown
-    assert "bytes to 30.0%" in shown
 
 
 def test_differences_to_fedavg_are_paired_by_seed():
@@ -95,7 +164,7 @@ def test_no_number_is_cut_on_a_narrow_terminal():
     name = "dsfl:aggregation=sa,downlink=nothing"
     rows = curve([0.5], up=10**9, name=name)
     out = io.StringIO()
-    Screen(Console(file=out, width=40)).show(table.side_by_side([summary(rows)], {(name, 0): rows}).rich())
+    Screen(Console(file=out, width=40)).show(table.side_by_side([summary(rows)], {(name, 0): rows}))
     assert any(name in line and "50.0%" in line and "1 GB" in line for line in out.getvalue().splitlines())
 
 
@@ -110,7 +179,11 @@ def test_runs_of_different_lengths_and_their_validation():
         ["35.0% ±7.1", "25.0% ±7.1", "2.5"],
         ["–", "–", "1"],
     ]
-    assert figure._means(curves, "a", "test_accuracy") == ([1, 2], [25.0, 45.0], [[20.0, 40.0], [30.0, 50.0]])
+    places, means, stds = figure._means([curves["a", 0], curves["a", 1]], "rounds", "test_accuracy")
+    assert (places, means) == ([1, 2], [25.0, 45.0])
+    assert stds == pytest.approx([7.0711, 7.0711], abs=1e-4)
+    assert figure._means([curves["a", 0]], "bytes", "test_accuracy")[0] == pytest.approx([150e-6, 300e-6, 450e-6])
+    assert figure._means([curves["a", 0]], "seconds", "training_seconds") == ([1.0, 2.0, 3.0], [1.0] * 3, [0.0] * 3)
 
 
 def test_figures_are_bitwise_reproducible(tmp_path):
@@ -120,9 +193,24 @@ def test_figures_are_bitwise_reproducible(tmp_path):
         (tmp_path / name).mkdir()
         figure.draw(curves, "title", tmp_path / name)
         files.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
-    assert set(files[0]) == {"curve.png", "curve.svg"}
+    assert set(files[0]) == {"curve.png", "curve.svg", "curve.pdf"}
     assert files[0] == files[1]
     assert files[0]["curve.png"].startswith(b"\x89PNG")
+    assert b">test accuracy (%)</text>" in files[0]["curve.svg"], "text is text"
+
+
+def test_a_figure_of_a_paper(tmp_path):
+    """Its width is that of columns, and a style of the user's own comes on top."""
+    (tmp_path / "own.mplstyle").write_text("font.size: 6\n")
+    look = figure.Look(("seconds",), "training_seconds", 1, str(tmp_path / "own.mplstyle"))
+    figure.draw({("a", 0): curve([0.2, 0.4])}, "title", tmp_path, "narrow", {"a": "A (ours)"}, look)
+    text_ = (tmp_path / "narrow.svg").read_text()
+    assert 'width="237.6pt"' in text_, "3.3 inches of 72 points"
+    assert ">A (ours)</text>" in text_
+    assert ">training seconds</text>" in text_
+    assert ">title</text>" not in text_
+    with pytest.raises(UsageError, match="--style nowhere is neither a file of rcParams nor a style"):
+        figure.check(figure.Look(style="nowhere"))
 
 
 @pytest.mark.parametrize(

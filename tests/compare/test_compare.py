@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import shutil
 import subprocess
@@ -10,8 +12,9 @@ from statistics import fmean, stdev
 
 import pytest
 
-from fedkd.compare import compare, distilled, read_run
-from fedkd.compare import simulated as merged
+from fedkd.compare.__main__ import compare
+from fedkd.compare.reading import distilled, read_run
+from fedkd.compare.reading import simulated as merged
 from fedkd.core.errors import UsageError
 from fedkd.distill import distill
 from fedkd.distill.config import DistillConfig
@@ -37,6 +40,10 @@ def runs(tmp_path_factory):
     for name in ("without rounds", "torn"):
         shutil.copytree(root / "first", root / name)
     (root / "without rounds" / "rounds.jsonl").unlink()
+    shutil.copytree(root / "stopped", root / "not begun")
+    (root / "not begun" / "rounds.jsonl").write_text("")
+    shutil.copytree(root / "first", root / "killed")
+    (root / "killed" / "result.json").unlink()
     with (root / "torn" / "rounds.jsonl").open("a") as file:
         file.write('{"algorithm": "ens')
     return root
@@ -90,7 +97,17 @@ def test_separate_runs_are_equal_to_one_run(runs):
 
 
 def test_the_command_writes_markdown_and_a_figure(runs, tmp_path):
-    command = [sys.executable, "-m", "fedkd.compare", runs / "first", runs / "second", "--markdown", "--out", tmp_path]
+    command = [
+        sys.executable,
+        "-m",
+        "fedkd.compare",
+        runs / "first",
+        runs / "second",
+        "--format",
+        "markdown",
+        "--out",
+        tmp_path,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("| method | test acc | Δ fedavg |")
@@ -105,10 +122,10 @@ def cells(printed, title):
 
 def test_the_largest_accuracy_is_shown_on_request(runs, distillations, capsys):
     """Of all rounds, or of all epochs."""
-    compare(runs / "both", markdown=True)
-    compare(distillations / "longer", markdown=True)
+    compare(runs / "both", form="markdown")
+    compare(distillations / "longer", form="markdown")
     assert "largest" not in capsys.readouterr().out
-    compare(runs / "both", markdown=True, largest=True)
+    compare(runs / "both", form="markdown", largest=True)
     finished, curves = read((runs / "both",))
     found = cells(capsys.readouterr().out, "| method | last round | largest on test |")
     assert [row[0] for row in found] == ["ensemble", "fedavg"]
@@ -118,7 +135,7 @@ def test_the_largest_accuracy_is_shown_on_request(runs, distillations, capsys):
         assert [run["largest_test_accuracy"] for run in finished if run["algorithm"] == method] == most
         for cell, values in ((last, [each[-1] for each in tested]), (largest, most)):
             assert cell == f"{100 * fmean(values):.1f}% ±{100 * stdev(values):.1f}"
-    compare(distillations / "longer", markdown=True, largest=True)
+    compare(distillations / "longer", form="markdown", largest=True)
     found = cells(capsys.readouterr().out, "| loss | teacher | last epoch | largest on test |")
     epochs = [json.loads(line) for line in (distillations / "longer" / "epochs.jsonl").open()]
     for row, name in zip(found, ("baseline", "student"), strict=True):
@@ -133,10 +150,10 @@ def test_the_largest_accuracy_is_shown_on_request(runs, distillations, capsys):
         (("first", "elsewhere"), "differ in partitioner"),
         (("first", "early"), "differ in stop-when"),
         (("first", "other"), "has another partition than .* with seed 0"),
-        (("stopped",), "finished no method"),
         (("empty",), "is not the directory of a run"),
         (("first", "nowhere"), "is not the directory of a run"),
-        (("without rounds",), "is not the directory of a run that has ended .*rounds.jsonl"),
+        (("without rounds",), "is not the directory of a run .*rounds.jsonl"),
+        (("not begun",), "has no round; it was interrupted or failed"),
     ],
 )
 def test_runs_that_do_not_go_together(runs, names, expected):
@@ -144,12 +161,74 @@ def test_runs_that_do_not_go_together(runs, names, expected):
         read(tuple(runs / name for name in names))
 
 
+@pytest.mark.parametrize("name", ["stopped", "killed"])
+def test_a_run_that_has_not_ended_is_marked(runs, name, capsys):
+    """With or without a result.json; a table of several settings has the mark, too."""
+    found, _ = read((runs / name, runs / "second"))
+    whole = {(run["algorithm"], run["seed"]): run for run in read((runs / "both",))[0]}
+    assert all(run["unfinished"] for run in found if run["algorithm"] == "ensemble")
+    for run in found:
+        expected = whole[run["algorithm"], run["seed"]]
+        assert {key: expected[key] for key in steady(run) if key != "unfinished"} == {
+            key: value for key, value in steady(run).items() if key != "unfinished"
+        }
+    compare(runs / name, runs / "second", form="markdown")
+    printed = capsys.readouterr().out
+    assert [row[0] for row in cells(printed, "| method | test acc")] == ["ensemble†", "fedavg"]
+    assert "†: not finished" in printed
+
+
+def test_settings_side_by_side(runs, capsys):
+    compare(runs / "first", runs / "elsewhere", by=("partitioner",), form="markdown")
+    titles, _, *rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    settings = [json.loads((runs / name / "result.json").read_text())["runs"] for name in ("first", "elsewhere")]
+    assert titles.startswith("| method | iid | linear |")
+    accuracies = [f"{100 * fmean(run['test_accuracy'] for run in each):.1f}%" for each in settings]
+    assert accuracies[0] in rows[0]
+    assert rows[1] == f"| local* | – | {accuracies[1]} |"
+    with pytest.raises(UsageError, match=r"Unknown option of --by 'partitoner'. Did you mean 'partitioner'"):
+        compare(runs / "first", runs / "elsewhere", by=("partitoner",))
+    with pytest.raises(UsageError, match="Unknown --metric 'test_acc'"):
+        compare(runs / "first", runs / "elsewhere", by=("partitioner",), metric="test_acc")
+
+
+def test_records_are_those_of_the_results(runs, capsys):
+    """A record for each method and seed, with all numbers as they are."""
+    compare(runs / "both", form="json", name=("fedavg=FedAvg (ours)",), by=("partitioner",))
+    records = json.loads(capsys.readouterr().out)
+    results = json.loads((runs / "both" / "result.json").read_text())["runs"]
+    names = {"ensemble": "ensemble", "fedavg": "FedAvg (ours)"}
+    added = [{"partitioner": "iid", "name": names[run["algorithm"]]} for run in results]
+    assert records == [{**more, **run} for more, run in zip(added, results, strict=True)]
+    compare(runs / "both", form="csv")
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [float(line["test_accuracy"]) for line in lines] == [run["test_accuracy"] for run in results]
+    assert [line["algorithm"] for line in lines] == [run["algorithm"] for run in results]
+
+
+def test_a_name_for_a_method_is_that_of_tables(runs, capsys):
+    compare(runs / "both", form="latex", name=("fedavg=FedAvg (ours)",))
+    printed = capsys.readouterr().out
+    assert "FedAvg (ours) & " in printed
+    assert r"$\Delta$ FedAvg (ours)" in printed
+    with pytest.raises(UsageError, match="--name fedavg cannot be read; write METHOD=NAME"):
+        compare(runs / "both", name=("fedavg",))
+
+
 def test_a_torn_last_line_is_left_out(runs):
     assert read((runs / "torn",)) == read((runs / "first",))
 
 
 def test_distillations_side_by_side(distillations):
-    command = [sys.executable, "-m", "fedkd.compare", distillations / "logits", distillations / "itself", "--markdown"]
+    command = [
+        sys.executable,
+        "-m",
+        "fedkd.compare",
+        distillations / "logits",
+        distillations / "itself",
+        "--format",
+        "markdown",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[:5]]

@@ -1,79 +1,28 @@
-"""``python -m fedkd.compare``: separate runs in one table."""
+"""Reading run directories: which runs go together, their summaries and their rounds."""
 
 from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
-
-from fedkd.core import cli, run_directory
+from fedkd.core import run_directory
 from fedkd.core.config import Config
-from fedkd.core.errors import UsageError
+from fedkd.core.errors import UsageError, unknown
 from fedkd.distill import teacher_names
-from fedkd.evaluation.report import figure, students, table
-from fedkd.evaluation.report.screen import Screen
+from fedkd.evaluation import metrics
+from fedkd.evaluation.report import students
 
 if TYPE_CHECKING:
     from fedkd.evaluation.metrics import Row
 
-app = cli.new("compare")
-
-
-@app.default
-def compare(
-    *runs: Annotated[Path, Parameter(help="Run directories, of different methods, losses or seeds.")],
-    markdown: Annotated[bool, Parameter(help="Write the tables as Markdown.", negative=())] = False,
-    largest: Annotated[
-        bool, Parameter(help="Also the largest test accuracy of all rounds or epochs, as in some papers.", negative=())
-    ] = False,
-    out: Annotated[Path | None, Parameter(help="A directory for curve.png and curve.svg.")] = None,
-) -> None:
-    """Put methods and seeds of several runs into one table, as if they were one run.
-
-    The runs must have the same options, except for methods, seeds, codecs and the options of the machine (device,
-    precision, engine, workers). Runs of fedkd.distill may differ in losses and teachers, and must have the same seeds.
-    """
-    if not runs:
-        raise UsageError("Give at least one run directory.")
-    if out is not None and (out / "config.toml").exists():
-        raise UsageError(f"--out {out} is a run directory, whose curves would be replaced; name another directory.")
-    files = [read_run(path) for path in runs]
-    if len({one.is_distilled for one in files}) == 2:
-        raise UsageError("Name runs of fedkd.simulate or of fedkd.distill, not of both.")
-    curves: table.Curves = {}
-    if files[0].is_distilled:
-        if out is not None:
-            raise UsageError("--out is for curves of fedkd.simulate; runs of fedkd.distill have none.")
-        rows = distilled(files)
-        grids = [students.side_by_side(rows), *([students.largest(rows)] if largest else [])]
-    else:
-        finished, curves = simulated(files)
-        grids = [table.side_by_side(finished, curves), table.ledger(finished)]
-        grids += [table.largest(curves)] if largest else []
-    for grid in grids:
-        if markdown:
-            print(f"{grid.markdown()}\n")
-        else:
-            Screen(cli.Console()).show(grid.rich())
-    if out is not None:
-        run_directory.create(out)
-        config = files[0].config
-        setting = f"{config['dataset']}, {config['clients']} clients, {config['partitioner']}, {config['model']}"
-        figure.draw(curves, setting, out)
-
-
 #: Options in which two runs may differ: methods, seeds, codecs and the machine.
 IGNORED = {"algorithm", "compare", "seed", "seeds", "evaluate-every", "uplink-codec", "downlink-codec"}
-IGNORED |= {
-    key.replace("_", "-")
-    for key in Config.RESUMABLE - {"rounds", "patience", "stop_when", "min_clients", "round_retries"}
-}
+IGNORED |= {key.replace("_", "-") for key in Config.MACHINE}
 #: The same for two distillations: the teachers and the loss.
 IGNORED_DISTILLATION = {"loss", "teacher", "teachers-from", "teacher-epochs", "teacher-weighting", "corrupted-images"}
 IGNORED_DISTILLATION |= {"out", "json", "data-dir"}
@@ -94,15 +43,18 @@ class RunFiles:
 
 
 def read_run(path: Path) -> RunFiles:
-    """The contents of a run directory.
+    """The contents of a run directory; of a run of fedkd.simulate also before it has ended.
 
     Raises:
-        UsageError: it is not a run directory, or the run has not ended.
+        UsageError: it is not a run directory, or has nothing yet.
 
     """
     with _readable(path):
-        result = json.loads((path / "result.json").read_text(encoding="utf-8"))
         config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+        if (path / "result.json").exists():
+            result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+        else:  # it is being written, or was killed
+            result = {**json.loads((path / "env.json").read_text(encoding="utf-8")), "runs": []}
         return RunFiles(path, {**config, "dataset": result["dataset"]}, {**result, "runs": list(result["runs"])})
 
 
@@ -112,7 +64,30 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else "its files are damaged"
-        raise UsageError(f"{path} is not the directory of a run that has ended ({reason}).") from error
+        raise UsageError(f"{path} is not the directory of a run ({reason}).") from error
+
+
+def by_setting(files: Sequence[RunFiles], by: Collection[str]) -> dict[str, list[RunFiles]]:
+    """The runs by their values of the options ``by``, as text.
+
+    Raises:
+        UsageError: there is no such option, or the runs differ in another one.
+
+    """
+    for key in by:
+        if key not in (known := [key for key in files[0].config if key not in IGNORED]):
+            raise UsageError(unknown("option of --by", key, known))
+    _check_settings(files, IGNORED | set(by))
+    settings: dict[str, list[RunFiles]] = {}
+    for one in files:
+        settings.setdefault(setting(one.config, by), []).append(one)
+    return settings
+
+
+def setting(options: Mapping[str, Any], by: Collection[str]) -> str:
+    """Values of options as the title of a column; a number has the name of its option."""
+    values = {key: options[key] for key in by}
+    return ", ".join(value if isinstance(value, str) and value else f"{key}={value}" for key, value in values.items())
 
 
 def _check_settings(files: Sequence[RunFiles], ignored: set[str]) -> None:
@@ -128,15 +103,17 @@ def _check_settings(files: Sequence[RunFiles], ignored: set[str]) -> None:
 
 
 def simulated(files: Sequence[RunFiles]) -> tuple[list[Row], dict[tuple[str, int], list[Row]]]:
-    """The summaries of the finished methods of runs of fedkd.simulate, and their rounds by method and seed.
+    """The summaries of the methods of runs of fedkd.simulate, and their rounds by method and seed.
+
+    A method that has not finished has the totals of its rounds, and the key ``unfinished``.
 
     Raises:
-        UsageError: a run finished no method, they differ in more than `IGNORED` or in their partition, or one method
-            and seed is in two runs.
+        UsageError: a run has no round, they differ in more than `IGNORED` or in their partition, or one method and
+            seed is in two runs.
 
     """
     _check_settings(files, IGNORED)
-    finished: list[Row] = []
+    found: list[Row] = []
     curves: dict[tuple[str, int], list[Row]] = {}
     partitions: dict[int, str] = {}
     for one in files:
@@ -144,20 +121,23 @@ def simulated(files: Sequence[RunFiles]) -> tuple[list[Row], dict[tuple[str, int
             runs = {(run["algorithm"], run["seed"]): run for run in one.result["runs"]}
             own: dict[tuple[str, int], list[Row]] = {key: [] for key in runs}
             for row in run_directory.rows(one.path / "rounds.jsonl"):
-                if (key := (row["algorithm"], row["seed"])) in own:  # else of a run that has not ended
-                    own[key].append(row)
+                own.setdefault((row["algorithm"], row["seed"]), []).append(row)
+            left = {key: rows for key, rows in own.items() if key not in runs}
+            runs |= {key: {**metrics.totals(rows), "unfinished": True} for key, rows in left.items()}
         if not runs or not all(own.values()):
-            raise UsageError(f"{one.path} finished no method; it was interrupted or failed.")
+            raise UsageError(f"{one.path} has no round; it was interrupted or failed.")
         for (_, seed), run in runs.items():
+            if run.get("unfinished"):
+                continue
             if partitions.setdefault(seed, run.get("partition_sha256")) != run.get("partition_sha256"):
                 raise UsageError(
                     f"{one.path} has another partition than {files[0].path} with seed {seed}; they cannot be paired."
                 )
         if twice := sorted(runs.keys() & curves.keys()):
             raise UsageError(f"{twice[0][0]} with seed {twice[0][1]} is in two of the runs; name one of them.")
-        finished += runs.values()
+        found += runs.values()
         curves |= own
-    return finished, curves
+    return found, curves
 
 
 def _teacher(name: str) -> str:
@@ -189,7 +169,3 @@ def distilled(files: Sequence[RunFiles]) -> list[tuple[str, str, Sequence[studen
         if mine != baselines[0]:
             raise UsageError(f"{one.path} has other baseline students than {files[0].path}; run both on one machine.")
     return rows
-
-
-if __name__ == "__main__":
-    cli.run(app)

@@ -1,0 +1,1 @@
+"""``python -m fedkd.compare``: separate runs, or the runs of a scenario file, in one table."""

@@ -1,0 +1,63 @@
+"""A table as text, for a terminal, a document or a paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+Format = Literal["terminal", "markdown", "latex"]
+#: What LaTeX reads as a command, and signs of our tables that not all of its fonts have.
+_LATEX = {
+    **{sign: f"\\{sign}" for sign in "&%#_${}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+    "<": "$<$",
+    ">": "$>$",
+    "±": r"$\pm$",
+    "Δ": r"$\Delta$",
+    "–": "--",
+    "†": r"\textdagger{}",
+    "…": r"\dots{}",
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as text: its titles, a row for each method, and a caption."""
+
+    titles: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str
+
+    def rich(self) -> Table:
+        """For a terminal."""
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=self.caption, caption_justify="left")
+        table.add_column(self.titles[0], overflow="fold")
+        for title in self.titles[1:]:
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """For a document."""
+        rule = ["---", *["---:"] * (len(self.titles) - 1)]
+        lines = [f"| {' | '.join(cells)} |" for cells in (self.titles, rule, *self.rows)]
+        return "\n".join([*lines, "", self.caption.replace("\n", " ")])
+
+    def latex(self) -> str:
+        """For a paper: a table of the package booktabs."""
+        head, *body = (" & ".join(map(_escaped, cells)) + r" \\" for cells in (self.titles, *self.rows))
+        columns = "l" + "r" * (len(self.titles) - 1)
+        lines = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
+        lines += [*body, r"\bottomrule", r"\end{tabular}", rf"\caption{{{_escaped(self.caption)}}}", r"\end{table}"]
+        return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    return "".join(_LATEX.get(sign, sign) for sign in text.replace("\n", " "))

@@ -1,0 +1,115 @@
+"""Scenario files with several settings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fedkd.compare import sweep
+from fedkd.compare.__main__ import compare
+from fedkd.core import cli
+from fedkd.core.errors import UsageError
+from fedkd.simulate.__main__ import app as simulate
+from tests.conftest import ROOT
+
+SCENARIO = """
+dataset = "digits"
+clients = 3
+rounds = 1
+local-epochs = 1
+seeds = 2
+algorithm = "local"
+[sweep]
+partitioner = ["iid", "dirichlet:alpha=1"]
+model = "cnn:width=4"
+[names]
+local = "Local training"
+"""
+
+
+def scenario(folder, *changes):
+    text = SCENARIO
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "table.toml").write_text(text)
+    return folder / "table.toml"
+
+
+def test_each_setting_method_and_seed_is_a_run(tmp_path):
+    changed = scenario(tmp_path, ('"cnn:width=4"', '"cnn:width=4"\nalgorithm = ["local", "central"]\nseeds = 3'))
+    planned = sweep.read(changed)
+    found = [(cell.config.partitioner, cell.config.seed, cell.config.algorithm) for cell in planned.cells]
+    settings = ("iid", "dirichlet:alpha=1")
+    assert found == [(p, s, a) for p in settings for s in (0, 1, 2) for a in ("local", "central")]
+    assert {cell.config.model for cell in planned.cells} == {"cnn:width=4"}
+    assert all((cell.config.seeds, cell.config.compare) == (1, "") for cell in planned.cells)
+    assert (planned.by, planned.labels) == (["partitioner"], {"local": "Local training"})
+
+
+def test_a_run_directory_is_named_by_what_gives_its_numbers(tmp_path, monkeypatch):
+    """With another option it is another one; the machine does not count."""
+    before = [cell.name for cell in sweep.read(scenario(tmp_path)).cells]
+    assert len(set(before)) == 4
+    again = sweep.read(scenario(tmp_path, ("seeds = 2", "seeds = 3\nworkers = 2")))
+    assert before == [cell.name for cell in again.cells if cell.config.seed < 2]
+    longer = [cell.name for cell in sweep.read(scenario(tmp_path, ("rounds = 1", "rounds = 2"))).cells]
+    assert not set(before) & set(longer)
+    monkeypatch.setenv("FEDKD_ROUNDS", "2")
+    assert [cell.name for cell in sweep.read(scenario(tmp_path)).cells] == longer, "a variable counts as the option"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("[sweep]", "[sweep]\npartitoner = []"), "table.toml: partitoner has no value in .sweep."),
+        (("[sweep]", "[sweep]\npartitoner = [1]"), "Unknown key in .sweep. of .*'partitoner'"),
+        (('"dirichlet:alpha=1"', '"dirichlet:alpha=x"'), "table.toml: local, dirichlet:alpha=x, cnn:width=4, seed 0: "),
+        (("[sweep]", "[sweep]\nseed = [1, 2]"), "seed is no option that a sweep may vary"),
+        (("[sweep]", "[sweep]\nseeds = [1, 2]"), "seeds is one number in .sweep."),
+        (("[sweep]\n", "sweep = 1\n[other]\n"), "sweep is a table: write .sweep."),
+        (("local =", "locl ="), "Unknown method in .names. 'locl'. Did you mean 'local'"),
+        (("clients = 3", "clients = 0"), "clients 0 in .*table.toml is not usable"),
+        (("clients = 3", "clients = [3, 4]"), "clients .3, 4. in .*is not usable"),
+    ],
+)
+def test_a_mistake_in_a_scenario_file(tmp_path, change, expected):
+    with pytest.raises(UsageError, match=expected):
+        sweep.read(scenario(tmp_path, change))
+
+
+def test_a_scenario_file_stands_alone(tmp_path):
+    with pytest.raises(UsageError, match="A scenario file stands alone"):
+        compare(scenario(tmp_path), tmp_path)
+
+
+def test_a_scenario_file_with_a_sweep_is_not_one_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.run(simulate, [str(scenario(tmp_path))])
+    assert ended.value.code == 2
+    assert "has a table [sweep]: run it by python -m fedkd.compare" in capsys.readouterr().err
+
+
+def test_what_has_ended_is_not_run_again_and_what_was_interrupted_is(tmp_path):
+    """Twice the same command, the second time after one run has lost its result, and with one more seed."""
+    path, out = scenario(tmp_path, ("seeds = 2", "seeds = 1")), tmp_path / "out"
+    command = [sys.executable, "-m", "fedkd.compare", str(path), "--out", str(out), "--format", "markdown"]
+    first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert first.returncode == 0, first.stderr
+    runs = sorted(path for path in out.iterdir() if path.is_dir())
+    assert [json.loads((run / "result.json").read_text())["status"] for run in runs] == ["ok", "ok"]
+    assert {path.name for path in out.iterdir()} >= {"curve-1.png", "curve-2.svg", "curve-2.pdf"}
+    table = first.stdout[first.stdout.index("| method |") :]
+    assert table.splitlines()[2].startswith("| Local training* | ")
+    before = [(run / "rounds.jsonl").stat().st_mtime_ns for run in runs]
+    result = json.loads((runs[0] / "result.json").read_text())
+    (runs[0] / "result.json").write_text(json.dumps({**result, "status": "interrupted"}))
+    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout[again.stdout.index("| method |") :] == table
+    assert "1 of 2: local, iid" not in again.stderr
+    assert "2 of 2: " not in again.stderr or "1 of 2: " not in again.stderr, "one of them was continued"
+    assert (runs[1] / "rounds.jsonl").stat().st_mtime_ns == before[1]
