@@ -42,8 +42,10 @@ def seeded(seed: int) -> Iterator[None]:
     """Run a block (initialization, dropout) under ``seed``; torch's global generator is restored after it."""
     import torch
 
+    # Without a GPU, torch.manual_seed notes for one how it was called, which takes a millisecond.
+    manual_seed = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
     with restored():
-        torch.manual_seed(seed)
+        manual_seed(seed)
         yield
 
 
