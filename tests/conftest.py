@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from fedkd.core import run_directory
 from fedkd.core.communication.replies import Failure
@@ -63,6 +64,7 @@ class Wide(Pair):
         return torch.cat([logits, more], 1)
 """
 ROOT = Path(__file__).parents[1]
+SAVEFIG = Figure.savefig
 #: Methods with a mentor on each client, which would be slow by their defaults.
 MENTORS = {name: f"{name}:model=cnn:width=4" for name in ("mentor", "fml", "fedkd-wu")}
 #: Methods whose server would take hours by their defaults.
@@ -149,9 +151,16 @@ def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     if "FEDKD_CACHE" not in os.environ:
         patch.setenv("FEDKD_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("FLWR_TELEMETRY_ENABLED", "0")
+    # Figures are made, but no image of them: it takes as long as a small run.
+    patch.setattr(Figure, "savefig", lambda self, file, **_: Path(file).write_bytes(b""))
     settle(1)
     yield
     patch.undo()
+
+
+@pytest.fixture
+def images_of_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Figure, "savefig", SAVEFIG)
 
 
 @pytest.fixture(scope="session")

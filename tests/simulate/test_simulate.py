@@ -155,7 +155,7 @@ def test_bytes_of_the_result_are_those_of_its_rounds(finished):
     assert json.loads(process.stdout)["runs"][0]["uplink_serialized_bytes"] == logits_up
 
 
-def test_two_runs_with_one_seed_give_the_same_rounds(tmp_path):
+def test_two_runs_with_one_seed_give_the_same_rounds(tmp_path, images_of_figures):
     first, again, other = (simulated(tmp_path / name, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
     assert first == again
     assert first != other

@@ -58,7 +58,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, capsys, large, workers)
     assert result_of(out) == whole
 
 
-def test_a_full_disk_leaves_no_half_figure(tmp_path):
+def test_a_full_disk_leaves_no_half_figure(tmp_path, images_of_figures):
     options = {"algorithm": "fedmd", "model": "cnn:width=2", **SMALL}
     out = simulate(tiny(**options, rounds=1, out=str(tmp_path / "run")))
     before = (out / "curve.png").read_bytes()

@@ -186,7 +186,7 @@ def test_runs_of_different_lengths_and_their_validation():
     assert figure._means([curves["a", 0]], "seconds", "training_seconds") == ([1.0, 2.0, 3.0], [1.0] * 3, [0.0] * 3)
 
 
-def test_figures_are_bitwise_reproducible(tmp_path):
+def test_figures_are_bitwise_reproducible(tmp_path, images_of_figures):
     curves = {("a", 0): curve([0.2, 0.4]), ("a", 1): curve([0.3, 0.5], seed=1), ("b", 0): curve([None, 0.3], name="b")}
     files = []
     for name in ("x", "y"):
@@ -211,6 +211,12 @@ def test_a_figure_of_a_paper(tmp_path):
     assert ">title</text>" not in text_
     with pytest.raises(UsageError, match="--style nowhere is neither a file of rcParams nor a style"):
         figure.check(figure.Look(style="nowhere"))
+
+
+@pytest.mark.parametrize("rows", [curve([None, None]), curve([0.1, 0.2], up=0, down=0), curve([0.1], model="clients")])
+def test_a_figure_of_runs_without_accuracies_bytes_or_a_student(rows, tmp_path, images_of_figures):
+    figure.draw({("a", 0): rows}, "title", tmp_path)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_the_table_of_cost():
     assert on_gpu.caption.endswith("from pixels to logits, cuda.")
 
 
-def test_the_figure_is_reproducible_and_names_all_candidates(tmp_path: Path):
+def test_the_figure_is_reproducible_and_names_all_candidates(tmp_path: Path, images_of_figures):
     joined = students.joined(seeds())
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -129,7 +129,7 @@ def test_the_panels_of_the_corruptions_share_one_axis_for_all_values(monkeypatch
     assert list(diagram.get_xdata()) == pytest.approx([80]), "the bin of one image is left out"
 
 
-def test_a_figure_with_few_images_and_no_corruptions(tmp_path):
+def test_a_figure_with_few_images_and_no_corruptions(tmp_path, images_of_figures):
     reliability = {"share": [1.0], "confidence": [0.5], "accuracy": [0.5]}
     few = results_of(0.5, images=5, corruptions={}, reliability=reliability)
     students.draw(students.joined([{"student": few}]), "", tmp_path)
