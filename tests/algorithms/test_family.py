@@ -120,7 +120,7 @@ def test_a_mentor_of_weight_zero_gives_fedavg(setup):
 
 @pytest.mark.parametrize("term", ["logits", "features", "relations", "graph", "contrastive"])
 def test_a_mentor_stays_on_its_client_and_changes_the_student(term):
-    experiment = prepare(tiny())
+    experiment = prepare(tiny(validation=1200))
     setup, mentor = experiment.setup, call(f"mentor:model=resnet8,term={term}")
     start = setup.trainer.initial_weights(setup.student)
     first, memory = mentor.local_update(setup, experiment.client(0, 1, {}), start)
@@ -557,7 +557,7 @@ def test_scarlets_caches_on_server_and_clients_are_equal(samples, participation)
         clients=4,
         participation=participation,
         rounds=9,
-        model="cnn:width=8",
+        validation=1300,
     )
     experiment = prepare(config)
     algorithm, setup = experiment.algorithm, experiment.setup

@@ -165,7 +165,7 @@ OWN = {
 )
 def test_models_without_a_head_are_refused(name, message, tmp_path):
     (tmp_path / "own.py").write_text(f"from torch import nn\n\n\ndef {name}(classes):\n    {OWN[name]}\n")
-    config = tiny(algorithm="fedgen", model=f"{tmp_path}/own.py:{name}")
+    config = tiny(algorithm="fedgen:server_steps=5", model=f"{tmp_path}/own.py:{name}", validation=1300)
     if message:
         with pytest.raises(UsageError, match=f"fedgen cannot use --model .*{message}"):
             prepare(config)
