@@ -21,6 +21,7 @@ from tests.conftest import TINY, reasons, run, simulated, tiny
 from tests.simulate.test_engines import left
 
 PLAIN = Channel(Float32(), Float32())
+QUICK = {"model": "cnn:width=4", "algorithm": "fedmd", "partitioner": "tests.simulate.test_guard_seeds:sixteen"}
 
 
 def test_faults_are_read_from_one_text():
@@ -90,7 +91,13 @@ def test_every_corrupt_reply_is_refused(algorithm, codec, tmp_path):
             for n, t in sent.items()
         )
     rows = simulated(
-        tmp_path, algorithm=algorithm, uplink_codec=codec, faults="corrupt=0.7", clients=8, rounds=2, exclude_after=0
+        tmp_path,
+        algorithm=algorithm,
+        uplink_codec=codec,
+        faults="corrupt=0.7",
+        clients=8,
+        exclude_after=0,
+        partitioner=QUICK["partitioner"],
     )
     found = [failure for row in rows for failure in row["failures"]]
     expected = [faults.draw(faults.Faults(corrupt=0.7), 0, number, 0, range(8)) for number in (1, 2)]
@@ -101,7 +108,6 @@ def test_every_corrupt_reply_is_refused(algorithm, codec, tmp_path):
 
 
 FAULTS = {"faults": "dropout=0.3,crash=0.1,corrupt=0.1", "clients": 20, "exclude_after": 2}
-QUICK = {"model": "cnn:width=4", "algorithm": "fedmd", "partitioner": "tests.simulate.test_guard_seeds:sixteen"}
 
 
 @pytest.mark.slow
