@@ -31,7 +31,7 @@ differs = ["it is not from a paper"]
 [options]
 dataset = "digits"
 proxy = "holdout:size=40"
-validation = 500
+validation = 1000
 clients = 2
 rounds = 4
 model = "cnn:width=4"
@@ -188,7 +188,7 @@ def test_a_table_of_distillations_has_three_networks_and_its_rows_share_runs(tmp
         seeds = 1
         differs = []
         options = { dataset = "digits", teacher = "cnn:width=4", student = "cnn:width=2", epochs = 20 }
-        columns = [{ name = "cnn", options = { teacher-epochs = 10 } }]
+        columns = [{ name = "cnn", options = { teacher-epochs = 10, corrupted-images = 20 } }]
         rows = [
             { name = "teacher", key = "teacher", published = [90.0] },
             { name = "student", key = "baseline", published = [80.0] },
@@ -359,7 +359,7 @@ LOSSES = cells("distill", "teacher", "student", "loss")
 def test_a_round_of_each_method_and_model_of_the_tables(cell, tmp_path):
     """With their own options but for the data, the clients and the lengths."""
     options = {key: value for key, value in cell.config.run_config().items() if key not in (*TINY, "out")}
-    options |= {"dataset": "noise:size=300", "proxy": "holdout:size=16", "partitioner": "iid"}
+    options |= {"dataset": "noise:size=100", "proxy": "holdout:size=16", "partitioner": "iid"}
     options |= {"model": cell.config.model, "clients": 4, "rounds": 1, "batch-size": 8, "distill-batch-size": 8}
     options |= {"local-steps": 1, "distill-steps": 1, "validation": 20 if cell.config.validation else 0}
     options |= {"participation": 0.5, "stop-when": ""}

@@ -25,8 +25,9 @@ from tests.conftest import simulated
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-MODELS = ["cnn:width=8", "resnet8:width=8", "vit-tiny", "row-gru", "bottleneck-resnet:width=8", "wrn-16-2:width=8"]
+MODELS = ["cnn:width=8", "resnet8:width=8", "vit-tiny:depth=2", "row-gru", "bottleneck-resnet:width=8"]
 MODELS += [
+    "wrn-16-2:width=4",
     "vgg8:width=8",
     "vgg9:width=4",
     "vgg16:width=4",
