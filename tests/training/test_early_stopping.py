@@ -42,12 +42,15 @@ def work(sizes=(100,), pixels=8):
 
 
 def accuracies(job, images, labels, every, **options):
-    """The validation accuracy and the network after each of the measured numbers of steps."""
+    """The validation accuracy and the network after each of the numbers of steps that are measured until it ends."""
     found = {}
     for steps in range(every, STEPS + 1, every):
         network = module(NETWORK, 0, torch.float32)
         plain(network, job, steps=steps, rate=RATE, **options)
         found[steps] = (loop.predict(network, images, SCALING).argmax(-1) == labels).double().mean().item(), network
+        best, _ = chosen({steps: accuracy for steps, (accuracy, _) in found.items()}, every)
+        if steps - best >= every:
+            break
     return found
 
 
