@@ -20,6 +20,7 @@ from fedkd.core.errors import DataError, PluginError, RunError, UsageError
 from fedkd.distill import check, distill, teacher_names, teachers, train
 from fedkd.distill.config import DistillConfig
 from fedkd.distill.task import prepare
+from fedkd.evaluation import quality
 from fedkd.models import checkpoint
 from fedkd.training import layers, optimizers, schedules
 from fedkd.training.layers import Outputs, WatchedModel
@@ -39,7 +40,8 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def _cache_of_this_file(tmp_path_factory, monkeypatch):
-    """A cache of teachers and decoded digits for the tests of this file."""
+    """A cache of teachers and decoded digits for the tests of this file; latency is measured in few calls."""
+    monkeypatch.setattr(quality, "latency", lambda call, _: LATENCY(call, 2))
     monkeypatch.setenv("FEDKD_CACHE", str(tmp_path_factory.getbasetemp() / "distill-cache"))
 
 
@@ -59,6 +61,7 @@ def built(name: str) -> nn.Module:
 
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
+LATENCY = quality.latency
 
 
 # Layers
