@@ -31,6 +31,16 @@ if TYPE_CHECKING:
     Aggregator = Callable[[Tensor, Tensor], Tensor]
     DistillationLoss = Callable[[Tensor, Tensor], Tensor]
 
+#: Options of distillation on the server.
+SERVER_DISTILLATION = frozenset({"distill_epochs", "distill_steps", "distill_schedule", "distill_patience"})
+#: Options of the exchange of soft labels on a proxy set, and of any distillation.
+DISTILLATION = SERVER_DISTILLATION | {
+    *("aggregator", "weighting", "temperature", "loss", "proxy_samples", "distill_batch_size", "distill_learning_rate"),
+    *("uplink_codec", "downlink_codec"),
+}
+#: Options of a global student.
+STUDENT = frozenset({"student", "patience"})
+
 
 @dataclass(frozen=True)
 class Client:
@@ -158,8 +168,9 @@ class Algorithm(ABC):
     reads_proxy_labels: ClassVar[bool] = False
     #: Whether the method assumes that local training is SGD, whose steps are sums of gradients.
     assumes_sgd: ClassVar[bool] = False
-    #: Whether clients minimize a loss with private labels that is not the cross-entropy of the run (label smoothing).
-    has_own_loss: ClassVar[bool] = False
+    #: Options that the method does not use, of those that other methods do; a run that is given one of them says so.
+    #: A codec stands for those of soft labels. A subclass that uses one of these options sets this anew.
+    ignores: ClassVar[frozenset[str]] = frozenset()
     #: Whether an update may be aggregated in the round after its own.
     accepts_late: ClassVar[bool] = True
     #: Names of the metrics in a client's update. Others are refused, on both sides.

@@ -32,6 +32,7 @@ class CFD(Ensemble):
     ``uplink_bits`` and ``downlink_bits`` of constrained quantization (1 to 8; 32: none); ``delta`` coding or not.
     """
 
+    ignores: ClassVar[frozenset[str]] = frozenset({"aggregator", "temperature", "loss"})
     uplink: ClassVar[str] = "probs"
     downlink: Downlink = "labels"
     local_distill_epochs: PositiveInt = 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, NonNegativeInt
 
@@ -31,6 +31,7 @@ class CoBoosting(DataFree):
     whose pixels are moved by ``perturbation`` levels to where a random direction of the ensemble's output increases.
     """
 
+    ignores: ClassVar[frozenset[str]] = DataFree.ignores | {"weighting"}
     temperature: Scale = 4.0
     adversarial: Weight = 1.0
     perturbation: Annotated[NonNegativeInt, Field(le=255)] = 8

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from fedkd.algorithms import aggregators
-from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.algorithms.base import DISTILLATION, STUDENT, Algorithm, Client, Update
 from fedkd.core.lazy import torch
 from fedkd.core.soft_labels import SoftLabels, probabilities
 from fedkd.core.tensors import integer, put
@@ -32,6 +32,7 @@ class COMET(Algorithm):
     is treated like any other. No global student.
     """
 
+    ignores: ClassVar[frozenset[str]] = DISTILLATION - {"proxy_samples", "uplink_codec", "downlink_codec"} | STUDENT
     clusters: PositiveInt = 2
     weight: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1.0
 

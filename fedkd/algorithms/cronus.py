@@ -28,6 +28,7 @@ class Cronus(Ensemble):
     in the paper; here it is distilled from the same labels, so that there is one to compare.
     """
 
+    ignores: ClassVar[frozenset[str]] = frozenset({"aggregator", "temperature", "loss"})
     uplink: ClassVar[str] = "probs"
     downlink: Downlink = "labels"
     fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.2

@@ -8,12 +8,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from fedkd.algorithms import aggregators
-from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.algorithms.base import DISTILLATION, Algorithm, Client, Update
 from fedkd.core import notes, seeds
 from fedkd.core.errors import RunError
 from fedkd.core.lazy import torch
@@ -63,6 +63,7 @@ class DataFree(Algorithm):
     In each of ``epochs`` a new generator makes a batch of images, and the student is trained once on all so far.
     """
 
+    ignores: ClassVar[frozenset[str]] = DISTILLATION - {"weighting", "distill_batch_size", "distill_learning_rate"}
     epochs: PositiveInt = 200
     generator_steps: PositiveInt = 30
     generator_width: PositiveInt = 64

@@ -22,6 +22,7 @@ class DSFL(Ensemble):
     ``aggregation="era"`` is softmax(mean probs / temperature); ``"sa"`` is the plain mean.
     """
 
+    ignores: ClassVar[frozenset[str]] = frozenset({"aggregator", "temperature", "loss"})
     uplink: ClassVar[str] = "probs"
     downlink: Downlink = "labels"
     aggregation: Literal["era", "sa"] = "era"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field, NonNegativeFloat
 
 from fedkd.algorithms import aggregators
-from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.algorithms.base import DISTILLATION, STUDENT, Algorithm, Client, Update
 from fedkd.core.lazy import torch
 from fedkd.core.tensors import put, take, weighted_mean
 from fedkd.training.losses.logits import cross_entropy
@@ -35,7 +35,7 @@ class FD(Algorithm):
     means and of the loss. The means are taken after training, in evaluation mode.
     """
 
-    has_own_loss: ClassVar[bool] = True
+    ignores: ClassVar[frozenset[str]] = DISTILLATION | STUDENT | {"label_smoothing"}
     gamma: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1.0
 
     def broadcast(self, setup: Setup, state: Tensors, client: int) -> Tensors:
@@ -74,6 +74,8 @@ class FedDistillPlus(FD):
 
     A client starts from the global student and minimizes the loss of FD.
     """
+
+    ignores: ClassVar[frozenset[str]] = DISTILLATION | {"label_smoothing"}
 
     @property
     def needs_one_model(self) -> bool:

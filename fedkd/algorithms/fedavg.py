@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, NonNegativeFloat
 
-from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.algorithms.base import DISTILLATION, Algorithm, Client, Update
 from fedkd.core.lazy import torch
 from fedkd.core.tensors import put, take, weighted_mean
 from fedkd.training.objectives import Bound
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class FedAvg(Algorithm):
     """FedAvg (McMahan et al., 2017): the mean of the clients' weights, weighted by their numbers of examples."""
+
+    ignores: ClassVar[frozenset[str]] = DISTILLATION
 
     @property
     def needs_one_model(self) -> bool:

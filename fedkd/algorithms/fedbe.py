@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -30,6 +30,7 @@ class FedBE(WeightEnsemble):
     averaged over the epochs of distillation.
     """
 
+    ignores: ClassVar[frozenset[str]] = WeightEnsemble.ignores | {"weighting"}
     posterior: Literal["gaussian", "dirichlet"] = "gaussian"
     samples: PositiveInt = 10
     sharpen: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = 0.5

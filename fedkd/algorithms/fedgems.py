@@ -27,6 +27,7 @@ class FedGEMS(Ensemble):
     student, so they are one cross-entropy with mixed targets. Reads the proxy's labels.
     """
 
+    ignores: ClassVar[frozenset[str]] = frozenset({"aggregator", "weighting", "temperature", "loss"})
     reads_proxy_labels: ClassVar[bool] = True
     downlink: Downlink = "labels"
     hard: Annotated[float, Field(ge=0, le=1)] = 0.75

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from fedkd.algorithms.base import Client, Update
+from fedkd.algorithms.base import DISTILLATION, Client, Update
 from fedkd.algorithms.fedavg import FedAvg
 from fedkd.algorithms.fedproto import check_counts, common_width, head_logits, head_of
 from fedkd.core import seeds
@@ -34,6 +34,7 @@ class FedGen(FedAvg):
     CE(head(G(y, noise)), y). Heads are last linear layers. The number of samples of each class is uploaded as well.
     """
 
+    ignores: ClassVar[frozenset[str]] = DISTILLATION - {"distill_batch_size", "distill_learning_rate"}
     weight: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1.0
     server_steps: PositiveInt = 50
 

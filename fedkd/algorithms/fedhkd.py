@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from fedkd.algorithms.base import Client, Update
+from fedkd.algorithms.base import DISTILLATION, Client, Update
 from fedkd.algorithms.fd import class_means
 from fedkd.algorithms.fedproto import FedProto, head_logits, head_of, merged
 from fedkd.core.lazy import torch
@@ -32,6 +32,7 @@ class FedHKD(FedProto):
     layer. The number of samples of each class is uploaded as well.
     """
 
+    ignores: ClassVar[frozenset[str]] = DISTILLATION | {"label_smoothing"}
     weight: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 0.05
     prediction_weight: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 0.05
     temperature: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = 0.5

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import PositiveInt
 
 from fedkd.algorithms import aggregators
-from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.algorithms.base import SERVER_DISTILLATION, STUDENT, Algorithm, Client, Update
 from fedkd.algorithms.ensemble import distill_locally
 from fedkd.core import seeds
 from fedkd.core.lazy import torch
@@ -35,6 +35,9 @@ class FedMD(Algorithm):
     A client distills from the mean logits (mean absolute error), trains on its samples, and uploads its logits.
     """
 
+    ignores: ClassVar[frozenset[str]] = (
+        SERVER_DISTILLATION | STUDENT | {"aggregator", "weighting", "temperature", "loss"}
+    )
     local_distill_epochs: PositiveInt = 1
 
     def initial_state(self, setup: Setup) -> Tensors:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from fedkd.algorithms.base import Client, Update
+from fedkd.algorithms.base import DISTILLATION, Client, Update
 from fedkd.algorithms.fedavg import FedAvg
 from fedkd.core.lazy import torch
 from fedkd.core.tensors import put
@@ -31,7 +31,7 @@ class FedNTD(FedAvg):
     leave out the label of the sample.
     """
 
-    has_own_loss: ClassVar[bool] = True
+    ignores: ClassVar[frozenset[str]] = DISTILLATION | {"label_smoothing"}
     beta: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1.0
     temperature: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = 1.0
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, NonNegativeFloat
 
-from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.algorithms.base import DISTILLATION, STUDENT, Algorithm, Client, Update
 from fedkd.algorithms.fd import class_means
 from fedkd.core.errors import UsageError
 from fedkd.core.lazy import torch
@@ -32,7 +32,7 @@ class FedProto(Algorithm):
     embeddings (the input of the last linear layer) must have one width.
     """
 
-    has_own_loss: ClassVar[bool] = True
+    ignores: ClassVar[frozenset[str]] = DISTILLATION | STUDENT | {"label_smoothing"}
     weight: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1.0
 
     def initial_state(self, setup: Setup) -> Tensors:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, NonNegativeFloat
 
-from fedkd.algorithms.base import Client, Update
+from fedkd.algorithms.base import DISTILLATION, Client, Update
 from fedkd.algorithms.fedavg import FedAvg
 from fedkd.algorithms.fedntd import HIDDEN
 from fedkd.core.lazy import torch
@@ -32,7 +32,7 @@ class FedVLS(FedAvg):
     of p_c * log(mean over the batch of exp(logit_c - log p_c - log C)), where a sample of class c counts as exp(0).
     """
 
-    has_own_loss: ClassVar[bool] = True
+    ignores: ClassVar[frozenset[str]] = DISTILLATION | {"label_smoothing"}
     weight: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 0.1
     suppression: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 0.005
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from fedkd import models
-from fedkd.algorithms.base import Client, Update
+from fedkd.algorithms.base import DISTILLATION, Client, Update
 from fedkd.algorithms.fedavg import FedAvg
 from fedkd.core import specs
 from fedkd.core.lazy import torch
@@ -28,7 +28,7 @@ class FML(FedAvg):
     Both minimize CE + KL(other || own) on the same batches; the other's probabilities are constants.
     """
 
-    has_own_loss: ClassVar[bool] = True
+    ignores: ClassVar[frozenset[str]] = DISTILLATION | {"label_smoothing"}
     model: str = "resnet20"
 
     def __post_init__(self) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from fedkd.algorithms import aggregators
-from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.algorithms.base import SERVER_DISTILLATION, STUDENT, Algorithm, Client, Update
 from fedkd.algorithms.ensemble import distill_locally
 from fedkd.core.lazy import torch
 from fedkd.core.soft_labels import probabilities
@@ -31,6 +31,7 @@ class KTpFL(Algorithm):
     coefficients; its mixture uses those of the participants.
     """
 
+    ignores: ClassVar[frozenset[str]] = SERVER_DISTILLATION | STUDENT | {"aggregator", "weighting"}
     penalty: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1.0
     local_distill_epochs: PositiveInt = 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.algorithms.base import DISTILLATION, STUDENT, Algorithm, Client, Update
 from fedkd.core.tensors import put
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Local(Algorithm):
     """No communication: each client trains its own model on its own samples."""
+
+    ignores: ClassVar[frozenset[str]] = DISTILLATION | STUDENT
 
     def local_update(self, setup: Setup, client: Client, message: Tensors) -> tuple[Update, Tensors]:
         return Update({}, len(client.data)), put("model", setup.trainer.train(client, setup.local_weights(client)))

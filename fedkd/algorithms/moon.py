@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from fedkd.algorithms.base import Client, Update
+from fedkd.algorithms.base import DISTILLATION, Client, Update
 from fedkd.algorithms.fedavg import FedAvg
 from fedkd.core.errors import UsageError
 from fedkd.core.lazy import torch
@@ -34,7 +34,7 @@ class Moon(FedAvg):
     and the term has no gradient.
     """
 
-    has_own_loss: ClassVar[bool] = True
+    ignores: ClassVar[frozenset[str]] = DISTILLATION | {"label_smoothing"}
     mu: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 5.0
     temperature: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = 0.5
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fedkd.algorithms.base import Algorithm, Client, Update
+from fedkd.algorithms.base import DISTILLATION, Algorithm, Client, Update
 from fedkd.core import specs
 from fedkd.core.lazy import torch
 from fedkd.core.tensors import put, shapes, take, weighted_mean
@@ -31,6 +31,7 @@ class Scaffold(Algorithm):
     accepted and no codec rounds it.
     """
 
+    ignores: ClassVar[frozenset[str]] = DISTILLATION
     assumes_sgd: ClassVar[bool] = True
 
     @property

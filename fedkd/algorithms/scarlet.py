@@ -34,6 +34,7 @@ class Scarlet(Ensemble):
     for 2,000 rounds that use a tenth of the proxy set each (``--proxy-samples``).
     """
 
+    ignores: ClassVar[frozenset[str]] = frozenset({"aggregator", "temperature", "loss"})
     accepts_late: ClassVar[bool] = False
     uplink: ClassVar[str] = "probs"
     downlink: Downlink = "labels"

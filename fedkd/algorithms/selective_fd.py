@@ -33,6 +33,7 @@ class SelectiveFD(Ensemble):
     distance is 2 (1 - max p). One bit per sample tells which were labeled or kept. Both defaults are ours.
     """
 
+    ignores: ClassVar[frozenset[str]] = frozenset({"aggregator", "temperature", "loss"})
     metrics: ClassVar[tuple[str, ...]] = ("coverage",)
     uplink: ClassVar[str] = "probs"
     downlink: Downlink = "labels"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fedkd.algorithms.base import Algorithm, Client, Setup, Update
 from fedkd.core.errors import RunError
@@ -45,6 +45,10 @@ class ServerStep:
 
 class WeightEnsemble(Algorithm):
     """The protocol that FedDF, FedBE and Fed-ET share."""
+
+    ignores: ClassVar[frozenset[str]] = frozenset(
+        {"aggregator", "temperature", "loss", "uplink_codec", "downlink_codec"}
+    )
 
     @property
     @abstractmethod

@@ -10,7 +10,7 @@ import re
 import reprlib
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
 from difflib import get_close_matches
 from importlib import import_module
@@ -187,8 +187,15 @@ def _with_synonym(message: str) -> str:
     return f"Unknown option: --{option[1]}. Did you mean --{SYNONYMS[option[1]]}?"
 
 
-def command(function: Callable[[AnyOptions], Path], options: type[AnyOptions]) -> App:
-    """A command with a flag for each field of a config; ``function`` returns the directory of the result."""
+def command(
+    function: Callable[[AnyOptions], Path],
+    options: type[AnyOptions],
+    check: Callable[[AnyOptions, Collection[str]], object] = lambda config, given: None,
+) -> App:
+    """A command with a flag for each field of a config; ``function`` returns the directory of the result.
+
+    ``check`` is called before it, also with the names of the options that flags and the file give.
+    """
 
     def run(scenario: Path | None = None, **flags: Any) -> None:
         given = {key: value for key, value in flags.items() if value is not None}
@@ -205,6 +212,7 @@ def command(function: Callable[[AnyOptions], Path], options: type[AnyOptions]) -
         config = options.parse(values, sources)
         # With --json, standard output holds one JSON object; what other code prints goes to standard error.
         with redirect_stdout(sys.stderr) if config.json else nullcontext():
+            check(config, {key.replace("-", "_") for key in (*file, *given)})
             out = function(config)
         if config.json:
             print((out / "result.json").read_text(encoding="utf-8"), end="")

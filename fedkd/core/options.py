@@ -120,6 +120,11 @@ class Options:
             raise refused("seed", config.seed, f"the last seed is more than {MAX_INTEGER}")
         return config
 
+    def changed(self) -> set[str]:
+        """The options whose value is not the default."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {field.name for field in fields if getattr(self, field.name) != field.default.default}  # type: ignore[union-attr]
+
     def run_config(self) -> dict[str, str | int | float | bool]:
         """The options as Flower's run config holds them: keys with dashes, scalars."""
         return {key.replace("_", "-"): value for key, value in dataclasses.asdict(self).items()}  # type: ignore[call-overload]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkd import models
-from fedkd.core import quotes, run_directory, specs
+from fedkd.core import notes, quotes, run_directory, specs
 from fedkd.core.errors import DataError, FedkdError, PluginError, UsageError
 from fedkd.data import sources
 from fedkd.distill import teacher_names
@@ -38,8 +39,8 @@ def distill(config: DistillConfig) -> Path:
     return out
 
 
-def check(config: DistillConfig) -> list[Term]:
-    """The terms of the loss. All names are resolved here, before heavy imports.
+def check(config: DistillConfig, given: Collection[str] = ()) -> list[Term]:
+    """The terms of the loss. All names are resolved here, before heavy imports; notices name ``given`` without effect.
 
     Raises:
         UsageError, DataError, PluginError: an option cannot be used; the first one found is reported.
@@ -64,7 +65,18 @@ def check(config: DistillConfig) -> list[Term]:
     models.check(config.student)
     for dataset in {config.dataset, config.shifted} - {"auto", ""}:
         sources.named(dataset)
+    _say_unused(config, terms, named, {*given, *config.changed()})
     return terms
+
+
+def _say_unused(config: DistillConfig, terms: list[Term], named: list[str], options: Collection[str]) -> None:
+    """Print a notice for each of these options that has no effect."""
+    are_files = [teacher_names.is_path(text) or models.pretrained(text)[1] is not None for text in named]
+    trains = not config.teachers_from and any(term.needs_teacher for term in terms) and not (named and all(are_files))
+    if "teacher_epochs" in options and not trains:
+        notes.say_unused("teacher_epochs", "a run that trains no teacher")
+    if "teacher_weighting" in options and len(named) < 2:
+        notes.say_unused("teacher_weighting", "a run with fewer than two teachers")
 
 
 def _check_combination(config: DistillConfig, terms: list[Term], named: list[str]) -> None:

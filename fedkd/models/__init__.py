@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from fedkd.core import quotes, specs
+from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -254,10 +255,15 @@ def digests(texts: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def has_norm(text: str) -> bool:
+    """Whether it is a built-in model with a choice of normalization layers."""
+    return specs.parse(text).name in CATALOG["model"] and specs.has_option("model", text, "norm")
+
+
 def build(text: str, classes: int, norm: Norm) -> nn.Module:
     """A new module for a spec, without pretrained weights; ``norm`` applies if the spec does not give one."""
     bound = specs.bind("model", pretrained(text)[0], RESERVED)
-    if bound.func.__module__ == __name__ and specs.has_option("model", text, "norm"):
+    if has_norm(text):
         bound.keywords.setdefault("norm", norm)
     module: nn.Module = bound(classes=classes)
     return module

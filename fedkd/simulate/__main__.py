@@ -2,9 +2,9 @@
 
 from fedkd.core import cli
 from fedkd.core.config import Config
-from fedkd.simulate import simulate
+from fedkd.simulate import checks, simulate
 
-app = cli.command(simulate, Config)
+app = cli.command(simulate, Config, checks.check)
 
 if __name__ == "__main__":
     cli.run(app)

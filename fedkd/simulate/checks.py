@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from fedkd import models
-from fedkd.core import notes, specs
+from fedkd.core import specs
 from fedkd.core.errors import UsageError
 from fedkd.data import partitioners, proxies, sources
 from fedkd.evaluation import stopping
-from fedkd.simulate import faults
+from fedkd.simulate import faults, unused
 from fedkd.simulate.experiment import algorithm_of, attributing
 from fedkd.simulate.rounds import participants
 from fedkd.training import schedules
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from fedkd.core.config import Config
 
 
-def check(config: Config) -> None:
-    """Resolve every name and option before anything heavy is imported.
+def check(config: Config, given: Collection[str] = ()) -> None:
+    """Resolve every name and option before anything heavy is imported; notices name ``given`` ones without effect.
 
     Raises:
         UsageError, PluginError: the first thing that cannot be used.
@@ -48,6 +49,7 @@ def check(config: Config) -> None:
         raise UsageError("--save clients: models that were trained on deployed nodes' own data stay on the nodes.")
     if config.validation and config.partitioner == partitioners.OWN:
         raise UsageError("--validation holds samples out of the training set, but deployed nodes keep their own data.")
+    unused.say(config, given)
 
 
 def _check_algorithm(run: Config) -> None:
@@ -63,8 +65,6 @@ def _check_algorithm(run: Config) -> None:
         raise UsageError(f"{run.algorithm} assumes that clients train with SGD, not --optimizer {run.optimizer}.")
     if algorithm.assumes_sgd and run.clip_norm:
         raise UsageError(f"{run.algorithm} needs the gradients as they are; leave out --clip-norm {run.clip_norm:g}.")
-    if algorithm.has_own_loss and run.label_smoothing:
-        notes.say(f"--label-smoothing has no effect on {run.algorithm}, whose clients minimize a loss of its own.")
     if algorithm.needs_validation and not run.validation:
         raise UsageError(f"{run.algorithm} needs --validation N, samples on which the server measures clients' models.")
     if algorithm.pools_data and run.partitioner == partitioners.OWN:

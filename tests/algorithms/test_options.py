@@ -1,14 +1,12 @@
-"""The table of methods and options in docs/algorithms.md: ✓ changes a method's training, a blank does not."""
+"""Which options a method uses: what `Algorithm.ignores` and the table in docs/algorithms.md say is what happens."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
-from fedkd.core import notes, tensors
-from fedkd.simulate import checks
+from fedkd.core import tensors
 from fedkd.simulate.experiment import prepare
 from tests.algorithms.test_methods import one_round
 from tests.conftest import DATA_FREE, MENTORS, tiny
@@ -22,7 +20,15 @@ CHANGED = {
     "proxy-samples": 20,
     "student": "cnn:width=4",
     "distill-epochs": 3,
+    "distill-learning-rate": 0.01,
+    "distill-batch-size": 16,
+    "label-smoothing": 0.3,
 }
+COLUMNS = list(CHANGED)[:7]  # those that have a column in the table
+#: A method whose clients would select one or two of these proxy samples.
+SELECTING = {"selective-fd": "selective-fd:client-threshold=0,server-threshold=2"}
+#: Options that have an effect where --distill-epochs has one.
+STEPS = {"distill-steps": 1, "distill-schedule": "cosine"}
 
 
 def table() -> dict[str, dict[str, bool]]:
@@ -32,7 +38,7 @@ def table() -> dict[str, dict[str, bool]]:
     start = next(place for place, cells in enumerate(lines) if "`--aggregator`" in cells[1])
     titles = [cell.strip().strip("`-") for cell in lines[start]]
     return {
-        cells[0].strip().strip("`"): {option: "✓" in cells[titles.index(option)] for option in CHANGED}
+        cells[0].strip().strip("`"): {option: "✓" in cells[titles.index(option)] for option in COLUMNS}
         for cells in lines[start + 2 :]
         if len(cells) == len(titles)
     }
@@ -40,7 +46,7 @@ def table() -> dict[str, dict[str, bool]]:
 
 def trained(method: str, **changes: object) -> str:
     """A hash of all that two rounds of a method give: updates, memories and the server's state."""
-    quick = {**MENTORS, **DATA_FREE}.get(method, method)
+    quick = {**MENTORS, **DATA_FREE, **SELECTING}.get(method, method)
     config = {"algorithm": quick, "dataset": "noise:size=200,pixels=8", "partitioner": "linear"}
     experiment = prepare(tiny(**(config | changes)))
     algorithm, state, memories = experiment.algorithm, experiment.algorithm.initial_state(experiment.setup), {}
@@ -55,29 +61,18 @@ def trained(method: str, **changes: object) -> str:
 
 @pytest.mark.parametrize("method", table())
 def test_a_method_uses_the_options_of_the_table(method):
-    uses, one_model = table()[method], prepare(tiny(algorithm=method)).algorithm.needs_one_model
-    options = {option: value for option, value in CHANGED.items() if not (one_model and option == "student")}
+    experiment = prepare(tiny(algorithm=method))
+    algorithm, setup = experiment.algorithm, experiment.setup
+    used = {option: option.replace("-", "_") not in algorithm.ignores for option in CHANGED | STEPS}
+    has_student = method in DATA_FREE or bool(algorithm.global_model(setup, algorithm.initial_state(setup)))
+    assert used["distill-steps"] == used["distill-schedule"] == ("distill_patience" not in algorithm.ignores)
+    assert has_student == ("patience" not in algorithm.ignores)
+    if algorithm.needs_one_model:
+        del used["student"]  # it can only be the clients' model
+    assert {option: used[option] for option in used if option in COLUMNS}.items() <= table()[method].items()
     plain = trained(method)
-    assert trained(method, **{option: value for option, value in options.items() if not uses[option]}) == plain
-    for option, value in options.items():
-        if uses[option]:
+    unused = {option: value for option, value in (CHANGED | STEPS).items() if not used.get(option, True)}
+    assert trained(method, **unused) == plain
+    for option, value in CHANGED.items():
+        if used.get(option):
             assert trained(method, **{option: value}) != plain, option
-
-
-@pytest.mark.parametrize("method", table())
-def test_label_smoothing_changes_every_method_without_a_loss_of_its_own(method, capsys):
-    """Else a notice says that it does not."""
-    quick = {**MENTORS, **DATA_FREE}.get(method, method)
-    config = tiny(algorithm=quick, dataset="noise:size=200,pixels=8", label_smoothing=0.3)
-    updates = []
-    for one in (config, dataclasses.replace(config, label_smoothing=0.0)):
-        experiment = prepare(one)
-        algorithm, setup = experiment.algorithm, experiment.setup
-        message = algorithm.broadcast(setup, algorithm.initial_state(setup), 0)
-        update, memory = algorithm.local_update(setup, experiment.client(0, 1, {}), message)
-        updates.append(update.tensors | memory)
-    notes.say.cache_clear()  # a notice is printed once in a process
-    capsys.readouterr()
-    checks.check(config)
-    is_said = "--label-smoothing has no effect" in capsys.readouterr().err
-    assert tensors.equal(*updates) == algorithm.has_own_loss == is_said
