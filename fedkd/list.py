@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from inspect import Parameter as Signature
 from inspect import getdoc
@@ -15,11 +15,13 @@ from cyclopts import Parameter
 from rich.padding import Padding
 from rich.text import Text
 
-from fedkd.core import cli, specs
+from fedkd.core import cli, quotes, specs
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import UsageError, unknown
 
 SOURCE = re.compile(r"\(([^()]*\b(?:19|20)\d\d[^()]*)\)")
+
+WORDS = {str: "text", int: "integer", float: "number", bool: "true|false"}
 
 app = cli.new("list")
 
@@ -87,7 +89,7 @@ def component(kind: str, name: str) -> Component:
         (sys.modules[function.__module__].__doc__ or "").partition("\n")[0]
     )
     described = tuple(
-        Option(key.replace("_", "-"), type_name(annotation), default_text(default), default is Signature.empty)
+        Option(quotes.hyphened(key), type_name(annotation), default_text(default), default is Signature.empty)
         for key, (annotation, default) in options.items()
         if not (kind == "model" and key == "classes")  # which fedkd sets itself
     )
@@ -102,11 +104,12 @@ def type_name(annotation: Any) -> str:
         return "|".join(map(str, get_args(annotation)))
     if get_origin(annotation) is Annotated:
         return type_name(get_args(annotation)[0])
+    if get_origin(annotation) is tuple:
+        return f"{type_name(get_args(annotation)[0])}+..."
     choices: Sequence[Any] = [each for each in get_args(annotation) if each is not type(None)]
-    if choices and get_origin(annotation) is not tuple:
+    if choices:
         return "|".join(map(type_name, choices))
-    name: str | Callable[..., Any] = getattr(annotation, "__name__", str(annotation))
-    return str(name)
+    return WORDS.get(annotation) or str(getattr(annotation, "__name__", annotation))
 
 
 def default_text(default: Any) -> str | None:

@@ -44,7 +44,7 @@ class CFD(Ensemble):
         if self.downlink != "labels":
             raise ValueError("the downlink carries labels")
         if not all(bits <= 8 or bits == 32 for bits in (self.uplink_bits, self.downlink_bits)):
-            raise ValueError("uplink_bits and downlink_bits are 1 to 8, or 32")
+            raise ValueError("uplink-bits and downlink-bits are 1 to 8, or 32")
 
     @property
     def codecs(self) -> tuple[str, str]:

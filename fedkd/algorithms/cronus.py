@@ -35,7 +35,7 @@ class Cronus(Ensemble):
 
     def __post_init__(self) -> None:
         if self.local_distill_epochs != type(self).local_distill_epochs:
-            raise ValueError("local_distill_epochs does not apply: clients train on both kinds of samples at once")
+            raise ValueError("local-distill-epochs does not apply: clients train on both kinds of samples at once")
 
     def distillation(self, setup: Setup) -> Distillation:
         return soft_cross_entropy(setup, partial(aggregators.spectral, fraction=self.fraction))

@@ -43,7 +43,7 @@ class Ensemble(Algorithm):
 
     def __post_init__(self) -> None:
         if self.downlink != "labels" and self.local_distill_epochs != type(self).local_distill_epochs:
-            raise ValueError("local_distill_epochs applies to downlink=labels")
+            raise ValueError("local-distill-epochs applies to downlink=labels")
 
     @property
     def needs_one_model(self) -> bool:

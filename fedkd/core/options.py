@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, TypeAdapter, ValidationError
 
 from fedkd.core.errors import UsageError, unknown
-from fedkd.core.values import MAX_INTEGER, Resize
+from fedkd.core.values import MAX_INTEGER, Resize, reason
 
 
 def _is_text(value: str) -> bool:
@@ -99,9 +99,9 @@ class Options:
         named = underscored(values)
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
-        def refused(key: str, value: object, reason: str) -> UsageError:
+        def refused(key: str, value: object, why: str) -> UsageError:
             place = (sources or {}).get(key, "")
-            return UsageError(f"--{key.replace('_', '-')} {reprlib.repr(value)}{place} is not usable: {reason}.")
+            return UsageError(f"--{key.replace('_', '-')} {reprlib.repr(value)}{place} is not usable: {why}.")
 
         for key in named:
             if key not in known:
@@ -111,8 +111,7 @@ class Options:
             config = TypeAdapter(cls).validate_python(named)
         except ValidationError as error:
             first = error.errors()[0]
-            reason = first["msg"].removeprefix("Value error, ").lower()
-            raise refused(str(first["loc"][0]), first["input"], reason) from error
+            raise refused(str(first["loc"][0]), first["input"], reason(error)) from error
         for key in named:
             if isinstance(value := getattr(config, key), str) and not _is_text(value):
                 raise refused(key, value, "it has characters that neither a path nor a message can have")

@@ -38,3 +38,8 @@ def quoted(text: str) -> str:
     if text and not re.search(r'[\s",:=]', text):
         return text
     return '"{}"'.format(text.replace('"', '""'))
+
+
+def hyphened(name: str) -> str:
+    """The name of an option as lists and messages show it; underscores are read, too."""
+    return name.replace("_", "-")

@@ -24,9 +24,9 @@ from typing import Any
 
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import FedkdError, PluginError, Terminated, UsageError, unknown
-from fedkd.core.quotes import split, unquoted
+from fedkd.core.quotes import hyphened, split, unquoted
 from fedkd.core.seeds import derive
-from fedkd.core.values import MAX_INTEGER
+from fedkd.core.values import MAX_INTEGER, reason
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def parse(text: str) -> Spec:
         if not value and argument is None and not options:
             argument = unquoted(item)
         elif not value or key in options or not key.isidentifier():
-            raise UsageError(f"Cannot read {item!r} in {text!r}; write name:key=value,key=value; {QUOTED}")
+            last = f", a list as {[*options][-1]}={[*options.values()][-1]}+{key}" if options and not value else ""
+            raise UsageError(f"Cannot read {item!r} in {text!r}; write name:key=value,key=value{last}; {QUOTED}")
         else:
             options[key] = unquoted(value[0].strip())
     return Spec(text, _name(head), argument, options)
@@ -170,8 +171,8 @@ def bind(kind: str, text: str, reserved: tuple[str, ...] = ()) -> partial[Any]:
     for key, value in spec.options.items():
         if key not in options:
             hint = f" In {text}, {QUOTED}" if "/" in text else ""  # it may be a part of a path
-            raise UsageError(unknown(f"option of {kind} {spec.name!r}:", key, options) + hint)
-        values[key] = _convert(f"{spec.name}:{key}", value, _annotation(component, options[key]))
+            raise UsageError(unknown(f"option of {kind} {spec.name!r}:", hyphened(key), map(hyphened, options)) + hint)
+        values[key] = _convert(f"{spec.name}:{hyphened(key)}", value, _annotation(component, options[key]))
     arguments = () if spec.argument is None else (spec.argument,)
     return partial(component, *arguments, **values)
 
@@ -191,6 +192,9 @@ def call(kind: str, text: str, reserved: tuple[str, ...] = ()) -> Any:
 
     """
     bound = bind(kind, text, reserved)
+    for name, parameter in inspect.signature(bound).parameters.items():
+        if parameter.default is parameter.empty and parameter.kind is parameter.KEYWORD_ONLY:
+            raise UsageError(f"{kind} {text!r} needs the option {hyphened(name)} (python -m fedkd.list {kind}).")
     try:
         return bound()
     except (FedkdError, Terminated):
@@ -319,8 +323,7 @@ def _convert(name: str, value: str, annotation: Any) -> Any:
     except PydanticUserError as error:
         raise PluginError(f"{name}: a text cannot become {annotation!r}; annotate the option otherwise.") from error
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].lower()
-        raise UsageError(f"{name}={value} is not usable: {reason}.") from error
+        raise UsageError(f"{name}={value} is not usable: {reason(error)}.") from error
     if isinstance(converted, int) and converted > MAX_INTEGER:
         raise UsageError(f"{name}={value} is not usable: it is more than {MAX_INTEGER}.")
     return converted

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 MAX_INTEGER = 2**32 - 1  # of any option: PyTorch and Flower have 64 bits, NumPy's seeds 32
 MAX_PIXELS = 100_000_000  # of an image that is decoded, by default: 300 MB
 MAX_PROCESSES = 1024  # also of threads: PyTorch crashes long before 100,000
+
+
+def reason(error: ValidationError) -> str:
+    """Why the first of the values is refused, as a clause."""
+    first = error.errors()[0]
+    is_nan = str(first["input"]).strip("+-").lower() == "nan"  # which is compared with a limit first
+    return "it should be a number" if is_nan else first["msg"].removeprefix("Value error, ").lower()
 
 
 def _joined(value: object) -> object:

@@ -84,7 +84,7 @@ def bottleneck_resnet(
 
     counts = blocks.split("+")
     if not all(count.isdecimal() and 0 < int(count) < 100 for count in counts) or len(counts) > 6:
-        raise ValueError("blocks are the numbers of blocks in each stage, separated by +")
+        raise ValueError("blocks are the numbers of blocks in up to six stages, from 1 to 99, separated by +")
     widths = [width * 2**i for i in range(len(counts))]
     return ResNet(list(map(int, counts)), widths, classes, norm, block=Bottleneck)
 
@@ -257,7 +257,12 @@ def digests(texts: Iterable[str]) -> dict[str, str]:
 
 def has_norm(text: str) -> bool:
     """Whether it is a built-in model with a choice of normalization layers."""
-    return specs.parse(text).name in CATALOG["model"] and specs.has_option("model", text, "norm")
+    return is_built_in(text) and specs.has_option("model", text, "norm")
+
+
+def is_built_in(text: str) -> bool:
+    """Whether it is a model of fedkd."""
+    return specs.parse(text).name in CATALOG["model"]
 
 
 def build(text: str, classes: int, norm: Norm) -> nn.Module:
@@ -265,5 +270,10 @@ def build(text: str, classes: int, norm: Norm) -> nn.Module:
     bound = specs.bind("model", pretrained(text)[0], RESERVED)
     if has_norm(text):
         bound.keywords.setdefault("norm", norm)
-    module: nn.Module = bound(classes=classes)
+    try:
+        module: nn.Module = bound(classes=classes)
+    except ValueError as error:
+        if is_built_in(text):
+            raise UsageError(f"model {text!r} cannot be used: {error}.") from error
+        raise
     return module

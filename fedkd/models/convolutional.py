@@ -73,7 +73,7 @@ def two_convolutions(
         layers += [nn.Conv2d(inputs, width, 5, padding=padding), nn.MaxPool2d(2), nn.ReLU()]
         side, inputs = (side + 2 * padding - 4) // 2, width
     if side < 1:
-        raise ValueError(f"images of {pixels} pixels are too small")
+        raise ValueError(f"pixels={pixels} is too small for its convolutions")
     layers += [MeanPooling(side), nn.Flatten()]
     inputs *= side * side
     for width in hidden:
@@ -231,6 +231,8 @@ class InvertedResidual(nn.Module):
 
 def mobilenetv2(classes: int, norm: str, width: float, stride: int) -> nn.Sequential:
     """MobileNetV2 for images of 32 pixels; ``stride`` is that of the first convolution."""
+    if 16 * width < 1:
+        raise ValueError(f"width={width:g} leaves a layer without channels")
     inputs = int(32 * width)
     layers: list[nn.Module] = [convolution(3, inputs, norm, stride), nn.ReLU()]
     for expansion, channels, count, first in MOBILENETV2:

@@ -7,17 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from fedkd.core import specs
 from fedkd.core.errors import UsageError
 
 Factor = Annotated[float, Field(gt=0, le=1)]
+
+
+def _rising(milestones: tuple[int, ...]) -> tuple[int, ...]:
+    if any(later <= earlier for earlier, later in pairwise(milestones)):
+        raise ValueError("each milestone is after the one before it, as in 50+75")
+    return milestones
+
+
 Milestones = Annotated[
     tuple[Annotated[int, Field(ge=1)], ...],
     BeforeValidator(lambda value: value.split("+") if isinstance(value, str) else value),
+    AfterValidator(_rising),
 ]
 
 

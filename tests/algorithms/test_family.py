@@ -302,7 +302,7 @@ def test_cfd_sets_the_codecs():
     assert (channel.uplink.bits, channel.uplink.coder, channel.uplink.delta) == (1, "range", True)
     assert type(channel.downlink).__name__ == "Float32"
     for wrong, expected in (
-        ("cfd:uplink_bits=9", "uplink_bits and downlink_bits are 1 to 8, or 32"),
+        ("cfd:uplink_bits=9", "uplink-bits and downlink-bits are 1 to 8, or 32"),
         ("cfd:downlink=student", "labels"),
     ):
         with pytest.raises(UsageError, match=expected):

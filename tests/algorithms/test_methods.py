@@ -352,7 +352,7 @@ def test_fedbe_gives_all_models_the_same_weight():
 
 @pytest.mark.parametrize("name", ["ensemble", "fedema", "cronus", "dsfl:downlink=student"])
 def test_epochs_of_a_local_distillation_that_never_happens_are_refused(name):
-    with pytest.raises(UsageError, match=r"local_distill_epochs (applies to downlink=labels|does not apply)"):
+    with pytest.raises(UsageError, match=r"local-distill-epochs (applies to downlink=labels|does not apply)"):
         specs.call("algorithm", f"{name}{',' if ':' in name else ':'}local_distill_epochs=3")
 
 

@@ -101,7 +101,7 @@ OURS = ["local", "central", "entropy", "mse"]
 def test_options_have_types_in_words():
     options = {option.name: option for option in component("algorithm", "dsfl").options}
     assert options["aggregation"].type == "era|sa"
-    assert options["temperature"].type == "float"
+    assert options["temperature"].type == "number"
     (name,) = [option for option in component("dataset", "folder").options if option.required]
     assert name.name.isupper()
 
@@ -132,8 +132,9 @@ def test_a_fraction_is_no_integer(name, flags):
 def test_a_list_shows_defaults_as_specs_and_what_is_optional():
     partitioners, terms = (fedkd("list", kind).stdout for kind in ("partitioner", "distillation"))
     assert "pathological:classes=2,mode=first-deterministic" in partitioners
-    assert "size:sizes=str\n" in partitioners
-    assert "logits:kind=kl,temperature=4.0,[weight=float]," in terms
+    assert "size:sizes=text\n" in partitioners
+    assert "logits:kind=kl,temperature=4.0,[weight=number]," in terms
+    assert "step:milestones=integer+...,gamma=0.1" in fedkd("list", "schedule").stdout
     assert "multi-level:temperatures=2.0+3.0+4.0+5.0+6.0," in fedkd("list", "loss").stdout
 
 

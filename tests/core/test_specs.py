@@ -88,7 +88,7 @@ def test_a_file_is_imported_once(own):
         ("dataset", "folder", "folder:PATH"),
         ("model", "resnet8:norm=layer", "'group' or 'batch'"),
         ("partitioner", "pathological:classes=0", "greater than 0"),
-        ("partitioner", "dirichlet:alpha=nan", "finite"),
+        ("partitioner", "dirichlet:alpha=nan", "it should be a number"),
         ("model", "cnn:width=99999999999999999999", "more than 4294967295"),
     ],
 )
