@@ -12,7 +12,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from fedkd.core import quotes
-from fedkd.core.options import MAX_PIXELS_TEXT, PRECISION_TEXT, RESIZE_TEXT, SKIP_TEXT, Options, option
+from fedkd.core.options import MAX_PIXELS_TEXT, PRECISION_TEXT, RESIZE_TEXT, SKIP_TEXT, Options, in_sentences, option
 from fedkd.core.values import (
     MAX_PIXELS,
     Fraction,
@@ -30,6 +30,7 @@ from fedkd.core.values import (
 )
 
 
+@in_sentences
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Config(Options):
     """The options of ``fedkd.simulate``, the keys of a scenario file and of Flower's run config."""

@@ -28,6 +28,10 @@ class UsageError(FedkdError):
     code = 2
 
 
+class ArgumentError(UsageError, ValueError):
+    """An argument of a config cannot be used; in Python."""
+
+
 class DataError(FedkdError):
     """Data is missing, unreadable or wrong."""
 

@@ -6,12 +6,13 @@ import dataclasses
 import reprlib
 import tomllib
 from collections.abc import Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from fedkd.core.errors import UsageError, unknown
+from fedkd.core.errors import ArgumentError, UsageError, unknown
 from fedkd.core.values import MAX_INTEGER, Resize, reason
 
 
@@ -59,6 +60,25 @@ def from_file(path: Path | None) -> dict[str, Any]:
 def option(default: Any, group: str, text: str, several: bool = False) -> Any:
     """A field with its group and text in ``--help``; ``several`` values may follow the flag."""
     return Field(default, description=text, json_schema_extra={"group": group, "several": several})
+
+
+def in_sentences(options: Any) -> Any:
+    """Let the constructor of a config refuse its arguments as `Options.parse` does, but by an `ArgumentError`."""
+    original = options.__init__
+
+    @wraps(original)
+    def construct(self: Options, **values: Any) -> None:
+        try:
+            original(self, **values)
+        except ValidationError:
+            try:
+                options.parse(values)
+            except UsageError as error:
+                raise ArgumentError(str(error)) from None
+            raise
+
+    options.__init__ = construct
+    return options
 
 
 RESIZE_TEXT = "Images that are not square: crop keeps the center, stretch changes proportions, pad adds black borders."

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from fedkd.core.options import MAX_PIXELS_TEXT, PRECISION_TEXT, RESIZE_TEXT, SKIP_TEXT, Options, option
+from fedkd.core.options import MAX_PIXELS_TEXT, PRECISION_TEXT, RESIZE_TEXT, SKIP_TEXT, Options, in_sentences, option
 from fedkd.core.values import (
     MAX_PIXELS,
     Momentum,
@@ -25,6 +25,7 @@ from fedkd.core.values import (
 CLASSIC = "resnet20"  # the default teacher
 
 
+@in_sentences
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class DistillConfig(Options):
     """The options of ``fedkd.distill``, and the keys of its scenario files."""

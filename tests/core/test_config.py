@@ -168,3 +168,12 @@ def test_json_is_wanted_by_flag_variable_or_file(tmp_path, monkeypatch):
     assert not cli._wants_json(["--seed", "1"])
     monkeypatch.setenv("FEDKD_JSON", "true")
     assert cli._wants_json(["--seed", "1"])
+
+
+@pytest.mark.parametrize("config", [Config, DistillConfig])
+def test_a_wrong_argument_in_python_is_one_sentence(config):
+    with pytest.raises(UsageError, match=r"^Unknown key: 'datset'. Did you mean 'dataset'\?") as raised:
+        config(datset="digits")
+    assert isinstance(raised.value, ValueError)
+    with pytest.raises(UsageError, match=r"^--batch-size 0 is not usable: input should be greater than or equal to 1"):
+        config(batch_size=0)
