@@ -384,3 +384,11 @@ def test_a_table_at_a_hundredth_of_its_rounds(tmp_path, capfd):
     assert re.search(
         r"\| FedNTD \| alpha = 0.1 \| 47.11 \| \d+.\d\d \| -\d+.\d\d \| – \| 1 of 1 \| 1 of 1 \| 50,000", printed
     )
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [(0.00001, "1 min"), (0.5, "30 min"), (1.25, "1.2 h"), (48, "48.0 h"), (300, "12 days"), (1360, "57 days")],
+)
+def test_a_time_has_no_exponent_and_is_in_days_above_48_hours(hours, text):
+    assert reproduce.duration(hours) == text

@@ -18,6 +18,7 @@ from cyclopts.validators import Number
 from fedkd.bench import report, stacks
 from fedkd.bench.stacks import Timing, Work
 from fedkd.core import cli, environment, notes, run_directory
+from fedkd.core.errors import UsageError
 from fedkd.core.runtime import cores, device
 
 Part = Literal["peak", "fedavg", "ensemble", "checkpoints", "idle", "many", "gpu"]
@@ -65,12 +66,14 @@ def bench(
     compute nothing), many (few participants out of more and more clients), and gpu (fedavg on a GPU, if there is one).
     """
     console = cli.Console(width=160)
-    run_directory.create(out)
     work, count = Work(clients, images, rounds), cores()
     where = device("auto") if "gpu" in parts else "cpu"
     if "gpu" in parts and where == "cpu":
-        notes.say("the part gpu is left out, since PyTorch finds no GPU here")
         parts = tuple(part for part in parts if part != "gpu")
+        if not parts:
+            raise UsageError("--parts gpu: PyTorch finds no GPU here, so there is nothing to measure.")
+        notes.say("the part gpu is left out, since PyTorch finds no GPU here")
+    run_directory.create(out)
     about = environment.environment(where, "", "noise", "").items()
     machine = {key: value for key, value in about if key not in ("command", "precision")}
     results: dict[str, Any] = {"machine": machine, "cores": count, "options": sys.argv[1:]}

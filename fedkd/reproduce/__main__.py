@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated
@@ -148,6 +149,13 @@ def _count(images: float) -> str:
     return f"{images / 1e6:.2f} M" if images >= 1e5 else f"{images:,.0f}"
 
 
+def duration(hours: float) -> str:
+    """A time in minutes, in hours, or above 48 hours in days."""
+    if hours > 48:
+        return f"{hours / 24:,.0f} days"
+    return f"{hours:.1f} h" if hours >= 1 else f"{ceil(60 * hours)} min"
+
+
 def listing(device: str) -> Grid:
     """The tables that can be reproduced, with their cost on this machine."""
     rows = []
@@ -157,7 +165,7 @@ def listing(device: str) -> Grid:
         costs = [(run, papers.images(paper, run)) for run in {cell.run_name: cell.config for cell in cells}.values()]
         hours = sum(speed.hours(*cost) for cost in costs)
         about = f"{paper.title} ({paper.citation})"
-        cost = [_count(sum(images for _, images in costs)), f"{hours:.3g} h"]
+        cost = [_count(sum(images for _, images in costs)), duration(hours)]
         rows.append([name, about, str(len(cells)), str(paper.seeds), *cost])
     caption = (
         "python -m fedkd.reproduce NAME; images and time: of clients (or students) in training, all cells, one\n"

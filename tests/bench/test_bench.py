@@ -110,10 +110,14 @@ def test_stacks_are_run_and_reported():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_its_part_is_left_out_and_said_to_be(tmp_path, capsys):
+def test_without_a_gpu_its_part_is_left_out_and_said_to_be(tmp_path, capsys, monkeypatch):
     notes.say.cache_clear()
-    app(["--parts", "gpu", "--out", str(tmp_path / "bench")])
+    monkeypatch.setattr(stacks, "peak", lambda threads: {})
+    app(["--parts", "gpu", "peak", "--repeats", "1", "--out", str(tmp_path / "bench")])
     assert "gpu is left out" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="nothing to measure"):
+        app(["--parts", "gpu", "--out", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
 
 
 _ray = [pytest.mark.slow, pytest.mark.xdist_group("engines")]
