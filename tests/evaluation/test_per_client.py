@@ -20,7 +20,7 @@ from fedkd.core.errors import UsageError
 from fedkd.core.tensors import take
 from fedkd.data.partition import Partition, hold_out
 from fedkd.evaluation import metrics, per_client, stopping
-from fedkd.evaluation.report import table
+from fedkd.evaluation.report import header, table
 from fedkd.simulate import simulate
 from fedkd.simulate.experiment import prepare, prepared
 from fedkd.simulate.flower import client_app, server_app
@@ -237,3 +237,9 @@ def test_a_node_holds_out_a_part_of_its_own_images(tmp_path):
     assert [(entry["samples"], entry["local_samples"]) for entry in row["clients"]] == [(24, 6), (24, 6)]
     assert row["local_accuracy"] is not None
     assert row["student_local_accuracy"] is None, "the server has none of the images"
+
+
+def test_clients_without_local_test_samples_are_named():
+    experiment = prepare(tiny(partitioner="size:sizes=1+600+1", local_test=0.2))
+    assert header.too_small(experiment) == ["with seed 0, clients 0, 2 have no local test samples"]
+    assert header.too_small(prepare(tiny(partitioner="size:sizes=1+600+1"))) == []

@@ -50,7 +50,7 @@ def lines(experiment: Experiment, fallback: str) -> list[tuple[str, str]]:
 
 
 def too_small(experiment: Experiment) -> list[str]:
-    """What has a single sample, on which a network with BatchNorm layers is not trained (`loop.batch_sizes`)."""
+    """What has a single sample, on which a network with BatchNorm layers is not trained; empty local test splits."""
     setup, config, algorithm = experiment.setup, experiment.config, experiment.algorithm
     singles: dict[str, list[int]] = {}  # the clients that train a model on one sample
     for client in (experiment.training_partition.sizes == 1).nonzero()[0].tolist():
@@ -60,7 +60,11 @@ def too_small(experiment: Experiment) -> list[str]:
     if setup.proxy.samples == 1:
         found += [("the proxy has one sample in a round", model) for model in {*setup.models, setup.student}]
     why = "is not trained on one sample, since it has BatchNorm layers"
-    return sorted(f"{what}; {name} {why}" for what, name in found if setup.trainer.has_batch_norm(name))
+    notices = sorted(f"{what}; {name} {why}" for what, name in found if setup.trainer.has_batch_norm(name))
+    if config.local_test and experiment.sizes is not None:
+        empty = (experiment.local_tests.sizes == 0).nonzero()[0].tolist()
+        notices += [f"with seed {config.seed}, {_clients(empty)} no local test samples"] if empty else []
+    return notices
 
 
 def _clients(numbers: list[int]) -> str:
