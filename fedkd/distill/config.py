@@ -61,6 +61,12 @@ class DistillConfig(Options):
         "(all: python -m fedkd.list distillation).",
         several=True,
     )
+    loss_warmup: NonNegativeInt = option(
+        0,
+        "Losses",
+        "Epochs N over which the weights of all terms rise linearly: in epoch e below N they are e / N of what they are"
+        " later (20 in DKD's code); 0: they are constant.",
+    )
     teacher_weighting: Literal["uniform", "entropy", "agreement"] = option(
         "uniform",
         "Losses",

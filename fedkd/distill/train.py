@@ -89,14 +89,17 @@ def train(
     pixels, augmentation = task.train.pixels, loop.Augmentation(config.augment, task.flip)
     options: dict[str, Any] = {"epochs": 1, "batch_size": config.batch_size}
     learner = _learner(objective, optimizer, velocities, task.precision) if on_gpu else None
+    factor = torch.ones((), device=task.device)  # a tensor, since a recorded step repeats every number of Python
+    loss_of = partial(objective.loss, factor=factor) if config.loss_warmup else objective.loss
     for epoch in range(start + 1, epochs + 1):
         begin, drawn = time.perf_counter(), seeds.derive(seed, "epoch", epoch)
         options["rates"] = rates[(epoch - 1) * steps : epoch * steps]
+        factor.fill_(min(epoch / max(config.loss_warmup, 1), 1.0))
         if learner is None:
             options |= {"augmentation": augmentation, "seed": drawn, "precision": task.precision}
-            loop.train(objective, optimizer, pixels, targets, objective.loss, task.scaling, **options)
+            loop.train(objective, optimizer, pixels, targets, loss_of, task.scaling, **options)
         else:
-            job = Job(pixels, targets, objective.loss, augmentation, drawn)
+            job = Job(pixels, targets, loss_of, augmentation, drawn)
             stacked_loop.train(learner, [job], task.scaling, **options)
         accuracy, loss = _scored(module, task, task.validation) if len(task.validation) else (None, None)
         test_accuracy, test_loss = _scored(module, task, task.test)

@@ -87,6 +87,21 @@ def test_an_epoch_has_the_rate_of_its_schedule(recorded):
     assert equal(next(wanted), state)
 
 
+def test_an_epoch_has_the_weight_of_its_warm_up(recorded):
+    """In the first and second of four epochs the term counts a quarter and a half; the labels count as always.
+
+    Quarters are exact, so the weights of the network are those of runs with these constant weights, to the bit.
+    """
+    options = {"loss": "logits:kind=dkd,weight=1,hard=1", "teacher": "cnn:width=4", "loss_warmup": 4}
+    state, replayed = recorded(**options)
+    assert equal(state, trained(**options))
+    assert replayed == 4 + 5
+    first = next(states(0, {}, loss="logits:kind=dkd,weight=0.25,hard=1", teacher="cnn:width=4"))
+    assert equal(next(states(1, first, loss="logits:kind=dkd,weight=0.5,hard=1", teacher="cnn:width=4")), state)
+    assert equal(recorded(resumed=True, **options)[0], state)
+    assert equal(trained(**options | {"loss_warmup": 1}), trained(**options | {"loss_warmup": 0}))
+
+
 @pytest.mark.parametrize("weighting", ["entropy", "agreement"])
 def test_so_it_does_with_weights_of_teachers_and_if_training_is_resumed(weighting, recorded):
     changes = {"loss": "logits features", "teacher_weighting": weighting, "teacher": "cnn:width=4 cnn:width=8"}

@@ -68,12 +68,15 @@ class DistillationObjective(Taught):
         """Whether `loss` is one (`objectives.mean_over_samples`), and the same for equal adapters."""
         return self.weighting == "uniform" and all(term.is_mean_over_samples for term in self.terms)
 
-    def loss(self, outputs: tuple[Outputs, list[Outputs]], targets: Tensor) -> Tensor:
-        """The weighted cross-entropy with the labels plus all terms; targets [B, 2]: labels and indices of samples."""
+    def loss(self, outputs: tuple[Outputs, list[Outputs]], targets: Tensor, *, factor: Tensor | None = None) -> Tensor:
+        """The weighted cross-entropy with the labels plus all terms; targets [B, 2]: labels and indices of samples.
+
+        The terms, but not the cross-entropy, are multiplied by ``factor``.
+        """
         student, teachers = outputs
         labels, indices = targets.unbind(1)
         batch = Batch(student, teachers, teacher_weights(teachers, labels, self.weighting), labels, indices)
-        losses: list[Tensor] = [term(batch) for term in self.terms]
+        losses: list[Tensor] = [term(batch) if factor is None else factor * term(batch) for term in self.terms]
         if self.label_weight:
             losses.insert(0, self.label_weight * nn.functional.cross_entropy(student.logits, labels))
         return sum(losses[1:], losses[0])
