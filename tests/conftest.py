@@ -69,6 +69,8 @@ SAVEFIG = Figure.savefig
 MENTORS = {name: f"{name}:model=cnn:width=4" for name in ("mentor", "fml", "fedkd-wu")}
 #: Methods whose server would take hours by their defaults.
 DATA_FREE = {name: f"{name}:epochs=2,generator_steps=1,generator_width=4" for name in ("dense", "co-boosting")}
+#: Methods that are not run by their defaults.
+QUICK = {**MENTORS, **DATA_FREE, "fedgkt": "fedgkt:private-features=true"}
 FLAGS = [part for key, value in TINY.items() for part in (f"--{key}", str(value))]
 
 

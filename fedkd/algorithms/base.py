@@ -141,6 +141,7 @@ class Setup:
         *,
         seed: int,
         average: bool = False,
+        are_maps: bool = False,
     ) -> dict[str, Tensor]:
         """A model's weights after distillation on the server, by the options of the run; see `Trainer.distill`."""
         config, held_out = self.config, self.validation
@@ -155,6 +156,7 @@ class Setup:
             schedule=config.distill_schedule,
             seed=seed,
             average=average,
+            are_maps=are_maps,
             stopping=EarlyStopping(held_out.pixels, held_out.labels, patience) if patience else None,
         )
 
@@ -237,3 +239,11 @@ class Algorithm(ABC):
     def global_model(self, setup: Setup, state: Tensors) -> Tensors:
         """The weights of the global student; empty if the method has none."""
         return {}
+
+    def evaluation_message(self, setup: Setup, state: Tensors) -> Tensors:
+        """What the server sends to the participants so that their models can be evaluated; not part of a round."""
+        return {}
+
+    def evaluated_model(self, setup: Setup, client: int, memory: Tensors, message: Tensors) -> tuple[str, Tensors]:
+        """The spec and the weights of the model that is evaluated as a client's own, from this message."""
+        return setup.model_of(client), take("model", memory)

@@ -30,6 +30,7 @@ CATALOG: dict[str, dict[str, str]] = {
         "fd": "fedkd.algorithms.fd:FD",
         "fedproto": "fedkd.algorithms.fedproto:FedProto",
         "fedtgp": "fedkd.algorithms.fedtgp:FedTGP",
+        "fedgkt": "fedkd.algorithms.fedgkt:FedGKT",
         "fedavg": "fedkd.algorithms.fedavg:FedAvg",
         "fedprox": "fedkd.algorithms.fedavg:FedProx",
         "fedavgm": "fedkd.algorithms.fedavg:FedAvgM",

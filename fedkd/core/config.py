@@ -48,9 +48,9 @@ class Config(Options):
         "ensemble",
         "Methods",
         "The algorithm. Soft labels on a proxy set: ensemble, fedmd, nfdp, dsfl, cronus, cfd, selective-fd, density, "
-        "scarlet, comet, kt-pfl, fedgems, fedema; no proxy set: fd, fedproto, fedtgp; weights: fedavg, fedprox, "
-        "fedavgm, moon, fedntd, fedlmd, fedvls, feddistill-plus, fedgen, fedhkd, mentor, fml, fedkd-wu, scaffold, "
-        "feddf, fedbe, fed-et; one-shot: dense, co-boosting; baselines: local, central (options of each: "
+        "scarlet, comet, kt-pfl, fedgems, fedema; no proxy set: fd, fedproto, fedtgp, fedgkt; weights: fedavg, "
+        "fedprox, fedavgm, moon, fedntd, fedlmd, fedvls, feddistill-plus, fedgen, fedhkd, mentor, fml, fedkd-wu, "
+        "scaffold, feddf, fedbe, fed-et; one-shot: dense, co-boosting; baselines: local, central (options of each: "
         "python -m fedkd.list algorithm).",
     )
     compare: Several = option(

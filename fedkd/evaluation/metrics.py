@@ -87,7 +87,8 @@ def evaluate_clients(experiment: Experiment, exchange: Exchange, round_: Round) 
     """
     images, sample = experiment.client_test, experiment.test_sample
     declared = {"logits": (len(images), experiment.setup.classes)}
-    messages: dict[int, Tensors] = {client: {} for client in round_.updates}
+    message = experiment.algorithm.evaluation_message(experiment.setup, round_.state)
+    messages: dict[int, Tensors] = dict.fromkeys(round_.updates, message)
     expected = dict.fromkeys(messages, expected_evaluation(experiment))
     replies = sorted(exchange("evaluate", round_.number, messages, expected), key=lambda r: r.client)
     serialized = sum((reply.serialized for reply in replies), SerializedBytes())

@@ -174,8 +174,15 @@ class ResNet(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.classify(self.extract(x))
+
+    def extract(self, x: Tensor) -> Tensor:
+        """The feature maps after the first convolution."""
         x = self.stem(x)
-        x = x.relu() if self.last_norm is None else x
+        return x.relu() if self.last_norm is None else x
+
+    def classify(self, x: Tensor) -> Tensor:
+        """The logits for these feature maps."""
         for name in self.stages:
             x = self.get_submodule(name)(x)
         x = x if self.last_norm is None else self.last_norm(x).relu()

@@ -73,7 +73,7 @@ def trained(
         inputs,
         labels,
         Bound(loss, {"weights": matrices, "biases": biases, "shares": shares}),
-        lambda rows: rows,  # type: ignore[arg-type]
+        lambda rows: rows,
         rates=[learning_rate],
         epochs=1,
         batch_size=batch_size,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fedkd.core.errors import UsageError, unknown
+from fedkd.models.convolutional import ResNet
 
 EMBEDDING = "embedding"  # the name of the input of the last linear layer, which counts as a layer
 
@@ -61,6 +63,64 @@ class Pair(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Both."""
         return torch.stack([self.student(x), self.mentor(x)], 1)
+
+
+class Extractor(nn.Module):
+    """The layers of a model up to its first ReLU: returns feature maps [B, H, W, D], as images are stored."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The feature maps of images [B, 3, H, W]."""
+        return _halves(self.model)[0](x).movedim(1, -1)
+
+
+class Tail(nn.Module):
+    """The layers of a model after its `Extractor`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """The logits [B, C] for feature maps [B, D, H, W]."""
+        return _halves(self.model)[1](maps)
+
+
+def extractor_layers(model: nn.Module) -> list[str]:
+    """The names of the layers of a model's `Extractor`.
+
+    Raises:
+        ValueError: it is not known where such a model can be split.
+
+    """
+    if isinstance(model, ResNet):
+        return ["stem"]
+    is_relu = [isinstance(layer, nn.ReLU) for layer in model] if isinstance(model, nn.Sequential) else []
+    if not any(is_relu):
+        raise ValueError("it is neither one of fedkd's ResNets nor a sequence of layers with a ReLU")
+    return list(model._modules)[: is_relu.index(True) + 1]
+
+
+def _halves(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    if isinstance(model, ResNet):
+        return model.extract, model.classify
+    assert isinstance(model, nn.Sequential)
+    count = len(extractor_layers(model))
+    return partial(_applied, list(model)[:count]), partial(_applied, list(model)[count:])
+
+
+def _applied(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def channels_first(maps: Tensor) -> Tensor:
+    """Stored feature maps [B, H, W, D] as a `Tail` takes them."""
+    return maps.movedim(-1, 1)
 
 
 @contextmanager

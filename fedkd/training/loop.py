@@ -63,7 +63,7 @@ def train(
     pixels: Tensor,
     targets: Tensor,
     objective: Objective,
-    scaling: Scaling,
+    scaling: Scaling | Callable[[Tensor], Tensor],
     *,
     rates: Sequence[float],
     epochs: int,
@@ -197,7 +197,9 @@ class Embedding(Embedded):
         return super().forward(x)[1]
 
 
-def predict(model: nn.Module, pixels: Tensor, scaling: Scaling, precision: Precision = "float32") -> Tensor:
+def predict(
+    model: nn.Module, pixels: Tensor, scaling: Scaling | Callable[[Tensor], Tensor], precision: Precision = "float32"
+) -> Tensor:
     """The model's output, usually logits [N, C], float32 on the CPU, in evaluation mode."""
     device = next(model.parameters()).device
     chunk = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK

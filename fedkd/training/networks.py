@@ -15,11 +15,11 @@ from fedkd import models
 from fedkd.core import seeds
 from fedkd.core.tensors import shapes
 from fedkd.training import stack
-from fedkd.training.layers import EMBEDDING, Pair, layer_outputs
+from fedkd.training.layers import EMBEDDING, Extractor, Pair, extractor_layers, layer_outputs
 from fedkd.training.stack import NotStackable, Stack
 
 if TYPE_CHECKING:
-    from fedkd.core.tensors import Tensors
+    from fedkd.core.tensors import Shapes, Tensors
     from fedkd.training.precision import Precision
 
 
@@ -103,6 +103,23 @@ def head(network: Network, height: int, width: int) -> str:
     if not is_own or expected.shape != logits.shape or not torch.allclose(expected, logits, 1e-3, 1e-3):
         raise ValueError("its logits are not the output of its last linear layer, with weights of its own")
     return name
+
+
+@lru_cache(maxsize=32)
+def extractor(network: Network, height: int, width: int) -> tuple[Shapes, tuple[int, ...]]:
+    """The shapes of the weights of a network's `layers.Extractor`, and of a feature map [H, W, D].
+
+    Raises:
+        ValueError: it has none.
+
+    """
+    module = copy.deepcopy(network.module).cpu().eval()
+    names = extractor_layers(module)
+    with torch.no_grad():
+        shape = tuple(Extractor(module)(torch.zeros(1, 3, height, width)).shape[1:])
+    if len(shape) != 3:
+        raise ValueError("the output of its first ReLU is not a feature map")
+    return shapes({name: t for name, t in module.state_dict().items() if name.split(".")[0] in names}), shape
 
 
 @lru_cache(maxsize=32)

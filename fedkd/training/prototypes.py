@@ -79,7 +79,7 @@ def trained(
         means[present],
         present.nonzero()[:, 1],
         partial(with_margin, margin=min(largest_gap(means, present), margin)),
-        lambda vectors: vectors,  # type: ignore[arg-type]
+        lambda vectors: vectors,
         rates=[learning_rate],
         epochs=epochs,
         batch_size=batch_size,

@@ -36,7 +36,7 @@ class Training:
     """
 
     network: Network
-    scaling: Scaling
+    scaling: Scaling | Callable[[Tensor], Tensor]
     optimizer: str
     numbers: tuple[float, ...]
     epochs: int
@@ -242,7 +242,7 @@ class Prediction:
     """What a client's network returns for images; ``output`` is a module around it, if any."""
 
     network: Network
-    scaling: Scaling
+    scaling: Scaling | Callable[[Tensor], Tensor]
     weights: Tensors
     pixels: Tensor
     output: type[nn.Module] | None = None

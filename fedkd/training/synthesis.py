@@ -213,7 +213,7 @@ def _train(
         torch.arange(len(targets)),
         targets,
         objective,
-        lambda numbers: numbers,  # type: ignore[arg-type]
+        lambda numbers: numbers,
         rates=[rate],
         epochs=steps,
         batch_size=len(targets),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from fedkd.core import seeds, specs
 from fedkd.core.errors import DataError
 from fedkd.core.tensors import shapes
 from fedkd.models import checkpoint
-from fedkd.training import loop, networks, schedules, together
+from fedkd.training import layers, loop, networks, schedules, together
 from fedkd.training.batches import Job
 from fedkd.training.networks import Network
 from fedkd.training.objectives import Joint, LabelSmoothed
@@ -113,10 +113,12 @@ class Trainer:
         teachers: Sequence[Tensors] = (),
         soft_labels: SoftLabels | None = None,
         soft_objective: Objective = nn.functional.cross_entropy,
+        targets: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The weights after local training on the client's samples.
 
-        ``objective`` compares logits with labels, by default by the cross-entropy with ``--label-smoothing``; with
+        ``objective`` compares logits with labels, by default by the cross-entropy with ``--label-smoothing``;
+        ``targets`` [N, ...] of the samples take the place of the labels. With
         ``with_embeddings`` it gets (logits, embeddings). ``teachers`` are frozen models of the client's architecture,
         given by their weights: with them, the objective gets a pair, what it would get otherwise and a list of the same
         of each teacher, for the same augmented batch. ``soft_labels`` are trained on together with the client's
@@ -126,14 +128,15 @@ class Trainer:
         output, share = loop.Embedded if with_embeddings else None, self.config.label_smoothing
         objective = objective or (LabelSmoothed(share) if share else nn.functional.cross_entropy)
         if soft_labels is None:
-            job = self._job(client, client.data.pixels, client.data.labels, objective, penalty=penalty)
+            wanted = client.data.labels if targets is None else targets
+            job = self._job(client, client.data.pixels, wanted, objective, penalty=penalty)
             return self._fit(client, weights, job, output, teachers)
         # One tensor of targets for both kinds: one-hot or soft labels, and a last column that is 1 for soft labels.
         labels = nn.functional.one_hot(client.data.labels, self.classes).float()
-        targets = [nn.functional.pad(labels, (0, 1)), nn.functional.pad(soft_labels.targets, (0, 1), value=1.0)]
+        both = [nn.functional.pad(labels, (0, 1)), nn.functional.pad(soft_labels.targets, (0, 1), value=1.0)]
         pixels = torch.cat([client.data.pixels, soft_labels.images])
         joint, private = Joint(objective, soft_objective), len(client.data)
-        job = self._job(client, pixels, torch.cat(targets), joint, penalty=penalty, augment_first=private)
+        job = self._job(client, pixels, torch.cat(both), joint, penalty=penalty, augment_first=private)
         return self._fit(client, weights, job, output, teachers)
 
     def train_with_teacher(
@@ -227,11 +230,13 @@ class Trainer:
         schedule: str = "constant",
         average: bool = False,
         stopping: EarlyStopping | None = None,
+        are_maps: bool = False,
     ) -> dict[str, Tensor]:
         """The weights after minimizing ``objective(logits, targets)`` over the soft labels (Adam).
 
         Without augmentation, since the targets belong to exactly these pixels. The schedule is that of the learning
-        rate over the steps. ``steps``, ``average`` and ``stopping``: see `loop.train`.
+        rate over the steps. ``steps``, ``average`` and ``stopping``: see `loop.train`. With ``are_maps`` the images are
+        feature maps [N, H, W, D], and the layers after the extractor (`layers.Tail`) are trained on them.
         """
         rate, size, network = self.config.distill_learning_rate, self.config.distill_batch_size, self._network(model)
         rates: tuple[float, ...] = (rate,)
@@ -239,17 +244,38 @@ class Trainer:
             batches = loop.batch_sizes(network.module, len(soft_labels.images), size)
             total = sum(loop.epoch_lengths(len(batches), epochs, steps))
             rates = schedules.rates(schedule, rate, total, max(1, len(batches)))
-        how = Training(network, self.scaling, "adam", (0.0,), epochs, size, steps, average=average)
+        scaling, output = self._input(are_maps)
+        how = Training(network, scaling, "adam", (0.0,), epochs, size, steps, average=average, output=output)
         job = Job(soft_labels.images, soft_labels.targets, objective, loop.Augmentation(), seed, stopping=stopping)
         trained: dict[str, Tensor] = together.result(Fit(how, weights, job, rates))
         return trained
 
-    def predict(self, model: str, weights: Tensors, pixels: Tensor) -> Tensor:
-        """Logits [N, C] on images [N, H, W, 3]."""
+    def predict(self, model: str, weights: Tensors, pixels: Tensor, *, are_maps: bool = False) -> Tensor:
+        """Logits [N, C] on images [N, H, W, 3], or on feature maps as in `distill`."""
         if not len(pixels):
             return torch.zeros(0, self.classes)
-        logits: Tensor = together.result(Prediction(self._network(model), self.scaling, weights, pixels))
+        scaling, output = self._input(are_maps)
+        logits: Tensor = together.result(Prediction(self._network(model), scaling, weights, pixels, output))
         return logits
+
+    def _input(self, are_maps: bool) -> tuple[Scaling | Callable[[Tensor], Tensor], type[nn.Module] | None]:
+        """What scales the input of a network, and the module around it."""
+        return (layers.channels_first, layers.Tail) if are_maps else (self.scaling, None)
+
+    def extract(self, model: str, weights: Tensors, pixels: Tensor) -> Tensor:
+        """Feature maps [N, H, W, D] of images [N, H, W, 3], by a model's extractor (`layers.Extractor`)."""
+        request = Prediction(self._network(model), self.scaling, weights, pixels, layers.Extractor)
+        maps: Tensor = together.result(request)
+        return maps
+
+    def extractor(self, model: str, pixels: Tensor) -> tuple[Shapes, tuple[int, ...]]:
+        """The shapes of the weights of a model's extractor and of a feature map, for images of the size of ``pixels``.
+
+        Raises:
+            ValueError: the model cannot be split.
+
+        """
+        return networks.extractor(self._network(model), *pixels.shape[1:3])
 
     def embed(self, model: str, weights: Tensors, pixels: Tensor) -> Tensor:
         """Embeddings [N, D] of images [N, H, W, 3]: the input of the last linear layer."""

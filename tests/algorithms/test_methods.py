@@ -25,7 +25,7 @@ from fedkd.simulate.experiment import prepare
 from fedkd.simulate.rounds import Round
 from fedkd.training import together
 from fedkd.training.losses.logits import cross_entropy
-from tests.conftest import DATA_FREE, MENTORS, tiny
+from tests.conftest import MENTORS, tiny
 
 NAMES = sorted(CATALOG["algorithm"])
 MORE = [
@@ -79,7 +79,7 @@ def one_round(experiment, algorithm, number, state, memories, clients=None):
 def two_rounds(request):
     """Two rounds of a method, with clients that compute one after the other or, on fewer samples, together."""
     name, is_together = request.param
-    name = {**DATA_FREE, **MENTORS}.get(name, name)
+    name = QUICK.get(name, name)
     changes = {"validation": 1300 if is_together else 1000}  # of 1,398 samples
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(together, "pays", lambda _: is_together)
@@ -368,14 +368,12 @@ def test_the_proxy_subset_follows_from_the_round():
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - SAME))
 def test_clients_may_have_different_architectures(name):
-    experiment = prepare(
-        tiny(
-            algorithm=DATA_FREE.get(name, name),
-            model="cnn:width=4,resnet8:width=32" if name in ("fedproto", "fedtgp") else "cnn:width=8,resnet8:width=8",
-            student="cnn:width=16",
-            validation=1300,
-        )
-    )
+    models, student = "cnn:width=8,resnet8:width=8", "cnn:width=16"
+    if name in ("fedproto", "fedtgp"):
+        models = "cnn:width=4,resnet8:width=32"
+    if name == "fedgkt":
+        models, student = "resnet8:width=8,resnet20:width=8", "resnet32:width=8"
+    experiment = prepare(tiny(algorithm=QUICK.get(name, name), model=models, student=student, validation=1300))
     algorithm, setup = experiment.algorithm, experiment.setup
     _, memories, state = one_round(experiment, algorithm, 1, algorithm.initial_state(setup), {})
     one_round(experiment, algorithm, 2, state, memories)

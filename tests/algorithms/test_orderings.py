@@ -24,6 +24,7 @@ PERSONAL = 0.25  # the mean of clients that have a few classes each
 STUDENT = 0.5  # where there is a global one; chance is 0.1
 #: With a part of their budget, and so with a lower limit.
 DATA_FREE = {name: f"{name}:epochs=15,generator_steps=10,generator_width=8" for name in ("dense", "co-boosting")}
+OPTIONS = {**DATA_FREE, "fedgkt": "fedgkt:private-features=true"}
 
 
 def accuracy(out, **changes):
@@ -33,7 +34,7 @@ def accuracy(out, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(CATALOG["algorithm"]))
 def test_every_method_learns_with_twenty_clients(name, tmp_path):
-    last = simulated(tmp_path, **BUDGET, algorithm=DATA_FREE.get(name, name), student=LARGER.get(name, ""))[-1]
+    last = simulated(tmp_path, **BUDGET, algorithm=OPTIONS.get(name, name), student=LARGER.get(name, ""))[-1]
     assert last["test_accuracy"] > (PERSONAL if last["test_loss"] is None or name in DATA_FREE else STUDENT)
 
 

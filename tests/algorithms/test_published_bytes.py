@@ -71,3 +71,18 @@ def test_megabytes_to_an_accuracy_are_whole_rounds(algorithm, rounds, published,
     assert up == 3 * 40 * 10 * 4
     assert 0 < down - up <= 3 * 16, "besides the soft labels, the number of their round"
     assert f"{rounds * 2 * up * 16 / 3 * 25_000 / 40 / 2**20:.2f}" == published
+
+
+def test_feature_maps_of_private_samples():
+    """Cheng et al., 2021 (FedGEMS), table 4: FedGKT takes 31250 MB to 40%: 20 rounds of 25,000 private samples.
+
+    Those are the bytes of feature maps of 64 kB; with "0.039 kB" of logits for each sample (appendix B.2) there would
+    be more. Ours has these sizes, and a label of eight bytes.
+    """
+    options = {"model": "bottleneck-resnet", "dataset": "noise:size=60,pixels=32", "proxy": "holdout:size=10"}
+    experiment = prepare(tiny(algorithm="fedgkt:private-features=true,samples=1", **options))
+    shapes = experiment.algorithm.upload_spec(experiment.setup, 0, 1)
+    sizes = {name: abs(prod(shape)) * 4 for name, shape in shapes.items() if name != "labels"}
+    assert sizes == {"maps": 64 * 1024, "outputs": 40}
+    assert 20 * 25_000 * sizes["maps"] == 31250 * 2**20
+    assert f"{sizes['outputs'] / 1024:.3f}" == "0.039"

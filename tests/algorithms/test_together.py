@@ -9,11 +9,10 @@ from fedkd.core.catalog import CATALOG
 from fedkd.simulate.experiment import prepare
 from fedkd.training import together, turns
 from tests.algorithms.test_methods import one_round
-from tests.conftest import DATA_FREE, MENTORS, tiny
+from tests.conftest import MENTORS, QUICK, tiny
 
 # With adapters, which are trained too: of losses that are means over samples, and of others.
 TERMS = [f"mentor:model=cnn:width=4,term={term}" for term in ("features", "contrastive")]
-QUICK = {**MENTORS, **DATA_FREE}
 NAMES = sorted({QUICK.get(name, name) for name in CATALOG["algorithm"]} - {MENTORS["mentor"]}) + TERMS
 # Small rates: rounding decides whether a ReLU passes a value on, and the sign of a step of Adam.
 SMALL = {"validation": 1300, "learning_rate": 1e-3, "distill_learning_rate": 1e-5, "partitioner": "dirichlet:alpha=1"}

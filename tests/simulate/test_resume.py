@@ -21,12 +21,12 @@ from fedkd.core.catalog import CATALOG
 from fedkd.core.config import Config
 from fedkd.core.errors import DataError, ResumeError, UsageError
 from fedkd.simulate import checkpoint, simulate
-from tests.conftest import DATA_FREE, MENTORS, ROOT, TINY, is_interrupted_after, tiny, wait_for
+from tests.conftest import QUICK, ROOT, TINY, is_interrupted_after, tiny, wait_for
 
 SMALL = {"dataset": "noise:size=200,pixels=8", "participation": 0.6, "partitioner": "linear"}
 MEMORIES = "fedmd fedavg cfd scarlet scaffold"  # client memory, none, channel memory, a cache, control variates
 METHODS = [
-    *({**MENTORS, **DATA_FREE}.get(name, name) for name in sorted(CATALOG["algorithm"])),
+    *(QUICK.get(name, name) for name in sorted(CATALOG["algorithm"])),
     "ensemble:downlink=labels",
     "ensemble:downlink=student",
 ]

@@ -18,18 +18,18 @@ from fedkd.evaluation.report import header
 from fedkd.simulate.experiment import prepare
 from fedkd.simulate.flower import client_app
 from fedkd.training import loop, optimizers
-from tests.conftest import DATA_FREE, MENTORS, simulated, tiny
+from tests.conftest import MENTORS, QUICK, simulated, tiny
 
 NETWORK = """
 from torch import nn
 
 def pixel(*, classes):
     "Its BatchNorm layer has one value per channel and sample, so that it raises an error on one sample."
-    layers = nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, classes)
-    return nn.Sequential(*layers)
+    layers = nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU()
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, classes))
 """
 SIZES = [1, 31, 32, 33, 65]
-OPTIONS = {name: f"{name}:model={{pixel}}" for name in MENTORS} | DATA_FREE | {"nfdp": "nfdp:samples=33"}
+OPTIONS = QUICK | {name: f"{name}:model={{pixel}}" for name in MENTORS} | {"nfdp": "nfdp:samples=33"}
 
 
 @pytest.fixture

@@ -139,7 +139,8 @@ def evaluate(message: Message, context: Context) -> Message:
     """
     experiment, memory = _memory(message, context)
     trainer, number = experiment.setup.trainer, _int(context.node_config["partition-id"])
-    model, weights, images = experiment.setup.model_of(number), take("model", memory), experiment.client_test
+    images, received = experiment.client_test, from_record(_arrays(message.content))
+    model, weights = experiment.algorithm.evaluated_model(experiment.setup, number, memory, received)
     logits = trainer.predict(model, weights, images.pixels)
     metrics = dict(zip(("accuracy", "loss"), per_client.score(logits, images.labels), strict=True))
     if experiment.config.local_test and len(local := _local_test(experiment, message, context)):
