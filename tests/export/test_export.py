@@ -330,7 +330,7 @@ def test_a_failure_keeps_earlier_files(error, saved, monkeypatch):
 
 @pytest.mark.real
 def test_real_cifar10_all_classes_are_equal(data_dir, tmp_path):
-    original = student("cnn", dataset="cifar10")
+    original = student("cnn:width=16", dataset="cifar10")
     formats.write_onnx(original, tmp_path / "a.onnx")
     test = readers.read(dataclasses.replace(specs.call("dataset", "cifar10"), pixels=32), "test", data_dir)
     assert len(test.pixels) == 10_000
