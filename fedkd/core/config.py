@@ -140,7 +140,7 @@ class Config(Options):
         "Training",
         "The optimizer of local training: sgd, sgd:nesterov=true, adam, adam:beta1=0.9,beta2=0.999, adamw.",
     )
-    learning_rate: Rate = option(0.01, "Training", "Learning rate of local training.")
+    learning_rate: Rate = option(0.005, "Training", "Learning rate of local training.")
     schedule: str = option(
         "constant",
         "Training",

@@ -25,7 +25,7 @@ from fedkd.simulate.experiment import prepare
 from fedkd.simulate.rounds import Round
 from fedkd.training import together
 from fedkd.training.losses.logits import cross_entropy
-from tests.conftest import MENTORS, tiny
+from tests.conftest import MENTORS, QUICK, tiny
 
 NAMES = sorted(CATALOG["algorithm"])
 MORE = [

@@ -31,8 +31,8 @@ RC |= {"axes.spines.top": False, "axes.spines.right": False}
 Panel = Literal["rounds", "bytes", "seconds"]
 AXES = {
     "rounds": "round",
-    "bytes": "bytes in both directions, all clients (MB)",
-    "seconds": "training time of clients and server (s)",
+    "bytes": "bytes, both directions (MB)",
+    "seconds": "training time (s)",
 }
 
 
@@ -73,11 +73,13 @@ def draw(
                 runs = [rows for (algorithm, _), rows in curves.items() if algorithm == method]
                 with_others = len(names) <= 3 and panel == "rounds" and look.metric == "test_accuracy"
                 _curves(axes, runs, panel, look.metric, labels.get(method, method), index, with_others)
-            _label(axes, panel, len(curves) > len(names))
+            _label(axes, panel)
         panels[0].set_ylabel(look.metric.replace("_", " ") + " (%)" * look.metric.endswith("accuracy"))
         handles, texts = panels[0].get_legend_handles_labels()
         most = {0: min(6, max(3, len(texts) // 4)), 1: 2}.get(look.columns, 4)
-        figure.legend(handles, texts, loc="outside lower center", ncols=most, frameon=False, fontsize=8)
+        legend = figure.legend(handles, texts, loc="outside lower center", ncols=most, frameon=False, fontsize=8)
+        if len(curves) > len(names):
+            legend.set_title("bands: standard deviation over seeds", {"size": 8})
         if not look.columns:  # a figure of a paper has a caption
             figure.suptitle(title, fontsize=10)
         save(figure, out, name)
@@ -158,10 +160,10 @@ def _means(runs: Sequence[Sequence[Row]], panel: str, metric: str) -> tuple[list
     return places, means, stds
 
 
-def _label(axes: Axes, panel: Panel, has_bands: bool) -> None:
+def _label(axes: Axes, panel: Panel) -> None:
     from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    axes.set_xlabel(AXES[panel] + "\n(bands: standard deviation over seeds)" * has_bands)
+    axes.set_xlabel(AXES[panel])
     axes.grid(alpha=0.25, linewidth=0.6)
     if panel == "rounds":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
