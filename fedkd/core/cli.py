@@ -275,6 +275,8 @@ def _shown(default: Any) -> str | None:
     """A default as ``--help`` shows it; None for an option that is off or empty by default."""
     if default in ("", (), None) or default is False:
         return None
+    if isinstance(default, tuple):
+        return " ".join(map(str, default))
     return str(default).lower() if default is True else str(default)
 
 
