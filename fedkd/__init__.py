@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from fedkd.algorithms.base import Client as Client
     from fedkd.algorithms.base import Setup as Setup
     from fedkd.algorithms.base import Update as Update
+    from fedkd.compare.run import Run as Run
+    from fedkd.compare.run import load as load
+    from fedkd.compare.run import run as run
     from fedkd.core.config import Config as Config
     from fedkd.distill import distill as run_distillation
     from fedkd.distill.config import DistillConfig as DistillConfig
@@ -25,9 +28,12 @@ __all__ = [
     "Client",
     "Config",
     "DistillConfig",
+    "Run",
     "Setup",
     "Update",
+    "load",
     "load_student",
+    "run",
     "run_distillation",
     "run_simulation",
 ]
@@ -37,9 +43,12 @@ _PLACES = {
     "Client": "fedkd.algorithms.base:Client",
     "Config": "fedkd.core.config:Config",
     "DistillConfig": "fedkd.distill.config:DistillConfig",
+    "Run": "fedkd.compare.run:Run",
     "Setup": "fedkd.algorithms.base:Setup",
     "Update": "fedkd.algorithms.base:Update",
+    "load": "fedkd.compare.run:load",
     "load_student": "fedkd.models.checkpoint:load",
+    "run": "fedkd.compare.run:run",
     "run_distillation": "fedkd.distill:distill",
     "run_simulation": "fedkd.simulate:simulate",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -12,7 +13,7 @@ import pytest
 
 import fedkd
 from fedkd.core import tensors
-from tests.conftest import tiny
+from tests.conftest import ROOT, tiny
 
 
 def declared() -> dict[str, tuple[str, str]]:
@@ -48,3 +49,23 @@ def test_a_student_is_loaded_from_a_path_or_its_text(tmp_path):
     run = fedkd.run_simulation(tiny(rounds=1, out=str(tmp_path / "run")))
     students = [fedkd.load_student(path) for path in (run, str(run), run / "student.safetensors")]
     assert len({tensors.digest(student.weights) for student in students}) == 1
+
+
+def test_a_script_without_a_guard_runs_once(tmp_path):
+    """Also if it has imported torch, so that workers are spawned: they do not import it."""
+    (tmp_path / "script.py").write_text(
+        "import torch, fedkd\nprint('once')\n"
+        "options = dict(dataset='digits', model='cnn:width=4', clients=2, rounds=1, workers='2', seeds=1)\n"
+        "fedkd.run_simulation(fedkd.Config(**options, proxy='holdout:size=20', out='run'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("once") == 1
+    assert "Traceback" not in done.stderr

@@ -77,9 +77,9 @@ def draw(
         panels[0].set_ylabel(look.metric.replace("_", " ") + " (%)" * look.metric.endswith("accuracy"))
         handles, texts = panels[0].get_legend_handles_labels()
         most = {0: min(6, max(3, len(texts) // 4)), 1: 2}.get(look.columns, 4)
-        legend = figure.legend(handles, texts, loc="outside lower center", ncols=most, frameon=False, fontsize=8)
-        if len(curves) > len(names):
-            legend.set_title("bands: standard deviation over seeds", {"size": 8})
+        bands = "bands: standard deviation over seeds" if len(curves) > len(names) else None
+        about = {"title": bands, "title_fontsize": 8, "fontsize": 8}
+        figure.legend(handles, texts, loc="outside lower center", ncols=most, frameon=False, **about)
         if not look.columns:  # a figure of a paper has a caption
             figure.suptitle(title, fontsize=10)
         save(figure, out, name)

@@ -50,6 +50,10 @@ class Grid:
         lines = [f"| {' | '.join(cells)} |" for cells in (self.titles, rule, *self.rows)]
         return "\n".join([*lines, "", self.caption.replace("\n", " ")])
 
+    def _repr_markdown_(self) -> str:
+        """For a notebook."""
+        return self.markdown()
+
     def latex(self) -> str:
         """For a paper: a table of the package booktabs."""
         head, *body = (" & ".join(map(_escaped, cells)) + r" \\" for cells in (self.titles, *self.rows))

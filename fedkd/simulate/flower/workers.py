@@ -12,11 +12,13 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
+from types import ModuleType
 from typing import Self
 
 from flwr.app import Message
@@ -29,6 +31,20 @@ from fedkd.simulate.flower.local_update import ClientRunner, client_of, failure
 TRIES = 2  # of a local update whose process died or hung
 MAX_WAIT = 86400.0  # seconds of one wait: the system refuses more than 24 days
 PID = 8  # bytes of a process id on the socket of the fork server
+
+
+@contextmanager
+def _without_script() -> Iterator[None]:
+    """Keep a process that is spawned meanwhile from importing the user's script, which would start the run again.
+
+    Workers need nothing of it: a component of it is a spec, ./file.py:Name.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 class Workers:
@@ -48,7 +64,8 @@ class Workers:
         self._fork_server = process(
             target=_fork_server, args=(theirs, self._socket, self._runner, os.getpid()), daemon=True
         )
-        self._fork_server.start()
+        with _without_script():
+            self._fork_server.start()
         theirs.close()
         self._workers = [_Worker(self._socket) for _ in range(self._count)]
         return self

@@ -1,0 +1,68 @@
+"""Runs in Python."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import fedkd
+from fedkd.core.errors import UsageError
+from tests.conftest import TINY, tiny
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    options = {key.replace("-", "_"): value for key, value in TINY.items()}
+    out = tmp_path_factory.mktemp("run") / "run"
+    return fedkd.run(**options | {"algorithm": "fedavg", "compare": ["local"], "seeds": 2, "out": str(out)})
+
+
+def lines(run):
+    return [json.loads(line) for line in (run.path / "rounds.jsonl").read_text().splitlines()]
+
+
+def test_its_tables_are_its_files(run):
+    rows, results = lines(run), json.loads((run.path / "result.json").read_text())["runs"]
+    assert run.rounds.to_dict("list")["test_accuracy"] == [row["test_accuracy"] for row in rows]
+    assert list(run.rounds.columns) == list(rows[0])
+    assert run.summaries.to_dict("list")["test_accuracy"] == [each["test_accuracy"] for each in results]
+    clients = [
+        (row["algorithm"], row["round"], each["client"], each["accuracy"]) for row in rows for each in row["clients"]
+    ]
+    frame = run.clients
+    assert list(zip(frame["algorithm"], frame["round"], frame["client"], frame["accuracy"], strict=True)) == clients
+    assert run.table().titles[:2] == ["method", "test acc"]
+    assert run.table()._repr_markdown_() == run.table().markdown()
+    assert run.config["algorithm"] == "fedavg"
+    assert [type(each) for each in (fedkd.load(run.path), fedkd.load(str(run.path)))] == [fedkd.Run] * 2
+
+
+def test_its_models_give_the_accuracies_of_the_run(run):
+    from fedkd.simulate.experiment import prepare
+
+    test = prepare(tiny()).test
+    for seed in (0, 1):
+        model = run.global_model("fedavg", seed)
+        assert not model.training
+        with torch.inference_mode():
+            right = model(test.pixels).argmax(1) == test.labels
+        (expected,) = run.summaries.query(f"algorithm == 'fedavg' and seed == {seed}")["test_accuracy"]
+        assert right.float().mean().item() == pytest.approx(expected, abs=1e-6)
+    first, named = run.global_model(), run.global_model("fedavg", 0)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), named.parameters(), strict=True))
+
+
+def test_mistakes_are_one_sentence(run, tmp_path):
+    for call, expected in (
+        (lambda: run.global_model("local"), "Unknown method with a global student 'local'"),
+        (lambda: run.global_model(seed=7), "has no global student with seed 7"),
+        (lambda: fedkd.load(tmp_path), "is not the directory of a run"),
+        (lambda: fedkd.run(roundz=2), "'roundz'. Did you mean 'rounds'"),
+    ):
+        with pytest.raises(UsageError, match=expected):
+            call()
+    assert len(repr(run)) < 400
+    assert repr(run).startswith(f"Run({str(run.path)!r}: fedavg ")
+    assert "is not the directory of a run" in repr(fedkd.Run(tmp_path))
