@@ -34,6 +34,7 @@ TINY = {
     "model": "cnn:width=8",
     "partitioner": "iid",
     "local-epochs": 1,
+    "learning-rate": 0.01,
     "distill-epochs": 1,
     "device": "cpu",
     "workers": "1",

@@ -336,12 +336,12 @@ OTHERS = [
     ("a checkpoint without memories", "simulate --resume forgetful --rounds 4", 3, "client memories are missing"),
     ("a checkpoint without rows", "simulate --resume rowless --rounds 4", 3, "lacks rounds of fedmd"),
     ("no run to compare", "compare", 2, "Give at least one run directory"),
-    ("nowhere to compare", "compare nowhere", 2, "nowhere is not the directory of a run that has ended"),
+    ("nowhere to compare", "compare nowhere", 2, "nowhere is not the directory of a run"),
     ("a file to compare", "compare file", 2, "file is not the directory of a run"),
     ("one run twice", "compare run run", 2, "is in two of the runs"),
     ("a run and a distillation", "compare run distilled", 2, "not of both"),
     ("curves over those of a run", "compare run --out bare", 2, "--out bare is a run directory"),
-    ("curves of a distillation", "compare distilled --out new", 2, "--out is for curves of fedkd.simulate"),
+    ("curves of a distillation", "compare distilled --out new", 2, "--out and --by are for runs of fedkd.simulate"),
     ("a result of noise", "compare garbled", 2, "its files are damaged"),
     ("an unknown kind", "list algorithms", 2, "Did you mean 'algorithm'"),
     ("no student", "distill --student resnet9", 2, "Did you mean 'resnet"),
@@ -411,8 +411,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def hashes(root: Path) -> dict[str, str]:
-    """Every file below a folder, with the hash of its content."""
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in root.rglob("*") if path.is_file()}
+    """Every file below a folder, with the hash of its content, but for what Python compiles."""
+    files = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def typed(text: str) -> tuple[dict[str, str], str, list[str]]:

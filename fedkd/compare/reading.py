@@ -123,7 +123,9 @@ def simulated(files: Sequence[RunFiles]) -> tuple[list[Row], dict[tuple[str, int
             for row in run_directory.rows(one.path / "rounds.jsonl"):
                 own.setdefault((row["algorithm"], row["seed"]), []).append(row)
             left = {key: rows for key, rows in own.items() if key not in runs}
-            runs |= {key: {**metrics.totals(rows), "unfinished": True} for key, rows in left.items()}
+            for (name, seed), rows in left.items():
+                about = {"algorithm": name, "seed": seed, "unfinished": True}
+                runs[name, seed] = {**about, **metrics.totals(rows)}
         if not runs or not all(own.values()):
             raise UsageError(f"{one.path} has no round; it was interrupted or failed.")
         for (_, seed), run in runs.items():

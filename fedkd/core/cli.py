@@ -202,7 +202,7 @@ def command(
         for note in misspelt(os.environ):
             print(f"fedkd: {note}", file=sys.stderr)
         file, environment = from_file(scenario), from_environment(os.environ, options)
-        if tables := [key for key, value in file.items() if isinstance(value, dict)]:
+        if tables := [key for key, value in file.items() if key in ("sweep", "names") and isinstance(value, dict)]:
             raise UsageError(f"{scenario} has a table [{tables[0]}]: run it by python -m fedkd.compare {scenario}.")
         values = file | environment | given
         sources = dict.fromkeys(file, f" in {scenario}")

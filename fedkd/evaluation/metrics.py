@@ -194,6 +194,8 @@ def run_summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: s
     """One entry of ``runs`` in ``result.json``: the totals of its rounds, and what the experiment adds."""
     skewed = partition_skew(experiment)
     return {
+        "algorithm": experiment.config.algorithm,
+        "seed": experiment.config.seed,
         **totals(rows),
         "ended": stopping.ended(experiment.config, rows),
         "clients": experiment.config.clients,
@@ -206,7 +208,7 @@ def run_summary(experiment: Experiment, rows: Sequence[Row], partition_sha256: s
 
 
 def totals(rows: Sequence[Row]) -> Row:
-    """The summary of a method and seed as far as the rows of its rounds tell: also of a run that has not ended."""
+    """What the rows of a method and seed give of its summary, also if it has not ended."""
 
     def total(*keys: str) -> Any:
         return sum(row[key] for row in rows for key in keys)
@@ -214,8 +216,6 @@ def totals(rows: Sequence[Row]) -> Row:
     last5, last = [row["test_accuracy"] for row in rows[-5:] if row["test_accuracy"] is not None], rows[-1]
     best = stopping.best(rows) or dict.fromkeys(("round", "validation_accuracy", "test_accuracy"))
     return {
-        "algorithm": last["algorithm"],
-        "seed": last["seed"],
         "rounds": len(rows),
         "evaluated_model": "clients" if last["test_loss"] is None else "student",
         "test_accuracy": last["test_accuracy"],
