@@ -130,7 +130,7 @@ def _curves(
     if panel == "bytes" and not any(places):
         places = mean = std = []  # nothing is sent
     axes.plot(places, mean, style, color=color, marker="o", markersize=3, label=name)
-    if len(runs) > 1:
+    if len(runs) > 1 and places:  # an empty band would have no place on a logarithmic axis
         low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
         axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
     if not with_others:
@@ -166,7 +166,7 @@ def _label(axes: Axes, panel: Panel) -> None:
     axes.set_xlabel(AXES[panel])
     axes.grid(alpha=0.25, linewidth=0.6)
     if panel == "rounds":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if panel == "bytes":  # methods differ by orders of magnitude here
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

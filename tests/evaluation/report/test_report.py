@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import subprocess
 
@@ -211,6 +212,13 @@ def test_a_figure_of_a_paper(images_of_figures, tmp_path):
     assert ">title</text>" not in text_
     with pytest.raises(UsageError, match="--style nowhere is neither a file of rcParams nor a style"):
         figure.check(figure.Look(style="nowhere"))
+
+
+def test_a_figure_of_several_seeds_that_send_nothing(tmp_path, images_of_figures):
+    curves = {("local", seed): curve([0.2 + seed / 10], 0, 0, name="local", seed=seed) for seed in (0, 1)}
+    figure.draw(curves, "title", tmp_path)
+    texts = re.findall(r">([^<>]*)</t", (tmp_path / "curve.svg").read_text())
+    assert texts[: texts.index("round")] == ["1"], "a tick for the only round"
 
 
 @pytest.mark.parametrize("rows", [curve([None, None]), curve([0.1, 0.2], up=0, down=0), curve([0.1], model="clients")])
