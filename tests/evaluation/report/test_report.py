@@ -200,7 +200,7 @@ def test_figures_are_bitwise_reproducible(tmp_path, images_of_figures):
     assert b">test accuracy (%)</text>" in files[0]["curve.svg"], "text is text"
 
 
-def test_a_figure_of_a_paper(images_of_figures, tmp_path):
+def test_a_figure_of_a_paper(tmp_path, images_of_figures):
     """Its width is that of columns, and a style of the user's own comes on top."""
     (tmp_path / "own.mplstyle").write_text("font.size: 6\n")
     look = figure.Look(("seconds",), "training_seconds", 1, str(tmp_path / "own.mplstyle"))
