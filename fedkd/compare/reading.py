@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 #: Options in which two runs may differ: methods, seeds, codecs and the machine.
 IGNORED = {"algorithm", "compare", "seed", "seeds", "evaluate-every", "uplink-codec", "downlink-codec"}
 IGNORED |= {key.replace("_", "-") for key in Config.MACHINE}
+CODECS = {"uplink-codec", "downlink-codec"}  # may differ within a column, or make columns of --by
 #: The same for two distillations: the teachers and the loss.
 IGNORED_DISTILLATION = {"loss", "teacher", "teachers-from", "teacher-epochs", "teacher-weighting", "corrupted-images"}
 IGNORED_DISTILLATION |= {"out", "json", "data-dir"}
@@ -75,7 +76,7 @@ def by_setting(files: Sequence[RunFiles], by: Collection[str]) -> dict[str, list
 
     """
     for key in by:
-        if key not in (known := [key for key in files[0].config if key not in IGNORED]):
+        if key not in (known := [key for key in files[0].config if key not in IGNORED - CODECS]):
             raise UsageError(unknown("option of --by", key, known))
     _check_settings(files, IGNORED | set(by))
     settings: dict[str, list[RunFiles]] = {}

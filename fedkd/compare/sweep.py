@@ -20,7 +20,7 @@ from fedkd.core.subruns import complete
 from fedkd.simulate.checks import check
 
 #: Options that do not belong into the sweep of a scenario file.
-REFUSED = ("compare", "seed", "out", "resume", "json", "data_dir")
+REFUSED = Config.MACHINE | {"compare", "evaluate_every", "seed"}
 
 
 @dataclass(frozen=True)

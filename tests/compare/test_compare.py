@@ -8,12 +8,13 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from statistics import fmean, stdev
 
 import pytest
 
 from fedkd.compare.__main__ import compare
-from fedkd.compare.reading import distilled, read_run
+from fedkd.compare.reading import by_setting, distilled, read_run
 from fedkd.compare.reading import simulated as merged
 from fedkd.core.errors import UsageError
 from fedkd.distill import distill
@@ -190,6 +191,13 @@ def test_settings_side_by_side(runs, capsys):
         compare(runs / "first", runs / "elsewhere", by=("partitoner",))
     with pytest.raises(UsageError, match="Unknown --metric 'test_acc'"):
         compare(runs / "first", runs / "elsewhere", by=("partitioner",), metric="test_acc")
+
+
+def test_codecs_make_columns(runs):
+    """They may differ in a column; but of one method, they are settings."""
+    plain = read_run(runs / "first")
+    coded = replace(plain, config={**plain.config, "uplink-codec": "uint8"})
+    assert by_setting([plain, coded], ("uplink-codec",)) == {"float32": [plain], "uint8": [coded]}
 
 
 def test_records_are_those_of_the_results(runs, capsys):

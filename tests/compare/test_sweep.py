@@ -69,6 +69,7 @@ def test_a_run_directory_is_named_by_what_gives_its_numbers(tmp_path, monkeypatc
         (("[sweep]", "[sweep]\npartitoner = [1]"), "Unknown key in .sweep. of .*'partitoner'"),
         (('"dirichlet:alpha=1"', '"dirichlet:alpha=x"'), "table.toml: local, dirichlet:alpha=x, cnn:width=4, seed 0: "),
         (("[sweep]", "[sweep]\nseed = [1, 2]"), "seed is no option that a sweep may vary"),
+        (("[sweep]", "[sweep]\nworkers = [1, 2]"), "workers is no option that a sweep may vary"),
         (("[sweep]", "[sweep]\nseeds = [1, 2]"), "seeds is one number in .sweep."),
         (("[sweep]\n", "sweep = 1\n[other]\n"), "sweep is a table: write .sweep."),
         (("local =", "locl ="), "Unknown method in .names. 'locl'. Did you mean 'local'"),
