@@ -18,6 +18,8 @@ from fedkd.core.options import Options
 def complete(command: str, config: Options, out: Path, about: str) -> None:
     """Run ``fedkd.COMMAND`` to its end in the directory ``out``, unless it has ended. ``about`` names it in messages.
 
+    What it prints is on standard error.
+
     Raises:
         RunError: the run ended with an error, which it has printed, and with this code.
 
@@ -29,17 +31,24 @@ def complete(command: str, config: Options, out: Path, about: str) -> None:
         shutil.rmtree(out)
         run_directory.unlock(out)
     arguments, scenario = ["--resume", str(out)], out.with_suffix(out.suffix + ".toml")
-    if not out.exists():
+    if not (out / "config.toml").exists():
         run_directory.create(out.parent)
         run_directory.write(scenario, run_directory.toml(config))
         arguments = [str(scenario), "--out", str(out)]
     print(f"{about}:", file=sys.stderr)
     end_with_this = partial(runtime.end_with, os.getpid()) if os.name == "posix" else None  # no run is left behind
     words = [sys.executable, "-m", f"fedkd.{command}", *arguments]
-    code = subprocess.run(words, check=False, preexec_fn=end_with_this).returncode
-    if code in (130, 143):
-        print("fedkd: the same command goes on with this table.", file=sys.stderr)
-        raise KeyboardInterrupt
+    stderr = 2  # standard output is for the table
+    with subprocess.Popen(words, stdout=stderr, preexec_fn=end_with_this) as child:
+        try:
+            code = child.wait()
+            if code in (130, 143):
+                raise KeyboardInterrupt
+        except (KeyboardInterrupt, SystemExit):
+            child.terminate()  # after Ctrl-C it is ending already, and ignores this
+            child.wait()
+            print("fedkd: the same command goes on with this table.", file=sys.stderr)
+            raise
     if code:
         goes_on = "the same command goes on from there" if (out / "checkpoint").is_dir() else "it has said why"
         error = RunError(f"The run of {about} ended with code {code}; {goes_on}.")
@@ -51,5 +60,5 @@ def has_ended(out: Path) -> bool:
     """Whether a run directory holds a run that is complete."""
     try:
         return bool(json.loads((out / "result.json").read_text(encoding="utf-8"))["status"] == "ok")
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False

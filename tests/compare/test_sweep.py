@@ -12,8 +12,9 @@ from fedkd.compare import sweep
 from fedkd.compare.__main__ import compare
 from fedkd.core import cli
 from fedkd.core.errors import UsageError
+from fedkd.core.subruns import complete, has_ended
 from fedkd.simulate.__main__ import app as simulate
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tiny
 
 SCENARIO = """
 dataset = "digits"
@@ -103,14 +104,37 @@ def test_what_has_ended_is_not_run_again_and_what_was_interrupted_is(tmp_path):
     runs = sorted(path for path in out.iterdir() if path.is_dir())
     assert [json.loads((run / "result.json").read_text())["status"] for run in runs] == ["ok", "ok"]
     assert {path.name for path in out.iterdir()} >= {"curve-1.png", "curve-2.svg", "curve-2.pdf"}
-    table = first.stdout[first.stdout.index("| method |") :]
+    table = first.stdout
+    assert table.startswith("| method |"), "of the runs, nothing is on standard output"
     assert table.splitlines()[2].startswith("| Local training* | ")
     before = [(run / "rounds.jsonl").stat().st_mtime_ns for run in runs]
     result = json.loads((runs[0] / "result.json").read_text())
     (runs[0] / "result.json").write_text(json.dumps({**result, "status": "interrupted"}))
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert again.returncode == 0, again.stderr
-    assert again.stdout[again.stdout.index("| method |") :] == table
+    assert again.stdout == table
     assert "1 of 2: local, iid" not in again.stderr
-    assert "2 of 2: " not in again.stderr or "1 of 2: " not in again.stderr, "one of them was continued"
+    assert "2 of 2: local, dirichlet:alpha=1" in again.stderr
+    assert json.loads((runs[0] / "result.json").read_text())["status"] == "ok"
     assert (runs[1] / "rounds.jsonl").stat().st_mtime_ns == before[1]
+
+
+def test_an_interrupted_run_ends_in_order(tmp_path, monkeypatch, capfd):
+    """Also if only this process is interrupted: the run is told, and has time to save its state."""
+    saving = "trap 'sleep 0.5; touch saved; exit 143' TERM; kill -INT $PPID; while :; do sleep 0.05; done"
+    (tmp_path / "run.sh").write_text(f"#!/bin/sh\n{saving}\n")
+    (tmp_path / "run.sh").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", "./run.sh")
+    (tmp_path / "out").mkdir()  # an empty directory is no run
+    with pytest.raises(KeyboardInterrupt):
+        complete("simulate", tiny(), tmp_path / "out", "a run")
+    assert (tmp_path / "saved").exists()
+    assert "the same command goes on with this table" in capfd.readouterr().err
+    assert (tmp_path / "out.toml").exists(), "it was to start, not to continue"
+
+
+def test_a_damaged_result_is_that_of_no_run(tmp_path):
+    for held in ("null", "[]", "{}", "{"):
+        (tmp_path / "result.json").write_text(held)
+        assert not has_ended(tmp_path)
