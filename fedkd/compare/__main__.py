@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ from cyclopts.validators import Number
 from fedkd.compare import reading, sweep
 from fedkd.core import cli, run_directory
 from fedkd.core.errors import UsageError, unknown
+from fedkd.core.notes import say
 from fedkd.evaluation.report import figure, grid, students, table
 from fedkd.evaluation.report.screen import Screen
 
@@ -112,16 +113,24 @@ def _check_folder(out: Path | None) -> None:
 
 
 def _draw(groups: Groups, settings: Settings, out: Path, labels: Mapping[str, str], look: figure.Look) -> None:
-    """A figure for each setting."""
+    """A figure for each setting; none of a number that only whole runs have."""
     run_directory.create(out)
-    for number, (title, (runs, curves)) in enumerate(settings.items(), 1):
-        first = curves[runs[0]["algorithm"], runs[0]["seed"]][0]
-        if look.metric not in (known := [key for key, value in first.items() if isinstance(value, int | float)]):
-            raise UsageError(unknown("--metric of a figure", look.metric, known))
+    known = _numbers(row for _, curves in settings.values() for rows in curves.values() for row in rows)
+    if look.metric not in known and look.metric in _numbers(run for runs, _ in settings.values() for run in runs):
+        say(f"no figure is drawn: rounds have no {look.metric}.")
+        return
+    if look.metric not in known:
+        raise UsageError(unknown("--metric of a figure", look.metric, known))
+    for number, (title, (_, curves)) in enumerate(settings.items(), 1):
         config = groups[title][0].config
         about = f"{config['dataset']}, {config['clients']} clients, {config['partitioner']}, {config['model']}"
         file = f"curve-{number}" if len(settings) > 1 else "curve"
         figure.draw(curves, f"{about}; {title}" if title else about, out, file, labels, look)
+
+
+def _numbers(rows: Iterable[Row]) -> set[str]:
+    """The keys with a number in any of the rows."""
+    return {key for row in rows for key, value in row.items() if isinstance(value, int | float)}
 
 
 def _label(text: str) -> tuple[str, str]:
@@ -137,10 +146,7 @@ def _grids(
 ) -> list[Grid]:
     """The tables of one setting; or, of several, one with a column for each."""
     if len(settings) > 1:
-        known = [
-            key for runs, _ in settings.values() for key, value in runs[0].items() if isinstance(value, int | float)
-        ]
-        if metric not in known:
+        if metric not in (known := _numbers(run for runs, _ in settings.values() for run in runs)):
             raise UsageError(unknown("--metric", metric, known))
         return [table.pivot({title: runs for title, (runs, _) in settings.items()}, metric, labels)]
     (runs, curves), *_ = settings.values()

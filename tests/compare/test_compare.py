@@ -193,6 +193,21 @@ def test_settings_side_by_side(runs, capsys):
         compare(runs / "first", runs / "elsewhere", by=("partitioner",), metric="test_acc")
 
 
+def test_a_metric_that_not_every_run_or_round_has(runs, tmp_path, capsys):
+    """The total of a run that has not ended; the loss without a student; a number of a run in a figure of rounds."""
+    setting = {"by": ("partitioner",), "form": "markdown"}
+    compare(runs / "elsewhere", runs / "killed", metric="test_samples", **setting)
+    assert "| ensemble | – | –† |" in capsys.readouterr().out
+    compare(runs / "elsewhere", runs / "first", metric="test_loss", out=tmp_path, **setting)
+    loss = fmean(run["test_loss"] for run in json.loads((runs / "first" / "result.json").read_text())["runs"])
+    assert f"| ensemble | – | {loss:.4g} ±" in capsys.readouterr().out
+    assert (tmp_path / "curve-2.png").exists()
+    compare(runs / "elsewhere", runs / "first", metric="test_accuracy_last5", out=tmp_path / "none", **setting)
+    assert "no figure is drawn: rounds have no test_accuracy_last5" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="Unknown --metric of a figure 'test_acc'"):
+        compare(runs / "first", metric="test_acc", out=tmp_path)
+
+
 def test_codecs_make_columns(runs):
     """They may differ in a column; but of one method, they are settings."""
     plain = read_run(runs / "first")

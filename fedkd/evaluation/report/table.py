@@ -124,7 +124,7 @@ def pivot(settings: Mapping[str, Sequence[Row]], metric: str, labels: Labels = N
     lines = []
     for name in names:
         mine = [[run for run in runs if run["algorithm"] == name] for runs in settings.values()]
-        cells = [_number(metric, [run[metric] for run in runs]) + "†" * _unfinished(runs) for runs in mine]
+        cells = [_number(metric, [run.get(metric) for run in runs]) + "†" * _unfinished(runs) for runs in mine]
         clients = any(run["evaluated_model"] == "clients" for runs in mine for run in runs)
         lines.append([labels.get(name, name) + "*" * clients, *cells])
     counts = {sum(run["algorithm"] == name for run in runs) for runs in settings.values() for name in names}
