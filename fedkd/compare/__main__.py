@@ -88,20 +88,22 @@ def compare(
         planned = sweep.read(runs[0])
         out = out or Path("runs") / runs[0].stem
         _check_folder(out)
+        _check_names(labels, {cell.config.algorithm for cell in planned.cells})
         runs, by, labels = tuple(sweep.run(planned, out)), tuple(planned.by), {**planned.labels, **labels}
     _check_folder(out)
     files = [reading.read_run(path) for path in runs]
     if len({one.is_distilled for one in files}) == 2:
         raise UsageError("Name runs of fedkd.simulate or of fedkd.distill, not of both.")
     if files[0].is_distilled:
-        if out is not None or by:
-            raise UsageError("--out and --by are for runs of fedkd.simulate.")
+        if out is not None or by or labels or target is not None:
+            raise UsageError("--out, --by, --name and --target are for runs of fedkd.simulate.")
         rows = reading.distilled(files)
         records = [{"loss": one.config["loss"], **run} for one in files for run in one.result["runs"]]
         _show([students.side_by_side(rows), *([students.largest(rows)] if largest else [])], records, form)
         return
     groups = reading.by_setting(files, by) if by else {"": files}
     settings = {title: reading.simulated(each) for title, each in groups.items()}
+    _check_names(labels, {run["algorithm"] for found, _ in settings.values() for run in found})
     _show(_grids(settings, metric, target, labels, largest), _records(groups, settings, by, labels), form)
     if out is not None:
         _draw(groups, settings, out, labels, look)
@@ -110,6 +112,12 @@ def compare(
 def _check_folder(out: Path | None) -> None:
     if out is not None and (out / "config.toml").exists():
         raise UsageError(f"--out {out} is a run directory, whose curves would be replaced; name another directory.")
+
+
+def _check_names(labels: Mapping[str, str], methods: Iterable[str]) -> None:
+    for method in labels:
+        if method not in methods:
+            raise UsageError(unknown("method in --name", method, methods))
 
 
 def _draw(groups: Groups, settings: Settings, out: Path, labels: Mapping[str, str], look: figure.Look) -> None:

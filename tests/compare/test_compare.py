@@ -236,6 +236,8 @@ def test_a_name_for_a_method_is_that_of_tables(runs, capsys):
     assert r"$\Delta$ FedAvg (ours)" in printed
     with pytest.raises(UsageError, match="--name fedavg cannot be read; write METHOD=NAME"):
         compare(runs / "both", name=("fedavg",))
+    with pytest.raises(UsageError, match=r"Unknown method in --name 'fedavgg'. Did you mean 'fedavg'"):
+        compare(runs / "both", name=("fedavgg=FedAvg (ours)",))
 
 
 def test_a_torn_last_line_is_left_out(runs):
@@ -283,6 +285,12 @@ def test_distillations_that_do_not_go_together(distillations, names, expected):
 def test_a_federation_is_not_compared_with_a_distillation(runs, distillations):
     with pytest.raises(UsageError, match="not of both"):
         compare(runs / "first", distillations / "logits")
+
+
+def test_options_of_runs_of_methods_are_refused_for_distillations(distillations):
+    for options in ({"name": ("kd=KD",)}, {"target": 0.5}, {"by": ("epochs",)}):
+        with pytest.raises(UsageError, match=r"are for runs of fedkd\.simulate"):
+            compare(distillations / "logits", **options)
 
 
 def test_curves_of_a_run_are_not_replaced(runs):

@@ -86,6 +86,9 @@ def test_a_mistake_in_a_scenario_file(tmp_path, change, expected):
 def test_a_scenario_file_stands_alone(tmp_path):
     with pytest.raises(UsageError, match="A scenario file stands alone"):
         compare(scenario(tmp_path), tmp_path)
+    with pytest.raises(UsageError, match="Unknown method in --name 'locl'"):  # before anything is run
+        compare(scenario(tmp_path), out=tmp_path / "out", name=("locl=Local",))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_scenario_file_with_a_sweep_is_not_one_run(tmp_path, capsys):

@@ -86,12 +86,14 @@ def draw(
 
 
 def check(look: Look) -> None:
-    """Whether matplotlib knows the style.
+    """Whether there is a panel, and matplotlib knows the style.
 
     Raises:
-        UsageError: it does not.
+        UsageError: there is none, or it does not.
 
     """
+    if not look.panels:
+        raise UsageError("--panel needs a value: rounds, bytes or seconds.")
     if look.style:
         with sized(look.size, look.style):
             pass

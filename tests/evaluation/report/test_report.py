@@ -212,6 +212,8 @@ def test_a_figure_of_a_paper(tmp_path, images_of_figures):
     assert ">title</text>" not in text_
     with pytest.raises(UsageError, match="--style nowhere is neither a file of rcParams nor a style"):
         figure.check(figure.Look(style="nowhere"))
+    with pytest.raises(UsageError, match="--panel needs a value"):
+        figure.check(figure.Look(()))
 
 
 def test_a_figure_of_several_seeds_that_send_nothing(tmp_path, images_of_figures):
