@@ -72,6 +72,8 @@ MENTORS = {name: f"{name}:model=cnn:width=4" for name in ("mentor", "fml", "fedk
 DATA_FREE = {name: f"{name}:epochs=2,generator_steps=1,generator_width=4" for name in ("dense", "co-boosting")}
 #: Methods that are not run by their defaults.
 QUICK = {**MENTORS, **DATA_FREE, "fedgkt": "fedgkt:private-features=true"}
+#: A method whose clients would select one or two of the proxy samples of tiny runs.
+SELECTING = {"selective-fd": "selective-fd:client-threshold=0,server-threshold=2"}
 FLAGS = [part for key, value in TINY.items() for part in (f"--{key}", str(value))]
 
 

@@ -25,7 +25,7 @@ from fedkd.simulate.experiment import prepare
 from fedkd.simulate.rounds import Round
 from fedkd.training import together
 from fedkd.training.losses.logits import cross_entropy
-from tests.conftest import MENTORS, QUICK, tiny
+from tests.conftest import MENTORS, QUICK, SELECTING, tiny
 
 NAMES = sorted(CATALOG["algorithm"])
 MORE = [
@@ -43,6 +43,7 @@ SAME = {"fedavg", "fedprox", "fedavgm", "moon", "fedntd", "fedlmd", "fedvls", "f
 SAME |= {"fedgen", "fedhkd", "scaffold", "fedbe", "fedema", "central"}
 PERSONAL = {
     "fedmd",
+    "fedgkt",
     "nfdp",
     "comet",
     "kt-pfl",
@@ -79,7 +80,7 @@ def one_round(experiment, algorithm, number, state, memories, clients=None):
 def two_rounds(request):
     """Two rounds of a method, with clients that compute one after the other or, on fewer samples, together."""
     name, is_together = request.param
-    name = QUICK.get(name, name)
+    name = {**QUICK, **SELECTING}.get(name, name)
     changes = {"validation": 1300 if is_together else 1000}  # of 1,398 samples
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(together, "pays", lambda _: is_together)

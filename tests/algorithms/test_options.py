@@ -9,7 +9,7 @@ import pytest
 from fedkd.core import tensors
 from fedkd.simulate.experiment import prepare
 from tests.algorithms.test_methods import one_round
-from tests.conftest import DATA_FREE, QUICK, TINY, tiny
+from tests.conftest import DATA_FREE, QUICK, SELECTING, TINY, tiny
 
 #: A value of each option that differs from the one in `tiny`.
 CHANGED = {
@@ -25,8 +25,6 @@ CHANGED = {
     "label-smoothing": 0.3,
 }
 COLUMNS = list(CHANGED)[:7]  # those that have a column in the table
-#: A method whose clients would select one or two of these proxy samples.
-SELECTING = {"selective-fd": "selective-fd:client-threshold=0,server-threshold=2"}
 #: Options that have an effect where --distill-epochs has one.
 STEPS = {"distill-steps": 1, "distill-schedule": "cosine"}
 
