@@ -67,14 +67,15 @@ class Run:
         """Methods side by side: means over seeds, with their standard deviation."""
         return table.side_by_side(*self._read)
 
-    def global_model(self, algorithm: str = "", seed: int | None = None) -> nn.Module:
+    def global_model(self, algorithm: str = "", seed: int | None = None, model: str = "") -> nn.Module:
         """The global student after the last round, by default the first: pixels uint8 [N, P, P, 3] -> logits [N, C].
 
-        It is in evaluation mode, and includes the scaling of its input.
+        It is in evaluation mode, and includes the scaling of its input. Code that its file names is not imported: a
+        user-defined model must be given by ``model``.
 
         Raises:
             UsageError: the run has no such method or seed, or this method has no global student.
-            DataError: the file of the student is missing or damaged.
+            DataError: the file of the student is missing or damaged, or has a user-defined model.
 
         """
         from fedkd.export.with_scaling import WithScaling
@@ -91,7 +92,7 @@ class Run:
         if not found:
             raise UsageError(f"{self.path} has no global student" + f" with seed {seed}" * (seed is not None) + ".")
         file = "student.safetensors" if found[0] == runs[0] else run_directory.student_file(*found[0])
-        student = checkpoint.load(self.path / file)
+        student = checkpoint.load(self.path / file, model)
         return WithScaling(student.module(), student.scaling).eval()
 
     def __repr__(self) -> str:

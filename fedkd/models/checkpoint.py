@@ -158,7 +158,9 @@ def load(path: Path | str, model: str = "") -> Student:
     if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
         raise DataError(f"{path} cannot be used: the scaling of its input is not finite, or has a deviation of zero.")
     if not model and is_user_defined:
-        raise DataError(f"{path} has a user-defined model; give it by --model {named}, which runs its code.")
+        raise DataError(
+            f"{path} has a user-defined model; give it by --model {named} (in Python: model=), which runs its code."
+        )
     return student
 
 

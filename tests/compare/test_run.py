@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fedkd
-from fedkd.core.errors import UsageError
+from fedkd.core.errors import DataError, UsageError
 from tests.conftest import TINY, tiny
 
 
@@ -52,6 +52,19 @@ def test_its_models_give_the_accuracies_of_the_run(run):
         assert right.float().mean().item() == pytest.approx(expected, abs=1e-6)
     first, named = run.global_model(), run.global_model("fedavg", 0)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), named.parameters(), strict=True))
+
+
+def test_a_user_defined_model_is_named_before_its_code_runs(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\ndef Net(classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(3072, classes))\n"
+    )
+    net = f"{tmp_path / 'net.py'}:Net"
+    options = {key.replace("-", "_"): value for key, value in TINY.items()}
+    fedkd.run(**options | {"algorithm": "fedavg", "rounds": 1, "model": net, "out": str(tmp_path / "run")})
+    run = fedkd.load(tmp_path / "run")
+    with pytest.raises(DataError, match=r"has a user-defined model; give it by --model .* \(in Python: model=\)"):
+        run.global_model()
+    assert run.global_model(model=net)(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).shape == (2, 10)
 
 
 def test_mistakes_are_one_sentence(run, tmp_path):
