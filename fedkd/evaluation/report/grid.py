@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +19,9 @@ _LATEX = {
     "\\": r"\textbackslash{}",
     "<": "$<$",
     ">": "$>$",
+    "[": "{[}",  # after a line break it would begin an option of that
     "±": r"$\pm$",
+    "−": "$-$",
     "Δ": r"$\Delta$",
     "–": "--",
     "†": r"\textdagger{}",
@@ -47,7 +50,8 @@ class Grid:
     def markdown(self) -> str:
         """For a document."""
         rule = ["---", *["---:"] * (len(self.titles) - 1)]
-        lines = [f"| {' | '.join(cells)} |" for cells in (self.titles, rule, *self.rows)]
+        rows = ([cell.replace("|", "\\|") for cell in cells] for cells in (self.titles, rule, *self.rows))
+        lines = [f"| {' | '.join(cells)} |" for cells in rows]
         return "\n".join([*lines, "", self.caption.replace("\n", " ")])
 
     def _repr_markdown_(self) -> str:
@@ -64,4 +68,5 @@ class Grid:
 
 
 def _escaped(text: str) -> str:
-    return "".join(_LATEX.get(sign, sign) for sign in text.replace("\n", " "))
+    text = re.sub(r"(?<!\w)-(?=\d)", "−", text.replace("\n", " "))  # a minus, no hyphen
+    return "".join(_LATEX.get(sign, sign) for sign in text)

@@ -104,11 +104,20 @@ def test_the_interval_is_the_percentile_bootstrap():
 
 
 def test_a_table_in_latex_has_no_sign_that_it_would_read_as_a_command():
-    grid = Grid(["method", "Δ fedavg"], [["dsfl:a_b=50%&$#{}~^\\", "+1.0 ±0.5"]], "one\ntwo_three")
+    grid = Grid(
+        ["method", "Δ fedavg"],
+        [["dsfl:a_b=50%&$#{}~^\\", "+1.0 ±0.5"], ["[7] a-1", "-1.0 [-2.0, 0.5]"]],
+        "one\ntwo_three",
+    )
     lines = grid.latex().splitlines()
     body = r"dsfl:a\_b=50\%\&\$\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{} & +1.0 $\pm$0.5 \\"
     assert lines[2:7] == [r"\begin{tabular}{lr}", r"\toprule", r"method & $\Delta$ fedavg \\", r"\midrule", body]
+    assert r"{[}7] a-1 & $-$1.0 {[}$-$2.0, 0.5] \\" in lines, "an option of the line break before it; a minus"
     assert r"\caption{one two\_three}" in lines
+
+
+def test_a_table_in_markdown_has_as_many_cells_as_titles():
+    assert Grid(["a", "b"], [["x|y", "1"]], "").markdown().splitlines()[2] == r"| x\|y | 1 |"
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
