@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -77,11 +77,20 @@ def read(path: Path) -> Sweep:
         setting = dict(zip(lists, combination, strict=True))
         config = Config.parse({**values, **setting}, sources | dict.fromkeys(setting, f" in [sweep] of {path}"))
         cells += [_cell(path, run, setting) for run in config.runs(config.dataset)]
+    _check_cells(path, cells, labels)
+    return Sweep(cells, [key.replace("_", "-") for key, each in lists.items() if len(each) > 1], labels)
+
+
+def _check_cells(path: Path, cells: Sequence[Cell], labels: Mapping[str, Any]) -> None:
+    """Refuse a run that is there twice, and what is no name of a method."""
+    if twice := [cell.about for number, cell in enumerate(cells) if cell in cells[:number]]:
+        raise UsageError(f"{path} has a run twice: {twice[0]}; remove one.")
     known = list(dict.fromkeys(cell.config.algorithm for cell in cells))
-    for name in labels:
+    for name, label in labels.items():
         if name not in known:
             raise UsageError(f"{path}: {unknown('method in [names]', name, known)}")
-    return Sweep(cells, [key.replace("_", "-") for key, each in lists.items() if len(each) > 1], labels)
+        if not isinstance(label, str) or not label:
+            raise UsageError(f"{path}: the name of {name} in [names] is {label!r}; write a text.")
 
 
 def _table(path: Path, values: dict[str, Any], name: str) -> dict[str, Any]:
