@@ -263,9 +263,11 @@ def log(out: Path, row: Mapping[str, object]) -> None:
     append(out / "errors.jsonl", row)
 
 
-def toml(config: Options) -> str:
-    """The config as a scenario file. A JSON scalar is a TOML scalar."""
-    return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.run_config().items())
+def toml(config: Options, *, only_changed: bool = False) -> str:
+    """The config as a scenario file, whose values are JSON scalars; with or without options that have their default."""
+    names = {name.replace("_", "-") for name in config.changed()} if only_changed else config.run_config().keys()
+    options = ((key, value) for key, value in config.run_config().items() if key in names)
+    return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in options)
 
 
 def record_failure(out: Path, error: FedkdError) -> None:

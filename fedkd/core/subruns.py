@@ -33,7 +33,7 @@ def complete(command: str, config: Options, out: Path, about: str) -> None:
     arguments, scenario = ["--resume", str(out)], out.with_suffix(out.suffix + ".toml")
     if not (out / "config.toml").exists():
         run_directory.create(out.parent)
-        run_directory.write(scenario, run_directory.toml(config))
+        run_directory.write(scenario, run_directory.toml(config, only_changed=True))
         arguments = [str(scenario), "--out", str(out)]
     print(f"{about}:", file=sys.stderr)
     end_with_this = partial(runtime.end_with, os.getpid()) if os.name == "posix" else None  # no run is left behind

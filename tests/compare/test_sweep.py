@@ -127,11 +127,19 @@ def test_what_has_ended_is_not_run_again_and_what_was_interrupted_is(tmp_path):
 
 def test_an_interrupted_run_ends_in_order(tmp_path, monkeypatch, capfd):
     """Also if only this process is interrupted: the run is told, and has time to save its state."""
-    saving = "trap 'sleep 0.5; touch saved; exit 143' TERM; kill -INT $PPID; while :; do sleep 0.05; done"
+    saving = "trap 'sleep 0.5; touch saved; exit 143' TERM; until [ -e waiting ]; do sleep 0.05; done; kill -INT $PPID"
+    saving += "; while :; do sleep 0.05; done"
     (tmp_path / "run.sh").write_text(f"#!/bin/sh\n{saving}\n")
     (tmp_path / "run.sh").chmod(0o755)
+
+    class Waiting(subprocess.Popen):
+        def wait(self, timeout=None):
+            (tmp_path / "waiting").touch()
+            return super().wait(timeout)
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", "./run.sh")
+    monkeypatch.setattr(subprocess, "Popen", Waiting)
     (tmp_path / "out").mkdir()  # an empty directory is no run
     with pytest.raises(KeyboardInterrupt):
         complete("simulate", tiny(), tmp_path / "out", "a run")
@@ -144,3 +152,16 @@ def test_a_damaged_result_is_that_of_no_run(tmp_path):
     for held in ("null", "[]", "{}", "{"):
         (tmp_path / "result.json").write_text(held)
         assert not has_ended(tmp_path)
+
+
+def test_the_options_of_a_run_are_those_that_differ_from_the_defaults(tmp_path, monkeypatch):
+    """Else a run would say of each option that its method does not use it."""
+    from fedkd.core import subruns
+
+    written = []
+    monkeypatch.setattr(subruns.run_directory, "write", lambda path, text: written.append(text))
+    monkeypatch.setattr(subruns.subprocess, "Popen", lambda *_, **__: pytest.fail("stop"))
+    with pytest.raises(pytest.fail.Exception, match="stop"):
+        sweep.run(sweep.read(scenario(tmp_path)), tmp_path / "out")
+    keys = {line.split(" = ")[0] for line in written[0].splitlines()}
+    assert keys - {"data-dir"} == {"algorithm", "dataset", "clients", "rounds", "local-epochs", "partitioner", "model"}

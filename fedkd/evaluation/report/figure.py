@@ -74,7 +74,7 @@ def draw(
                 with_others = len(names) <= 3 and panel == "rounds" and look.metric == "test_accuracy"
                 _curves(axes, runs, panel, look.metric, labels.get(method, method), index, with_others)
             _label(axes, panel)
-        panels[0].set_ylabel(look.metric.replace("_", " ") + " (%)" * look.metric.endswith("accuracy"))
+        panels[0].set_ylabel(look.metric.replace("_", " ") + " (%)" * ("accuracy" in look.metric))
         handles, texts = panels[0].get_legend_handles_labels()
         most = {0: min(6, max(3, len(texts) // 4)), 1: 2}.get(look.columns, 4)
         bands = "bands: standard deviation over seeds" if len(curves) > len(names) else None
@@ -149,7 +149,7 @@ def _curves(
 def _means(runs: Sequence[Sequence[Row]], panel: str, metric: str) -> tuple[list[float], list[float], list[float]]:
     """Places, means and standard deviations over seeds, where all have a value: some may end early."""
     keys = {"bytes": ("uplink_serialized_bytes", "downlink_serialized_bytes"), "seconds": ("training_seconds",)}
-    unit, scale = {"bytes": 1e-6}.get(panel, 1.0), 100 if metric.endswith("accuracy") else 1
+    unit, scale = {"bytes": 1e-6}.get(panel, 1.0), 100 if "accuracy" in metric else 1
     spent = [list(accumulate(sum(row[key] for key in keys.get(panel, ())) for row in rows)) for rows in runs]
     places, means, stds = [], [], []
     for rows, each in zip(zip(*runs, strict=False), zip(*spent, strict=False), strict=True):

@@ -181,7 +181,7 @@ def ledger(runs: Sequence[Row], labels: Labels = NO_LABELS) -> Grid:
 def _number(metric: str, values: Sequence[float | None]) -> str:
     """The mean of a number of ``result.json``, in its unit; fractions with their standard deviation."""
     known = [value for value in values if value is not None]
-    if metric.endswith("accuracy") or not known:
+    if "accuracy" in metric or not known:
         return _spread(values)
     if metric.endswith("bytes"):
         return size(fmean(known))
