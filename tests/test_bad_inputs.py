@@ -341,7 +341,7 @@ OTHERS = [
     ("one run twice", "compare run run", 2, "is in two of the runs"),
     ("a run and a distillation", "compare run distilled", 2, "not of both"),
     ("curves over those of a run", "compare run --out bare", 2, "--out bare is a run directory"),
-    ("curves of a distillation", "compare distilled --out new", 2, "--out and --by are for runs of fedkd.simulate"),
+    ("curves of a distillation", "compare distilled --out new", 2, "--out, --by, --name and --target are for runs of"),
     ("a result of noise", "compare garbled", 2, "its files are damaged"),
     ("an unknown kind", "list algorithms", 2, "Did you mean 'algorithm'"),
     ("no student", "distill --student resnet9", 2, "Did you mean 'resnet"),
