@@ -34,7 +34,7 @@ def test_its_tables_are_its_files(run):
     frame = run.clients
     assert list(zip(frame["algorithm"], frame["round"], frame["client"], frame["accuracy"], strict=True)) == clients
     assert run.table().titles[:2] == ["method", "test acc"]
-    assert run.table()._repr_markdown_() == run.table().markdown()
+    assert run.table()._repr_markdown_() == str(run.table()) == run.table().markdown()
     assert run.config["algorithm"] == "fedavg"
     assert [type(each) for each in (fedkd.load(run.path), fedkd.load(str(run.path)))] == [fedkd.Run] * 2
 

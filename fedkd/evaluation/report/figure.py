@@ -53,8 +53,9 @@ class Look:
         """Width and height in inches; a column of a paper is 3.3 inches wide."""
         if not self.columns:
             return 5.0 * len(self.panels), 4.6
-        width = 3.3 if self.columns == 1 else 6.9
-        return width, 0.75 * width / len(self.panels) + 0.5
+        if self.columns == 1:  # panels one below the other
+            return 3.3, 2.4 * len(self.panels) + 0.5
+        return 6.9, 5.2 / len(self.panels) + 0.5
 
 
 def draw(
@@ -66,16 +67,18 @@ def draw(
     """
     look = look or Look()
     with sized(look.size, look.style) as figure:
-        panels = figure.subplots(1, len(look.panels), sharey=True, squeeze=False)[0]
+        shape = (len(look.panels), 1) if look.columns == 1 else (1, len(look.panels))
+        panels = figure.subplots(*shape, sharey=True, squeeze=False)
         names = list(dict.fromkeys(name for name, _ in curves))
-        for axes, panel in zip(panels, look.panels, strict=True):
+        for axes, panel in zip(panels.flat, look.panels, strict=True):
             for index, method in enumerate(names):
                 runs = [rows for (algorithm, _), rows in curves.items() if algorithm == method]
                 with_others = len(names) <= 3 and panel == "rounds" and look.metric == "test_accuracy"
                 _curves(axes, runs, panel, look.metric, labels.get(method, method), index, with_others)
             _label(axes, panel)
-        panels[0].set_ylabel(look.metric.replace("_", " ") + " (%)" * ("accuracy" in look.metric))
-        handles, texts = panels[0].get_legend_handles_labels()
+        for axes in panels[:, 0]:
+            axes.set_ylabel(look.metric.replace("_", " ") + " (%)" * ("accuracy" in look.metric))
+        handles, texts = panels[0, 0].get_legend_handles_labels()
         most = {0: min(6, max(3, len(texts) // 4)), 1: 2}.get(look.columns, 4)
         bands = "bands: standard deviation over seeds" if len(curves) > len(names) else None
         about = {"title": bands, "title_fontsize": 8, "fontsize": 8}

@@ -54,6 +54,9 @@ class Grid:
         lines = [f"| {' | '.join(cells)} |" for cells in rows]
         return "\n".join([*lines, "", self.caption.replace("\n", " ")])
 
+    def __str__(self) -> str:
+        return self.markdown()
+
     def _repr_markdown_(self) -> str:
         """For a notebook."""
         return self.markdown()
