@@ -136,8 +136,6 @@ ENGINES = [{"workers": "1"}, {"workers": "2"}, pytest.param({"engine": "ray"}, m
 def test_no_process_is_left_after_a_signal(tmp_path, engine, number, to_all):
     if "engine" in engine and to_all != (number == signal.SIGTERM):
         pytest.skip("half of the cases are enough of an engine that takes 20 seconds to start")
-    if engine == {"workers": "1"} and to_all:
-        pytest.skip("the command is the only process of its group")
     out = tmp_path / "run"
     options = TINY | engine | {"rounds": 100_000, "out": out}
     flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
