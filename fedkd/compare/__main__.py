@@ -130,8 +130,7 @@ def _draw(groups: Groups, settings: Settings, out: Path, labels: Mapping[str, st
     if look.metric not in known:
         raise UsageError(unknown("--metric of a figure", look.metric, known))
     for number, (title, (_, curves)) in enumerate(settings.items(), 1):
-        config = groups[title][0].config
-        about = f"{config['dataset']}, {config['clients']} clients, {config['partitioner']}, {config['model']}"
+        about = figure.title(groups[title][0].config)
         file = f"curve-{number}" if len(settings) > 1 else "curve"
         figure.draw(curves, f"{about}; {title}" if title else about, out, file, labels, look)
 

@@ -40,6 +40,10 @@ class Run:
         return reading.simulated([self._files])
 
     @property
+    def _rows(self) -> list[Row]:
+        return [row for rows in self._read[1].values() for row in rows]
+
+    @property
     def config(self) -> dict[str, Any]:
         """The options of the run."""
         return self._files.config
@@ -52,15 +56,14 @@ class Run:
     @property
     def rounds(self) -> pandas.DataFrame:
         """A row for each round of each method and seed, with the keys of ``rounds.jsonl``."""
-        return _frame([row for rows in self._read[1].values() for row in rows])
+        return _frame(self._rows)
 
     @property
     def clients(self) -> pandas.DataFrame:
         """A row for each client in each round in which clients were evaluated."""
         keys = ("algorithm", "seed", "round")
-        rows = (row for rows in self._read[1].values() for row in rows)
         return _frame(
-            [{**{key: row[key] for key in keys}, **client} for row in rows for client in row["clients"] or ()]
+            [{**{key: row[key] for key in keys}, **client} for row in self._rows for client in row["clients"] or ()]
         )
 
     def table(self) -> Grid:
@@ -81,18 +84,13 @@ class Run:
         from fedkd.export.with_scaling import WithScaling
         from fedkd.models import checkpoint
 
-        runs = [(run["algorithm"], run["seed"]) for run in self._read[0] if run["evaluated_model"] == "student"]
-        if algorithm and algorithm not in (names := list(dict.fromkeys(name for name, _ in runs))):
+        files = run_directory.student_files(self._read[0])
+        if algorithm and algorithm not in (names := list(dict.fromkeys(name for name, _ in files))):
             raise UsageError(unknown("method with a global student", algorithm, names))
-        found = [
-            each
-            for each in runs
-            if each[0] == (algorithm or each[0]) and each[1] == (each[1] if seed is None else seed)
-        ]
+        found = [file for (name, number), file in files.items() if algorithm in ("", name) and seed in (None, number)]
         if not found:
             raise UsageError(f"{self.path} has no global student" + f" with seed {seed}" * (seed is not None) + ".")
-        file = "student.safetensors" if found[0] == runs[0] else run_directory.student_file(*found[0])
-        student = checkpoint.load(self.path / file, model)
+        student = checkpoint.load(self.path / found[0], model)
         return WithScaling(student.module(), student.scaling).eval()
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -145,7 +145,7 @@ def claim(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if (out / "config.toml").exists():
             raise UsageError(
-                f"--out {out} is in use: it holds a run ({_status(out)}). Continue it by --resume {out}, name another "
+                f"--out {out} is in use: it holds a run ({status(out)}). Continue it by --resume {out}, name another "
                 "directory, or remove it."
             )
         if any(out.iterdir()):
@@ -155,8 +155,8 @@ def claim(out: Path) -> None:
         raise UsageError(f"--out {out} cannot be created: {error.strerror}.") from error
 
 
-def _status(out: Path) -> str:
-    """How the run in a directory ended, in one word."""
+def status(out: Path) -> str:
+    """How the run in a directory ended, in one word: ``ok`` if it is complete."""
     try:
         return str(json.loads((out / "result.json").read_text(encoding="utf-8"))["status"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -292,3 +292,9 @@ def student_file(algorithm: str, seed: int) -> str:
     """The file name of a student that is not the first of its run directory."""
     words = "".join(c if c.isalnum() else "-" for c in algorithm).strip("-")
     return f"student-{words}-seed{seed}.safetensors"
+
+
+def student_files(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], str]:
+    """The file of the global student of each method and seed that has one, from ``runs`` of ``result.json``."""
+    keys = [(run["algorithm"], run["seed"]) for run in runs if run["evaluated_model"] == "student"]
+    return {key: student_file(*key) if place else "student.safetensors" for place, key in enumerate(keys)}

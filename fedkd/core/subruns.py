@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -58,7 +57,4 @@ def complete(command: str, config: Options, out: Path, about: str) -> None:
 
 def has_ended(out: Path) -> bool:
     """Whether a run directory holds a run that is complete."""
-    try:
-        return bool(json.loads((out / "result.json").read_text(encoding="utf-8"))["status"] == "ok")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return run_directory.status(out) == "ok"

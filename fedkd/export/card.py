@@ -97,7 +97,8 @@ def trained(file: Path) -> list[str]:
 def _simulated(config: dict[str, Any], result: dict[str, Any], name: str) -> list[str]:
     """For a run of ``fedkd.simulate``."""
     runs, last = result["runs"], name.replace("student-best", "student", 1)  # the name of the last round's student
-    entry = next(run for run in runs if run["evaluated_model"] == "student" and _wrote(run, runs, last))
+    files = run_directory.student_files(runs)
+    entry = next(run for run in runs if files.get((run["algorithm"], run["seed"])) == last)
     round_, accuracy = "the last round", entry["test_accuracy"]
     if name != last:
         round_, accuracy = f"round {entry['best_round']}, the best by validation accuracy", entry["best_test_accuracy"]
@@ -122,10 +123,3 @@ def _distilled(config: dict[str, Any], result: dict[str, Any], name: str) -> lis
         f"- Accuracy after the last epoch, as the run measured it on its test images: "
         f"{percent(entry['evaluation'][model]['accuracy'], 2)}.",
     ]
-
-
-def _wrote(run: dict[str, Any], runs: list[dict[str, Any]], name: str) -> bool:
-    """Whether a run wrote the student file of this name."""
-    first = next(other for other in runs if other["evaluated_model"] == "student")
-    expected = "student.safetensors" if run is first else run_directory.student_file(run["algorithm"], run["seed"])
-    return name == expected

@@ -78,7 +78,7 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> None:
                 is_first = all(row["evaluated_model"] == "clients" for row in finished)
                 start = checkpoints[run.algorithm, run.seed]
                 finished.append(_run(run, exchange, out, screen, rounds, start, is_first))
-        figure.draw(rounds.curves, _title(runs[0]), out)
+        figure.draw(rounds.curves, figure.title(runs[0].run_config()), out)
         for grid in _tables(finished, rounds.curves):
             screen.show(grid)
         status = "ok"
@@ -313,7 +313,3 @@ def _save_partitions(path: Path, experiments: Mapping[int, Experiment]) -> None:
 def _tables(finished: Sequence[Row], curves: table.Curves) -> list[Grid]:
     grids = table.side_by_side(finished, curves), table.costs(curves), table.ledger(finished), table.failures(curves)
     return [grid for grid in grids if grid]
-
-
-def _title(config: Config) -> str:
-    return f"{config.dataset}, {config.clients} clients, {config.partitioner}, {config.model}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -86,6 +86,11 @@ def draw(
         if not look.columns:  # a figure of a paper has a caption
             figure.suptitle(title, fontsize=10)
         save(figure, out, name)
+
+
+def title(options: Mapping[str, Any]) -> str:
+    """The setting of a run, from its options with dashes in their names."""
+    return f"{options['dataset']}, {options['clients']} clients, {options['partitioner']}, {options['model']}"
 
 
 def check(look: Look) -> None:
