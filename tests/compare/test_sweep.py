@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -137,6 +138,7 @@ def test_an_interrupted_run_ends_in_order(tmp_path, monkeypatch, capfd):
             (tmp_path / "waiting").touch()
             return super().wait(timeout)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", "./run.sh")
     monkeypatch.setattr(subprocess, "Popen", Waiting)
