@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from fedkd.core.config import Config as Config
     from fedkd.distill import distill as run_distillation
     from fedkd.distill.config import DistillConfig as DistillConfig
-    from fedkd.models.checkpoint import load as load_student
     from fedkd.simulate import simulate as run_simulation
+    from fedkd.training.models.checkpoint import load as load_student
 
 __version__ = "0.1.0"
 __all__ = [
@@ -47,7 +47,7 @@ _PLACES = {
     "Setup": "fedkd.algorithms.base:Setup",
     "Update": "fedkd.algorithms.base:Update",
     "load": "fedkd.compare.run:load",
-    "load_student": "fedkd.models.checkpoint:load",
+    "load_student": "fedkd.training.models.checkpoint:load",
     "run": "fedkd.compare.run:run",
     "run_distillation": "fedkd.distill:distill",
     "run_simulation": "fedkd.simulate:simulate",

@@ -16,8 +16,8 @@ from fedkd import distill
 from fedkd.compare import reading
 from fedkd.core.config import Config
 from fedkd.core.options import from_file
+from fedkd.core.report import students, table
 from fedkd.distill.config import DistillConfig
-from fedkd.evaluation.report import students, table
 from fedkd.simulate import checks, simulate
 from tests.conftest import tiny
 

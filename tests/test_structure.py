@@ -16,10 +16,8 @@ FILES = sorted((ROOT / "fedkd").rglob("*.py"))
 RANKS = [
     {"core"},
     {"data"},
-    {"models"},
     {"training"},
     {"algorithms"},
-    {"evaluation"},
     {"simulate", "distill", "export", "serve"},
     {"compare", "list"},
     {"reproduce"},

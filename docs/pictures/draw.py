@@ -129,11 +129,11 @@ def architecture_picture() -> str:
         ("simulate/experiment.py", ["names of a config → objects"], 82),
         ("data/", ["data sets, proxy sets, partitioners"], 152),
         ("core/communication/", ["codecs, deltas, validation, bytes"], 257),
-        ("models/", ["networks, checkpoint files"], 432),
+        ("training/models/", ["networks, checkpoint files"], 432),
     ]
     right = [
-        ("evaluation/metrics.py", ["one row per round"], 82),
-        ("evaluation/report/", ["screen, tables, figures"], 152),
+        ("simulate/evaluation/metrics.py", ["one row per round"], 82),
+        ("core/report/", ["screen, tables, figures"], 152),
         ("algorithms/aggregators.py", ["client logits → teacher"], 362),
         ("training/losses/, terms/", ["student against teacher"], 432),
     ]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fedkd import models
 from fedkd.algorithms.base import DISTILLATION, Client, Update
 from fedkd.algorithms.fedavg import FedAvg
 from fedkd.core import specs
 from fedkd.core.lazy import torch
 from fedkd.core.tensors import put, take
+from fedkd.training import models
 from fedkd.training.losses.logits import kl
 from fedkd.training.objectives import mean_over_samples
 

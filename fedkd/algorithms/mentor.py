@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from fedkd import models
 from fedkd.algorithms.base import Client, Update
 from fedkd.algorithms.fedavg import FedAvg
 from fedkd.core import quotes, specs
 from fedkd.core.tensors import put, take
+from fedkd.training import models
 from fedkd.training.terms import Term, Weight
 
 if TYPE_CHECKING:

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedkd import models
 from fedkd.core import seeds
 from fedkd.core.config import Config
 from fedkd.core.runtime import settle
 from fedkd.data.augment import crop_and_flip
 from fedkd.simulate.experiment import Experiment, prepare
-from fedkd.training import loop
+from fedkd.training import loop, models
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

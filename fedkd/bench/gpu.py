@@ -25,12 +25,11 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 from torch import Tensor, nn
 
-from fedkd import models
 from fedkd.bench import report, stacks
 from fedkd.core import cli, seeds
 from fedkd.data import augment
 from fedkd.data.scaling import Scaling
-from fedkd.training import graphs, loop, optimizers, stacked_loop
+from fedkd.training import graphs, loop, models, optimizers, stacked_loop
 from fedkd.training.batches import Job, Plan
 from fedkd.training.precision import Precision, resolve
 from fedkd.training.stack import Stack

@@ -10,7 +10,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from fedkd.evaluation.report.text import size
+from fedkd.core.report.text import size
 
 
 def best(stack: Mapping[str, Any]) -> float:

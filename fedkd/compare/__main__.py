@@ -16,12 +16,12 @@ from fedkd.compare import reading, sweep
 from fedkd.core import cli, run_directory
 from fedkd.core.errors import UsageError, unknown
 from fedkd.core.notes import say
-from fedkd.evaluation.report import figure, grid, students, table
-from fedkd.evaluation.report.screen import Screen
+from fedkd.core.report import figure, grid, students, table
+from fedkd.core.report.screen import Screen
 
 if TYPE_CHECKING:
-    from fedkd.evaluation.metrics import Row
-    from fedkd.evaluation.report.grid import Grid
+    from fedkd.core.report.grid import Grid
+    from fedkd.core.report.rows import Row
 
 app = cli.new("compare")
 Format = Literal[grid.Format, "csv", "json"]

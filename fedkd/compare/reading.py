@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from fedkd.core import run_directory
 from fedkd.core.config import Config
 from fedkd.core.errors import UsageError, unknown
+from fedkd.core.report import students
 from fedkd.distill import teacher_names
-from fedkd.evaluation import metrics
-from fedkd.evaluation.report import students
+from fedkd.simulate.evaluation import metrics
 
 if TYPE_CHECKING:
-    from fedkd.evaluation.metrics import Row
+    from fedkd.core.report.rows import Row
 
 #: Options in which two runs may differ: methods, seeds, codecs and the machine.
 IGNORED = {"algorithm", "compare", "seed", "seeds", "evaluate-every", "uplink-codec", "downlink-codec"}

@@ -11,15 +11,15 @@ from fedkd.compare import reading
 from fedkd.core import run_directory
 from fedkd.core.config import Config
 from fedkd.core.errors import UsageError, unknown
-from fedkd.evaluation.report import table
-from fedkd.evaluation.report.text import percent
+from fedkd.core.report import table
+from fedkd.core.report.text import percent
 
 if TYPE_CHECKING:
     import pandas
     from torch import nn
 
-    from fedkd.evaluation.metrics import Row
-    from fedkd.evaluation.report.grid import Grid
+    from fedkd.core.report.grid import Grid
+    from fedkd.core.report.rows import Row
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,7 +82,7 @@ class Run:
 
         """
         from fedkd.export.with_scaling import WithScaling
-        from fedkd.models import checkpoint
+        from fedkd.training.models import checkpoint
 
         files = run_directory.student_files(self._read[0])
         if algorithm and algorithm not in (names := list(dict.fromkeys(name for name, _ in files))):

@@ -6,12 +6,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedkd import models
 from fedkd.core import notes, quotes, run_directory, specs
 from fedkd.core.errors import DataError, FedkdError, PluginError, UsageError
 from fedkd.data import sources
 from fedkd.distill import teacher_names
-from fedkd.training import schedules
+from fedkd.training import models, schedules
 from fedkd.training.terms import BornAgain, Term
 
 if TYPE_CHECKING:

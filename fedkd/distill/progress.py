@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from fedkd.core import checkpoint, run_directory, tensors
 from fedkd.core.errors import DataError, ResumeError
+from fedkd.core.report.text import percent, seconds
 from fedkd.core.seeds import derive
 from fedkd.core.tensors import put, take
 from fedkd.distill import train
-from fedkd.evaluation.report.text import percent, seconds
 from fedkd.training import loop
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from fedkd.core.report.screen import Screen
     from fedkd.core.tensors import Tensors
     from fedkd.distill.config import DistillConfig
     from fedkd.distill.task import Task
     from fedkd.distill.train import Epoch
-    from fedkd.evaluation.report.screen import Screen
     from fedkd.training.terms import Term
 
 

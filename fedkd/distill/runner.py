@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fedkd import models
 from fedkd.core import cli, environment, quotes, run_directory, seeds, specs
 from fedkd.core.errors import FedkdError, PluginError, ResumeError, StorageError, UsageError
 from fedkd.core.notes import plain
+from fedkd.core.report import students as report
+from fedkd.core.report.grid import Grid
+from fedkd.core.report.screen import Screen
+from fedkd.core.report.students import BASELINE, STUDENT
+from fedkd.core.report.text import percent, points
 from fedkd.core.runtime import settle
 from fedkd.data import corruptions
 from fedkd.distill import teacher_names, teachers, train
@@ -23,15 +27,9 @@ from fedkd.distill.config import CLASSIC
 from fedkd.distill.progress import Progress
 from fedkd.distill.task import Task, prepare
 from fedkd.distill.teachers import Teacher, TeacherEnsemble
-from fedkd.evaluation import quality
-from fedkd.evaluation.quality import Candidate
-from fedkd.evaluation.report import students as report
-from fedkd.evaluation.report.grid import Grid
-from fedkd.evaluation.report.screen import Screen
-from fedkd.evaluation.report.students import BASELINE, STUDENT
-from fedkd.evaluation.report.text import percent, points
-from fedkd.models import checkpoint
-from fedkd.training import loop
+from fedkd.training import loop, models, quality
+from fedkd.training.models import checkpoint
+from fedkd.training.quality import Candidate
 from fedkd.training.terms import BornAgain, Logits, Term
 
 if TYPE_CHECKING:

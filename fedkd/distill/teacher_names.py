@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedkd import models
 from fedkd.core import quotes
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import UsageError
+from fedkd.training import models
 
 if TYPE_CHECKING:
     from fedkd.distill.config import DistillConfig

@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fedkd import models
 from fedkd.core import cache, notes, seeds, specs
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import DataError
 from fedkd.distill import teacher_names
 from fedkd.distill.train import build_untrained
-from fedkd.evaluation import quality
-from fedkd.models import checkpoint
-from fedkd.models.checkpoint import Student
-from fedkd.training import loop
+from fedkd.training import loop, models, quality
 from fedkd.training.layers import Outputs
+from fedkd.training.models import checkpoint
+from fedkd.training.models.checkpoint import Student
 from fedkd.training.terms.objective import teacher_weights
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fedkd.core import notes, seeds
 from fedkd.core.errors import RunError
 from fedkd.core.tensors import put, take
-from fedkd.models import checkpoint
 from fedkd.training import loop, optimizers, schedules, stacked_loop, together
 from fedkd.training.batches import Job
+from fedkd.training.models import checkpoint
 from fedkd.training.stack import Stack
 from fedkd.training.stacked_loop import Learner
 from fedkd.training.terms.modules import TermModule

@@ -17,14 +17,14 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 import fedkd
-from fedkd import models
 from fedkd.core import cli, run_directory, seeds, specs
 from fedkd.core.errors import DataError, FedkdError, PluginError, UsageError
 from fedkd.core.options import MAX_PIXELS_TEXT, SKIP_TEXT, from_file
+from fedkd.core.report.screen import Screen
 from fedkd.core.values import MAX_PIXELS
 from fedkd.data import sources
-from fedkd.evaluation.report.screen import Screen
 from fedkd.export import formats
+from fedkd.training import models
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fedkd.data.readers import Images
     from fedkd.data.sources import Source
     from fedkd.export.formats import Format
-    from fedkd.models.checkpoint import Student
+    from fedkd.training.models.checkpoint import Student
 
 app = cli.new("export")
 CALIBRATION = 512  # training images for the ranges of activations
@@ -71,7 +71,7 @@ def export(
         specs.bind("model", model, models.RESERVED)
     from fedkd.export import card
     from fedkd.export.check import grid
-    from fedkd.models import checkpoint
+    from fedkd.training.models import checkpoint
 
     student = checkpoint.load(file, model)
     _check_student(student)

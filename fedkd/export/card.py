@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedkd.core import run_directory
+from fedkd.core.report.grid import Grid
+from fedkd.core.report.text import percent
 from fedkd.data import pictures
-from fedkd.evaluation.report.grid import Grid
-from fedkd.evaluation.report.text import percent
 from fedkd.export.check import grid
 
 PRIVACY = "Only logits being shared is *not* a privacy guarantee. No formal privacy is claimed."

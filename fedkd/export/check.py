@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fedkd.core.errors import RunError
-from fedkd.evaluation.report.grid import Grid
-from fedkd.evaluation.report.text import percent, size
+from fedkd.core.report.grid import Grid
+from fedkd.core.report.text import percent, size
 from fedkd.training.loop import CPU_CHUNK
 
 if TYPE_CHECKING:

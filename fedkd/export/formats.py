@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from fedkd.export.with_scaling import WithScaling
-    from fedkd.models.checkpoint import Student
+    from fedkd.training.models.checkpoint import Student
 
 Run = Callable[["Tensor"], "Tensor"]  # pixels uint8 [N, P, P, 3] -> logits float32 [N, C]
 OPSET = 20  # of ONNX: the first with GELU as one operator
@@ -231,7 +231,7 @@ def _traced(student: Student) -> ExportedProgram:
 
 def _about(student: Student) -> dict[str, str]:
     """The student's metadata as JSON, under the same key as in its own file."""
-    from fedkd.models.checkpoint import KEY
+    from fedkd.training.models.checkpoint import KEY
 
     return {KEY: json.dumps(student.about())}
 

@@ -15,9 +15,9 @@ from cyclopts.validators import Number
 
 from fedkd.core import cli, run_directory
 from fedkd.core.errors import UsageError, unknown
+from fedkd.core.report.grid import Format, Grid
+from fedkd.core.report.screen import Screen
 from fedkd.core.subruns import complete, has_ended
-from fedkd.evaluation.report.grid import Format, Grid
-from fedkd.evaluation.report.screen import Screen
 from fedkd.reproduce import papers, speed
 from fedkd.reproduce.papers import Cell, Paper
 

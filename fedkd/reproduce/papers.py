@@ -21,8 +21,8 @@ from fedkd.core.options import from_file, underscored
 from fedkd.core.values import Fraction, NonNegativeFloat, PositiveInt
 from fedkd.distill import check as check_distillation
 from fedkd.distill.config import DistillConfig
-from fedkd.evaluation import stopping
 from fedkd.simulate.checks import check
+from fedkd.simulate.evaluation import stopping
 
 
 def _not_infinite(number: float) -> float:

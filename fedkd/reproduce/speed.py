@@ -35,9 +35,8 @@ def images_per_second(model: str, norm: Literal["group", "batch"], batch_size: i
     import torch
     from torch import nn
 
-    from fedkd import models
     from fedkd.data.scaling import Scaling
-    from fedkd.training import loop, optimizers
+    from fedkd.training import loop, models, optimizers
 
     runtime.settle(1)
     module = models.build(model, 10, norm)

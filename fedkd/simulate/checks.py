@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from fedkd import models
 from fedkd.core import specs
 from fedkd.core.errors import UsageError
 from fedkd.data import partitioners, proxies, sources
-from fedkd.evaluation import stopping
 from fedkd.simulate import faults, unused
+from fedkd.simulate.evaluation import stopping
 from fedkd.simulate.experiment import algorithm_of, attributing
 from fedkd.simulate.rounds import participants
-from fedkd.training import schedules
+from fedkd.training import models, schedules
 
 if TYPE_CHECKING:
     from fedkd.core.config import Config

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from fedkd import models
 from fedkd.algorithms.base import Algorithm
 from fedkd.core import runtime, seeds, specs, tensors
 from fedkd.core.errors import FedkdError, PluginError, UsageError
 from fedkd.data import loading, partitioners, proxies, sources
+from fedkd.training import models
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fedkd.core.tensors import Tensors
     from fedkd.data.partition import Partition
     from fedkd.data.readers import Images
-    from fedkd.models.checkpoint import Student
+    from fedkd.training.models.checkpoint import Student
 
 #: Steps of all clients in a round from which clients compute together on a GPU. A stack saves 0.7 ms of each step, and
 #: takes ten seconds to compile: as much as a hundred rounds of so few steps (docs/decisions/0018-stacked-clients.md).
@@ -92,7 +92,7 @@ class Experiment:
 
     def student(self, weights: Tensors, model: str = "") -> Student:
         """The global student, or a client's ``model``, with everything that is needed to use it."""
-        from fedkd.models.checkpoint import Student
+        from fedkd.training.models.checkpoint import Student
 
         setup, test = self.setup, self.test
         about = (
@@ -141,7 +141,7 @@ def _prepare(config: Config) -> Experiment:
     from fedkd.core.communication.channel import Channel
     from fedkd.data.partition import Partition, hold_out
     from fedkd.data.scaling import Scaling
-    from fedkd.evaluation import per_client
+    from fedkd.simulate.evaluation import per_client
     from fedkd.training import precision
     from fedkd.training.trainer import Trainer
 

@@ -12,26 +12,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 
-from fedkd import models
 from fedkd.core import cli, environment, run_directory, specs
 from fedkd.core.errors import DataError, FedkdError, ResumeError, StorageError
+from fedkd.core.report import figure, table
+from fedkd.core.report.screen import HEAD, Screen
 from fedkd.data.loading import choose_dataset
-from fedkd.evaluation import metrics, stopping
-from fedkd.evaluation.report import figure, header, table
-from fedkd.evaluation.report.screen import HEAD, Screen
-from fedkd.models.checkpoint import other_classes
-from fedkd.simulate import checkpoint, saving
+from fedkd.simulate import checkpoint, header, saving
+from fedkd.simulate.evaluation import metrics, stopping
 from fedkd.simulate.experiment import Experiment, prepared
 from fedkd.simulate.rounds import Memories, run_rounds
+from fedkd.training import models
+from fedkd.training.models.checkpoint import other_classes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fedkd.core.communication.replies import Expected, Reply
     from fedkd.core.config import Config
+    from fedkd.core.report.grid import Grid
+    from fedkd.core.report.rows import Row
     from fedkd.core.tensors import Tensors
-    from fedkd.evaluation.metrics import Row
-    from fedkd.evaluation.report.grid import Grid
     from fedkd.simulate.checkpoint import Checkpoint
     from fedkd.simulate.rounds import Exchange, Round
 

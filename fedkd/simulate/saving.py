@@ -12,7 +12,7 @@ from fedkd.core import run_directory
 from fedkd.core.communication.replies import Expected, Failure
 from fedkd.core.communication.validation import validate_update
 from fedkd.core.tensors import itemsize
-from fedkd.evaluation import confusion
+from fedkd.training import confusion
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

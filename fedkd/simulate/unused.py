@@ -6,11 +6,11 @@ import inspect
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from fedkd import models
 from fedkd.algorithms.ensemble import Ensemble
 from fedkd.core import notes, specs
 from fedkd.core.communication.codecs import Codec
 from fedkd.simulate.experiment import algorithm_of
+from fedkd.training import models
 
 if TYPE_CHECKING:
     from fedkd.algorithms.base import Algorithm

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.core.errors import UsageError, unknown
-from fedkd.models.convolutional import ResNet
+from fedkd.training.models.convolutional import ResNet
 
 EMBEDDING = "embedding"  # the name of the input of the last linear layer, which counts as a layer
 

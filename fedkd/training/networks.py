@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fedkd import models
 from fedkd.core import seeds
 from fedkd.core.tensors import shapes
-from fedkd.training import stack
+from fedkd.training import models, stack
 from fedkd.training.layers import EMBEDDING, Extractor, Pair, extractor_layers, layer_outputs
 from fedkd.training.stack import NotStackable, Stack
 

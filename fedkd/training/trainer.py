@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fedkd import models
 from fedkd.core import seeds, specs
 from fedkd.core.errors import DataError
 from fedkd.core.tensors import shapes
-from fedkd.models import checkpoint
-from fedkd.training import layers, loop, networks, schedules, together
+from fedkd.training import layers, loop, models, networks, schedules, together
 from fedkd.training.batches import Job
+from fedkd.training.models import checkpoint
 from fedkd.training.networks import Network
 from fedkd.training.objectives import Joint, LabelSmoothed
 from fedkd.training.requests import Fit, Prediction, TaughtFit, Training

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedkd import models
 from fedkd.algorithms import co_boosting
 from fedkd.algorithms.base import Update
 from fedkd.core import notes, seeds, specs
@@ -17,7 +16,7 @@ from fedkd.core.errors import RunError, UsageError
 from fedkd.core.tensors import equal, numel, put
 from fedkd.data import augment
 from fedkd.simulate.experiment import prepare
-from fedkd.training import loop, synthesis
+from fedkd.training import loop, models, synthesis
 from fedkd.training.losses.logits import cross_entropy
 from fedkd.training.objectives import Softened
 from fedkd.training.trainer import Trainer

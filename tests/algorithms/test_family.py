@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedkd import models
 from fedkd.algorithms import density_ratio, fedbe, fedgems, fedmd, scaffold, scarlet, selective_fd
 from fedkd.algorithms.base import Update
 from fedkd.core import specs, tensors
@@ -18,7 +17,7 @@ from fedkd.core.errors import RunError, UsageError
 from fedkd.core.soft_labels import SoftLabels
 from fedkd.core.tensors import equal, shapes, take
 from fedkd.simulate.experiment import prepare
-from fedkd.training import loop
+from fedkd.training import loop, models
 from fedkd.training.trainer import Trainer
 from tests.conftest import simulated, tiny
 

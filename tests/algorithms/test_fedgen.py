@@ -9,13 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedkd import models
 from fedkd.algorithms.base import Update
 from fedkd.core import specs
 from fedkd.core.errors import UsageError
 from fedkd.core.tensors import equal, put, take
 from fedkd.simulate.experiment import prepare
-from fedkd.training import embedding_generator, loop, together
+from fedkd.training import embedding_generator, loop, models, together
 from tests.algorithms.test_methods import one_round
 from tests.conftest import tiny
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedkd import models
 from fedkd.algorithms.base import Update
 from fedkd.core import specs
 from fedkd.core.communication.validation import validate_update
 from fedkd.core.errors import UsageError
 from fedkd.core.tensors import equal, take
 from fedkd.simulate.experiment import prepare
-from fedkd.training import layers
+from fedkd.training import layers, models
 from tests.conftest import simulated, tiny
 
 GKT = "fedgkt:private-features=true"

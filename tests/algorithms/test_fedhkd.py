@@ -9,14 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedkd import models
 from fedkd.algorithms.base import Update
 from fedkd.algorithms.fedhkd import PredictionLoss
 from fedkd.core import specs
 from fedkd.core.errors import UsageError
 from fedkd.core.tensors import equal, take
 from fedkd.simulate.experiment import prepare
-from fedkd.training import loop, together
+from fedkd.training import loop, models, together
 from tests.algorithms.test_methods import one_round
 from tests.conftest import tiny
 

@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-from fedkd import models
 from fedkd.algorithms.fedntd import FedLMD, FedNTD
 from fedkd.algorithms.fedvls import FedVLS
 from fedkd.algorithms.moon import Moon
@@ -16,7 +15,7 @@ from fedkd.core import specs
 from fedkd.core.errors import UsageError
 from fedkd.core.tensors import equal
 from fedkd.simulate.experiment import prepare
-from fedkd.training import loop, together
+from fedkd.training import loop, models, together
 from fedkd.training.requests import Fit
 from tests.algorithms.test_methods import one_round
 from tests.conftest import tiny

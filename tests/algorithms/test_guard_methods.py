@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedkd import models
 from fedkd.algorithms import aggregators, density_ratio, scarlet, selective_fd
 from fedkd.algorithms import density as density_method
 from fedkd.algorithms.base import Update
@@ -18,7 +17,7 @@ from fedkd.core import seeds, specs, tensors
 from fedkd.core.soft_labels import SoftLabels
 from fedkd.core.tensors import equal, put, take
 from fedkd.simulate.experiment import prepare
-from fedkd.training import loop
+from fedkd.training import loop, models
 from tests.conftest import tiny
 
 ALL = "selective-fd:client_threshold=0,server_threshold=2"  # which leaves out almost nothing

@@ -19,8 +19,8 @@ from fedkd.core.communication.replies import Failure, Reply
 from fedkd.core.communication.validation import validate_update
 from fedkd.core.errors import UsageError
 from fedkd.core.soft_labels import SoftLabels
-from fedkd.evaluation import metrics
 from fedkd.simulate import rounds
+from fedkd.simulate.evaluation import metrics
 from fedkd.simulate.experiment import prepare
 from fedkd.simulate.rounds import Round
 from fedkd.training import together

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedkd import models
 from fedkd.algorithms.fml import FML, FedKD
 from fedkd.core.tensors import put, shapes, take
 from fedkd.simulate.experiment import prepare
-from fedkd.training import loop, together
+from fedkd.training import loop, models, together
 from tests.algorithms.test_methods import one_round
 from tests.conftest import tiny
 

@@ -6,8 +6,8 @@ from math import prod
 
 import pytest
 
-from fedkd import models
 from fedkd.simulate.experiment import prepare
+from fedkd.training import models
 from tests.conftest import simulated, tiny
 
 

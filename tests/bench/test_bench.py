@@ -14,14 +14,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedkd import models
 from fedkd.bench import bare, gpu, kernels, report, stacks
 from fedkd.bench.__main__ import app, on_gpu, plan, precisions
 from fedkd.bench.stacks import Work
 from fedkd.core import notes, tensors
 from fedkd.core.errors import UsageError
 from fedkd.simulate.experiment import prepare
-from fedkd.training import graphs, optimizers
+from fedkd.training import graphs, models, optimizers
 from fedkd.training.losses.logits import kl
 from tests.conftest import simulated, tiny
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fedkd.core import cache, notes, specs, tensors
+from fedkd.core.report.screen import Screen
 from fedkd.data import partitioners, readers
 from fedkd.distill import teachers
 from fedkd.distill.config import DistillConfig
 from fedkd.distill.progress import Progress
 from fedkd.distill.task import prepare
-from fedkd.evaluation.report.screen import Screen
 from fedkd.training.loop import weights_of
 
 LABELS = np.repeat(np.arange(10), 20)

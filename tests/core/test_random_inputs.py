@@ -10,7 +10,6 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkd import models
 from fedkd.core import cli, specs
 from fedkd.core.catalog import CATALOG
 from fedkd.core.config import Config
@@ -18,6 +17,7 @@ from fedkd.core.errors import PluginError, UsageError
 from fedkd.core.options import Options
 from fedkd.data import proxies
 from fedkd.distill.config import DistillConfig
+from fedkd.training import models
 
 NAMES = sorted({name for names in CATALOG.values() for name in names})
 KEYS = sorted(set(Config.__dataclass_fields__) | set(DistillConfig.__dataclass_fields__))

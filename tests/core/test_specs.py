@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedkd import models
 from fedkd.core import specs
 from fedkd.core.catalog import CATALOG
 from fedkd.core.config import Config
@@ -12,6 +11,7 @@ from fedkd.core.errors import PluginError, UsageError
 from fedkd.core.quotes import quoted, split
 from fedkd.core.run_directory import default_out
 from fedkd.data import proxies
+from fedkd.training import models
 
 OWN = """
 import dataclasses

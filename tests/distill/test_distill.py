@@ -13,17 +13,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedkd import models
 from fedkd.algorithms import aggregators
 from fedkd.core import cli, specs, tensors
 from fedkd.core.errors import DataError, PluginError, RunError, UsageError
 from fedkd.distill import check, distill, teacher_names, teachers, train
 from fedkd.distill.config import DistillConfig
 from fedkd.distill.task import prepare
-from fedkd.evaluation import quality
-from fedkd.models import checkpoint
-from fedkd.training import layers, optimizers, schedules
+from fedkd.training import layers, models, optimizers, quality, schedules
 from fedkd.training.layers import Outputs, WatchedModel
+from fedkd.training.models import checkpoint
 from fedkd.training.terms.objective import DistillationObjective, teacher_weights
 from tests.conftest import OTHERWISE_IN_TRAINING
 from tests.training import replays

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedkd import models
 from fedkd.core import notes
 from fedkd.core.tensors import equal
 from fedkd.distill import check, train
 from fedkd.distill.config import DistillConfig
 from fedkd.distill.task import prepare
-from fedkd.training import graphs, together
+from fedkd.training import graphs, models, together
 from tests.training import replays
 
 PAIR = "resnet8:width=4 cnn:width=4"

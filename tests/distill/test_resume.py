@@ -55,7 +55,7 @@ def Dropout(*, classes: int) -> nn.Module:
 @pytest.fixture(autouse=True)
 def _no_latency(monkeypatch):
     """It takes most of the time of these runs."""
-    monkeypatch.setattr("fedkd.evaluation.quality.latency", lambda *_: {"median": 0.0, "low": 0.0, "high": 0.0})
+    monkeypatch.setattr("fedkd.training.quality.latency", lambda *_: {"median": 0.0, "low": 0.0, "high": 0.0})
 
 
 def run(out: Path, **changes: object) -> Path:

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fedkd import export as command
-from fedkd import models
 from fedkd.core import cli, specs, tensors
 from fedkd.core.errors import DataError, RunError, UsageError
 from fedkd.data import readers
 from fedkd.data.scaling import Scaling
 from fedkd.export import check, formats
-from fedkd.models import checkpoint
-from fedkd.models.checkpoint import Student
+from fedkd.training import models
+from fedkd.training.models import checkpoint
+from fedkd.training.models.checkpoint import Student
 from tests.conftest import simulated
 
 pytest.importorskip("onnxscript")

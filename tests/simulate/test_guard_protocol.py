@@ -19,8 +19,8 @@ from fedkd.core.communication.replies import Failure, Reply
 from fedkd.core.communication.validation import validate_update
 from fedkd.core.errors import RunError
 from fedkd.core.tensors import Int64, UInt8
-from fedkd.evaluation import metrics
 from fedkd.simulate import rounds
+from fedkd.simulate.evaluation import metrics
 from fedkd.simulate.experiment import prepare
 from fedkd.simulate.rounds import Progress, accept_reply, participants, sample
 from tests.conftest import reasons, tiny

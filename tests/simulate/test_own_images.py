@@ -11,8 +11,8 @@ import pytest
 from fedkd.core.errors import ResumeError
 from fedkd.data import loading
 from fedkd.export import export
-from fedkd.models import checkpoint
 from fedkd.simulate import experiment
+from fedkd.training.models import checkpoint
 from tests.conftest import simulated
 from tests.simulate.test_resume import resume
 

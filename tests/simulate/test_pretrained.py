@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedkd import models
 from fedkd.core import run_directory, tensors
 from fedkd.core.config import Config
 from fedkd.core.errors import DataError, ResumeError, UsageError
-from fedkd.models import checkpoint
 from fedkd.simulate import simulate
 from fedkd.simulate.experiment import prepare
+from fedkd.training import models
+from fedkd.training.models import checkpoint
 from tests.conftest import simulated, tiny
 from tests.simulate.test_resume import result_of, resume
 

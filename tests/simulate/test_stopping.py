@@ -12,14 +12,14 @@ import pytest
 from fedkd.core import tensors
 from fedkd.core.config import Config
 from fedkd.core.errors import ResumeError, UsageError
-from fedkd.evaluation import stopping
-from fedkd.evaluation.report.screen import Screen
+from fedkd.core.report.screen import Screen
 from fedkd.export import card
-from fedkd.models import checkpoint as students
 from fedkd.simulate import simulate
 from fedkd.simulate.checks import check
+from fedkd.simulate.evaluation import stopping
 from fedkd.simulate.experiment import prepare
 from fedkd.training import loop
+from fedkd.training.models import checkpoint as students
 from tests.conftest import ROOT, simulated, tiny
 from tests.simulate.test_resume import SMALL, result_of, resume, stop_after
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedkd import models
 from fedkd.core import seeds
 from fedkd.core.errors import UsageError
 from fedkd.simulate.checks import check
 from fedkd.simulate.experiment import prepare
+from fedkd.training import models
 from tests.conftest import tiny
 
 TRAINED = {"clients": 12, "batch_size": 50, "local_epochs": 2, "augment": False, "rounds": 8}

@@ -14,7 +14,7 @@ from fedkd.core import specs
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import UsageError
 from fedkd.core.tensors import equal
-from fedkd.evaluation.report import header
+from fedkd.simulate import header
 from fedkd.simulate.experiment import prepare
 from fedkd.simulate.flower import client_app
 from fedkd.training import loop, optimizers

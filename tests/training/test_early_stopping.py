@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedkd import models
 from fedkd.core.tensors import equal
 from fedkd.simulate import simulate
 from fedkd.simulate.experiment import prepare
-from fedkd.training import graphs, loop, together
+from fedkd.training import graphs, loop, models, together
 from fedkd.training.early_stopping import EVERY, EarlyStopping
 from fedkd.training.requests import Fit
 from fedkd.training.stack import Stack

@@ -9,14 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedkd import models
 from fedkd.algorithms.base import Update
 from fedkd.algorithms.ensemble import distill_locally
 from fedkd.core import seeds, specs, tensors
 from fedkd.core.soft_labels import SoftLabels
 from fedkd.core.tensors import equal, take
 from fedkd.simulate.experiment import prepare
-from fedkd.training import loop, optimizers
+from fedkd.training import loop, models, optimizers
 from fedkd.training.losses.logits import cross_entropy
 from fedkd.training.terms import Features, Logits
 from fedkd.training.terms.objective import DistillationObjective

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedkd import models
 from fedkd.bench import kernels as bench
 from fedkd.core.seeds import seeded
-from fedkd.training import kernels, norm_kernels
+from fedkd.training import kernels, models, norm_kernels
 from fedkd.training.stack import Stack
 from tests.conftest import ROOT
 

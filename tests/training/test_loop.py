@@ -140,7 +140,7 @@ def test_the_seed_decides_order_augmentation_and_dropout(kind, pixels, labels):
 
 def test_a_single_image_and_a_batch_larger_than_the_data(pixels, labels):
     for norm in ("group", "batch"):
-        from fedkd.models import build
+        from fedkd.training.models import build
 
         model = build("resnet8:width=8", 10, norm)
         train(model, pixels[:1], labels[:1], epochs=1)
@@ -148,7 +148,7 @@ def test_a_single_image_and_a_batch_larger_than_the_data(pixels, labels):
 
 
 def test_predict_is_in_evaluation_mode_and_does_not_depend_on_chunks(pixels, monkeypatch):
-    from fedkd.models import build
+    from fedkd.training.models import build
 
     model = build("resnet8:width=8", 10, "batch")
     scaling = Scaling.of(pixels)

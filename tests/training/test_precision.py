@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedkd import models
 from fedkd.algorithms import aggregators
 from fedkd.core import seeds
 from fedkd.core.errors import UsageError
@@ -20,7 +19,7 @@ from fedkd.distill import train as distill_train
 from fedkd.distill.config import DistillConfig
 from fedkd.distill.task import prepare as prepare_distillation
 from fedkd.simulate.experiment import prepare
-from fedkd.training import loop, networks, optimizers, precision, together
+from fedkd.training import loop, models, networks, optimizers, precision, together
 from fedkd.training.loop import Augmentation, Embedded, Scaling
 from fedkd.training.terms import Features
 from fedkd.training.terms.objective import DistillationObjective

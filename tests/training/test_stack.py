@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedkd import models
 from fedkd.algorithms.comet import COMET
 from fedkd.algorithms.fd import by_label
 from fedkd.algorithms.fedavg import FedProx
@@ -19,7 +18,7 @@ from fedkd.algorithms.fedproto import FedProto
 from fedkd.algorithms.scaffold import linear
 from fedkd.core import seeds, specs
 from fedkd.core.catalog import CATALOG
-from fedkd.training import graphs, loop, optimizers, stacked_loop
+from fedkd.training import graphs, loop, models, optimizers, stacked_loop
 from fedkd.training.batches import Job
 from fedkd.training.layers import WatchedModel
 from fedkd.training.loop import Augmentation, Embedded, Scaling

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedkd import models
+from fedkd.training import models
 from tests.training.test_stack import SIZES, difference, jobs, own_networks, plain, stacked
 
 LIMIT = 1e-5  # or ten times as far as the plain loop

@@ -20,8 +20,8 @@ from fedkd.core.errors import DataError, PluginError, RunError, UsageError
 from fedkd.core.runtime import settle
 from fedkd.core.tensors import put, take
 from fedkd.data.partitioners import OWN
-from fedkd.evaluation import per_client
-from fedkd.evaluation.metrics import expected_evaluation
+from fedkd.simulate.evaluation import per_client
+from fedkd.simulate.evaluation.metrics import expected_evaluation
 from fedkd.simulate.experiment import Experiment, prepared
 from fedkd.simulate.flower.local_update import MemoryFile
 from fedkd.simulate.flower.node_data import node_data, split

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedkd.core.errors import UsageError, unknown
-from fedkd.evaluation import per_client
+from fedkd.simulate.evaluation import per_client
 
 if TYPE_CHECKING:
     from fedkd.core.config import Config
-    from fedkd.evaluation.metrics import Row
+    from fedkd.core.report.rows import Row
 
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 KINDS = ("serialized", "float32", "encoded", "entropy_bound", "metadata")

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedkd import models
 from fedkd.core import tensors
 from fedkd.core.errors import DataError
 from fedkd.data.scaling import Scaling
-from fedkd.models import checkpoint
-from fedkd.models.checkpoint import Student
+from fedkd.training import models
+from fedkd.training.models import checkpoint
+from fedkd.training.models.checkpoint import Student
 from tests.conftest import simulated
 
 

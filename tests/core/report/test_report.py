@@ -10,10 +10,10 @@ from rich.console import Console
 
 from fedkd.core.errors import UsageError
 from fedkd.core.notes import plain
-from fedkd.evaluation import metrics
-from fedkd.evaluation.report import figure, table, text
-from fedkd.evaluation.report.grid import Grid
-from fedkd.evaluation.report.screen import Screen
+from fedkd.core.report import figure, table, text
+from fedkd.core.report.grid import Grid
+from fedkd.core.report.rows import common_accuracy, sent, until
+from fedkd.core.report.screen import Screen
 
 
 def curve(accuracies, up=100, down=50, model="student", name="a", seed=0):
@@ -43,24 +43,24 @@ def summary(rows):
 
 def bytes_to(accuracy, rows):
     """Bytes in both directions until an accuracy is reached."""
-    reached = metrics.until(accuracy, rows)
-    return None if reached is None else metrics.sent(reached)
+    reached = until(accuracy, rows)
+    return None if reached is None else sent(reached)
 
 
 def test_bytes_to_a_common_accuracy():
     slow, fast, silent = curve([0.1, 0.2, 0.3]), curve([0.2, 0.6, 0.5], up=1000), curve([0.05], up=0, down=0)
-    common = metrics.common_accuracy([slow, fast, silent])
+    common = common_accuracy([slow, fast, silent])
     assert common == 0.3, "the best of the slowest; a method without communication does not count"
     assert bytes_to(common, slow) == 450
     assert bytes_to(common, fast) == 2100
     assert bytes_to(0.9, fast) is None
-    assert metrics.common_accuracy([silent]) is None
+    assert common_accuracy([silent]) is None
 
 
 def test_a_method_that_is_not_evaluated_in_every_round_has_no_bytes_to_an_accuracy():
     """It may have reached the accuracy in a round without an evaluation."""
     rows, other = curve([None, 0.4], model="clients"), curve([0.5, 0.6], name="b")
-    assert metrics.common_accuracy([rows, other]) == 0.6
+    assert common_accuracy([rows, other]) == 0.6
     assert bytes_to(0.4, rows) is None
     curves = {("a", 0): rows, ("b", 0): other}
     assert "not evaluated in every round" in table.side_by_side([summary(rows), summary(other)], curves).caption

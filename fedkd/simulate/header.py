@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from fedkd.core import tensors
 from fedkd.core.communication.ledger import break_even, is_soft_label
 from fedkd.core.notes import plain
-from fedkd.evaluation import metrics
-from fedkd.evaluation.report.text import percent, size
+from fedkd.core.report.text import percent, size
+from fedkd.simulate.evaluation import metrics
 
 if TYPE_CHECKING:
     from fedkd.simulate.experiment import Experiment

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from fedkd.evaluation.metrics import common_accuracy, sent, until
-from fedkd.evaluation.report.grid import Grid
-from fedkd.evaluation.report.text import percent, points, seconds, size, spread
+from fedkd.core.report.grid import Grid
+from fedkd.core.report.rows import common_accuracy, sent, until
+from fedkd.core.report.text import percent, points, seconds, size, spread
 
 if TYPE_CHECKING:
-    from fedkd.evaluation.metrics import Row
+    from fedkd.core.report.rows import Row
 
 Curves = Mapping[tuple[str, int], Sequence["Row"]]  # (algorithm, seed) -> the rows of its rounds
 Labels = Mapping[str, str]  # algorithm -> its name in tables and figures, if it has one

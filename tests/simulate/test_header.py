@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedkd.evaluation.report import header
+from fedkd.simulate import header
 from fedkd.simulate.experiment import prepare
 from tests.conftest import tiny
 

@@ -21,7 +21,7 @@ Norm = Literal["group", "batch"]
 
 def cnn(*, classes: int, norm: Norm = "group", width: PositiveInt = 32) -> nn.Module:
     """Three convolutions (width, 2 width, 2 width), 66,730 parameters for 10 classes."""
-    from fedkd.models.convolutional import cnn as build
+    from fedkd.training.models.convolutional import cnn as build
 
     return build(classes, norm, width)
 
@@ -80,7 +80,7 @@ def bottleneck_resnet(
     *, classes: int, norm: Norm = "group", width: PositiveInt = 16, blocks: str = "1+1+1"
 ) -> nn.Module:
     """A CIFAR ResNet of bottleneck blocks, as of FedGEMS (Cheng et al., 2021): ResNet-11, 127,642 parameters."""
-    from fedkd.models.convolutional import Bottleneck, ResNet
+    from fedkd.training.models.convolutional import Bottleneck, ResNet
 
     counts = blocks.split("+")
     if not all(count.isdecimal() and 0 < int(count) < 100 for count in counts) or len(counts) > 6:
@@ -91,7 +91,7 @@ def bottleneck_resnet(
 
 def resnet18(*, classes: int, norm: Norm = "group", width: PositiveInt = 64) -> nn.Module:
     """ResNet-18 (He et al., 2016) for 32 pixels: a 3x3 first convolution, no first pooling, 11,173,962 parameters."""
-    from fedkd.models.convolutional import ResNet
+    from fedkd.training.models.convolutional import ResNet
 
     return ResNet((2, 2, 2, 2), (width, 2 * width, 4 * width, 8 * width), classes, norm)
 
@@ -108,7 +108,7 @@ def vgg13(*, classes: int, norm: Norm = "group", width: PositiveInt = 64) -> nn.
 
 def vgg16(*, classes: int, norm: Norm = "group", width: PositiveInt = 64) -> nn.Module:
     """CFD's VGG-16 for 32 pixels, two hidden layers of 512 (Sattler et al., 2020), 15,253,578 parameters."""
-    from fedkd.models.convolutional import vgg
+    from fedkd.training.models.convolutional import vgg
 
     stages = ([width] * 2, [2 * width] * 2, [4 * width] * 3, [8 * width] * 3, [8 * width] * 3)
     return vgg(stages, classes, norm, pools=5, hidden=[8 * width] * 2)
@@ -116,7 +116,7 @@ def vgg16(*, classes: int, norm: Norm = "group", width: PositiveInt = 64) -> nn.
 
 def vgg9(*, classes: int, width: PositiveInt = 32) -> nn.Module:
     """FedDF's VGG-9 without normalization layers (Lin et al., 2020), 2,308,810 parameters."""
-    from fedkd.models.convolutional import vgg
+    from fedkd.training.models.convolutional import vgg
 
     stages = ([width], [2 * width], [4 * width] * 2, [8 * width] * 2, [8 * width] * 2)
     return vgg(stages, classes, "", pools=5)
@@ -130,56 +130,56 @@ def mobilenetv2(
     stride: Annotated[int, Field(ge=1, le=2)] = 2,
 ) -> nn.Module:
     """MobileNetV2 (Sandler et al., 2018) for 32 pixels, 2,237,770 parameters; RepDistiller's has ``width=0.5``."""
-    from fedkd.models.convolutional import mobilenetv2 as build
+    from fedkd.training.models.convolutional import mobilenetv2 as build
 
     return build(classes, norm, width, stride)
 
 
 def lenet(*, classes: int, projection: NonNegativeInt = 0, pixels: PositiveInt = 32, gray: bool = False) -> nn.Module:
     """The CNN of MOON (Li et al., 2021) and NIID-Bench, 62,006 parameters; ``projection=256`` adds MOON's head."""
-    from fedkd.models.convolutional import two_convolutions
+    from fedkd.training.models.convolutional import two_convolutions
 
     return two_convolutions((6, 16), (120, 84), classes, pixels=pixels, padding=0, gray=gray, projection=projection)
 
 
 def mcmahan_cnn(*, classes: int, pixels: PositiveInt = 32, gray: bool = False) -> nn.Module:
     """The CNN of FedAvg (McMahan et al., 2017), 2,156,490 parameters; 1,663,370 with ``pixels=28,gray=true``."""
-    from fedkd.models.convolutional import two_convolutions
+    from fedkd.training.models.convolutional import two_convolutions
 
     return two_convolutions((32, 64), (512,), classes, pixels=pixels, padding=2, gray=gray, projection=0)
 
 
 def _cifar_resnet(blocks: int, classes: int, norm: Norm, width: int, stem: int = 0) -> nn.Module:
     """The 6n + 2 layer ResNet: three stages of n blocks, widths w, 2w, 4w."""
-    from fedkd.models.convolutional import ResNet
+    from fedkd.training.models.convolutional import ResNet
 
     return ResNet([blocks] * 3, (width, 2 * width, 4 * width), classes, norm, stem=stem)
 
 
 def _wide_resnet(blocks: int, classes: int, norm: Norm, width: int, stem: int) -> nn.Module:
     """The 6n + 4 layer wide ResNet: three stages of n blocks, widths w, 2w, 4w."""
-    from fedkd.models.convolutional import PreActivation, ResNet
+    from fedkd.training.models.convolutional import PreActivation, ResNet
 
     return ResNet([blocks] * 3, (width, 2 * width, 4 * width), classes, norm, stem=stem, block=PreActivation)
 
 
 def _vgg(convolutions: int, classes: int, norm: Norm, width: int) -> nn.Module:
     """RepDistiller's VGG: five stages of as many convolutions, pooling after the first three."""
-    from fedkd.models.convolutional import vgg
+    from fedkd.training.models.convolutional import vgg
 
     return vgg([[width * n] * convolutions for n in (1, 2, 4, 8, 8)], classes, norm, pools=3)
 
 
 def vit_tiny(*, classes: int, patch: PositiveInt = 4, width: PositiveInt = 96, depth: PositiveInt = 4) -> nn.Module:
     """A small vision transformer (Dosovitskiy et al., 2021): patches of 4x4, 4 blocks of 96, 453,226 parameters."""
-    from fedkd.models.sequential import ViT
+    from fedkd.training.models.sequential import ViT
 
     return ViT(classes, patch, width, depth)
 
 
 def row_gru(*, classes: int, width: PositiveInt = 128) -> nn.Module:
     """A recurrent network (GRU: Cho et al., 2014) that reads an image row by row, 176,138 parameters."""
-    from fedkd.models.sequential import RowGRU
+    from fedkd.training.models.sequential import RowGRU
 
     return RowGRU(classes, width)
 

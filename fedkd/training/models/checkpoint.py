@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from fedkd import models
 from fedkd.core import seeds, specs, tensors
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import DataError, PluginError, UsageError
 from fedkd.core.values import Resize
 from fedkd.data.scaling import Scaling
+from fedkd.training import models
 
 if TYPE_CHECKING:
     from torch import nn

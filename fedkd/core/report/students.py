@@ -8,9 +8,9 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from fedkd.core.notes import plain
-from fedkd.evaluation.report.figure import COLORS, STYLES, save, sized
-from fedkd.evaluation.report.grid import Grid
-from fedkd.evaluation.report.text import points, size, spread
+from fedkd.core.report.figure import COLORS, STYLES, save, sized
+from fedkd.core.report.grid import Grid
+from fedkd.core.report.text import points, size, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,8 @@ from fedkd.algorithms.base import Update
 from fedkd.core import tensors
 from fedkd.core.communication.ledger import SerializedBytes, Traffic, break_even
 from fedkd.core.communication.replies import Failure
-from fedkd.evaluation import metrics, per_client
-from fedkd.evaluation.metrics import ClientEvaluation
+from fedkd.simulate.evaluation import metrics, per_client
+from fedkd.simulate.evaluation.metrics import ClientEvaluation
 from fedkd.simulate.experiment import prepare
 from fedkd.simulate.rounds import Round
 from fedkd.training import loop

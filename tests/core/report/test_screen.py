@@ -9,8 +9,8 @@ from rich.console import Console
 
 from fedkd.core.communication.ledger import SerializedBytes
 from fedkd.core.communication.replies import Reply
-from fedkd.evaluation.report import screen as screens
-from fedkd.evaluation.report.screen import Estimate, Screen, duration
+from fedkd.core.report import screen as screens
+from fedkd.core.report.screen import Estimate, Screen, duration
 from tests.conftest import tiny
 
 

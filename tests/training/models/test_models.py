@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedkd import models
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import UsageError
-from fedkd.models import convolutional
+from fedkd.training import models
+from fedkd.training.models import convolutional
 
 
 def count(text: str, norm="group", classes: int = 10) -> int:

@@ -17,11 +17,11 @@ from fedkd.core import run_directory
 from fedkd.core.communication.ledger import SerializedBytes, Traffic
 from fedkd.core.communication.replies import Reply
 from fedkd.core.errors import UsageError
+from fedkd.core.report import table
 from fedkd.core.tensors import take
 from fedkd.data.partition import Partition, hold_out
-from fedkd.evaluation import metrics, per_client, stopping
-from fedkd.evaluation.report import header, table
-from fedkd.simulate import simulate
+from fedkd.simulate import header, simulate
+from fedkd.simulate.evaluation import metrics, per_client, stopping
 from fedkd.simulate.experiment import prepare, prepared
 from fedkd.simulate.flower import client_app, server_app
 from fedkd.simulate.flower.local_grid import LocalGrid

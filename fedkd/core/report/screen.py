@@ -24,14 +24,14 @@ from rich.text import Text
 
 from fedkd.core import cli
 from fedkd.core.errors import last_line
-from fedkd.evaluation.report.grid import Format, Grid
-from fedkd.evaluation.report.text import percent, seconds, size
+from fedkd.core.report.grid import Format, Grid
+from fedkd.core.report.text import percent, seconds, size
 
 if TYPE_CHECKING:
     from fedkd.core.communication.replies import Expected, Failure, Reply
     from fedkd.core.config import Config
+    from fedkd.core.report.rows import Row
     from fedkd.core.tensors import Tensors
-    from fedkd.evaluation.metrics import Row
     from fedkd.simulate.rounds import Exchange
 
 HEAD = (

@@ -10,8 +10,9 @@ from fedkd.algorithms.base import Update
 from fedkd.algorithms.local import Local
 from fedkd.core.communication.ledger import SerializedBytes, Traffic
 from fedkd.core.communication.replies import Failure, Reply
-from fedkd.evaluation import metrics
-from fedkd.evaluation.report import table
+from fedkd.core.report import table
+from fedkd.core.report.rows import common_accuracy, sent, until
+from fedkd.simulate.evaluation import metrics
 from fedkd.simulate.experiment import prepare
 from fedkd.simulate.rounds import Round
 from tests.conftest import tiny
@@ -28,24 +29,22 @@ def curve(*rounds):
 
 def bytes_to(accuracy, rows):
     """Bytes in both directions until an accuracy is reached."""
-    reached = metrics.until(accuracy, rows)
-    return None if reached is None else metrics.sent(reached)
+    reached = until(accuracy, rows)
+    return None if reached is None else sent(reached)
 
 
 def test_the_common_accuracy_is_the_least_of_the_best_ones():
     peaked = curve((0.2, 1, 1), (0.7, 1, 1), (0.4, 1, 1))
     rising = curve((0.3, 1, 1), (0.5, 1, 1), (0.8, 1, 1))
     low, no_uplink, not_evaluated = curve((0.45, 0, 1)), curve((0.1, 0, 9)), curve((None, 1, 1), (0.2, 1, 1))
-    assert metrics.common_accuracy([peaked, rising]) == 0.7, "the best round of a curve, not the last"
-    assert metrics.common_accuracy([rising, peaked]) == 0.7
-    assert metrics.common_accuracy([rising]) == 0.8
-    assert metrics.common_accuracy([peaked, low, no_uplink, not_evaluated]) == 0.7, (
-        "without an uplink it does not count"
-    )
+    assert common_accuracy([peaked, rising]) == 0.7, "the best round of a curve, not the last"
+    assert common_accuracy([rising, peaked]) == 0.7
+    assert common_accuracy([rising]) == 0.8
+    assert common_accuracy([peaked, low, no_uplink, not_evaluated]) == 0.7, "without an uplink it does not count"
     late = curve((0.1, 0, 0), (0.6, 5, 0))
-    assert metrics.common_accuracy([peaked, rising, late]) == 0.6, "with an uplink in some round it does"
-    assert metrics.common_accuracy([no_uplink, not_evaluated]) is None
-    assert metrics.common_accuracy([]) is None
+    assert common_accuracy([peaked, rising, late]) == 0.6, "with an uplink in some round it does"
+    assert common_accuracy([no_uplink, not_evaluated]) is None
+    assert common_accuracy([]) is None
 
 
 def test_bytes_until_an_accuracy_is_first_reached():

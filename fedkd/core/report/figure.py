@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedkd.core import run_directory
 from fedkd.core.errors import UsageError
-from fedkd.evaluation.report.table import NO_LABELS, Curves, Labels
+from fedkd.core.report.table import NO_LABELS, Curves, Labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fedkd.evaluation.metrics import Row
+    from fedkd.core.report.rows import Row
 
 # Okabe and Ito's colors, which color-blind readers can distinguish; teacher and clients have that of their method.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -10,10 +10,9 @@ import torch
 from sklearn.metrics import confusion_matrix
 
 from fedkd.core import tensors
-from fedkd.evaluation import confusion
 from fedkd.simulate import simulate
 from fedkd.simulate.experiment import prepare
-from fedkd.training import loop
+from fedkd.training import confusion, loop
 from tests.conftest import tiny
 from tests.simulate.test_resume import resume
 

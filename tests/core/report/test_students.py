@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedkd.evaluation.report import students
+from fedkd.core.report import students
 
 
 def results_of(accuracy: float, **changes: object) -> dict:
-    """Results in the form of `fedkd.evaluation.quality.evaluate`."""
+    """Results in the form of `fedkd.training.quality.evaluate`."""
     return {
         "images": 1000,
         "accuracy": accuracy,

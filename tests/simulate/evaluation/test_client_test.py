@@ -15,9 +15,9 @@ from fedkd.core import tensors
 from fedkd.core.communication.ledger import SerializedBytes, Traffic
 from fedkd.core.communication.replies import Reply
 from fedkd.core.config import Config
+from fedkd.core.report import table
 from fedkd.data.readers import stratified
-from fedkd.evaluation import metrics, per_client
-from fedkd.evaluation.report import table
+from fedkd.simulate.evaluation import metrics, per_client
 from fedkd.simulate.experiment import prepare
 from fedkd.simulate.rounds import Round
 from tests.conftest import simulated, tiny

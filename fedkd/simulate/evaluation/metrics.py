@@ -13,9 +13,10 @@ from fedkd.core.communication.ledger import SerializedBytes, break_even, is_soft
 from fedkd.core.communication.replies import Expected, Failure, excluded
 from fedkd.core.communication.validation import largest, validate_update
 from fedkd.core.errors import RunError, last_line
+from fedkd.core.report.rows import Row
 from fedkd.core.tensors import numel
 from fedkd.data import skew
-from fedkd.evaluation import per_client, stopping
+from fedkd.simulate.evaluation import per_client, stopping
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from fedkd.data.readers import Images
     from fedkd.simulate.experiment import Experiment
     from fedkd.simulate.rounds import Exchange, Round
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -268,35 +267,3 @@ def _break_even(experiment: Experiment, rows: Sequence[Row]) -> int | None:
         return None
     label_bits = 8 * encoded / samples / setup.classes
     return int(break_even(numel(setup.trainer.initial_weights(setup.student)), 32, setup.classes, label_bits))
-
-
-def common_accuracy(curves: Sequence[Sequence[Row]]) -> float | None:
-    """The highest test accuracy that every communicating method reached in some round.
-
-    Only methods that are evaluated in every round count: with ``evaluate_every`` above 1 those without a global
-    student are not.
-    """
-    peaks = []
-    for rows in curves:
-        reached = [r["test_accuracy"] for r in rows]
-        if any(r["uplink_serialized_bytes"] for r in rows) and None not in reached:
-            peaks.append(max(reached))
-    return min(peaks) if peaks else None
-
-
-def until(accuracy: float, rows: Sequence[Row]) -> Sequence[Row] | None:
-    """The rows of a run up to the first whose test accuracy is at least ``accuracy``.
-
-    None if there is none, or if an earlier round was not evaluated.
-    """
-    for number, row in enumerate(rows, 1):
-        if row["test_accuracy"] is None:
-            return None
-        if row["test_accuracy"] >= accuracy:
-            return rows[:number]
-    return None
-
-
-def sent(rows: Sequence[Row]) -> int:
-    """Serialized bytes in both directions."""
-    return sum(int(row["uplink_serialized_bytes"] + row["downlink_serialized_bytes"]) for row in rows)

@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from fedkd import models
 from fedkd.core import seeds
 from fedkd.data import corruptions
 from fedkd.data.readers import Images
 from fedkd.data.scaling import Scaling
-from fedkd.evaluation import quality
-from fedkd.evaluation.quality import (
+from fedkd.training import models, quality
+from fedkd.training.quality import (
     TEACHER,
     Candidate,
     agreement,

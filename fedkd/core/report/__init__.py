@@ -1,0 +1,1 @@
+"""How rows and results are shown: screen, tables, figures."""

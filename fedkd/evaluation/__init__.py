@@ -1,1 +1,0 @@
-"""Metrics of rounds and models, and how they are shown."""

@@ -1,0 +1,1 @@
+"""Metrics of rounds and clients, and when a run ends."""
