@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from fedkd.algorithms.base import Update as Update
     from fedkd.compare.run import Run as Run
     from fedkd.compare.run import load as load
+    from fedkd.compare.run import rounds as rounds
     from fedkd.compare.run import run as run
     from fedkd.core.config import Config as Config
+    from fedkd.core.errors import FedkdError as FedkdError
+    from fedkd.core.errors import UsageError as UsageError
     from fedkd.distill import distill as run_distillation
     from fedkd.distill.config import DistillConfig as DistillConfig
     from fedkd.simulate import simulate as run_simulation
@@ -28,11 +31,14 @@ __all__ = [
     "Client",
     "Config",
     "DistillConfig",
+    "FedkdError",
     "Run",
     "Setup",
     "Update",
+    "UsageError",
     "load",
     "load_student",
+    "rounds",
     "run",
     "run_distillation",
     "run_simulation",
@@ -43,11 +49,14 @@ _PLACES = {
     "Client": "fedkd.algorithms.base:Client",
     "Config": "fedkd.core.config:Config",
     "DistillConfig": "fedkd.distill.config:DistillConfig",
+    "FedkdError": "fedkd.core.errors:FedkdError",
     "Run": "fedkd.compare.run:Run",
     "Setup": "fedkd.algorithms.base:Setup",
     "Update": "fedkd.algorithms.base:Update",
+    "UsageError": "fedkd.core.errors:UsageError",
     "load": "fedkd.compare.run:load",
     "load_student": "fedkd.training.models.checkpoint:load",
+    "rounds": "fedkd.compare.run:rounds",
     "run": "fedkd.compare.run:run",
     "run_distillation": "fedkd.distill:distill",
     "run_simulation": "fedkd.simulate:simulate",

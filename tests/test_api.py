@@ -69,3 +69,57 @@ def test_a_script_without_a_guard_runs_once(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("once") == 1
     assert "Traceback" not in done.stderr
+
+
+NOTEBOOK = """
+import torch, fedkd
+from functools import partial
+from fedkd.algorithms.dsfl import DSFL
+from fedkd.training.models import cnn
+
+class Net(torch.nn.Sequential):
+    def __init__(self, classes: int) -> None:
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, classes))
+
+def halves(labels, clients, seed):
+    return [list(range(part, len(labels), clients)) for part in range(clients)]
+
+options = dict(dataset="digits", clients=2, proxy="holdout:size=20", local_epochs=1, distill_epochs=1)
+for row in fedkd.rounds(**options, algorithm=DSFL(temperature=0.2), model=[Net, partial(cnn, width=4)], rounds=3,
+                        partitioner=halves, student=Net, out="run"):
+    print("round", row["round"], len(fedkd.load("run").rounds))
+    if row["round"] == 2:
+        break
+rest = list(fedkd.rounds(resume="run"))
+print("rest", [row["round"] for row in rest])
+run = fedkd.load("run")
+print(run.config["model"], run.config["algorithm"], run.config["partitioner"])
+print(run.plot()._repr_png_()[1:4])
+print(run.global_model(model=Net)(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).shape)
+try:
+    fedkd.run(**options, model=Net, workers="2")
+except fedkd.UsageError as error:
+    print(error)
+"""
+
+
+def test_a_program_with_its_own_objects_round_by_round(tmp_path):
+    """As a notebook: what it defines is in no file that another process could import."""
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=NOTEBOOK,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    shown = [line for line in done.stdout.splitlines() if line]
+    assert [line for line in shown if line.startswith(("round 1", "round 2", "round 3"))] == ["round 1 1", "round 2 2"]
+    assert "rest [3]" in shown
+    assert "__main__:Net,cnn:width=4 dsfl:temperature=0.2 __main__:halves" in shown
+    assert "b'PNG'" in shown
+    assert "torch.Size([1, 10])" in shown
+    assert shown[-1].startswith("--model __main__:Net is known only in the process that defines it, but --workers 2 ")

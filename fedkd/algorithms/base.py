@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from fedkd.core.brief import brief
 from fedkd.core.lazy import torch
 from fedkd.core.seeds import derive
 from fedkd.core.tensors import take
@@ -49,6 +50,8 @@ class Client:
     Rounds are counted from 1.
     """
 
+    __repr__ = brief
+
     id: int
     seed: int
     model: str
@@ -64,6 +67,8 @@ class Client:
 @dataclass(frozen=True)
 class Update:
     """What leaves a client, and nothing else."""
+
+    __repr__ = brief
 
     tensors: Tensors
     examples: int
@@ -105,6 +110,8 @@ class Setup:
     ``models`` are the specs of the clients' models, assigned in turn; ``student`` is that of the global student.
     ``validation`` are the samples of ``--validation``, none without it.
     """
+
+    __repr__ = brief
 
     config: Config
     classes: int

@@ -17,6 +17,7 @@ from fedkd.core import cli, run_directory
 from fedkd.core.errors import UsageError, unknown
 from fedkd.core.notes import say
 from fedkd.core.report import figure, grid, students, table
+from fedkd.core.report.rows import numbers
 from fedkd.core.report.screen import Screen
 
 if TYPE_CHECKING:
@@ -123,8 +124,8 @@ def _check_names(labels: Mapping[str, str], methods: Iterable[str]) -> None:
 def _draw(groups: Groups, settings: Settings, out: Path, labels: Mapping[str, str], look: figure.Look) -> None:
     """A figure for each setting; none of a number that only whole runs have."""
     run_directory.create(out)
-    known = _numbers(row for _, curves in settings.values() for rows in curves.values() for row in rows)
-    if look.metric not in known and look.metric in _numbers(run for runs, _ in settings.values() for run in runs):
+    known = numbers(row for _, curves in settings.values() for rows in curves.values() for row in rows)
+    if look.metric not in known and look.metric in numbers(run for runs, _ in settings.values() for run in runs):
         say(f"no figure is drawn: rounds have no {look.metric}.")
         return
     if look.metric not in known:
@@ -133,11 +134,6 @@ def _draw(groups: Groups, settings: Settings, out: Path, labels: Mapping[str, st
         about = figure.title(groups[title][0].config)
         file = f"curve-{number}" if len(settings) > 1 else "curve"
         figure.draw(curves, f"{about}; {title}" if title else about, out, file, labels, look)
-
-
-def _numbers(rows: Iterable[Row]) -> set[str]:
-    """The keys with a number in any of the rows."""
-    return {key for row in rows for key, value in row.items() if isinstance(value, int | float)}
 
 
 def _label(text: str) -> tuple[str, str]:
@@ -153,7 +149,7 @@ def _grids(
 ) -> list[Grid]:
     """The tables of one setting; or, of several, one with a column for each."""
     if len(settings) > 1:
-        if metric not in (known := _numbers(run for runs, _ in settings.values() for run in runs)):
+        if metric not in (known := numbers(run for runs, _ in settings.values() for run in runs)):
             raise UsageError(unknown("--metric", metric, known))
         return [table.pivot({title: runs for title, (runs, _) in settings.items()}, metric, labels)]
     (runs, curves), *_ = settings.values()

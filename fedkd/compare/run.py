@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkd.compare import reading
-from fedkd.core import run_directory
+from fedkd.core import objects, run_directory
 from fedkd.core.config import Config
 from fedkd.core.errors import UsageError, unknown
-from fedkd.core.report import table
+from fedkd.core.report import figure, table
+from fedkd.core.report.rows import numbers
 from fedkd.core.report.text import percent
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedkd.core.report.grid import Grid
+    from fedkd.core.report.picture import Picture
     from fedkd.core.report.rows import Row
 
 
@@ -66,11 +69,35 @@ class Run:
             [{**{key: row[key] for key in keys}, **client} for row in self._rows for client in row["clients"] or ()]
         )
 
+    def plot(
+        self,
+        metric: str = "test_accuracy",
+        panels: Sequence[figure.Panel] = ("rounds", "bytes"),
+        columns: int = 0,
+        style: str = "",
+    ) -> Picture:
+        """A number of each round over rounds, bytes or seconds: a matplotlib figure, which a notebook shows.
+
+        Means over seeds, with their standard deviation as a band. ``columns`` is the width in columns of a paper (0: a
+        screen); ``style`` is a style of matplotlib, or a file of rcParams. ``savefig`` writes it.
+
+        Raises:
+            UsageError: no round has such a number, or a panel or style is unknown.
+
+        """
+        look = figure.Look(tuple(panels), metric, columns, style)
+        figure.check(look)
+        if metric not in (known := numbers(self._rows)):
+            raise UsageError(unknown("metric of rounds", metric, known))
+        return figure.of(self._read[1], figure.title(self.config), {}, look)
+
     def table(self) -> Grid:
         """Methods side by side: means over seeds, with their standard deviation."""
         return table.side_by_side(*self._read)
 
-    def global_model(self, algorithm: str = "", seed: int | None = None, model: str = "") -> nn.Module:
+    def global_model(
+        self, algorithm: str = "", seed: int | None = None, model: str | Callable[..., nn.Module] = ""
+    ) -> nn.Module:
         """The global student after the last round, by default the first: pixels uint8 [N, P, P, 3] -> logits [N, C].
 
         It is in evaluation mode, and includes the scaling of its input. Code that its file names is not imported: a
@@ -90,7 +117,7 @@ class Run:
         found = [file for (name, number), file in files.items() if algorithm in ("", name) and seed in (None, number)]
         if not found:
             raise UsageError(f"{self.path} has no global student" + f" with seed {seed}" * (seed is not None) + ".")
-        student = checkpoint.load(self.path / found[0], model)
+        student = checkpoint.load(self.path / found[0], objects.as_options({"model": model})["model"])
         return WithScaling(student.module(), student.scaling).eval()
 
     def __repr__(self) -> str:
@@ -118,13 +145,46 @@ def load(path: Path | str) -> Run:
 def run(**options: Any) -> Run:
     """Simulate with these options, those of `Config`, and read the result: ``run(clients=20, algorithm="dsfl")``.
 
+    A component is a spec, or an object: ``run(algorithm=DSFL(temperature=0.2), model=[cnn, MyNetwork])``.
+
     Raises:
         FedkdError: an option is wrong, or what ended the run.
 
     """
     from fedkd.simulate import simulate
 
-    return Run(simulate(Config.parse(options)))
+    return Run(simulate(parsed(options)))
+
+
+def rounds(**options: Any) -> Iterator[Row]:
+    """The same round by round: each row of ``rounds.jsonl`` when its round is complete, as a dict.
+
+    The next round is computed when its row is asked for. A loop that is left early leaves a run that can be continued:
+    ``rounds(resume=OUT)``. The run is ``load(OUT)``, also during the loop.
+
+    Raises:
+        FedkdError: an option is wrong, or what ended the run.
+
+    """
+    from fedkd.simulate import rows
+
+    config = parsed(options)
+    if config.engine == "ray":
+        raise UsageError("Rounds on Ray cannot be followed one by one; use fedkd.run.")
+    yield from rows(config)
+
+
+def parsed(options: Mapping[str, Any]) -> Config:
+    """The config of options by name, among them objects; a run that is resumed has its own options besides.
+
+    Raises:
+        UsageError: an option is unknown or wrong.
+
+    """
+    given = objects.as_options(options)
+    if resume := given.get("resume"):
+        given = run_directory.resumed(Config, Path(resume), given)
+    return Config.parse(given)
 
 
 def _frame(rows: list[Row]) -> pandas.DataFrame:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from fedkd.core.brief import brief
 from fedkd.core.errors import ArgumentError, UsageError, unknown
 from fedkd.core.values import MAX_INTEGER, Resize, reason
 
@@ -78,6 +79,7 @@ def in_sentences(options: Any) -> Any:
             raise
 
     options.__init__ = construct
+    options.__repr__ = brief
     return options
 
 

@@ -170,7 +170,7 @@ def ended(out: Path, error: BaseException, command: str, record: str, is_new: bo
     """
     if is_new and getattr(error, "code", None) != RunError.code and not (out / record).exists():
         shutil.rmtree(out, ignore_errors=True)
-    is_resumable = isinstance(error, KeyboardInterrupt | SystemExit | RunError | StorageError)
+    is_resumable = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | RunError | StorageError)
     if is_resumable and (out / "checkpoint").exists():
         print(f"fedkd: continue with: python -m fedkd.{command} --resume {shlex.quote(str(out))}", file=sys.stderr)
 

@@ -84,7 +84,7 @@ def without(text: str, key: str) -> tuple[str, str | None]:
 def _items(text: str) -> tuple[str, list[str]]:
     """What stands before the options of a spec, and its comma-separated items, as they are written."""
     head, *rest = split(text.strip(), ":", 1)
-    if _is_file(head) or re.fullmatch(r"\w+(\.\w+)+", head):
+    if _is_file(head) or re.fullmatch(r"\w+(\.\w+)+|__main__", head):
         attribute, *rest = split(rest[0], ":,", 1) if rest else [""]
         if not attribute.isidentifier():
             raise UsageError(f"{text!r} names no component; write {head}:Name.")

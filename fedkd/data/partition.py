@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 
 from fedkd.core import seeds
+from fedkd.core.brief import brief
 from fedkd.core.errors import FedkdError, UsageError
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False)
 class Partition(Sequence["Rows"]):
     """Client i has the samples ``rows[ends[i - 1] : ends[i]]``; ``ids`` are the clients' own, if the data has any."""
+
+    __repr__ = brief
 
     rows: Rows
     ends: Rows

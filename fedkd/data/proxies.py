@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedkd.core import notes, seeds, specs
+from fedkd.core.brief import brief
 from fedkd.core.errors import UsageError
 from fedkd.core.lazy import torch
 from fedkd.data import sources
@@ -33,6 +34,8 @@ class ProxySet:
     ``labels`` [P] are None unless the algorithm declares that it reads them. ``per_round`` is ``--proxy-samples``
     (0: all).
     """
+
+    __repr__ = brief
 
     images: Tensor
     labels: Tensor | None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedkd.core import cache, notes, seeds, tensors
+from fedkd.core.brief import brief
 from fedkd.core.errors import DataError, FedkdError
 from fedkd.data import folders, tables, user_defined
 from fedkd.data.places import parquet_files
@@ -39,6 +40,8 @@ class Images:
     ``names`` are the names of the classes, if the data has any; ``scaling`` is that of the whole split. ``clients``
     [N] are the numbers, among ``client_names``, of the clients that the samples belong to, if the data says so.
     """
+
+    __repr__ = brief
 
     pixels: Tensor
     labels: Tensor

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fedkd.core import run_directory, runtime
+from fedkd.core import objects, run_directory, runtime
 from fedkd.core.errors import FedkdError, UsageError
 from fedkd.core.notes import say
 from fedkd.data.partitioners import OWN
@@ -16,6 +18,7 @@ from fedkd.simulate import checks, faults
 
 if TYPE_CHECKING:
     from fedkd.core.config import Config
+    from fedkd.core.report.rows import Row
 
 
 def simulate(config: Config) -> Path:
@@ -27,6 +30,14 @@ def simulate(config: Config) -> Path:
     Components are given as specs: name:key=value,... for built-in ones (dsfl:temperature=0.1),
     package.module:Name or ./file.py:Name for user-defined ones.
     """
+    return _drained(rows(config))
+
+
+def rows(config: Config) -> Generator[Row, None, Path]:
+    """The same round by round: each row of ``rounds.jsonl`` when it is there, and the run directory at the end.
+
+    A run whose rows are not read to the end is interrupted, and can be continued.
+    """
     checks.check(config)  # before torch is imported: a mistake is answered within a second
     if config.partitioner == OWN:
         raise UsageError("--partitioner own is for deployed nodes, which bring their own data (docs/deployment.md).")
@@ -35,11 +46,13 @@ def simulate(config: Config) -> Path:
         raise UsageError("--ray-address, --client-cpus and --client-gpus need --engine ray.")
     if config.engine == "ray" and (sys.platform == "win32" or find_spec("ray") is None):
         raise UsageError("--engine ray needs Ray, on Linux or macOS: pip install 'fedkd[ray]'.")
+    if here := objects.only_here(config.run_config()):
+        config = _in_this_process(config, here)
     is_new, config = not config.resume, run_directory.begin(config, config.algorithm)
     out = Path(config.out)
     try:
-        (_run_on_ray if config.engine == "ray" else _run_locally)(config)
-    except (FedkdError, KeyboardInterrupt, SystemExit) as error:
+        yield from (_run_on_ray if config.engine == "ray" else _run_locally)(config)
+    except (FedkdError, KeyboardInterrupt, SystemExit, GeneratorExit) as error:
         run_directory.ended(out, error, "simulate", "rounds.jsonl", is_new)
         raise
     finally:
@@ -48,7 +61,33 @@ def simulate(config: Config) -> Path:
     return out
 
 
-def _run_locally(config: Config) -> None:
+def _in_this_process(config: Config, here: str) -> Config:
+    """The config with one process, in which what the running program defines is known.
+
+    Raises:
+        UsageError: another option needs more of them.
+
+    """
+    crashes = faults.parse(config.faults).crash > 0
+    others = "--engine ray" if config.engine == "ray" else _isolating(config, 1, crashes)
+    if others or config.workers not in ("auto", "1"):
+        raise UsageError(
+            f"{here} is known only in the process that defines it, but {others or f'--workers {config.workers}'} runs "
+            "clients in others; write it into a file, and give that: ./file.py:Name."
+        )
+    return dataclasses.replace(config, workers="1")
+
+
+def _drained(left: Generator[Any, None, Path]) -> Path:
+    """What a generator returns, after all that it yields."""
+    while True:
+        try:
+            next(left)
+        except StopIteration as end:
+            return Path(end.value)
+
+
+def _run_locally(config: Config) -> Iterator[Row]:
     """Run Flower's two apps on this machine."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     is_fresh = "torch" not in sys.modules  # nothing has been computed in this process, so it can be forked
@@ -74,9 +113,9 @@ def _run_locally(config: Config) -> None:
         memories=out / ("checkpoint" if durable else "memories"),
         durable=durable,
     ) as grid:
-        from fedkd.simulate.flower.server_app import run_on
+        from fedkd.simulate.flower.server_app import rows_on
 
-        run_on(grid, config)
+        yield from rows_on(grid, config)
 
 
 def _isolating(config: Config, workers: int, crashes: bool) -> str:
@@ -88,9 +127,11 @@ def _isolating(config: Config, workers: int, crashes: bool) -> str:
     return f"--workers {workers}" if workers > 1 else ""
 
 
-def _run_on_ray(config: Config) -> None:
+def _run_on_ray(config: Config) -> Iterator[Row]:
+    """Run them on Ray, in a child process; the rows are in its files."""
     os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     from fedkd.simulate.flower import ray_engine
 
     ray_engine.run(config)
+    return iter(())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedkd.algorithms.base import Algorithm
 from fedkd.core import runtime, seeds, specs, tensors
+from fedkd.core.brief import brief
 from fedkd.core.errors import FedkdError, PluginError, UsageError
 from fedkd.data import loading, partitioners, proxies, sources
 from fedkd.training import models
@@ -45,6 +46,8 @@ class Experiment:
     models are evaluated, and ``test_sample`` the indices of those that count for the accuracy of clients and teacher.
     ``data_hashes`` are those of the data set and of a proxy set from another one.
     """
+
+    __repr__ = brief
 
     config: Config
     algorithm: Algorithm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
@@ -50,10 +50,11 @@ class RunExchange(Protocol):
     ) -> Iterable[Reply]: ...
 
 
-def run_all(config: Config, connect: Callable[[], RunExchange]) -> None:
+def run_all(config: Config, connect: Callable[[], RunExchange]) -> Iterator[Row]:
     """Run every algorithm and seed of ``config`` over what ``connect`` returns; ``result.json`` is written last.
 
-    What the run directory has a checkpoint of is continued from there.
+    Each row is yielded when its round is complete and on the disk. What the run directory has a checkpoint of is
+    continued from there.
 
     Raises:
         FedkdError: what stopped it; ``result.json`` then holds its code and message.
@@ -77,7 +78,7 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> None:
             for run in runs:
                 is_first = all(row["evaluated_model"] == "clients" for row in finished)
                 start = checkpoints[run.algorithm, run.seed]
-                finished.append(_run(run, exchange, out, screen, rounds, start, is_first))
+                finished.append((yield from _run(run, exchange, out, screen, rounds, start, is_first)))
         figure.draw(rounds.curves, figure.title(runs[0].run_config()), out)
         for grid in _tables(finished, rounds.curves):
             screen.show(grid)
@@ -91,7 +92,7 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> None:
         failure = StorageError.of(error, out)
         reason = {"code": failure.code, "message": str(failure)}
         raise failure from error
-    except (KeyboardInterrupt, SystemExit):  # Ctrl-C or SIGTERM
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):  # Ctrl-C, SIGTERM, or nobody reads further rows
         status = "interrupted"
         raise
     finally:
@@ -143,8 +144,8 @@ def _run(
     rounds: RoundsFile,
     start: Checkpoint | None,
     is_first: bool,
-) -> Row:
-    """One algorithm with one seed: its rows as the rounds end, its last and its best student, its summary."""
+) -> Generator[Row, None, Row]:
+    """One algorithm with one seed: its rows as the rounds end, its last and its best student; returns its summary."""
     experiment = prepared(run)
     head = HEAD + "  validation" * bool(run.validation)
     screen.print(f"\n{run.algorithm}, seed {run.seed}; {header.uplink(experiment)}\n{head}")
@@ -178,6 +179,7 @@ def _run(
         if run.checkpoint_every and (round_.number % run.checkpoint_every == 0 or is_last):
             checkpoint.save(out, run, round_, memories, best, rows)
         screen.row(row, run.rounds, is_last)
+        yield row
     assert state is not None
     with _attributing(run):
         last = experiment.algorithm.global_model(experiment.setup, state)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.core import seeds, specs
+from fedkd.core.brief import brief
 from fedkd.core.errors import DataError
 from fedkd.core.tensors import shapes
 from fedkd.training import layers, loop, models, networks, schedules, together
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Trainer:
     """Trains models on one device, by the options of the config; with ``stacks``, clients together on a GPU."""
+
+    __repr__ = brief
 
     config: Config
     classes: int

@@ -79,3 +79,58 @@ def test_mistakes_are_one_sentence(run, tmp_path):
     assert len(repr(run)) < 400
     assert repr(run).startswith(f"Run({str(run.path)!r}: fedavg ")
     assert "is not the directory of a run" in repr(fedkd.Run(tmp_path))
+
+
+def test_a_run_round_by_round_left_and_continued(tmp_path):
+    """The rows are those of the run in one piece, each when its round is complete; nothing is computed between them."""
+    options = {key.replace("-", "_"): value for key, value in TINY.items()} | {"algorithm": "fedavg", "seeds": 2}
+    left, whole = str(tmp_path / "left"), str(tmp_path / "whole")
+    rows = fedkd.rounds(**options | {"rounds": 2, "out": left})
+    first = [next(rows), next(rows), next(rows)]
+    assert [(row["seed"], row["round"]) for row in first] == [(0, 1), (0, 2), (1, 1)]
+    assert list(fedkd.load(left).rounds["round"]) == [1, 2, 1]
+    assert not (tmp_path / "left" / "result.json").exists()
+    rows.close()
+    assert json.loads((tmp_path / "left" / "result.json").read_text())["status"] == "interrupted"
+    assert not (tmp_path / "left" / "lock").exists()
+    rest = list(fedkd.rounds(resume=left))
+    fedkd.run(**options | {"rounds": 2, "out": whole})
+
+    def numbers(row):
+        return {key: value for key, value in row.items() if not key.endswith("_seconds")}
+
+    assert [numbers(row) for row in (*first, *rest)] == [numbers(row) for row in lines(fedkd.load(whole))]
+    assert json.loads((tmp_path / "left" / "result.json").read_text())["status"] == "ok"
+
+
+def test_a_run_that_is_resumed_has_its_own_options(tmp_path):
+    options = {key.replace("-", "_"): value for key, value in TINY.items()} | {"algorithm": "fedavg", "rounds": 1}
+    run = fedkd.run(**options | {"out": str(tmp_path / "run")})
+    before = run.config
+    assert list(fedkd.run(resume=run.path, rounds=2).rounds["round"]) == [1, 2]
+    assert fedkd.load(run.path).config == {**before, "rounds": 2}
+    with pytest.raises(UsageError, match=r"--clients 7 differs from the run in"):
+        fedkd.run(resume=run.path, clients=7)
+
+
+def test_its_figure_has_the_numbers_of_its_rounds(run, images_of_figures, tmp_path):
+    figure = run.plot("client_accuracy", panels=["rounds"], columns=1)
+    (axes,) = figure.axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    means = 100 * run.rounds.groupby(["algorithm", "round"])["client_accuracy"].mean()
+    assert drawn == {name: pytest.approx(list(means[name])) for name in ("fedavg", "local")}
+    figure.savefig(tmp_path / "curve.svg")
+    assert "client accuracy (%)</text>" in (tmp_path / "curve.svg").read_text(), "text is text"
+    assert figure._repr_png_()[1:4] == b"PNG"
+    for call, expected in (
+        (lambda: run.plot("accuracy"), "Unknown metric of rounds 'accuracy'"),
+        (lambda: run.plot(panels=["round"]), "Unknown panel 'round'"),
+        (lambda: run.plot(style="no such style"), "is neither a file of rcParams nor a style"),
+    ):
+        with pytest.raises(UsageError, match=expected):
+            call()
+
+
+def test_rounds_on_ray_cannot_be_followed():
+    with pytest.raises(UsageError, match=r"use fedkd\.run"):
+        next(fedkd.rounds(engine="ray"))

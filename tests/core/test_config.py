@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import torch
 
+from fedkd.algorithms.base import Client, Update
 from fedkd.core import cli, run_directory
 from fedkd.core.cli import from_environment
 from fedkd.core.config import Config
@@ -177,3 +179,17 @@ def test_a_wrong_argument_in_python_is_one_sentence(config):
     assert isinstance(raised.value, ValueError)
     with pytest.raises(UsageError, match=r"^--batch-size 0 is not usable: input should be greater than or equal to 1"):
         config(batch_size=0)
+
+
+def test_what_a_notebook_prints_fits_on_a_screen(experiment):
+    setup = experiment.setup
+    client = Client(1, 2, "cnn", experiment.train, {f"weight {number}": torch.zeros(3, 4) for number in range(50)})
+    for value in (Config(), DistillConfig(), setup, setup.proxy, setup.trainer, client, experiment, experiment.train):
+        assert len(repr(value)) < 24 * 100
+        assert "\n" not in repr(value)
+    assert repr(Config(clients=7, augment=False)) == "Config(clients=7, augment=False)"
+    assert "memory={weight 0: float32[3, 4], weight 1: float32[3, 4]," in repr(client)
+    assert (
+        repr(Update({"logits": torch.zeros(2, 3)}, 4))
+        == "Update(tensors={logits: float32[2, 3]}, examples=4, metrics={})"
+    )

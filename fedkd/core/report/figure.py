@@ -11,13 +11,13 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedkd.core import run_directory
-from fedkd.core.errors import UsageError
+from fedkd.core.errors import UsageError, unknown
 from fedkd.core.report.table import NO_LABELS, Curves, Labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
+    from fedkd.core.report.picture import Picture
     from fedkd.core.report.rows import Row
 
 # Okabe and Ito's colors, which color-blind readers can distinguish; teacher and clients have that of their method.
@@ -61,11 +61,15 @@ class Look:
 def draw(
     curves: Curves, title: str, out: Path, name: str = "curve", labels: Labels = NO_LABELS, look: Look | None = None
 ) -> None:
-    """Write NAME.png, .svg and .pdf: means over seeds, and the standard deviation as a band.
+    """Write NAME.png, .svg and .pdf of these curves."""
+    save(of(curves, title, labels, look or Look()), out, name)
+
+
+def of(curves: Curves, title: str, labels: Labels, look: Look) -> Picture:
+    """The figure of these curves: means over seeds, and the standard deviation as a band.
 
     A curve ends with the first of its seeds. ``labels`` are names for methods, instead of their specs.
     """
-    look = look or Look()
     with sized(look.size, look.style) as figure:
         shape = (len(look.panels), 1) if look.columns == 1 else (1, len(look.panels))
         panels = figure.subplots(*shape, sharey=True, squeeze=False)
@@ -85,7 +89,7 @@ def draw(
         figure.legend(handles, texts, loc="outside lower center", ncols=most, frameon=False, **about)
         if not look.columns:  # a figure of a paper has a caption
             figure.suptitle(title, fontsize=10)
-        save(figure, out, name)
+        return figure
 
 
 def title(options: Mapping[str, Any]) -> str:
@@ -97,22 +101,26 @@ def check(look: Look) -> None:
     """Whether there is a panel, and matplotlib knows the style.
 
     Raises:
-        UsageError: there is none, or it does not.
+        UsageError: there is none, or one is unknown, or matplotlib does not know the style.
 
     """
     if not look.panels:
         raise UsageError("--panel needs a value: rounds, bytes or seconds.")
+    for panel in look.panels:
+        if panel not in AXES:
+            raise UsageError(unknown("panel", panel, AXES))
     if look.style:
         with sized(look.size, look.style):
             pass
 
 
 @contextmanager
-def sized(size: tuple[float, float], style: str = "") -> Iterator[Figure]:
+def sized(size: tuple[float, float], style: str = "") -> Iterator[Picture]:
     """A figure with the rcParams of all figures, and those of a style on top. No window is opened."""
     import matplotlib
     from matplotlib import style as styles
-    from matplotlib.figure import Figure
+
+    from fedkd.core.report.picture import Picture
 
     with matplotlib.rc_context(RC):
         if style:
@@ -120,10 +128,10 @@ def sized(size: tuple[float, float], style: str = "") -> Iterator[Figure]:
                 styles.use(style)
             except (OSError, ValueError) as error:
                 raise UsageError(f"--style {style} is neither a file of rcParams nor a style of matplotlib.") from error
-        yield Figure(figsize=size, layout="constrained")
+        yield Picture(figsize=size, layout="constrained")
 
 
-def save(figure: Figure, out: Path, name: str) -> None:
+def save(figure: Picture, out: Path, name: str) -> None:
     """Write NAME.png, .svg and .pdf, without dates, so that the same numbers give the same files."""
     without_date = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     for kind in FORMATS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -38,3 +38,8 @@ def until(accuracy: float, rows: Sequence[Row]) -> Sequence[Row] | None:
 def sent(rows: Sequence[Row]) -> int:
     """Serialized bytes in both directions."""
     return sum(int(row["uplink_serialized_bytes"] + row["downlink_serialized_bytes"]) for row in rows)
+
+
+def numbers(rows: Iterable[Row]) -> set[str]:
+    """The keys with a number in any of the rows."""
+    return {key for row in rows for key, value in row.items() if isinstance(value, int | float)}

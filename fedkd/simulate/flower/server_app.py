@@ -39,6 +39,7 @@ from fedkd.simulate.rounds import Memories
 from fedkd.simulate.runner import run_all
 
 if TYPE_CHECKING:
+    from fedkd.core.report.rows import Row
     from fedkd.core.tensors import Tensors
 
 app = ServerApp()
@@ -75,8 +76,14 @@ def main(grid: Grid, context: Context) -> None:
 
 def run_on(grid: Grid, config: Config) -> None:
     """Run the config's algorithms and seeds over a grid, and write the run directory."""
+    for _ in rows_on(grid, config):
+        pass
+
+
+def rows_on(grid: Grid, config: Config) -> Iterator[Row]:
+    """The same round by round: the rows as they are read; nothing is computed between two of them."""
     settle(config.threads)
-    run_all(config, lambda: partial(exchange, grid, client_nodes(grid, config)))
+    yield from run_all(config, lambda: partial(exchange, grid, client_nodes(grid, config)))
 
 
 def client_nodes(grid: Grid, config: Config) -> Sequence[int]:

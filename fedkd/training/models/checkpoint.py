@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from fedkd.core import seeds, specs, tensors
+from fedkd.core.brief import brief
 from fedkd.core.catalog import CATALOG
 from fedkd.core.errors import DataError, PluginError, UsageError
 from fedkd.core.values import Resize
@@ -32,6 +33,8 @@ class Student:
     ``resize`` is how its images were made square. ``held_out`` is the number of training images that `fedkd.distill`
     held out for validation (0: unknown).
     """
+
+    __repr__ = brief
 
     model: str
     norm: models.Norm
