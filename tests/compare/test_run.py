@@ -109,7 +109,7 @@ def test_a_run_that_is_resumed_has_its_own_options(tmp_path):
     before = run.config
     assert list(fedkd.run(resume=run.path, rounds=2).rounds["round"]) == [1, 2]
     assert fedkd.load(run.path).config == {**before, "rounds": 2}
-    with pytest.raises(UsageError, match=r"--clients 7 differs from the run in"):
+    with pytest.raises(fedkd.FedkdError, match=r"--clients 7 differs from the run in"):
         fedkd.run(resume=run.path, clients=7)
 
 
