@@ -19,7 +19,7 @@ RANKS = [
     {"training"},
     {"algorithms"},
     {"simulate", "distill", "export", "serve"},
-    {"compare", "list"},
+    {"compare", "list", "partition"},
     {"reproduce"},
     {"bench"},
 ]

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fedkd.core import cli
+from fedkd.core import variables
 from fedkd.core.config import Config
 from fedkd.core.errors import FedkdError, UsageError, unknown
 from fedkd.core.options import from_file, underscored
@@ -61,7 +61,7 @@ def read(path: Path) -> Sweep:
         if key in REFUSED:
             raise UsageError(f"{path}: {key} is no option that a sweep may vary.")
     sources = dict.fromkeys(values, f" in {path}")
-    values |= cli.from_environment(os.environ, Config)
+    values |= variables.read(os.environ, Config)
     lists = {key: value if isinstance(value, list) else [value] for key, value in varied.items()}
     if empty := [key for key, each in lists.items() if not each]:
         raise UsageError(f"{path}: {empty[0]} has no value in [sweep].")

@@ -12,8 +12,6 @@ import signal
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
-from difflib import get_close_matches
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
@@ -21,7 +19,7 @@ import rich.console
 from cyclopts import App, CycloptsError, Group, Parameter, Token, convert
 
 from fedkd import __version__ as version
-from fedkd.core import run_directory
+from fedkd.core import run_directory, variables
 from fedkd.core.errors import FedkdError, Interrupted, StorageError, Terminated, UsageError
 from fedkd.core.options import Options, from_file
 from fedkd.core.values import MAX_INTEGER
@@ -33,13 +31,11 @@ COMMANDS = {
     "distill": ("fedkd.distill.__main__:app", "Distill a student from one or several teachers, or from itself."),
     "export": ("fedkd.export:app", "Write a student for ONNX Runtime, PyTorch or a phone."),
     "serve": ("fedkd.serve:app", "Serve an exported model over HTTP."),
+    "partition": ("fedkd.partition:app", "Show which client gets what, without training."),
     "list": ("fedkd.list:app", "List all components with their options."),
     "reproduce": ("fedkd.reproduce.__main__:app", "Run a published table, and print our numbers beside it."),
     "bench": ("fedkd.bench.__main__:app", "Measure the speed of fedkd and of other simulators."),
 }
-OPTIONS = ("fedkd.core.config:Config", "fedkd.distill.config:DistillConfig")  # of commands that read FEDKD_* variables
-ALIASES = {"FEDKD_DATA": "data_dir"}
-OTHER_VARIABLES = {"FEDKD_CACHE"}
 #: Names that other tools use for an option.
 SYNONYMS = {
     "lr": "learning-rate",
@@ -79,6 +75,7 @@ SYNONYMS = {
 }
 
 
+DRY_RUN = "Estimate bytes, time and memory from a few batches instead; nothing is written."
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
@@ -191,47 +188,83 @@ def command(
     function: Callable[[AnyOptions], Path],
     options: type[AnyOptions],
     check: Callable[[AnyOptions, Collection[str]], object] = lambda config, given: None,
+    dry_run: Callable[[AnyOptions], None] | None = None,
 ) -> App:
     """A command with a flag for each field of a config; ``function`` returns the directory of the result.
 
-    ``check`` is called before it, also with the names of the options that flags and the file give.
+    ``check`` is called before it, also with the names of the options that flags and the file give. With ``--dry-run``,
+    ``dry_run`` is called instead of it.
     """
 
-    def run(scenario: Path | None = None, **flags: Any) -> None:
-        given = {key: value for key, value in flags.items() if value is not None}
-        for note in misspelt(os.environ):
-            print(f"fedkd: {note}", file=sys.stderr)
-        file, environment = from_file(scenario), from_environment(os.environ, options)
-        if tables := [key for key, value in file.items() if key in ("sweep", "names") and isinstance(value, dict)]:
-            raise UsageError(f"{scenario} has a table [{tables[0]}]: run it by python -m fedkd.compare {scenario}.")
-        values = file | environment | given
-        sources = dict.fromkeys(file, f" in {scenario}")
-        sources |= {key: f" in FEDKD_{key.upper()}" for key in environment} | dict.fromkeys(given, "")
-        if run := values.get("resume"):
-            values = run_directory.resumed(options, Path(run), values)
-        config = options.parse(values, sources)
+    def run(
+        scenario: Path | None = None,
+        /,
+        *,
+        dry_run: Annotated[bool, Parameter(help=DRY_RUN, negative=())] = False,
+        **flags: Any,
+    ) -> None:
+        config, given = configured(options, scenario, flags)
         # With --json, standard output holds one JSON object; what other code prints goes to standard error.
-        with redirect_stdout(sys.stderr) if config.json else nullcontext():
-            check(config, {key.replace("-", "_") for key in (*file, *given)})
-            out = function(config)
-        if config.json:
+        with redirect_stdout(sys.stderr) if config.json and not dry_run else nullcontext():
+            check(config, given)
+            out = preview(config) if dry_run and preview else function(config)
+        if config.json and out:
             print((out / "result.json").read_text(encoding="utf-8"), end="")
 
-    first = Parameter(help="Scenario file (TOML) with these options as keys.", group=Group("Scenario", sort_key=0))
-    parameters = [
-        inspect.Parameter(
-            "scenario",
-            inspect.Parameter.POSITIONAL_ONLY,
-            default=None,
-            annotation=Annotated[Path | None, first],
-        )
-    ]
-    run.__signature__ = inspect.Signature([*parameters, *_flags(options)])  # type: ignore[attr-defined]
-    run.__annotations__ = {}
+    preview = dry_run
     run.__doc__ = inspect.getdoc(function)
     app = new(function.__name__)
-    app.default(run)
+    app.default(with_flags(run, options, leave_out=() if dry_run else ("dry_run",)))
     return app
+
+
+def configured(
+    options: type[AnyOptions], scenario: Path | None, flags: Mapping[str, Any]
+) -> tuple[AnyOptions, set[str]]:
+    """The config by a scenario file, FEDKD_* variables and flags; and the options that file and flags give.
+
+    Raises:
+        UsageError: one of them cannot be used.
+
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    for note in variables.misspelt(os.environ):
+        print(f"fedkd: {note}", file=sys.stderr)
+    file, environment = from_file(scenario), variables.read(os.environ, options)
+    if tables := [key for key, value in file.items() if key in ("sweep", "names") and isinstance(value, dict)]:
+        raise UsageError(f"{scenario} has a table [{tables[0]}]: run it by python -m fedkd.compare {scenario}.")
+    values = file | environment | given
+    sources = dict.fromkeys(file, f" in {scenario}")
+    sources |= {key: f" in FEDKD_{key.upper()}" for key in environment} | dict.fromkeys(given, "")
+    if run := values.get("resume"):
+        values = run_directory.resumed(options, Path(run), values)
+    return options.parse(values, sources), {key.replace("-", "_") for key in (*file, *given)}
+
+
+def with_flags(
+    function: Callable[..., None],
+    options: type[Options],
+    names: Collection[str] | None = None,
+    leave_out: Collection[str] = (),
+) -> Callable[..., None]:
+    """The function as a command: a scenario file, its own keywords, and a flag for each field of a config.
+
+    ``names`` are the fields that have one, by default all; ``leave_out`` are keywords of the function without a flag.
+    """
+    first = Parameter(help="Scenario file (TOML) with these options as keys.", group=Group("Scenario", sort_key=0))
+    hints = get_type_hints(function, include_extras=True)
+    own = [
+        each.replace(annotation=hints[each.name])
+        for each in inspect.signature(function).parameters.values()
+        if each.kind is each.KEYWORD_ONLY and each.name not in leave_out
+    ]
+    scenario = inspect.Parameter(
+        "scenario", inspect.Parameter.POSITIONAL_ONLY, default=None, annotation=Annotated[Path | None, first]
+    )
+    flags = [each for each in _flags(options) if names is None or each.name in names]
+    function.__signature__ = inspect.Signature([scenario, *own, *flags])  # type: ignore[attr-defined]
+    function.__annotations__ = {}
+    return function
 
 
 def _flags(options: type[Options]) -> list[inspect.Parameter]:
@@ -278,27 +311,3 @@ def _shown(default: Any) -> str | None:
     if isinstance(default, tuple):
         return " ".join(map(str, default))
     return str(default).lower() if default is True else str(default)
-
-
-def from_environment(environment: Mapping[str, str], options: type[Options]) -> dict[str, str]:
-    """The options that are set by FEDKD_NAME variables."""
-    names = {f"FEDKD_{f.name.upper()}": f.name for f in dataclasses.fields(options)} | ALIASES  # type: ignore[arg-type]
-    return {names[key]: value for key, value in environment.items() if key in names and value}
-
-
-def misspelt(environment: Mapping[str, str]) -> list[str]:
-    """A sentence for each FEDKD_* variable that is no option of any command."""
-    unknown_names = {key for key in environment if key.startswith("FEDKD_")} - OTHER_VARIABLES - ALIASES.keys()
-    if not unknown_names:
-        return []
-    known = OTHER_VARIABLES | ALIASES.keys()
-    for path in OPTIONS:
-        module, _, name = path.partition(":")
-        fields = dataclasses.fields(getattr(import_module(module), name))
-        known |= {f"FEDKD_{field.name.upper()}" for field in fields}
-    notes = []
-    for key in sorted(unknown_names - known):
-        near = get_close_matches(key, known, n=1, cutoff=0.8)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        notes.append(f"the environment variable {key} is ignored: there is no such option{hint}")
-    return notes

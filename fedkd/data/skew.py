@@ -36,13 +36,19 @@ def measure(labels: NDArray[np.int64], partition: Partition, classes: int, rows:
     table = counts(labels, partition, classes)
     sizes = table.sum(1)
     distributions = table / sizes[:, None]
-    overall = table.sum(0) / table.sum()
     entropies = -(distributions * np.log(np.where(distributions > 0, distributions, 1))).sum(1)
     return Skew(
         smallest=int(sizes.min()),
         median=int(np.median(sizes)),
         largest=int(sizes.max()),
-        distance=float(0.5 * np.abs(distributions - overall).sum(1).mean()),
+        distance=float(distances(table).mean()),
         classes=float(np.exp(entropies).mean()),
         coverage=float(sizes.sum() / rows),
     )
+
+
+def distances(table: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The total-variation distance of each client's labels [clients, classes] to those of all clients [clients]."""
+    overall = table.sum(0) / table.sum()
+    result: NDArray[np.float64] = 0.5 * np.abs(table / table.sum(1)[:, None] - overall).sum(1)
+    return result

@@ -12,7 +12,8 @@ from fedkd.algorithms.base import Algorithm
 from fedkd.core import runtime, seeds, specs, tensors
 from fedkd.core.brief import brief
 from fedkd.core.errors import FedkdError, PluginError, UsageError
-from fedkd.data import loading, partitioners, proxies, sources
+from fedkd.data import loading, partitioners
+from fedkd.simulate import assignment
 from fedkd.training import models
 
 if TYPE_CHECKING:
@@ -142,22 +143,17 @@ def _prepare(config: Config) -> Experiment:
 
     from fedkd.algorithms.base import Distillation, Setup
     from fedkd.core.communication.channel import Channel
-    from fedkd.data.partition import Partition, hold_out
+    from fedkd.data.partition import Partition
     from fedkd.data.scaling import Scaling
     from fedkd.simulate.evaluation import per_client
     from fedkd.training import precision
     from fedkd.training.trainer import Trainer
 
-    source = sources.named(loading.choose_dataset(config.dataset, config.data_dir)[0]).read_by(config)
-    source = dataclasses.replace(source, client_column=partitioners.column(config.partitioner))
     algorithm, device = algorithm_of(config), runtime.device(config.device)
     resolved = precision.resolve(config.precision, device)
-    train, test = _images(source, config)
-    classes = max(train.classes, test.classes)
-    proxy, proxy_rows, private = _proxy(config, source, train, test, algorithm.reads_proxy_labels)
-    validation_rows, private = _validation(config, private)
-    held_out = train.select(torch.from_numpy(validation_rows))
-    partition, local_tests = hold_out(_partition(config, train, private), config.local_test, config.seed)
+    shares = assignment.assign(config, algorithm.reads_proxy_labels)
+    train, test, classes, proxy, partition = shares.train, shares.test, shares.classes, shares.proxy, shares.partition
+    held_out = train.select(torch.from_numpy(shares.validation_rows))
     pooled = Partition(partition.rows, partition.ends[-1:])
     names = models.split(config.model)
     scaling = train.scaling or Scaling.of(proxy.images)
@@ -174,7 +170,7 @@ def _prepare(config: Config) -> Experiment:
             temperature=config.temperature,
             weighting=config.weighting,
         ),
-        trainer=Trainer(config, classes, scaling, source.flip, device, resolved, _are_worth_a_stack(config, partition)),
+        trainer=Trainer(config, classes, scaling, shares.flip, device, resolved, _are_worth_a_stack(config, partition)),
     )
     codecs = algorithm.codecs or (config.uplink_codec, config.downlink_codec)
     uplink, downlink = (_codec(text, classes) for text in codecs)
@@ -185,7 +181,7 @@ def _prepare(config: Config) -> Experiment:
         setup.trainer.check_batch_norm(model, config.batch_size, "--batch-size")
     has_student = _has_student(algorithm, setup)
     hashes = {config.dataset: loading.digest(train, test)}
-    if proxy_rows is None:
+    if shares.proxy_rows is None:
         hashes[f"--proxy {config.proxy}"] = tensors.digest({"images": proxy.images.cpu()})
     if "file" in specs.parse(config.partitioner).options:
         hashes[f"--partitioner {config.partitioner}"] = partition.digest()
@@ -202,11 +198,11 @@ def _prepare(config: Config) -> Experiment:
         test=test,
         client_test=client_test,
         test_sample=test_sample,
-        proxy_rows=proxy_rows,
-        validation_rows=validation_rows,
+        proxy_rows=shares.proxy_rows,
+        validation_rows=shares.validation_rows,
         partition=partition,
         training_partition=pooled if algorithm.pools_data else partition,
-        local_tests=local_tests,
+        local_tests=shares.local_tests,
         data_hashes=hashes,
     )
 
@@ -219,65 +215,6 @@ def _are_worth_a_stack(config: Config, partition: Partition) -> bool:
 
 
 prepared = lru_cache(maxsize=2)(prepare)
-
-
-def _images(source: sources.Source, config: Config) -> tuple[Images, Images]:
-    """Training and test images; no training images if neither clients nor the proxy need them."""
-    proxy_source, _ = proxies.parse(config.proxy)
-    if proxy_source is None or config.partitioner != partitioners.OWN:
-        return loading.splits(source, config.data_dir)
-    test = loading.read(source, "test", config.data_dir)
-    return test.first(0), test
-
-
-def _proxy(
-    config: Config, source: sources.Source, train: Images, test: Images, with_labels: bool
-) -> tuple[proxies.ProxySet, NDArray[np.int64] | None, NDArray[np.int64]]:
-    """The proxy set, its indices in the training set if it is held out of it, and those of the private samples."""
-    import numpy as np
-    import torch
-
-    proxy_source, size = proxies.parse(config.proxy)
-    if proxy_source is None:
-        rows, private = proxies.hold_out(size, len(train), config.seed)
-        indices = torch.from_numpy(rows)
-        labels = train.labels[indices] if with_labels else None
-        return proxies.ProxySet(train.pixels[indices], labels, config.proxy_samples, config.seed), rows, private
-    proxy_source = dataclasses.replace(proxy_source.read_by(config), pixels=source.pixels)
-    public = loading.read(proxy_source, "train", config.data_dir)
-    images = proxies.draw(public, size, [train, test], config.seed, config.proxy)
-    private = np.arange(len(train), dtype=np.int64)
-    return proxies.ProxySet(images, None, config.proxy_samples, config.seed), None, private
-
-
-def _validation(config: Config, private: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of the validation samples in the training set and of the other private samples, both sorted."""
-    import numpy as np
-
-    if not (count := config.validation):
-        return private[:0], private
-    if count + config.clients > len(private):
-        raise UsageError(
-            f"--validation {count} and {config.clients} clients need more than the {len(private):,} private samples; "
-            "use a smaller number."
-        )
-    order = seeds.rng(config.seed, "validation").permutation(private)
-    return np.sort(order[:count]), np.sort(order[count:])
-
-
-def _partition(config: Config, train: Images, private: NDArray[np.int64]) -> Partition:
-    """The private samples of each client; of none if deployed nodes bring their own."""
-    import numpy as np
-
-    from fedkd.data.partition import Partition
-
-    if config.partitioner == partitioners.OWN:
-        return Partition.of([np.zeros(0, np.int64)] * config.clients)
-    owners = None if train.clients is None else train.clients.numpy()[private]
-    labels = train.labels.numpy()[private]
-    ids = train.client_names
-    assigned = partitioners.assign(config.partitioner, labels, config.clients, config.seed, owners, ids)
-    return Partition(private[assigned.rows], assigned.ends, assigned.ids)
 
 
 def algorithm_of(config: Config) -> Algorithm:

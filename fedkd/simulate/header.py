@@ -12,6 +12,7 @@ from fedkd.core.report.text import percent, size
 from fedkd.simulate.evaluation import metrics
 
 if TYPE_CHECKING:
+    from fedkd.data.skew import Skew
     from fedkd.simulate.experiment import Experiment
 
 FLOAT = 4  # bytes of a float32, in which weights and logits are sent without a codec
@@ -95,10 +96,12 @@ def uplink(experiment: Experiment) -> str:
 
 
 def _skew(experiment: Experiment) -> str:
-    """The sizes of the clients' shares, and how much they differ."""
     result = metrics.partition_skew(experiment)
-    if result is None:
-        return "that bring their own data"
+    return "that bring their own data" if result is None else skew_text(result)
+
+
+def skew_text(result: Skew) -> str:
+    """The sizes of the clients' shares, and how much they differ."""
     return (
         f"with {result.smallest:,} to {result.largest:,} samples (median {result.median:,}); effective number of "
         f"classes per client {result.classes:.1f}; mean total-variation distance to the global label distribution "

@@ -12,7 +12,7 @@ import tomllib
 import pytest
 
 from fedkd import __version__
-from fedkd.core import cli
+from fedkd.core import cli, variables
 from fedkd.core.catalog import CATALOG
 from fedkd.list import component
 from tests.conftest import FLAGS, ROOT, run
@@ -69,11 +69,11 @@ def test_a_near_miss_is_suggested(option, suggested):
 
 def test_a_misspelt_variable_is_reported_once_and_others_are_not():
     known = {"FEDKD_ROUNDS": "1", "FEDKD_CACHE": "x", "FEDKD_DATA": "x", "FEDKD_TEACHER_EPOCHS": "1", "HOME": "/"}
-    assert cli.misspelt(known) == []
-    (note,) = cli.misspelt({**known, "FEDKD_ROUND": "1"})
+    assert variables.misspelt(known) == []
+    (note,) = variables.misspelt({**known, "FEDKD_ROUND": "1"})
     assert "FEDKD_ROUND is ignored" in note
     assert "did you mean FEDKD_ROUNDS?" in note
-    (note,) = cli.misspelt({"FEDKD_QWERTYUIOP": "1"})
+    (note,) = variables.misspelt({"FEDKD_QWERTYUIOP": "1"})
     assert "did you mean" not in note
 
 

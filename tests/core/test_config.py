@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from fedkd.algorithms.base import Client, Update
-from fedkd.core import cli, run_directory
-from fedkd.core.cli import from_environment
+from fedkd.core import cli, run_directory, variables
 from fedkd.core.config import Config
 from fedkd.core.errors import UsageError
 from fedkd.core.options import from_file
@@ -137,9 +136,7 @@ def test_every_option_is_grouped_and_explained():
 
 
 def test_environment_and_file(tmp_path):
-    assert from_environment(
-        {"FEDKD_LOCAL_EPOCHS": "3", "FEDKD_DATA": "d", "FEDKD_CACHE": "x", "HOME": "y"}, Config
-    ) == {
+    assert variables.read({"FEDKD_LOCAL_EPOCHS": "3", "FEDKD_DATA": "d", "FEDKD_CACHE": "x", "HOME": "y"}, Config) == {
         "local_epochs": "3",
         "data_dir": "d",
     }

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's colors, which color-blind readers can distinguish; teacher and clients have that of their method.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")  # of further methods, after the last color
-FORMATS = ("png", "svg", "pdf")
+WITHOUT_DATE: Mapping[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+FORMATS = tuple(WITHOUT_DATE)
 # Text is text in the files, and numbers give the same file: a fixed salt, no date.
 RC: Any = {"svg.hashsalt": "fedkd", "svg.fonttype": "none", "pdf.fonttype": 42, "font.size": 9}
 RC |= {"axes.spines.top": False, "axes.spines.right": False}
@@ -133,10 +134,9 @@ def sized(size: tuple[float, float], style: str = "") -> Iterator[Picture]:
 
 def save(figure: Picture, out: Path, name: str) -> None:
     """Write NAME.png, .svg and .pdf, without dates, so that the same numbers give the same files."""
-    without_date = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     for kind in FORMATS:
         with run_directory.atomic(out / f"{name}.{kind}") as part:
-            figure.savefig(part, dpi=144, metadata=without_date[kind])
+            figure.savefig(part, dpi=144, metadata=WITHOUT_DATE[kind])
 
 
 def _curves(

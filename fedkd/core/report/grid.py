@@ -47,6 +47,11 @@ class Grid:
             table.add_row(*row)
         return table
 
+    @property
+    def width(self) -> int:
+        """The characters of a line in a terminal."""
+        return sum(max(map(len, column)) + 3 for column in zip(self.titles, *self.rows, strict=True))
+
     def markdown(self) -> str:
         """For a document."""
         rule = ["---", *["---:"] * (len(self.titles) - 1)]
