@@ -14,10 +14,10 @@ from fedkd.core import cli
 from fedkd.core.config import Config
 from fedkd.core.errors import UsageError
 from fedkd.core.notes import plain
-from fedkd.core.report import figure, header, shares
+from fedkd.core.report import figure, shares
 from fedkd.core.report.grid import Format
 from fedkd.data import partitioners, proxies, sources
-from fedkd.simulate import assignment
+from fedkd.simulate import assignment, header
 
 if TYPE_CHECKING:
     import numpy as np
