@@ -188,12 +188,12 @@ def command(
     function: Callable[[AnyOptions], Path],
     options: type[AnyOptions],
     check: Callable[[AnyOptions, Collection[str]], object] = lambda config, given: None,
-    dry_run: Callable[[AnyOptions], None] | None = None,
+    dry_run: Callable[[AnyOptions], str] | None = None,
 ) -> App:
     """A command with a flag for each field of a config; ``function`` returns the directory of the result.
 
     ``check`` is called before it, also with the names of the options that flags and the file give. With ``--dry-run``,
-    ``dry_run`` is called instead of it.
+    ``dry_run`` is called instead of it, and what it returns is printed.
     """
 
     def run(
@@ -205,13 +205,15 @@ def command(
     ) -> None:
         config, given = configured(options, scenario, flags)
         # With --json, standard output holds one JSON object; what other code prints goes to standard error.
-        with redirect_stdout(sys.stderr) if config.json and not dry_run else nullcontext():
+        with redirect_stdout(sys.stderr) if config.json else nullcontext():
             check(config, given)
-            out = preview(config) if dry_run and preview else function(config)
-        if config.json and out:
+            out = estimate(config) if dry_run and estimate else function(config)
+        if isinstance(out, str):
+            print(out)
+        elif config.json:
             print((out / "result.json").read_text(encoding="utf-8"), end="")
 
-    preview = dry_run
+    estimate = dry_run
     run.__doc__ = inspect.getdoc(function)
     app = new(function.__name__)
     app.default(with_flags(run, options, leave_out=() if dry_run else ("dry_run",)))

@@ -38,16 +38,7 @@ def rows(config: Config) -> Generator[Row, None, Path]:
 
     A run whose rows are not read to the end is interrupted, and can be continued.
     """
-    checks.check(config)  # before torch is imported: a mistake is answered within a second
-    if config.partitioner == OWN:
-        raise UsageError("--partitioner own is for deployed nodes, which bring their own data (docs/deployment.md).")
-    is_local = config.engine == "local" and not config.resume  # a run on Ray may be resumed here
-    if is_local and (config.ray_address or config.client_cpus != 1 or config.client_gpus):
-        raise UsageError("--ray-address, --client-cpus and --client-gpus need --engine ray.")
-    if config.engine == "ray" and (sys.platform == "win32" or find_spec("ray") is None):
-        raise UsageError("--engine ray needs Ray, on Linux or macOS: pip install 'fedkd[ray]'.")
-    if here := objects.only_here(config.run_config()):
-        config = _in_this_process(config, here)
+    config = _checked(config)
     is_new, config = not config.resume, run_directory.begin(config, config.algorithm)
     out = Path(config.out)
     try:
@@ -59,6 +50,32 @@ def rows(config: Config) -> Generator[Row, None, Path]:
         run_directory.unlock(out)
     print(f"run directory: {out}", file=sys.stderr if config.json else sys.stdout, flush=True)
     return out
+
+
+def estimate(config: Config) -> str:
+    """What a run would transmit and take, as a table, or as JSON with ``config.json``. Nothing is written."""
+    config = _checked(config)
+    if config.resume:
+        raise UsageError("--dry-run estimates a run from its start; leave out --resume.")
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    is_fresh = "torch" not in sys.modules
+    from fedkd.simulate import dry_run
+
+    return dry_run.estimate(config, is_fresh)
+
+
+def _checked(config: Config) -> Config:
+    """The config, after all that cannot be simulated is refused, before torch is imported: within a second."""
+    checks.check(config)
+    if config.partitioner == OWN:
+        raise UsageError("--partitioner own is for deployed nodes, which bring their own data (docs/deployment.md).")
+    is_local = config.engine == "local" and not config.resume  # a run on Ray may be resumed here
+    if is_local and (config.ray_address or config.client_cpus != 1 or config.client_gpus):
+        raise UsageError("--ray-address, --client-cpus and --client-gpus need --engine ray.")
+    if config.engine == "ray" and (sys.platform == "win32" or find_spec("ray") is None):
+        raise UsageError("--engine ray needs Ray, on Linux or macOS: pip install 'fedkd[ray]'.")
+    here = objects.only_here(config.run_config())
+    return _in_this_process(config, here) if here else config
 
 
 def _in_this_process(config: Config, here: str) -> Config:

@@ -2,9 +2,9 @@
 
 from fedkd.core import cli
 from fedkd.core.config import Config
-from fedkd.simulate import checks, simulate
+from fedkd.simulate import checks, estimate, simulate
 
-app = cli.command(simulate, Config, checks.check)
+app = cli.command(simulate, Config, checks.check, estimate)
 
 if __name__ == "__main__":
     cli.run(app)
