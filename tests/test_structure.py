@@ -19,7 +19,7 @@ RANKS = [
     {"training"},
     {"algorithms"},
     {"simulate", "distill", "export", "serve"},
-    {"compare", "list", "partition"},
+    {"compare", "list", "partition", "doctor"},
     {"reproduce"},
     {"bench"},
 ]

@@ -32,6 +32,7 @@ COMMANDS = {
     "export": ("fedkd.export:app", "Write a student for ONNX Runtime, PyTorch or a phone."),
     "serve": ("fedkd.serve:app", "Serve an exported model over HTTP."),
     "partition": ("fedkd.partition:app", "Show which client gets what, without training."),
+    "doctor": ("fedkd.doctor:app", "Check this installation and this machine."),
     "list": ("fedkd.list:app", "List all components with their options."),
     "reproduce": ("fedkd.reproduce.__main__:app", "Run a published table, and print our numbers beside it."),
     "bench": ("fedkd.bench.__main__:app", "Measure the speed of fedkd and of other simulators."),

@@ -15,6 +15,9 @@ import fedkd
 from fedkd.core import run_directory
 from fedkd.core.errors import DataError, ResumeError
 
+#: Those on which results may depend.
+PACKAGES = ("torch", "torchvision", "numpy", "flwr", "flwr-datasets", "safetensors")
+
 
 def keep(out: Path, device: str, precision: str, dataset: str, fallback: str, inputs: Mapping[str, str]) -> str:
     """Write ``env.json``; or, if a run is resumed, a sentence on what differs now, empty if nothing does.
@@ -51,11 +54,10 @@ def environment(device: str, precision: str, dataset: str, fallback: str) -> dic
     """What results may depend on besides the config: versions, processor, device, precision, data."""
     import torch
 
-    names = ("torch", "torchvision", "numpy", "flwr", "flwr-datasets", "safetensors")
     return {
         "fedkd": fedkd.__version__,
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in names},
+        "packages": {name: version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "processor": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
