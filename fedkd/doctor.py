@@ -22,7 +22,7 @@ from cyclopts import Parameter
 from fedkd.core import cache, cli, memory, runtime
 from fedkd.core.environment import PACKAGES
 from fedkd.core.errors import DataError, FedkdError, RunError, StorageError, last_line
-from fedkd.evaluation.report.text import size
+from fedkd.core.report.text import size
 
 if TYPE_CHECKING:
     from fedkd.data.sources import Source

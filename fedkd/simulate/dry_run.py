@@ -18,10 +18,10 @@ from fedkd.core import cli, specs
 from fedkd.core.communication.channel import LAST_ROUND
 from fedkd.core.communication.ledger import is_soft_label
 from fedkd.core.notes import plain, say
+from fedkd.core.report.grid import Grid
+from fedkd.core.report.text import seconds, size
 from fedkd.core.tensors import integer
 from fedkd.data.loading import choose_dataset
-from fedkd.evaluation.report.grid import Grid
-from fedkd.evaluation.report.text import seconds, size
 from fedkd.simulate.experiment import prepared
 from fedkd.simulate.measuring import STEPS, Grids, few_epochs, is_bounded, measure, server_steps, without_coder
 from fedkd.simulate.rounds import participants, sample

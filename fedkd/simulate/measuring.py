@@ -18,7 +18,7 @@ from fedkd.algorithms.dense import DataFree
 from fedkd.core import memory, runtime, specs
 from fedkd.core.communication.replies import Expected
 from fedkd.core.tensors import itemsize
-from fedkd.evaluation import metrics
+from fedkd.simulate.evaluation import metrics
 from fedkd.simulate.rounds import Memories, Progress, participants, run_rounds
 from fedkd.simulate.saving import QUERY
 
