@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -138,6 +139,24 @@ def is_interrupted_after(rows: int, run: Callable[[], object]) -> bool:
 def reasons(failures: Iterable[Failure]) -> dict[int, str]:
     """The reason of each client's failure."""
     return {failure.client: failure.reason for failure in failures}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: those with slow tests, then those with many. The last ones are short."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    count = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -count[item.path], item.path))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Keep the tests of a group in one process, and those of a file, which share runs."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class GroupsAndFiles(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return super()._split_scope(nodeid).partition("::")[0]
+
+    return GroupsAndFiles(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
