@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
+from contextlib import redirect_stdout
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fedkd.core import quotes, runtime, specs
+from fedkd.core import cli, quotes, runtime, specs, subruns
 from fedkd.core.errors import RunError, UsageError
 from fedkd.core.run_directory import rows
 from fedkd.distill import runner
@@ -71,6 +75,32 @@ def run(*words: object) -> None:
     reproduce.app([str(word) for word in words])
 
 
+class InThisProcess:
+    """Stands in for the process of a run: it would import everything again. `test_sweep` has true ones."""
+
+    def __init__(self, words: list[str], **_: object) -> None:
+        assert words[:2] == [sys.executable, "-m"]
+        self.words = words[2:]
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def wait(self) -> int:
+        module, *arguments = self.words
+        with redirect_stdout(sys.stderr), pytest.raises(SystemExit) as end:
+            cli.run(import_module(f"{module}.__main__").app, arguments)
+        return end.value.code
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(subruns, "subprocess", SimpleNamespace(Popen=InThisProcess))
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_runs_are_made_once_and_interrupted_ones_go_on(paper, tmp_path, capfd):
     """The table has the numbers of rounds.jsonl, and says what is not comparable."""
     words = (
@@ -176,6 +206,7 @@ def test_what_was_published_is_what_is_measured(measure, accuracies, expected, p
         assert reproduce.measure(table, cell, out) == Measured(None, len(accuracies), False)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_table_of_distillations_has_three_networks_and_its_rows_share_runs(tmp_path, capfd):
     path = tmp_path / "kd.toml"
     path.write_text("""
@@ -215,6 +246,7 @@ def test_a_table_of_distillations_has_three_networks_and_its_rows_share_runs(tmp
     assert papers.cells_of(papers.read(str(path)), {}, 0.1)[0].config.teacher_epochs == 1
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_run_that_was_killed_before_its_first_round_begins_anew(paper, tmp_path):
     """It has a config and no checkpoint, so it cannot be resumed."""
     cell = papers.cells_of(papers.read(str(paper)), {}, 0.25)[2]
@@ -226,6 +258,7 @@ def test_a_run_that_was_killed_before_its_first_round_begins_anew(paper, tmp_pat
     assert reproduce.has_ended(out)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_run_that_fails_ends_the_command(paper, tmp_path):
     paper.write_text(paper.read_text().replace("holdout:size=40", "holdout:size=4000"))
     with pytest.raises(RunError, match=r"FedAvg \(theirs\), IID, seed 0 ended with code 2; it has said why") as caught:
