@@ -145,8 +145,17 @@ def test_every_command_has_its_version(name):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes")
-@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["list", "--help"], ["--version"]])
-@pytest.mark.parametrize("is_joined", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "is_joined"),
+    [
+        (["list"], False),
+        (["list"], True),
+        (["list", "--json"], True),
+        (["list", "--help"], False),
+        (["--version"], False),
+        (["--version"], True),
+    ],
+)
 def test_without_a_reader_a_command_ends_quietly(arguments, is_joined):
     """As other tools with ``| head``; also with standard error in the same pipe."""
     reading, writing = os.pipe()

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,8 +21,9 @@ from fedkd.core.options import from_file
 from fedkd.distill import distill, progress, runner, teachers
 from fedkd.distill.config import DistillConfig
 from fedkd.distill.task import prepare
-from tests.conftest import ROOT, is_interrupted_after, wait_for
-from tests.simulate.test_resume import changed
+from tests.conftest import is_interrupted_after, wait_for
+from tests.forked import Forked
+from tests.simulate.test_resume import changed, command
 
 SMALL = {
     "dataset": "noise:size=150,pixels=8",
@@ -133,22 +132,22 @@ def rows_of(out: Path) -> int:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-@pytest.mark.parametrize("kills", [2, pytest.param(6, marks=pytest.mark.slow)])
-def test_a_run_that_was_killed_has_the_bits_of_one_that_was_not(tmp_path, kills, monkeypatch):
+@pytest.mark.parametrize(("start", "kills"), [(command, 1), (Forked, 6)])
+def test_a_run_that_was_killed_has_the_bits_of_one_that_was_not(tmp_path, start, kills, monkeypatch):
     whole = result_of(run(tmp_path / "whole"))
     out, source = tmp_path / "killed", random.Random(kills)
     monkeypatch.setenv("FEDKD_CACHE", f"{out}-cache")
     flags = [part for key, value in {**SMALL, "out": out}.items() for part in (f"--{key}", str(value))]
     for kill in range(kills + 1):
-        command = [sys.executable, "-m", "fedkd.distill", *(["--resume", str(out)] if kill else flags)]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-            if kill == kills:
-                assert process.wait(240) == 0, process.stderr.read().decode()
-                break
-            before = rows_of(out) if kill else 0
-            wait_for(lambda: rows_of(out) > before or process.poll() is not None)  # noqa: B023
-            time.sleep(source.uniform(0.03, 0.1))
-            process.send_signal(signal.SIGKILL)
+        process = start("distill", ["--resume", str(out)] if kill else flags)
+        if kill == kills:
+            assert process.wait(240) == 0
+            break
+        before = rows_of(out) if kill else 0
+        wait_for(lambda: rows_of(out) > before or process.poll() is not None)  # noqa: B023
+        time.sleep(source.uniform(0.03, 0.1))
+        process.kill()
+        process.wait()
     assert result_of(out) == whole
     assert not (out / "lock").exists()
 

@@ -6,10 +6,10 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from fedkd.core.config import Config
 from fedkd.core.errors import DataError, ResumeError, UsageError
 from fedkd.simulate import checkpoint, simulate
 from tests.conftest import QUICK, ROOT, TINY, is_interrupted_after, tiny, wait_for
+from tests.forked import Forked
 
 SMALL = {"dataset": "noise:size=200,pixels=8", "participation": 0.6, "partitioner": "linear"}
 MEMORIES = "fedmd fedavg cfd scarlet scaffold"  # client memory, none, channel memory, a cache, control variates
@@ -97,31 +98,37 @@ def rows_of(out: Path) -> int:
     return len(run_directory.rows(file)) if file.exists() else 0
 
 
-def killed_and_resumed(out: Path, kills: int, workers: str, source: random.Random) -> None:
+def command(name: str, flags: list[str]) -> subprocess.Popen:
+    """``python -m fedkd.NAME FLAGS`` without its standard output."""
+    return subprocess.Popen([sys.executable, "-m", f"fedkd.{name}", *flags], cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def killed_and_resumed(start: Callable, out: Path, kills: int, workers: str) -> None:
     """Start a run, kill it with SIGKILL at random times, and resume it each time; then let it end."""
+    source = random.Random(kills)
     first, *others = MEMORIES.split()
     options = {"algorithm": first, "clients": 4, "rounds": 6, "workers": workers, "out": out, **SMALL}
     flags = [part for key, value in (TINY | options).items() for part in (f"--{key}", str(value))]
     flags += ["--compare", *others]
     for kill in range(kills + 1):
-        command = [sys.executable, "-m", "fedkd.simulate", *(["--resume", str(out)] if kill else flags)]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-            if kill == kills:
-                assert process.wait(240) == 0, process.stderr.read().decode()
-                return
-            before = rows_of(out) if kill else 0
-            wait_for(lambda: rows_of(out) > before or process.poll() is not None)  # noqa: B023
-            time.sleep(source.uniform(0, 0.2))
-            process.send_signal(signal.SIGKILL)
+        process = start("simulate", ["--resume", str(out)] if kill else flags)
+        if kill == kills:
+            assert process.wait(240) == 0
+            return
+        before = rows_of(out) if kill else 0
+        wait_for(lambda: rows_of(out) > before or process.poll() is not None)  # noqa: B023
+        time.sleep(source.uniform(0, 0.2))
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-@pytest.mark.parametrize(("workers", "kills"), [("1", 2), ("2", 2), pytest.param("2", 20, marks=pytest.mark.slow)])
-def test_a_run_that_was_killed_has_the_bits_of_one_that_was_not(tmp_path, workers, kills):
+@pytest.mark.parametrize(("start", "workers", "kills"), [(command, "1", 2), (Forked, "2", 20)])
+def test_a_run_that_was_killed_has_the_bits_of_one_that_was_not(tmp_path, start, workers, kills):
     first, *others = MEMORIES.split()
     options = {"algorithm": first, "compare": " ".join(others), "clients": 4, "rounds": 6, **SMALL}
     simulate(tiny(**options, out=str(tmp_path / "whole")))
-    killed_and_resumed(tmp_path / "killed", kills, workers, random.Random(kills))
+    killed_and_resumed(start, tmp_path / "killed", kills, workers)
     assert result_of(tmp_path / "killed") == result_of(tmp_path / "whole")
     assert not (tmp_path / "killed" / "lock").exists()
 
