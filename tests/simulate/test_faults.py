@@ -21,7 +21,7 @@ from tests.conftest import TINY, reasons, run, simulated, tiny
 from tests.simulate.test_engines import left
 
 PLAIN = Channel(Float32(), Float32())
-QUICK = {"model": "cnn:width=4", "algorithm": "fedmd", "partitioner": "tests.simulate.test_guard_seeds:sixteen"}
+QUICK = {"model": "cnn:width=4", "algorithm": "fedmd", "partitioner": "tests.simulate.partitions:sixteen"}
 
 
 def test_faults_are_read_from_one_text():
@@ -108,6 +108,7 @@ def test_every_corrupt_reply_is_refused(algorithm, codec, tmp_path):
 
 
 FAULTS = {"faults": "dropout=0.3,crash=0.1,corrupt=0.1", "clients": 20, "exclude_after": 2}
+FAULTS |= {"client_test_samples": 20}  # evaluating 20 clients would take most of the time
 
 
 @pytest.mark.slow
