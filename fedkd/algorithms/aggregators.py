@@ -10,19 +10,65 @@ one client or one group of clients. They are not aggregators and not in the cata
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from fedkd.core import specs
+from fedkd.core.catalog import CATALOG
+from fedkd.core.errors import PluginError
 from fedkd.core.soft_labels import certainty, normalized, weighted_mean, weighted_sum
 from fedkd.core.soft_labels import mean_probs as mean_probs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedkd.algorithms.base import Aggregator
+
 Scale = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 Bound = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=0.5)]
+TOLERANCE = 1e-3  # of sums of probabilities of a user-defined aggregator; float16 rounds them by up to 5e-4
+
+
+def named(text: str) -> Aggregator:
+    """The aggregator that a spec names; what a user-defined one returns is checked.
+
+    Raises:
+        UsageError, PluginError: as `specs.bind`.
+
+    """
+    bound = specs.bind("aggregator", text)
+    return bound if specs.parse(text).name in CATALOG["aggregator"] else partial(_checked, text, bound)
+
+
+def _checked(text: str, aggregator: Aggregator, logits: Tensor, weights: Tensor) -> Tensor:
+    """What it returns, if these are probs [N, C].
+
+    Raises:
+        PluginError: they are not.
+
+    """
+    import torch
+
+    probs = aggregator(logits, weights)
+    expected = list(logits.shape[1:])
+    if not isinstance(probs, torch.Tensor) or list(probs.shape) != expected:
+        what = list(probs.shape) if isinstance(probs, torch.Tensor) else type(probs).__name__
+        raise PluginError(f"--aggregator {text} returned {what}; it must return a tensor {expected} of probabilities.")
+    if not probs.isfinite().all():
+        raise PluginError(f"--aggregator {text} returned numbers that are not finite; it must return probabilities.")
+    if probs.min() < -TOLERANCE:
+        raise PluginError(f"--aggregator {text} returned {probs.min():.3g}; probabilities are not negative.")
+    sums = probs.double().sum(-1)
+    if (sums - 1).abs().max() > TOLERANCE:
+        worst = sums[(sums - 1).abs().argmax()]
+        raise PluginError(
+            f"--aggregator {text} returned a row that sums to {worst:.4g}; each row must be probabilities that sum to "
+            "1 (end it with softmax, or divide by the sum)."
+        )
+    return probs
 
 
 def mean_logits(logits: Tensor, weights: Tensor) -> Tensor:

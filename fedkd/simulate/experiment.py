@@ -141,6 +141,7 @@ def attributing(config: Config) -> AbstractContextManager[None]:
 def _prepare(config: Config) -> Experiment:
     import torch
 
+    from fedkd.algorithms import aggregators
     from fedkd.algorithms.base import Distillation, Setup
     from fedkd.core.communication.channel import Channel
     from fedkd.data.partition import Partition
@@ -165,7 +166,7 @@ def _prepare(config: Config) -> Experiment:
         proxy=dataclasses.replace(proxy, images=proxy.images.to(device)),
         validation=dataclasses.replace(held_out, pixels=held_out.pixels.to(device)),
         distillation=Distillation(
-            aggregator=specs.bind("aggregator", config.aggregator),
+            aggregator=aggregators.named(config.aggregator),
             loss=specs.bind("loss", config.loss),
             temperature=config.temperature,
             weighting=config.weighting,
