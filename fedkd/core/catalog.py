@@ -2,7 +2,7 @@
 
 Looking up a name imports nothing. An installed package adds names by the entry-point groups ``fedkd.algorithm``,
 ``fedkd.aggregator``, ``fedkd.codec``, ``fedkd.loss``, ``fedkd.model``, ``fedkd.dataset``, ``fedkd.distillation`` (loss
-terms of fedkd.distill) and ``fedkd.partitioner``.
+terms of fedkd.distill), ``fedkd.partitioner`` and ``fedkd.tracker``.
 """
 
 from __future__ import annotations
@@ -144,6 +144,11 @@ CATALOG: dict[str, dict[str, str]] = {
         "hf": "fedkd.data.sources:hf",
         "folder": "fedkd.data.sources:folder",
         "noise": "fedkd.data.sources:noise",
+    },
+    "tracker": {
+        "tensorboard": "fedkd.simulate.trackers:TensorBoard",
+        "wandb": "fedkd.simulate.trackers:WandB",
+        "mlflow": "fedkd.simulate.trackers:MLflow",
     },
     "partitioner": {name: f"fedkd.data.partitioners:{name.replace('-', '_')}" for name in _PARTITIONERS},
 }

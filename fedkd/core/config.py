@@ -39,7 +39,7 @@ class Config(Options):
     MACHINE = frozenset(
         {"workers", "engine", "device", "client_timeout", "ray_address", "client_cpus", "client_gpus"}
         | {"precision"}  # what it is on the device may not differ in a resumed run (`environment.keep`)
-        | {"data_dir", "checkpoint_every", "save", "resume", "out", "json"}
+        | {"data_dir", "checkpoint_every", "save", "resume", "out", "json", "tracker"}
     )
     RESUMABLE = MACHINE | {"rounds", "patience", "stop_when", "min_clients", "round_retries"}
     REASONS = dict.fromkeys(("rounds",), "the learning rate of each round depends on it")
@@ -235,6 +235,12 @@ class Config(Options):
     )
     resume: str = option("", "Run", "Continue the run in this directory, with its options; --rounds may be larger.")
     out: str = option("", "Run", "Run directory; by default runs/NAME-TIME-HASH.")
+    tracker: Several = option(
+        "",
+        "Run",
+        "Where rows of rounds.jsonl go besides: tensorboard, wandb, wandb:project=NAME, mlflow, ./mine.py:Name.",
+        several=True,
+    )
     json: bool = option(False, "Run", "Print result.json on standard output, and everything else on standard error.")
 
     @property

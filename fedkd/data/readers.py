@@ -65,6 +65,12 @@ class Images:
             self, pixels=self.pixels[rows], labels=self.labels[rows], scaling=None, clients=clients
         )
 
+    def on(self, device: str, classes: int) -> Images:
+        """The same images on a device, as images of so many classes; their hashes are not computed again."""
+        moved = dataclasses.replace(self, classes=classes, pixels=self.pixels.to(device))
+        moved.__dict__["keys"] = self.keys
+        return moved
+
     @cached_property
     def keys(self) -> NDArray[np.void]:
         """A hash [N] of the pixels of each image."""

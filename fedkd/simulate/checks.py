@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fedkd.core import specs
 from fedkd.core.errors import UsageError
 from fedkd.data import partitioners, proxies, sources
-from fedkd.simulate import faults, unused
+from fedkd.simulate import faults, trackers, unused
 from fedkd.simulate.evaluation import stopping
 from fedkd.simulate.experiment import algorithm_of, attributing
 from fedkd.simulate.rounds import participants
@@ -44,6 +44,7 @@ def check(config: Config, given: Collection[str] = ()) -> None:
     proxies.parse(config.proxy)
     partitioners.check(config.partitioner)
     stopping.check(config)
+    trackers.named(config)
     if config.save == "clients" and config.partitioner == partitioners.OWN:
         raise UsageError("--save clients: models that were trained on deployed nodes' own data stay on the nodes.")
     if config.validation and config.partitioner == partitioners.OWN:

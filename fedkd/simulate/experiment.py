@@ -186,9 +186,7 @@ def _prepare(config: Config) -> Experiment:
         hashes[f"--proxy {config.proxy}"] = tensors.digest({"images": proxy.images.cpu()})
     if "file" in specs.parse(config.partitioner).options:
         hashes[f"--partitioner {config.partitioner}"] = partition.digest()
-    train, test = (
-        dataclasses.replace(images, classes=classes, pixels=images.pixels.to(device)) for images in (train, test)
-    )
+    train, test = (images.on(device, classes) for images in (train, test))
     client_test, test_sample = per_client.evaluated_images(test, config.client_test_samples, has_student)
     return Experiment(
         config=config,

@@ -20,6 +20,7 @@ from fedkd.data.loading import choose_dataset
 from fedkd.simulate import checkpoint, header, saving
 from fedkd.simulate.evaluation import metrics, stopping
 from fedkd.simulate.experiment import Experiment, prepared
+from fedkd.simulate.following import Followers
 from fedkd.simulate.rounds import Memories, run_rounds
 from fedkd.training import models
 from fedkd.training.models.checkpoint import other_classes
@@ -63,7 +64,7 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> Iterator[Row]
     out = Path(config.out)
     screen = Screen(cli.Console(stderr=config.json))
     finished: list[Row] = []
-    rounds = RoundsFile(out)
+    rounds, followers = RoundsFile(out), Followers(config)
     has_begun = False
     status, dataset, fallback, reason = "failed", config.dataset, "", dict[str, object]()
     try:
@@ -78,7 +79,8 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> Iterator[Row]
             for run in runs:
                 is_first = all(row["evaluated_model"] == "clients" for row in finished)
                 start = checkpoints[run.algorithm, run.seed]
-                finished.append((yield from _run(run, exchange, out, screen, rounds, start, is_first)))
+                finished.append((yield from _run(run, exchange, out, screen, rounds, followers, start, is_first)))
+                followers.end(finished[-1])
         figure.draw(rounds.curves, figure.title(runs[0].run_config()), out)
         for grid in _tables(finished, rounds.curves):
             screen.show(grid)
@@ -97,8 +99,10 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> Iterator[Row]
         raise
     finally:
         result = {"status": status, "out": str(out), "dataset": dataset, "dataset_fallback": fallback, "runs": finished}
+        result["warnings"] = followers.warnings
         if has_begun or not (out / "result.json").exists():  # a run that could not be resumed keeps its result
             run_directory.write_result(out, result | reason)
+        followers.end(None)
 
 
 def _restored(config: Config, runs: list[Config], rounds: RoundsFile) -> Mapping[tuple[str, int], Checkpoint | None]:
@@ -142,6 +146,7 @@ def _run(
     out: Path,
     screen: Screen,
     rounds: RoundsFile,
+    followers: Followers,
     start: Checkpoint | None,
     is_first: bool,
 ) -> Generator[Row, None, Row]:
@@ -154,6 +159,7 @@ def _run(
     memories = start.memories if start else Memories(uuid4().hex)
     state, best = (start.progress.state, start.best) if start else (None, {})
     rows, logits = rounds.curves[run.algorithm, run.seed], None
+    followers.start(experiment, memories.run, rows)
     watched = screen.watch(partial(exchange, run, memories), run, experiment.training_partition.sizes.tolist())
     left = run_rounds(
         experiment.algorithm,
@@ -179,6 +185,7 @@ def _run(
         if run.checkpoint_every and (round_.number % run.checkpoint_every == 0 or is_last):
             checkpoint.save(out, run, round_, memories, best, rows)
         screen.row(row, run.rounds, is_last)
+        followers.log(run, row)
         yield row
     assert state is not None
     with _attributing(run):
