@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import pytest
 
@@ -136,7 +137,7 @@ ROWS = [
 RESULT = {"algorithm": "fedavg", "rounds": 3, "test_accuracy": 0.75, "failure_causes": {"no reply": 2}}
 
 
-def track(name, out):
+def track(name, out, pause=0.0):
     """Two rounds, an interruption, the second again with another number, and the third; as a run does it."""
     out.mkdir()
     for rounds, rows, result in ((0, ROWS[:2], None), (1, [{**ROWS[1], "test_accuracy": 0.5}, ROWS[2]], RESULT)):
@@ -145,6 +146,7 @@ def track(name, out):
         for row in rows:
             tracker.log(row)
         tracker.end(result)
+        time.sleep(pause)
 
 
 def test_tensorboard_has_each_round_once(tmp_path):
@@ -184,7 +186,7 @@ def test_wandb_offline_has_each_round(tmp_path, monkeypatch):
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    track("wandb:project=mine", tmp_path / "run")
+    track("wandb:project=mine", tmp_path / "run", pause=1.1)  # its folders are named by the second
     history, runs, summary = [], [], {}
 
     def values(items):
