@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from fedkd.core.errors import Terminated, last_line
 from fedkd.core.notes import say
-from fedkd.evaluation import stopping, warnings
 from fedkd.simulate import trackers
+from fedkd.simulate.evaluation import stopping, warnings
 
 if TYPE_CHECKING:
     from fedkd.core.config import Config
-    from fedkd.evaluation.metrics import Row
+    from fedkd.core.report.rows import Row
     from fedkd.simulate.experiment import Experiment
 
 

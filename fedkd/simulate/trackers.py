@@ -19,7 +19,7 @@ from fedkd.core.errors import PluginError, UsageError
 from fedkd.core.run_directory import run_name
 
 if TYPE_CHECKING:
-    from fedkd.evaluation.metrics import Row
+    from fedkd.core.report.rows import Row
 
 
 @dataclass(frozen=True)

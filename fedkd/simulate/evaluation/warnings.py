@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedkd.core.communication.ledger import is_soft_label
-from fedkd.evaluation import metrics
-from fedkd.evaluation.report.text import percent, size
+from fedkd.core.report.text import percent, size
+from fedkd.simulate.evaluation import metrics
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from fedkd.algorithms.base import Algorithm
+    from fedkd.core.report.rows import Row
     from fedkd.data.skew import Skew
-    from fedkd.evaluation.metrics import Row
     from fedkd.simulate.experiment import Experiment
 
     Keys = NDArray[np.void]  # hashes of images

@@ -11,8 +11,8 @@ import pytest
 
 from fedkd.core import notes
 from fedkd.data.skew import Skew
-from fedkd.evaluation import warnings
 from fedkd.simulate import simulate
+from fedkd.simulate.evaluation import warnings
 from fedkd.simulate.experiment import prepare
 from tests.conftest import is_interrupted_after, tiny
 
