@@ -16,7 +16,9 @@ from fedkd.compare import reading, sweep
 from fedkd.core import cli, run_directory
 from fedkd.core.errors import UsageError, unknown
 from fedkd.core.notes import say
-from fedkd.core.report import figure, grid, students, table
+from fedkd.core.report import figure, grid, page, students, table
+from fedkd.core.report.page.reading import Setting, record
+from fedkd.core.report.page.results import Choice
 from fedkd.core.report.rows import numbers
 from fedkd.core.report.screen import Screen
 
@@ -108,6 +110,9 @@ def compare(
     _show(_grids(settings, metric, target, labels, largest), _records(groups, settings, by, labels), form)
     if out is not None:
         _draw(groups, settings, out, labels, look)
+        found = {title: [record(one.path, one.result) for one in each] for title, each in groups.items()}
+        shown = [Setting(title, *settings[title], found[title]) for title in settings]
+        page.write_comparison(out, shown, Choice(metric, target, labels, largest))
 
 
 def _check_folder(out: Path | None) -> None:

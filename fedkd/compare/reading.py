@@ -15,7 +15,7 @@ from fedkd.core.config import Config
 from fedkd.core.errors import UsageError, unknown
 from fedkd.core.report import students
 from fedkd.distill import teacher_names
-from fedkd.simulate.evaluation import metrics
+from fedkd.core.report.page.reading import summaries
 
 if TYPE_CHECKING:
     from fedkd.core.report.rows import Row
@@ -116,17 +116,13 @@ def simulated(files: Sequence[RunFiles]) -> tuple[list[Row], dict[tuple[str, int
     _check_settings(files, IGNORED)
     found: list[Row] = []
     curves: dict[tuple[str, int], list[Row]] = {}
-    partitions: dict[int, str] = {}
+    partitions: dict[int, str | None] = {}
     for one in files:
         with _readable(one.path):
-            runs = {(run["algorithm"], run["seed"]): run for run in one.result["runs"]}
-            own: dict[tuple[str, int], list[Row]] = {key: [] for key in runs}
+            own: dict[tuple[str, int], list[Row]] = {(run["algorithm"], run["seed"]): [] for run in one.result["runs"]}
             for row in run_directory.rows(one.path / "rounds.jsonl"):
                 own.setdefault((row["algorithm"], row["seed"]), []).append(row)
-            left = {key: rows for key, rows in own.items() if key not in runs}
-            for (name, seed), rows in left.items():
-                about = {"algorithm": name, "seed": seed, "unfinished": True}
-                runs[name, seed] = {**about, **metrics.totals(rows)}
+            runs = {(run["algorithm"], run["seed"]): run for run in summaries(one.result["runs"], own)}
         if not runs or not all(own.values()):
             raise UsageError(f"{one.path} has no round; it was interrupted or failed.")
         for (_, seed), run in runs.items():

@@ -33,7 +33,11 @@ def counts(labels: NDArray[np.int64], partition: Partition, classes: int) -> NDA
 
 def measure(labels: NDArray[np.int64], partition: Partition, classes: int, rows: int) -> Skew:
     """The skew of a partition of ``rows`` samples."""
-    table = counts(labels, partition, classes)
+    return of_counts(counts(labels, partition, classes), rows)
+
+
+def of_counts(table: NDArray[np.int64], rows: int) -> Skew:
+    """The skew of a partition of ``rows`` samples, from its `counts` [clients, classes]."""
     sizes = table.sum(1)
     distributions = table / sizes[:, None]
     entropies = -(distributions * np.log(np.where(distributions > 0, distributions, 1))).sum(1)

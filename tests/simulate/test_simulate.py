@@ -113,7 +113,7 @@ def test_the_run_directory(finished):
     names = {path.name for path in out.iterdir()}
     assert names == {
         "config.toml", "env.json", "partition.npz", "rounds.jsonl", "result.json", "curve.png", "curve.svg",
-        "curve.pdf",
+        "curve.pdf", "report.html",
         "student.safetensors", "student-fedavg-seed0.safetensors", "student-ensemble-seed1.safetensors",
         "student-fedavg-seed1.safetensors", "checkpoint", "confusion.csv", "confusion-fedavg-seed0.csv",
         "confusion-ensemble-seed1.csv", "confusion-fedavg-seed1.csv",

@@ -144,7 +144,7 @@ def _curves(
 ) -> None:
     """The curve of a method, with its band; and those of its teacher and its clients, if they differ."""
     color, style = COLORS[index % len(COLORS)], STYLES[index // len(COLORS) % len(STYLES)]
-    places, mean, std = _means(runs, panel, metric)
+    places, mean, std = means(runs, panel, metric)
     if panel == "bytes" and not any(places):
         places = mean = std = []  # nothing is sent
     axes.plot(places, mean, style, color=color, marker="o", markersize=3, label=name)
@@ -154,28 +154,31 @@ def _curves(
     if not with_others:
         return
     others = {"teacher_accuracy": ("--", "teacher")}
-    if _means(runs, panel, "test_loss")[0]:  # without a student the test accuracy is that of the clients
+    if means(runs, panel, "test_loss")[0]:  # without a student the test accuracy is that of the clients
         others["client_accuracy"] = (":", "mean client")
     for key, (line, label) in others.items():
-        rounds, other, _ = _means(runs, panel, key)
+        rounds, other, _ = means(runs, panel, key)
         if len(other) > 1 and other != mean:  # a single point is no line
             axes.plot(rounds, other, line, color=color, linewidth=1, label=f"{name}: {label}")
 
 
-def _means(runs: Sequence[Sequence[Row]], panel: str, metric: str) -> tuple[list[float], list[float], list[float]]:
-    """Places, means and standard deviations over seeds, where all have a value: some may end early."""
+def means(runs: Sequence[Sequence[Row]], panel: str, metric: str) -> tuple[list[float], list[float], list[float]]:
+    """Places (rounds, MB or s), means and standard deviations over seeds, where all have a value: some may end early.
+
+    Accuracies are in percent.
+    """
     keys = {"bytes": ("uplink_serialized_bytes", "downlink_serialized_bytes"), "seconds": ("training_seconds",)}
     unit, scale = {"bytes": 1e-6}.get(panel, 1.0), 100 if "accuracy" in metric else 1
     spent = [list(accumulate(sum(row[key] for key in keys.get(panel, ())) for row in rows)) for rows in runs]
-    places, means, stds = [], [], []
+    places, averages, stds = [], [], []
     for rows, each in zip(zip(*runs, strict=False), zip(*spent, strict=False), strict=True):
         values = [row.get(metric) for row in rows]
         known = [scale * value for value in values if value is not None]
         if len(known) == len(values):
             places.append(float(rows[0]["round"]) if panel == "rounds" else unit * fmean(each))
-            means.append(fmean(known))
+            averages.append(fmean(known))
             stds.append(stdev(known) if len(known) > 1 else 0.0)
-    return places, means, stds
+    return places, averages, stds
 
 
 def _label(axes: Axes, panel: Panel) -> None:

@@ -189,11 +189,11 @@ def test_runs_of_different_lengths_and_their_validation():
         ["35.0% ±7.1", "25.0% ±7.1", "2.5"],
         ["–", "–", "1"],
     ]
-    places, means, stds = figure._means([curves["a", 0], curves["a", 1]], "rounds", "test_accuracy")
+    places, means, stds = figure.means([curves["a", 0], curves["a", 1]], "rounds", "test_accuracy")
     assert (places, means) == ([1, 2], [25.0, 45.0])
     assert stds == pytest.approx([7.0711, 7.0711], abs=1e-4)
-    assert figure._means([curves["a", 0]], "bytes", "test_accuracy")[0] == pytest.approx([150e-6, 300e-6, 450e-6])
-    assert figure._means([curves["a", 0]], "seconds", "training_seconds") == ([1.0, 2.0, 3.0], [1.0] * 3, [0.0] * 3)
+    assert figure.means([curves["a", 0]], "bytes", "test_accuracy")[0] == pytest.approx([150e-6, 300e-6, 450e-6])
+    assert figure.means([curves["a", 0]], "seconds", "training_seconds") == ([1.0, 2.0, 3.0], [1.0] * 3, [0.0] * 3)
 
 
 def test_figures_are_bitwise_reproducible(tmp_path, images_of_figures):
