@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+WORD = 18  # letters of a word in the head of a table that are not broken on paper
 _EMPTY = {"meta", "path", "line", "rect", "circle"}  # elements without content
 _INLINE = {"a", "b", "code", "span", "text", "td", "th", "li", "h1", "h2", "h3", "title", "summary", "dt", "dd"}
 
@@ -46,7 +47,7 @@ def table(
 
     A caption is short, since it is read first; a ``note`` below explains the columns.
     """
-    head = tag("tr", *(tag("th", title, scope="col") for title in titles))
+    head = tag("tr", *(tag("th", title, scope="col", class_=_long(title)) for title in titles))
     body = (tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows)
     whole = tag(
         "table",
@@ -57,6 +58,11 @@ def table(
     )
     scrolled = tag("div", whole, class_="scroll", role="group", aria_label=caption, tabindex="0")
     return joined([scrolled, tag("p", note.replace("\n", " "), class_="note") if note else None])
+
+
+def _long(title: str) -> str | None:
+    """The class of a title with a word that would make a table wider than a sheet of paper."""
+    return "long" if max(map(len, title.split()), default=0) > WORD else None
 
 
 def details(summary: str, *content: str | None) -> Html:

@@ -104,11 +104,12 @@ footer { margin-top: 1.5rem; color: var(--soft); font-size: 0.875rem; }
   h2, h3, caption, figcaption { break-after: avoid; }
   figure, tr, .drawn, .alert, .notice { break-inside: avoid; }
   thead { display: table-header-group; }
-  .scroll { overflow: visible; background: none; }
+  .scroll { overflow: visible; background: none; break-inside: avoid; }
   .note { break-before: avoid; }
   table { font-size: 8pt; }
   th, td { padding: 0.25rem 0.4rem; white-space: normal; }
-  tbody th { min-width: 4.5rem; }
+  thead .long { min-width: 4rem; overflow-wrap: anywhere; }
+  tbody th { min-width: 5.5rem; }
   .figures { grid-template-columns: 1fr 1fr; }
   figure { max-width: 9cm; }
   svg { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
