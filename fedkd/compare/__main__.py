@@ -60,7 +60,8 @@ def compare(
         bool, Parameter(help="Also the largest test accuracy of all rounds or epochs, as in some papers.", negative=())
     ] = False,
     out: Annotated[
-        Path | None, Parameter(help="A directory for curve.png, .svg and .pdf, and for the runs of a scenario file.")
+        Path | None,
+        Parameter(help="A directory for report.html, curve.png, .svg, .pdf, and for the runs of a scenario file."),
     ] = None,
     panel: Annotated[
         tuple[figure.Panel, ...],

@@ -99,7 +99,7 @@ def _picture(seed: int, counts: Counts) -> Html:
         f"{sizes.max():,} samples of {present.min()} to {present.max()} classes."
     )
     first = f"the first {len(cut)} of {len(counts):,} clients" if of else "clients"
-    caption = f"Samples of each class, {first}, seed {seed}; darkest: {cut.max():,} samples"
+    caption = f"Samples of each class, {first}, seed {seed}; strongest color: {cut.max():,} samples"
     return html.tag("figure", html.tag("figcaption", caption), charts.picture(about, cut))
 
 

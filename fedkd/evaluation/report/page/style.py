@@ -77,7 +77,7 @@ svg .name { fill: var(--ink); }
 .axis { stroke: var(--soft); stroke-width: 1; }
 .curve { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .band { stroke: none; fill-opacity: 0.16; }
-.dot { stroke: none; fill-opacity: 0.6; }
+.dot { stroke: none; fill-opacity: 0.75; }
 .cell { fill: var(--accent); stroke: none; }
 .size { fill: var(--soft); stroke: none; }
 """
