@@ -16,11 +16,12 @@ from fedkd.compare import reading, sweep
 from fedkd.core import cli, run_directory
 from fedkd.core.errors import UsageError, unknown
 from fedkd.core.notes import say
-from fedkd.core.report import figure, grid, page, students, table
-from fedkd.core.report.page.reading import Setting, record
-from fedkd.core.report.page.results import Choice
+from fedkd.core.report import figure, grid, students, table
 from fedkd.core.report.rows import numbers
 from fedkd.core.report.screen import Screen
+from fedkd.simulate import page
+from fedkd.simulate.page.reading import Setting, record
+from fedkd.simulate.page.results import Choice
 
 if TYPE_CHECKING:
     from fedkd.core.report.grid import Grid

@@ -15,7 +15,7 @@ from fedkd.core.config import Config
 from fedkd.core.errors import UsageError, unknown
 from fedkd.core.report import students
 from fedkd.distill import teacher_names
-from fedkd.core.report.page.reading import summaries
+from fedkd.simulate.page.reading import summaries
 
 if TYPE_CHECKING:
     from fedkd.core.report.rows import Row

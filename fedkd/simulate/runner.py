@@ -17,8 +17,7 @@ from fedkd.core.errors import DataError, FedkdError, ResumeError, StorageError
 from fedkd.core.report import figure, table
 from fedkd.core.report.screen import HEAD, Screen
 from fedkd.data.loading import choose_dataset
-from fedkd.core.report import page
-from fedkd.simulate import checkpoint, header, saving
+from fedkd.simulate import checkpoint, header, page, saving
 from fedkd.simulate.evaluation import metrics, stopping
 from fedkd.simulate.experiment import Experiment, prepared
 from fedkd.simulate.following import Followers
@@ -103,8 +102,8 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> Iterator[Row]
         result["warnings"] = followers.warnings
         if has_begun or not (out / "result.json").exists():  # a run that could not be resumed keeps its result
             run_directory.write_result(out, result | reason)
-        followers.end(None)
             page.write_run(out, result | reason, rounds.curves)
+        followers.end(None)
 
 
 def _restored(config: Config, runs: list[Config], rounds: RoundsFile) -> Mapping[tuple[str, int], Checkpoint | None]:

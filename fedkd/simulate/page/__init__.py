@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import fedkd
 from fedkd.core import run_directory
 from fedkd.core.notes import plain, say
-from fedkd.evaluation.report import figure
-from fedkd.evaluation.report.page import about, html, models, results
-from fedkd.evaluation.report.page.reading import Setting, record, summaries
-from fedkd.evaluation.report.page.results import Choice
-from fedkd.evaluation.report.page.style import CSS
+from fedkd.core.report import figure
+from fedkd.simulate.page import about, html, models, results
+from fedkd.simulate.page.reading import Setting, record, summaries
+from fedkd.simulate.page.results import Choice
+from fedkd.simulate.page.style import CSS
 
 if TYPE_CHECKING:
-    from fedkd.evaluation.report.page.html import Html
-    from fedkd.evaluation.report.table import Curves
+    from fedkd.core.report.table import Curves
+    from fedkd.simulate.page.html import Html
 
 FILE = "report.html"
 #: Nothing is loaded, and no script is run, whatever stands in the page.

@@ -9,15 +9,15 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from fedkd.core.notes import plain
-from fedkd.evaluation.report import figure, table
-from fedkd.evaluation.report.page import charts, html
-from fedkd.evaluation.report.text import size, spread
+from fedkd.core.report import figure, table
+from fedkd.core.report.text import size, spread
+from fedkd.simulate.page import charts, html
 
 if TYPE_CHECKING:
-    from fedkd.evaluation.metrics import Row
-    from fedkd.evaluation.report.grid import Grid
-    from fedkd.evaluation.report.page.html import Html
-    from fedkd.evaluation.report.page.reading import Setting
+    from fedkd.core.report.grid import Grid
+    from fedkd.core.report.rows import Row
+    from fedkd.simulate.page.html import Html
+    from fedkd.simulate.page.reading import Setting
 
 LONGEST = 200  # rows of a table of numbers
 REASONS = 20

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from fedkd.evaluation.report.page import charts, html
-from fedkd.evaluation.report.page.results import LONGEST, Choice, drawn, methods, over, titled
-from fedkd.evaluation.report.text import percent, spread
+from fedkd.core.report.text import percent, spread
+from fedkd.simulate.page import charts, html
+from fedkd.simulate.page.results import LONGEST, Choice, drawn, methods, over, titled
 
 if TYPE_CHECKING:
-    from fedkd.evaluation.metrics import Row
-    from fedkd.evaluation.report.page.html import Html
-    from fedkd.evaluation.report.page.reading import Setting
+    from fedkd.core.report.rows import Row
+    from fedkd.simulate.page.html import Html
+    from fedkd.simulate.page.reading import Setting
 
 #: Keys of a row on the quality of the teacher besides those that begin with ``teacher_``.
 _AGREEMENT = ("agreement", "student_agreement")

@@ -17,11 +17,10 @@ from fedkd.compare import reading
 from fedkd.compare.__main__ import compare
 from fedkd.core import run_directory
 from fedkd.core.catalog import CATALOG
-from fedkd.evaluation.report import page
-from fedkd.evaluation.report.page import charts, html, results, uploads
-from fedkd.evaluation.report.page.reading import Setting, record
-from fedkd.evaluation.report.text import percent, size, spread
-from fedkd.simulate import simulate
+from fedkd.core.report.text import percent, size, spread
+from fedkd.simulate import page, simulate
+from fedkd.simulate.page import charts, html, results, uploads
+from fedkd.simulate.page.reading import Setting, record
 from tests.conftest import ROOT, is_interrupted_after, simulated, tiny
 
 HOSTILE = """<img src=x onerror="alert('1')">&lt;</title></svg>"""

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedkd.evaluation.report.page.html import Html, joined, tag
-from fedkd.evaluation.report.page.style import COLORS
-from fedkd.evaluation.report.text import size
+from fedkd.core.report.text import size
+from fedkd.simulate.page.html import Html, joined, tag
+from fedkd.simulate.page.style import COLORS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,7 +109,7 @@ def dots(about: str, groups: Sequence[tuple[str, int, Sequence[float]]]) -> Html
 
 
 def picture(about: str, counts: NDArray[np.int64]) -> Html:
-    """The samples of each client and class [clients, classes], stronger in color where there are more; and the clients' sizes."""
+    """The samples of each client and class [clients, classes], stronger in color where there are more; and its size."""
     clients, classes = counts.shape
     step = max(4.0, min(18.0, 400 / clients))
     width, top = 264 / classes, 30

@@ -15,14 +15,14 @@ from fedkd.core.config import Config
 from fedkd.core.errors import last_line
 from fedkd.core.notes import plain
 from fedkd.data import skew
-from fedkd.evaluation.report.page import charts, html
-from fedkd.evaluation.report.page.results import methods
-from fedkd.evaluation.report.page.uploads import upload
+from fedkd.simulate.page import charts, html
+from fedkd.simulate.page.results import methods
+from fedkd.simulate.page.uploads import upload
 
 if TYPE_CHECKING:
-    from fedkd.evaluation.report.page.html import Html
-    from fedkd.evaluation.report.page.reading import Counts, Record, Setting
-    from fedkd.evaluation.report.page.results import Choice
+    from fedkd.simulate.page.html import Html
+    from fedkd.simulate.page.reading import Counts, Record, Setting
+    from fedkd.simulate.page.results import Choice
 
 PICTURED = 100  # clients in a picture
 TABLED = 30  # classes in a table

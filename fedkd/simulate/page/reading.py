@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkd.core import run_directory
-from fedkd.evaluation import metrics
+from fedkd.simulate.evaluation import metrics
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from fedkd.evaluation.metrics import Row
-    from fedkd.evaluation.report.table import Curves
+    from fedkd.core.report.rows import Row
+    from fedkd.core.report.table import Curves
 
     Counts = NDArray[np.int64]
 
