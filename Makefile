@@ -1,8 +1,8 @@
 PYTHON ?= .venv/bin/python
 
-.PHONY: check lint types test mutants
+.PHONY: check lint types docs test mutants
 
-check: lint types test
+check: lint types docs test
 
 lint:
 	$(PYTHON) -m ruff check .
@@ -10,6 +10,9 @@ lint:
 
 types:
 	$(PYTHON) -m mypy
+
+docs:
+	$(PYTHON) -m sphinx -q -W --keep-going -c docs . build/site
 
 test:
 	$(PYTHON) -m pytest

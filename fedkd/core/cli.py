@@ -104,7 +104,7 @@ def new(name: str) -> App:
         result_action="return_value",
         help_format="markdown",
         suppress_keyboard_interrupt=False,  # `run` handles it
-        default_parameter=Parameter(show_default=_shown, converter=_converted),
+        default_parameter=Parameter(show_default=shown, converter=_converted),
     )
 
 
@@ -283,7 +283,7 @@ def _flags(options: type[Options]) -> list[inspect.Parameter]:
         parameter = Parameter(
             help=field.default.description,  # type: ignore[union-attr]
             group=group,
-            show_default=_shown(default) or False,
+            show_default=shown(default) or False,
             consume_multiple=1 if several else None,  # one value or more
             negative=() if default is False or several else None,
         )
@@ -307,7 +307,7 @@ def _converted(kind: Any, tokens: Sequence[Token]) -> Any:
     return convert(kind, tokens)
 
 
-def _shown(default: Any) -> str | None:
+def shown(default: Any) -> str | None:
     """A default as ``--help`` shows it; None for an option that is off or empty by default."""
     if default in ("", (), None) or default is False:
         return None
