@@ -15,7 +15,7 @@ include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "simulations
 exclude_patterns = [".venv", "build", "dist", "fedkd", "mutants", "runs", "tests"]  # folders that are not searched
 
 myst_heading_anchors = 4  # as on GitHub
-smartquotes = False  # --option is no dash
+smartquotes_action = "D"  # only dashes
 
 # Docstrings have names in single backticks: links where the name is on a page.
 default_role = "py:obj"

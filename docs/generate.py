@@ -45,8 +45,9 @@ def options_page() -> str:
 
 
 def _escaped(text: str) -> str:
-    """A help text as it is, in a cell of a table."""
-    return re.sub(r"([|*<_])", r"\\\1", text)
+    """A help text in a cell of a table: options and commands as code, all else as it is."""
+    text = re.sub(r"([|*<_])", r"\\\1", text)
+    return re.sub(r"(?<!\S)(--[a-z][a-z-]*[a-z]|python -m fedkd\.\w+(?: [a-z]+)?)", r"`\1`", text)
 
 
 def cells(page: str) -> list[tuple[str, str]]:
