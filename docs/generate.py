@@ -6,10 +6,11 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
-from fedkd.core import cli
+from fedkd.core.cli import shown
+from fedkd.core.config import Config
+from fedkd.distill.config import DistillConfig
 
 HERE = Path(__file__).parent
 BLOCK = re.compile(r"^```(\S*)\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
@@ -25,16 +26,14 @@ data sets and models are *specs*, `name:key=value,...`; `python -m fedkd.list` s
 
 
 def options_page() -> str:
-    """A table for each group of options of the commands that have them."""
+    """A table for each group of options of the two commands with the most."""
     lines = [INTRODUCTION]
-    for path in cli.OPTIONS:
-        module, _, name = path.partition(":")
-        config = getattr(import_module(module), name)
-        lines += ["", f"## fedkd.{'distill' if 'distill' in module else 'simulate'}"]
+    for command, config in (("simulate", Config), ("distill", DistillConfig)):
+        lines += ["", f"## fedkd.{command}"]
         groups: dict[str, list[str]] = {}
         for field in dataclasses.fields(config):
             extra = field.default.json_schema_extra
-            default = cli.shown(field.default.default)
+            default = shown(field.default.default)
             groups.setdefault(extra["group"], []).append(
                 f"| `--{field.name.replace('_', '-')}` | {f'`{default}`' if default else ''} "
                 f"| {_escaped(field.default.description)} |"
@@ -63,7 +62,7 @@ def code(language: str, text: str) -> str:
     """A block as a cell of code: a file is written, a command is run by the shell."""
     if file := FILE.match(text):
         return f"%%writefile {file[1]}\n{text[file.end() :]}"
-    return text if language == "python" else "\n".join(f"!{line}" for line in text.splitlines())
+    return text if language == "python" else re.sub(r"^(?! )", "!", text.rstrip(), flags=re.MULTILINE)
 
 
 def notebook() -> str:

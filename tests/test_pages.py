@@ -36,7 +36,7 @@ ELSEWHERE = {
 PROGRAMS = {
     **dict.fromkeys(("pip", "python3", "jupyter"), "installs, or does not end by itself"),
     **dict.fromkeys(("make", "pytest"), "lint, types and all tests"),
-    **dict.fromkeys(("docker", "ray"), "needs Docker, or several machines"),
+    **dict.fromkeys(("docker", "mkdir", "ray"), "needs Docker, or several machines"),
     "curl": "needs a server; tests/serve",
 }
 #: Parts of commands that are not run, and why.
@@ -86,6 +86,8 @@ def _small_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "complete", complete)
     (tmp_path / "simulations").symlink_to(ROOT / "simulations")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
 
 
 @pytest.fixture(scope="module")
