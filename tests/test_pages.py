@@ -37,6 +37,7 @@ PROGRAMS = {
     **dict.fromkeys(("pip", "python3", "jupyter"), "installs, or does not end by itself"),
     **dict.fromkeys(("make", "pytest"), "lint, types and all tests"),
     **dict.fromkeys(("docker", "mkdir", "ray"), "needs Docker, or several machines"),
+    "tensorboard": "does not end by itself",
     "curl": "needs a server; tests/serve",
 }
 #: Parts of commands that are not run, and why.
@@ -52,6 +53,7 @@ NOT_RUN = {
     "few-shot": "digits has too few samples of a class",
     "pretrained=resnet18": "a file of torchvision's that is downloaded; tests/simulate/test_pretrained.py",
     "--engine ray": "starts Ray, ten seconds; tests/simulate/test_engines.py",
+    "--tracker tensorboard": "imports TensorBoard, seconds; tests/simulate/test_trackers.py",
     "--device cuda": "needs a GPU",
     "-m pytest -m gpu": "needs a GPU",
     "--clients 100000": "half a minute",
