@@ -17,6 +17,7 @@ from fedkd.compare import reading
 from fedkd.compare.__main__ import compare
 from fedkd.core import run_directory
 from fedkd.core.catalog import CATALOG
+from fedkd.core.errors import RunError
 from fedkd.core.report.text import percent, size, spread
 from fedkd.simulate import page, simulate
 from fedkd.simulate.page import charts, html, results, uploads
@@ -270,6 +271,15 @@ def test_an_interrupted_run_has_a_page_as_far_as_it_went(tmp_path):
     assert "The run is interrupted" in words(parsed.find(".//p[@class='alert']"))
     assert list(table_of(parsed, "Methods side by side")) == ["ensemble", "local*†"]
     assert "Failures" not in sections(parsed)
+
+
+def test_a_run_that_failed_in_its_first_round_has_a_page_that_says_why(tmp_path):
+    with pytest.raises(RunError) as caught:
+        simulate(tiny(out=str(tmp_path / "run"), faults="dropout=1", min_clients=3))
+    parsed = tree((tmp_path / "run" / "report.html").read_text())
+    assert f"The run has failed ({caught.value})" in words(parsed.find(".//p[@class='alert']"))
+    assert words(parsed.find(".//p[@class='lead']")) == "No method has a test accuracy yet."
+    assert sections(parsed) == ["Partition", "Configuration", "Environment"]
 
 
 def test_a_local_method_alone_has_no_figure_over_bytes_and_none_of_a_student(tmp_path):

@@ -78,16 +78,17 @@ def _document(
 ) -> str:
     """A whole page; ``sections`` come before the one on the environment."""
     records = [record for setting in settings for record in setting.records]
+    begun = [setting for setting in settings if setting.runs]
     all_sections = [
         html.section("Warnings", about.warnings(settings, choice)),
-        html.section("Results", results.summary(settings, choice)),
-        html.section("Learning curves", results.curves(settings, choice)),
+        html.section("Results", results.summary(begun, choice)),
+        html.section("Learning curves", results.curves(begun, choice)),
         html.section("Partition", about.partitions(settings)),
-        html.section("Teacher", models.teachers(settings, choice)),
-        html.section("Clients", models.clients(settings, choice)),
-        html.section("Communication", results.sizes(settings, choice)),
-        html.section("Failures", results.failures(settings, choice), about.errors(records)),
-        html.section("Privacy", about.privacy(settings, choice)),
+        html.section("Teacher", models.teachers(begun, choice)),
+        html.section("Clients", models.clients(begun, choice)),
+        html.section("Communication", results.sizes(begun, choice)),
+        html.section("Failures", results.failures(begun, choice), about.errors(records)),
+        html.section("Privacy", about.privacy(begun, choice)),
         html.section("Configuration", about.configuration(records)),
         *sections,
         html.section("Environment", about.environment(records)),

@@ -119,6 +119,8 @@ def _counts(caption: str, seed: int, found: tuple[Counts, Sequence[str]]) -> Htm
 def privacy(settings: Sequence[Setting], choice: Choice) -> Html:
     """What leaves a client, and what is claimed of it: nothing more than docs/algorithms.md does."""
     names = list(dict.fromkeys(name for setting in settings for name in methods(setting)))
+    if not names:
+        return html.joined([])
     items = [html.tag("li", html.tag("b", choice.name(name)), f": {upload(name)}.") for name in names]
     parts: list[str] = [
         html.tag("p", "No formal privacy is claimed. What a client uploads in a round:"),

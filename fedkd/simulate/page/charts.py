@@ -109,7 +109,7 @@ def dots(about: str, groups: Sequence[tuple[str, int, Sequence[float]]]) -> Html
 
 
 def picture(about: str, counts: NDArray[np.int64]) -> Html:
-    """The samples of each client and class [clients, classes], stronger in color where there are more; and its size."""
+    """The samples of each client and class [clients, classes], the more the stronger in color; bars for their sums."""
     clients, classes = counts.shape
     step = max(4.0, min(18.0, 400 / clients))
     width, top = 264 / classes, 30
