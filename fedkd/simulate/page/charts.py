@@ -23,6 +23,7 @@ LEFT, RIGHT, TOP = 46, 14, 12
 MARKERS = 14  # on a curve, at most
 LEVELS = 8  # shades of a picture
 DOT = 3.5  # radius
+MANY = 200  # dots in a row, from which on they are small
 #: Paths around the point (0, 0) that are told from each other without color.
 _SHAPES = (
     "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0z",
@@ -101,7 +102,8 @@ def dots(about: str, groups: Sequence[tuple[str, int, Sequence[float]]]) -> Html
     for row, (name, index, values) in enumerate(groups):
         middle = top + each * row + 38
         shown.append(_text(4, middle - 22, _cut(name), "start", "name"))
-        circles = [tag("circle", cx=cx, cy=cy, r=DOT) for cx, cy in _swarm([x(value) for value in values], middle)]
+        radius = DOT if len(values) <= MANY else DOT / 3
+        circles = [tag("circle", cx=cx, cy=cy, r=radius) for cx, cy in _swarm([x(value) for value in values], middle)]
         shown.append(tag("g", *circles, class_=f"dot f{index % COLORS}"))
         mean = x(sum(values) / len(values))
         shown.append(tag("path", d=f"M{mean} {middle - 15}V{middle + 15}", class_=f"curve c{index % COLORS}"))
