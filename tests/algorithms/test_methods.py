@@ -340,7 +340,7 @@ def test_a_diverged_client_counts_as_wrong_and_is_not_in_the_ensemble():
     assert found.failures == [Failure(2, "refused", "sent logits larger than 1,000,000")]
     answers.clear()
     none = metrics.evaluate_clients(experiment, exchange, round_)
-    assert (none.client_accuracy, none.teacher_accuracy) == (None, None)
+    assert (none.client_accuracy, none.teacher) == (None, {})
     assert {failure.cause for failure in none.failures} == {"no reply"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -28,16 +28,21 @@ if TYPE_CHECKING:
     from fedkd.simulate.rounds import Exchange, Round
 
 
+#: The quality of the ensemble of a round. Soft labels have the temperature that the method gives them.
+TEACHER = ("teacher_accuracy", "teacher_entropy", "teacher_ece", "teacher_agreement")
+
+
 @dataclass(frozen=True)
 class ClientEvaluation:
-    """The participants' own models on the sample of the test set (``clients``), and the accuracy of their ensemble.
+    """The participants' own models on the sample of the test set (``clients``), and the quality of their ensemble.
 
-    ``test_accuracy`` is their mean on all test images, if there is no global student. ``failures`` are of clients that
-    are left out of both; a client whose model diverged is left out of the ensemble only.
+    ``test_accuracy`` is their mean on all test images, if there is no global student. ``teacher`` has the keys of
+    `TEACHER`, or none. ``failures`` are of clients that are left out of both; a client whose model diverged is left out
+    of the ensemble only.
     """
 
     test_accuracy: float | None
-    teacher_accuracy: float | None
+    teacher: Mapping[str, float]
     clients: Sequence[Row]
     serialized: SerializedBytes
     failures: Sequence[Failure] = ()
@@ -106,12 +111,12 @@ def evaluate_clients(experiment: Experiment, exchange: Exchange, round_: Round) 
     usable = [client for client in evaluated if not reasons[client][1]]
     labels = images.labels[sample]
     logits = {client: update.tensors["logits"] for client, update in evaluated.items()}
-    teacher = None
+    teacher: dict[str, float] = {}
     if usable:
         weights = experiment.setup.distillation.client_weights([round_.updates[c].examples for c in usable])
         sampled = [logits[client][sample] for client in usable]
         probs = experiment.algorithm.teacher_probs(experiment.setup, sampled, weights)
-        teacher = _accuracy(probs, labels)
+        teacher = teacher_quality(probs, sampled, labels)
     entries = [
         per_client.entry(client, round_.updates[client].examples, logits[client][sample], labels, update.metrics)
         for client, update in evaluated.items()
@@ -119,6 +124,21 @@ def evaluate_clients(experiment: Experiment, exchange: Exchange, round_: Round) 
     entries = per_client.with_student(experiment, round_, entries)
     mean = fmean(_accuracy(each, images.labels) for each in logits.values()) if logits else None
     return ClientEvaluation(mean, teacher, entries, serialized, failures)
+
+
+def teacher_quality(probs: Tensor, logits: Sequence[Tensor], labels: Tensor) -> dict[str, float]:
+    """Of soft labels [N, C] that were made of the logits [N, C] of clients: the values of `TEACHER`.
+
+    Accuracy; mean entropy (nats); expected calibration error; and the share of the clients' predictions that are those
+    of the teacher.
+    """
+    from fedkd.training import quality
+
+    known = probs.double()
+    scores = known.clamp_min(1e-300).log()
+    entropy = -(known * scores).sum(-1).mean().item()
+    agreement = fmean(quality.agreement(known, each) for each in logits)
+    return dict(zip(TEACHER, (_accuracy(probs, labels), entropy, quality.ece(scores, labels), agreement), strict=True))
 
 
 def _accuracy(scores: Tensor, labels: Tensor) -> float:
@@ -142,7 +162,7 @@ def round_row(
 
     """
     config = experiment.config
-    if student is None and clients and clients.client_accuracy is not None and clients.teacher_accuracy is None:
+    if student is None and clients and clients.client_accuracy is not None and not clients.teacher:
         raise RunError(
             f"Round {round_.number}: the models of {config.algorithm} have all diverged; lower --learning-rate."
         )
@@ -156,7 +176,7 @@ def round_row(
         "test_loss": loss,
         "validation_accuracy": validation[0] if validation else None,
         "validation_loss": validation[1] if validation else None,
-        "teacher_accuracy": clients.teacher_accuracy if clients else None,
+        **{key: clients.teacher.get(key) if clients else None for key in TEACHER},
         **per_client.summary(clients.clients if clients else ()),
         "uplink_serialized_bytes": round_.serialized.uplink_arrays,
         "downlink_serialized_bytes": round_.serialized.downlink_arrays,

@@ -32,7 +32,7 @@ KEYS = {
         "validation_accuracy",
         "validation_loss",
     ),
-    *("teacher_accuracy", *per_client.KEYS),
+    *("teacher_accuracy", "teacher_entropy", "teacher_ece", "teacher_agreement", *per_client.KEYS),
     *(f"uplink_{kind}_bytes" for kind in KINDS),
     *(f"downlink_{kind}_bytes" for kind in KINDS),
 }

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 ERRORS = 3  # standard errors: chance alone exceeds them in one of 700 cases
 PATIENCE = 5  # rounds for which a student may be at chance, and a teacher below its clients
 SKEWED = 0.3  # total-variation distance beyond what sampling explains; Dirichlet with alpha 0.5 has 0.43 in all
+COLLAPSED = 0.01  # share of the largest entropy
+MISCALIBRATED = 0.1
 COPIES = 0.01  # share of the proxy: data sets that are published have a few images twice
 
 
@@ -94,6 +96,41 @@ def teacher_below_clients(rows: Sequence[Row], facts: Facts) -> str:
     return f"The teacher ({percent(teacher)}) is worse than the mean of its clients ({percent(clients)}); {advice}."
 
 
+def uniform_teacher(rows: Sequence[Row], facts: Facts) -> str:
+    """In each of the last five rounds, the mean entropy of the soft labels is above 0.99 ln C."""
+    last = _entropies(rows, facts)
+    if not last or min(last) <= (1 - COLLAPSED) * math.log(facts.classes):
+        return ""
+    return (
+        f"The teacher's soft labels are the same for all classes (mean entropy {last[-1]:.2f} of at most "
+        f"{math.log(facts.classes):.2f} nats), so there is nothing to learn from them; lower --temperature, or train "
+        "the clients more."
+    )
+
+
+def hard_teacher(rows: Sequence[Row], facts: Facts) -> str:
+    """In each of the last five rounds, the entropy is below 0.01 ln C and the calibration error above 0.1.
+
+    A teacher that is sure and right is no concern.
+    """
+    last = _entropies(rows, facts)
+    is_wrong = last and all(row["teacher_ece"] > MISCALIBRATED for row in rows[-PATIENCE:])
+    if not is_wrong or max(last) >= COLLAPSED * math.log(facts.classes):
+        return ""
+    advice = "raise --temperature" + ", or try another --aggregator" * facts.chooses_aggregator
+    return (
+        f"The teacher's soft labels have almost all probability on one class (mean entropy {last[-1]:.3f} nats), but "
+        f"are right for {percent(rows[-1]['teacher_accuracy'])} only; {advice}."
+    )
+
+
+def _entropies(rows: Sequence[Row], facts: Facts) -> list[float]:
+    """Those of the last five rounds; none if one of them was not evaluated, or the method has no teacher."""
+    found = [row.get("teacher_entropy") for row in rows[-PATIENCE:]]
+    known = [value for value in found if value is not None]
+    return known if facts.has_teacher and len(known) == PATIENCE else []
+
+
 def more_than_fedavg(rows: Sequence[Row], facts: Facts) -> str:
     """Soft labels of a client and round, both directions as encoded, take more bytes than the weights in FedAvg."""
     row = rows[-1]
@@ -107,7 +144,7 @@ def more_than_fedavg(rows: Sequence[Row], facts: Facts) -> str:
     )
 
 
-LAWS = (student_at_chance, teacher_below_clients, more_than_fedavg)
+LAWS = (student_at_chance, teacher_below_clients, uniform_teacher, hard_teacher, more_than_fedavg)
 
 
 class Watch:

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+#: Below so many channels, the backward pass of a 1x1 convolution with a stride overwrites foreign memory on a CPU
+#: without AVX-512 (oneDNN in PyTorch 2.14, images in channels_last order): tests/training/models/test_models.py.
+NARROW = 8
+
 
 def normalization(channels: int, norm: str) -> nn.Module:
     """BatchNorm, or GroupNorm with eight channels per group (which keeps no statistics of skewed data)."""
@@ -131,7 +135,11 @@ class PreActivation(nn.Module):
         self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.norm2 = normalization(outputs, norm)
         self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.shortcut = None if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.shortcut: nn.Module | None = None
+        if inputs < NARROW and inputs != outputs:
+            self.shortcut = Subsampled(stride, nn.Conv2d(inputs, outputs, 1, bias=False))
+        elif inputs != outputs:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         before = self.norm1(x).relu()
@@ -267,8 +275,24 @@ MOBILENETV2 = (  # expansion, channels, blocks, stride of the first block
 
 
 def _shortcut(inputs: int, outputs: int, norm: str, stride: int) -> nn.Module:
-    keeps = stride == 1 and inputs == outputs
-    return nn.Identity() if keeps else convolution(inputs, outputs, norm, stride, kernel=1)
+    if stride == 1 and inputs == outputs:
+        return nn.Identity()
+    if inputs < NARROW:
+        return Subsampled(stride, *convolution(inputs, outputs, norm, kernel=1))
+    return convolution(inputs, outputs, norm, stride, kernel=1)
+
+
+class Subsampled(nn.Sequential):
+    """Layers on every ``step``-th row and column; with a 1x1 convolution first, the same as its stride."""
+
+    def __init__(self, step: int, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = self.step
+        result: Tensor = super().forward(x[..., ::step, ::step] if step > 1 else x)
+        return result
 
 
 def _initialize_convolutions(network: nn.Module) -> None:

@@ -77,7 +77,7 @@ def test_accuracies_on_the_sample_and_on_all_test_images_by_hand(algorithm):
     found = metrics.evaluate_clients(experiment, exchange, round_)
     assert found.failures == []
     assert found.client_accuracy == pytest.approx(2 / 3)
-    assert found.teacher_accuracy == 1.0
+    assert found.teacher["teacher_accuracy"] == 1.0
     row = metrics.round_row(experiment, round_, (0.5, 1.0) if algorithm == "ensemble" else None, found)
     assert row["client_accuracy"] == pytest.approx(2 / 3)
     assert row["test_accuracy"] == (0.5 if algorithm == "ensemble" else pytest.approx((1 + 50 / 359) / 3))
@@ -87,7 +87,7 @@ def test_students_and_test_accuracies_do_not_depend_on_the_sample(tmp_path):
     options = {"compare": "fd", "rounds": 1, "model": "cnn:width=4"}
     whole = simulated(tmp_path / "whole", client_test_samples=0, **options)
     some = simulated(tmp_path / "some", client_test_samples=50, **options)
-    same = [row.keys() - {"teacher_accuracy", "evaluation_bytes", "clients", *per_client.KEYS} for row in whole]
+    same = [row.keys() - {*metrics.TEACHER, "evaluation_bytes", "clients", *per_client.KEYS} for row in whole]
     for one, other, keys in zip(whole, some, same, strict=True):
         assert {key: one[key] for key in keys} == {key: other[key] for key in keys}
     assert [row["client_accuracy"] for row in whole] != [row["client_accuracy"] for row in some]

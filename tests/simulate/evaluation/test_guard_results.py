@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -266,9 +267,9 @@ def test_every_number_of_a_row_by_hand(experiment):
         attempts=2,
         duration=1.23456789,
     )
-    clients = ClientEvaluation(
-        0.375, 0.75, ENTRIES, SerializedBytes(100, 1000, 10, 20), [Failure(2, "refused", "diverged")]
-    )
+    teacher = dict(zip(metrics.TEACHER, (0.75, 1.25, 0.0625, 0.5), strict=True))
+    failures = [Failure(2, "refused", "diverged")]
+    clients = ClientEvaluation(0.375, teacher, ENTRIES, SerializedBytes(100, 1000, 10, 20), failures)
     row = metrics.round_row(experiment, round_, (0.5, 1.5), clients, (0.125, 2.5))
     assert row == {
         "algorithm": "ensemble",
@@ -279,6 +280,9 @@ def test_every_number_of_a_row_by_hand(experiment):
         "validation_accuracy": 0.125,
         "validation_loss": 2.5,
         "teacher_accuracy": 0.75,
+        "teacher_entropy": 1.25,
+        "teacher_ece": 0.0625,
+        "teacher_agreement": 0.5,
         "client_accuracy": 0.25,
         "client_accuracy_worst": 0.125,
         "client_accuracy_p10": pytest.approx(0.15),
@@ -378,3 +382,16 @@ def test_break_even_of_whole_runs(tmp_path, codec, sent):
     assert written(tmp_path / "run")["break_even_proxy_size"] == int(weights * 4 / (sent / 16)), (
         "bytes of the weights, over bytes of an image"
     )
+
+
+def test_the_quality_of_a_teacher_by_hand():
+    """Entropy and calibration error from their formulas, in two bins' worth of images; agreement by counting."""
+    probs = torch.tensor([[0.75, 0.25], [0.75, 0.25], [0.25, 0.75], [1.0, 0.0]])
+    labels = torch.tensor([0, 1, 1, 0])
+    clients = [torch.tensor([[2.0, 0], [2, 0], [2, 0], [2, 0]]), torch.tensor([[2.0, 0], [2, 0], [0, 2], [2, 0]])]
+    found = metrics.teacher_quality(probs, clients, labels)
+    entropy = 3 * (0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / 4
+    # 3 images with confidence 0.75, of which 2 are right; one with confidence 1 that is right
+    error = 0.75 * abs(2 / 3 - 0.75)
+    expected = {"teacher_accuracy": 0.75, "teacher_entropy": entropy, "teacher_ece": error, "teacher_agreement": 7 / 8}
+    assert found == pytest.approx(expected)

@@ -176,8 +176,10 @@ def test_the_ensemble_is_weighted_by_numbers_of_samples_with_weighting_size():
     weighted = dataclasses.replace(experiment, setup=dataclasses.replace(experiment.setup, distillation=by_size))
     uniform, sized = (metrics.evaluate_clients(one, exchange, round_) for one in (experiment, weighted))
     assert uniform.client_accuracy == sized.client_accuracy == 0.5
-    assert (uniform.teacher_accuracy, sized.teacher_accuracy) == (1.0, 0.0)
+    assert (uniform.teacher["teacher_accuracy"], sized.teacher["teacher_accuracy"]) == (1.0, 0.0)
     assert uniform.serialized == SerializedBytes(3, 2, 3, 2)
     assert uniform.failures == [Failure(2, "error", "out of memory")]
     first = metrics.evaluate_clients(dataclasses.replace(experiment, algorithm=First()), exchange, round_)
-    assert first.teacher_accuracy == 1.0, "logits are in the order of clients, in whichever order replies arrive"
+    assert first.teacher["teacher_accuracy"] == 1.0, (
+        "logits are in the order of clients, in whichever order replies arrive"
+    )

@@ -208,3 +208,27 @@ def test_warnings_are_in_the_result_once_also_of_a_resumed_run(tmp_path, capsys)
     said = capsys.readouterr().err
     assert f"fedkd: ensemble, seed 0, round 1: {found[1]['text']}\n" in said
     assert said.count(found[0]["text"]) == 1  # the same for both methods
+
+
+UNIFORM, HARD = math.log(FACTS.classes), 0.0
+
+
+@pytest.mark.parametrize(
+    ("entropies", "ece", "has_teacher", "is_uniform", "is_hard"),
+    [
+        ([0.995 * UNIFORM] * 5, 0.5, True, True, False),
+        ([0.995 * UNIFORM] * 5, 0.5, False, False, False),
+        ([0.995 * UNIFORM] * 4, 0.5, True, False, False),
+        ([0.985 * UNIFORM, *[UNIFORM] * 4], 0.5, True, False, False),
+        ([0.009 * UNIFORM] * 5, 0.11, True, False, True),
+        ([0.009 * UNIFORM] * 5, 0.09, True, False, False),  # sure, and right
+        ([0.009 * UNIFORM] * 5, 0.11, False, False, False),
+        ([*[HARD] * 4, 0.011 * UNIFORM], 0.11, True, False, False),
+        ([HARD, None, HARD, HARD, HARD], 0.11, True, False, False),  # a round was not evaluated
+    ],
+)
+def test_soft_labels_that_have_collapsed(entropies, ece, has_teacher, is_uniform, is_hard):
+    rows = [row(number, teacher_entropy=each, teacher_ece=ece) for number, each in enumerate(entropies, 1)]
+    facts = replace(FACTS, has_teacher=has_teacher)
+    assert bool(warnings.uniform_teacher(rows, facts)) == is_uniform
+    assert bool(warnings.hard_teacher(rows, facts)) == is_hard

@@ -217,3 +217,21 @@ def test_pooling_before_relu_changes_no_bit(pixels, generator):
     ours = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
     theirs = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_narrow_shortcut_is_a_convolution_with_a_stride(stride):
+    """Every second pixel, then a 1x1 convolution: the same function, whose backward pass is safe on every CPU."""
+    narrow = convolutional._shortcut(4, 6, "batch", stride)
+    strided = convolutional.convolution(4, 6, "batch", stride, kernel=1)
+    assert [*narrow.state_dict()] == [*strided.state_dict()]
+    strided.load_state_dict(narrow.state_dict())
+    x = torch.randn(3, 4, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(narrow.double()(x), strided.double()(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("model", ["resnet8:width=4", "wrn-16-2:width=3", "resnet8:width=4,norm=batch"])
+def test_no_narrow_convolution_has_a_stride_and_one_pixel(model):
+    for layer in models.build(model, 10, "group").modules():
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.in_channels < 8:
+            assert layer.stride == (1, 1)
