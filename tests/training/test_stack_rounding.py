@@ -17,9 +17,9 @@ from fedkd.training import models
 from tests.training.test_stack import SIZES, difference, jobs, own_networks, plain, stacked
 
 LIMIT = 1e-5  # or ten times as far as the plain loop
-SMALL = ["cnn:width=8", "cnn:width=8,norm=batch", "resnet8:width=4", "resnet8:width=4,norm=batch", "resnet20:width=4"]
-SMALL += ["resnet20:width=4,norm=batch", "vit-tiny:width=32,depth=2"]
-DEEP = ["resnet32:width=4", "resnet56:width=4", "resnet56:width=4,norm=batch"]
+SMALL = ["cnn:width=8", "cnn:width=8,norm=batch", "resnet8:width=8", "resnet8:width=8,norm=batch", "resnet20:width=8"]
+SMALL += ["resnet20:width=8,norm=batch", "vit-tiny:width=32,depth=2"]
+DEEP = ["resnet32:width=8", "resnet56:width=8", "resnet56:width=8,norm=batch"]
 TORCHVISION = ["resnet", "mobilenet_v2", "mobilenet_v3_small"]
 
 

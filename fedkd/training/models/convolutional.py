@@ -291,7 +291,7 @@ class Subsampled(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         step = self.step
-        result: Tensor = super().forward(x[..., ::step, ::step] if step > 1 else x)
+        result: Tensor = super().forward(x[..., ::step, ::step] if step > 1 else x)  # type: ignore[no-untyped-call]
         return result
 
 
