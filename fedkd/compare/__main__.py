@@ -109,7 +109,7 @@ def compare(
     groups = reading.by_setting(files, by) if by else {"": files}
     settings = {title: reading.simulated(each) for title, each in groups.items()}
     _check_names(labels, {run["algorithm"] for found, _ in settings.values() for run in found})
-    _show(_grids(settings, metric, target, labels, largest), _records(groups, settings, by, labels), form)
+    _show(_grids(settings, metric, target, labels, largest), _records(groups, settings, by, target, labels), form)
     if out is not None:
         _draw(groups, settings, out, labels, look)
         found = {title: [record(one.path, one.result) for one in each] for title, each in groups.items()}
@@ -158,22 +158,30 @@ def _grids(
     if len(settings) > 1:
         if metric not in (known := numbers(run for runs, _ in settings.values() for run in runs)):
             raise UsageError(unknown("--metric", metric, known))
-        return [table.pivot({title: runs for title, (runs, _) in settings.items()}, metric, labels)]
+        by_title = {title: runs for title, (runs, _) in settings.items()}
+        shown = [metric, *(["largest_test_accuracy"] if largest and metric != "largest_test_accuracy" else [])]
+        grids: list[Grid | None] = [table.pivot(by_title, each, labels) for each in shown]
+        if target is not None:
+            grids += [table.costs(curves, target, labels, title) for title, (_, curves) in settings.items()]
+        return [each for each in grids if each]
     (runs, curves), *_ = settings.values()
     grids = [table.side_by_side(runs, curves, labels), table.costs(curves, target, labels), table.ledger(runs, labels)]
     grids += [table.largest(curves, labels)] if largest else []
     return [each for each in grids if each]
 
 
-def _records(groups: Groups, settings: Settings, by: Sequence[str], labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """A record for each method and seed: its setting, its name, and its summary from ``result.json``."""
+def _records(
+    groups: Groups, settings: Settings, by: Sequence[str], target: float | None, labels: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """A record for each method and seed: its setting, its name, its summary, and what the target took."""
     return [
         {
             **{key: groups[title][0].config[key] for key in by},
             "name": labels.get(run["algorithm"], run["algorithm"]),
             **run,
+            **({} if target is None else table.spent(target, curves[run["algorithm"], run["seed"]])),
         }
-        for title, (runs, _) in settings.items()
+        for title, (runs, curves) in settings.items()
         for run in runs
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import shutil
 import subprocess
@@ -300,3 +301,27 @@ def test_curves_of_a_run_are_not_replaced(runs):
     with pytest.raises(UsageError, match=r"--out .*first is a run directory"):
         compare(runs / "first", out=runs / "first")
     assert before == {path.name: path.read_bytes() for path in (runs / "first").iterdir() if path.is_file()}
+
+
+def test_a_target_and_the_largest_accuracy_with_several_settings(runs, capsys):
+    """Each setting has its table of costs; csv and json have the numbers of each run, here with those of its rows."""
+    target = 0.1
+    settings = (runs / "first", runs / "elsewhere")
+    compare(*settings, by=("partitioner",), target=target, largest=True, form="markdown")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "largest test accuracy" in printed
+    assert printed.count("Until the test accuracy first is 10.0%, the target") == 2
+    compare(*settings, by=("partitioner",), target=target, form="json")
+    records = json.loads(capsys.readouterr().out)
+    lines = [json.loads(line) for path in settings for line in (path / "rounds.jsonl").read_text().splitlines()]
+    curves = [list(rows) for _, rows in itertools.groupby(lines, lambda row: (row["algorithm"], row["seed"]))]
+    assert len(records) == len(curves) > 2
+    assert {record["rounds_to_target"] for record in records} != {None}
+    for rows, record in zip(curves, records, strict=True):
+        first = next((number for number, row in enumerate(rows, 1) if row["test_accuracy"] >= target), None)
+        sizes = [row["uplink_serialized_bytes"] + row["downlink_serialized_bytes"] for row in rows]
+        assert record["test_accuracy"] == rows[-1]["test_accuracy"]
+        assert record["rounds_to_target"] == first
+        assert record["bytes_to_target"] == (first and sum(sizes[:first]))
+    compare(*settings, by=("partitioner",), target=1.0, form="json")
+    assert {record["rounds_to_target"] for record in json.loads(capsys.readouterr().out)} == {None}

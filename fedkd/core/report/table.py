@@ -93,7 +93,7 @@ def side_by_side(runs: Sequence[Row], curves: Curves, labels: Labels = NO_LABELS
     return Grid(titles, rows, "\n".join(caption))
 
 
-def costs(curves: Curves, target: float | None = None, labels: Labels = NO_LABELS) -> Grid | None:
+def costs(curves: Curves, target: float | None = None, labels: Labels = NO_LABELS, setting: str = "") -> Grid | None:
     """Rounds, bytes and training time of each method until its test accuracy first is ``target``.
 
     Without a target, it is the highest that all methods reached; None if there is none.
@@ -103,19 +103,30 @@ def costs(curves: Curves, target: float | None = None, labels: Labels = NO_LABEL
         return None
     lines = []
     for name in dict.fromkeys(name for name, _ in curves):
-        spent = [until(accuracy, rows) for (algorithm, _), rows in curves.items() if algorithm == name]
-        reached = [rows for rows in spent if rows is not None]
+        each = [spent(accuracy, rows) for (algorithm, _), rows in curves.items() if algorithm == name]
+        reached = [one for one in each if one["rounds_to_target"] is not None]
         cells = ["–"] * 3
-        if len(reached) == len(spent):
-            training = fmean(sum(row["training_seconds"] for row in rows) for rows in reached)
-            cells = [f"{fmean(map(len, reached)):.1f}".removesuffix(".0"), size(fmean(map(sent, reached)))]
-            cells.append(seconds(training))
-        lines.append([labels.get(name, name), f"{len(reached)} of {len(spent)}", *cells])
+        if len(reached) == len(each):
+            rounds, sizes, times = (fmean(values) for values in zip(*(one.values() for one in reached), strict=True))
+            cells = [f"{rounds:.1f}".removesuffix(".0"), size(sizes), seconds(times)]
+        lines.append([labels.get(name, name), f"{len(reached)} of {len(each)}", *cells])
     which = "the highest accuracy that all methods reached" if target is None else "the target"
-    caption = (
+    caption = f"{setting}: " * bool(setting) + (
         f"Until the test accuracy first is {percent(accuracy)}, {which}; –: not with every seed, or not evaluated."
     )
     return Grid(["method", "seeds", "rounds", "bytes, both directions", "training"], lines, caption)
+
+
+def spent(target: float, rows: Sequence[Row]) -> Row:
+    """Rounds, bytes and training time until the test accuracy first is ``target``; None if it never is."""
+    reached = until(target, rows)
+    if reached is None:
+        return dict.fromkeys(("rounds_to_target", "bytes_to_target", "training_seconds_to_target"))
+    return {
+        "rounds_to_target": len(reached),
+        "bytes_to_target": sent(reached),
+        "training_seconds_to_target": sum(row["training_seconds"] for row in reached),
+    }
 
 
 def pivot(settings: Mapping[str, Sequence[Row]], metric: str, labels: Labels = NO_LABELS) -> Grid:
