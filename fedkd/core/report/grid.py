@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 Format = Literal["terminal", "markdown", "latex"]
+LINE = 66  # characters, and two for the space after a column, that fit on a line of a paper in LaTeX
 #: What LaTeX reads as a command, and signs of our tables that not all of its fonts have.
 _LATEX = {
     **{sign: f"\\{sign}" for sign in "&%#_${}"},
@@ -67,12 +68,26 @@ class Grid:
         return self.markdown()
 
     def latex(self) -> str:
-        """For a paper: a table of the package booktabs."""
-        head, *body = (" & ".join(map(_escaped, cells)) + r" \\" for cells in (self.titles, *self.rows))
-        columns = "l" + "r" * (len(self.titles) - 1)
-        lines = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
-        lines += [*body, r"\bottomrule", r"\end{tabular}", rf"\caption{{{_escaped(self.caption)}}}", r"\end{table}"]
-        return "\n".join(lines)
+        """For a paper: a table of the package booktabs. Columns that do not fit beside each other go below."""
+        parts = "\n\n\\medskip\n".join(map(self._tabular, self._fitting()))
+        caption = rf"\caption{{{_escaped(self.caption)}}}"
+        return "\n".join([r"\begin{table}", r"\centering", parts, caption, r"\end{table}"])
+
+    def _fitting(self) -> list[list[int]]:
+        """The numbers of the columns beside each other, each time after the first column."""
+        widths = [max(map(len, column)) + 2 for column in zip(self.titles, *self.rows, strict=True)]
+        groups: list[list[int]] = [[]]
+        for column, width in enumerate(widths[1:], 1):
+            if groups[-1] and widths[0] + sum(widths[each] for each in groups[-1]) + width > LINE:
+                groups.append([])
+            groups[-1].append(column)
+        return groups
+
+    def _tabular(self, columns: Sequence[int]) -> str:
+        picked = ([cells[0], *(cells[column] for column in columns)] for cells in (self.titles, *self.rows))
+        head, *body = (" & ".join(map(_escaped, cells)) + r" \\" for cells in picked)
+        begin = rf"\begin{{tabular}}{{l{'r' * len(columns)}}}"
+        return "\n".join([begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"])
 
 
 def _escaped(text: str) -> str:

@@ -124,9 +124,12 @@ def test_a_table_in_markdown_has_as_many_cells_as_titles():
 def test_latex_compiles(tmp_path):
     rows = curve([0.5], name="dsfl:temperature=0.1")
     more = {"float32_bytes": 1, "entropy_bound_bytes": 1, "encoded_bytes": 1}
+    seeds = {("fedavg", seed): curve([0.5 + 0.1 * seed], name="fedavg", seed=seed) for seed in range(3)}
+    seeds |= {("dsfl", seed): curve([0.6], name="dsfl", seed=seed) for seed in range(3)}
     grids = [
         table.side_by_side([summary(rows)], {(rows[0]["algorithm"], 0): rows}),
         table.ledger([summary(rows) | more]),
+        table.side_by_side([summary(each) for each in seeds.values()], seeds),  # wider than a page
     ]
     body = "\n".join(grid.latex() for grid in grids)
     preamble = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}"
@@ -134,6 +137,17 @@ def test_latex_compiles(tmp_path):
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+    assert "Overfull" not in done.stdout
+
+
+def test_columns_that_do_not_fit_on_a_line_of_latex_go_below():
+    titles = ["method", *(f"column {number}" for number in range(10))]
+    grid = Grid(titles, [["fedavg", *(f"{number}.00 ±0.00" for number in range(10))]], "caption")
+    text = grid.latex()
+    heads = [line.removesuffix(r" \\").split(" & ") for line in text.splitlines() if line.startswith("method")]
+    assert len(heads) == 3
+    assert [title for head in heads for title in head[1:]] == titles[1:]
+    assert text.count(r"\caption") == text.count(r"\begin{table}") == 1
 
 
 def test_the_table_has_means_and_standard_deviations_over_seeds():
