@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,17 @@ def _check_settings(files: Sequence[RunFiles], ignored: set[str]) -> None:
             )
 
 
+#: Ends of the keys that hold a number, or none.
+NUMBERS = ("accuracy", "loss", "bytes", "seconds", "round", "rounds", "seed", "participants")
+
+
+def _check_numbers(rows: Iterable[Row]) -> None:
+    for row in rows:
+        for key, value in row.items():
+            if key.endswith(NUMBERS) and not (value is None or isinstance(value, int | float)):
+                raise TypeError(f"{key} is {value!r}")
+
+
 def simulated(files: Sequence[RunFiles]) -> tuple[list[Row], dict[tuple[str, int], list[Row]]]:
     """The summaries of the methods of runs of fedkd.simulate, and their rounds by method and seed.
 
@@ -123,6 +134,7 @@ def simulated(files: Sequence[RunFiles]) -> tuple[list[Row], dict[tuple[str, int
             for row in run_directory.rows(one.path / "rounds.jsonl"):
                 own.setdefault((row["algorithm"], row["seed"]), []).append(row)
             runs = {(run["algorithm"], run["seed"]): run for run in summaries(one.result["runs"], own)}
+            _check_numbers([*runs.values(), *(row for rows in own.values() for row in rows)])
         if not runs or not all(own.values()):
             raise UsageError(f"{one.path} has no round; it was interrupted or failed.")
         for (_, seed), run in runs.items():

@@ -325,3 +325,26 @@ def test_a_target_and_the_largest_accuracy_with_several_settings(runs, capsys):
         assert record["bytes_to_target"] == (first and sum(sizes[:first]))
     compare(*settings, by=("partitioner",), target=1.0, form="json")
     assert {record["rounds_to_target"] for record in json.loads(capsys.readouterr().out)} == {None}
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("rounds.jsonl", {"test_accuracy": "high"}),
+        ("rounds.jsonl", {"round": "one"}),
+        ("rounds.jsonl", {"uplink_serialized_bytes": [1]}),
+        ("result.json", {"test_accuracy": "high"}),
+        ("result.json", {"training_seconds": {}}),
+    ],
+)
+def test_numbers_that_are_none_are_named_damage(runs, tmp_path, file, changes):
+    shutil.copytree(runs / "first", tmp_path / "run")
+    path = tmp_path / "run" / file
+    if file == "result.json":
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps({**result, "runs": [{**run, **changes} for run in result["runs"]]}))
+    else:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(f"{json.dumps({**row, **changes})}\n" for row in rows))
+    with pytest.raises(UsageError, match="its files are damaged"):
+        compare(tmp_path / "run")
