@@ -119,6 +119,13 @@ def test_a_program_with_its_own_objects_round_by_round(tmp_path):
     shown = [line for line in done.stdout.splitlines() if line]
     assert [line for line in shown if line.startswith(("round 1", "round 2", "round 3"))] == ["round 1 1", "round 2 2"]
     assert "rest [3]" in shown
+    hint = "fedkd: continue with: fedkd.run(resume='run') in the program that defines --partitioner __main__:halves"
+    assert hint in done.stderr
+    paths = {**os.environ, "PYTHONPATH": str(ROOT)}
+    again = [sys.executable, "-m", "fedkd.simulate", "--resume", "run", "--rounds", "4"]
+    refused = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False, env=paths)
+    assert "is known only there: continue it there, by fedkd.run(resume=RUN)" in refused.stderr
+    assert "Traceback" not in refused.stderr
     assert "__main__:Net,cnn:width=4 dsfl:temperature=0.2 __main__:halves" in shown
     assert "b'PNG'" in shown
     assert "torch.Size([1, 10])" in shown

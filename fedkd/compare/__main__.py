@@ -112,8 +112,11 @@ def compare(
     _show(_grids(settings, metric, target, labels, largest), _records(groups, settings, by, target, labels), form)
     if out is not None:
         _draw(groups, settings, out, labels, look)
-        found = {title: [record(one.path, one.result) for one in each] for title, each in groups.items()}
-        shown = [Setting(title, *settings[title], found[title]) for title in settings]
+
+        def shown() -> list[Setting]:
+            found = {title: [record(one.path, one.result) for one in each] for title, each in groups.items()}
+            return [Setting(title, *settings[title], found[title]) for title in settings]
+
         page.write_comparison(out, shown, Choice(metric, target, labels, largest))
 
 
@@ -165,6 +168,9 @@ def _grids(
             grids += [table.costs(curves, target, labels, title) for title, (_, curves) in settings.items()]
         return [each for each in grids if each]
     (runs, curves), *_ = settings.values()
+    known = numbers(runs) | numbers(row for rows in curves.values() for row in rows)
+    if metric not in known:
+        raise UsageError(unknown("--metric", metric, known))
     grids = [table.side_by_side(runs, curves, labels), table.costs(curves, target, labels), table.ledger(runs, labels)]
     grids += [table.largest(curves, labels)] if largest else []
     return [each for each in grids if each]

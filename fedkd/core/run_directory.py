@@ -62,9 +62,14 @@ def lock(out: Path) -> None:
     """Lock a run directory by the file ``lock``, which names the process. The system releases it if that process ends.
 
     Raises:
-        UsageError: another process has locked it.
+        UsageError: another process has locked it, or another run in this one.
 
     """
+    if str(out.resolve()) in _LOCKS:
+        raise UsageError(
+            f"{out} is in use by a run of this process: rows of fedkd.rounds that are not read to the end; read them, "
+            "or close() them."
+        )
     try:
         import fcntl
     except ImportError:  # Windows
@@ -78,12 +83,12 @@ def lock(out: Path) -> None:
         raise UsageError(f"{out} is in use by {owner}; wait for its end, or stop it.") from error
     os.truncate(file, 0)
     os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
-    _LOCKS[str(out)] = file
+    _LOCKS[str(out.resolve())] = file
 
 
 def unlock(out: Path) -> None:
     """Release the lock of this process, and remove its file."""
-    file = _LOCKS.pop(str(out), None)
+    file = _LOCKS.pop(str(out.resolve()), None)
     if file is not None:
         (out / "lock").unlink(missing_ok=True)
         os.close(file)
@@ -163,16 +168,20 @@ def status(out: Path) -> str:
         return "not finished"
 
 
-def ended(out: Path, error: BaseException, command: str, record: str, is_new: bool) -> None:
+def ended(out: Path, error: BaseException, command: str, record: str, is_new: bool, here: str = "") -> None:
     """After an error: remove a new directory if nothing was recorded, so that its name can be used again.
 
-    Otherwise print the command that continues the run, if it can be continued.
+    Otherwise print the command that continues the run, if it can be continued. ``here`` is a component that only this
+    program has.
     """
     if is_new and getattr(error, "code", None) != RunError.code and not (out / record).exists():
         shutil.rmtree(out, ignore_errors=True)
     is_resumable = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | RunError | StorageError)
     if is_resumable and (out / "checkpoint").exists():
-        print(f"fedkd: continue with: python -m fedkd.{command} --resume {shlex.quote(str(out))}", file=sys.stderr)
+        how = f"python -m fedkd.{command} --resume {shlex.quote(str(out))}"
+        if here:  # another process does not know it
+            how = f"fedkd.run(resume={str(out)!r}) in the program that defines {here}"
+        print(f"fedkd: continue with: {how}", file=sys.stderr)
 
 
 def write(path: Path, text: str) -> None:

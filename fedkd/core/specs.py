@@ -240,6 +240,8 @@ def _find(kind: str, spec: Spec) -> Callable[..., Any]:
     installed = {point.name: point for point in entry_points(group=f"fedkd.{kind}")}
     if spec.name not in installed:
         message = unknown(kind, spec.name, {*known, *installed})
+        if "," in spec.name and spec.name.partition(",")[0] in {*known, *installed}:
+            raise UsageError(f"{spec.name!r} names several of {kind}: separate them by spaces, not by commas.")
         raise UsageError(f"{message} A user-defined one is written package.module:Name or ./file.py:Name.")
     return _import(kind, installed[spec.name].value)
 
@@ -254,6 +256,11 @@ def _import(kind: str, path: str) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:  # anything that a user's module raises while it is imported
         raise PluginError(f"Cannot import {kind} {path!r}: {type(error).__name__}: {error}.") from error
     component = getattr(module, name, None)
+    if where == "__main__" and not callable(component):
+        raise PluginError(
+            f"{kind} {path!r} was defined by the notebook or program that started the run, and is known only there: "
+            "continue it there, by fedkd.run(resume=RUN)."
+        )
     if not callable(component):
         own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
         raise PluginError(unknown(f"name in {where}:", name, own))

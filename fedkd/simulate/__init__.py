@@ -44,7 +44,7 @@ def rows(config: Config) -> Generator[Row, None, Path]:
     try:
         yield from (_run_on_ray if config.engine == "ray" else _run_locally)(config)
     except (FedkdError, KeyboardInterrupt, SystemExit, GeneratorExit) as error:
-        run_directory.ended(out, error, "simulate", "rounds.jsonl", is_new)
+        run_directory.ended(out, error, "simulate", "rounds.jsonl", is_new, objects.only_here(config.run_config()))
         raise
     finally:
         run_directory.unlock(out)

@@ -205,8 +205,19 @@ def test_a_metric_that_not_every_run_or_round_has(runs, tmp_path, capsys):
     assert (tmp_path / "curve-2.png").exists()
     compare(runs / "elsewhere", runs / "first", metric="test_accuracy_last5", out=tmp_path / "none", **setting)
     assert "no figure is drawn: rounds have no test_accuracy_last5" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="Unknown --metric of a figure 'test_acc'"):
-        compare(runs / "first", metric="test_acc", out=tmp_path)
+
+
+def test_an_unknown_metric_of_one_setting(runs):
+    with pytest.raises(UsageError, match="Unknown --metric 'test_acuracy'"):
+        compare(runs / "first", metric="test_acuracy")
+
+
+def test_a_damaged_partition_leaves_out_the_page_only(runs, tmp_path, capsys):
+    shutil.copytree(runs / "first", tmp_path / "run")
+    (tmp_path / "run" / "partition.npz").write_text("junk")
+    compare(tmp_path / "run", out=tmp_path / "out")
+    assert "report.html is not written" in capsys.readouterr().err
+    assert (tmp_path / "out" / "curve.svg").exists()
 
 
 def test_codecs_make_columns(runs):

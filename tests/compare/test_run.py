@@ -90,6 +90,8 @@ def test_a_run_round_by_round_left_and_continued(tmp_path):
     assert [(row["seed"], row["round"]) for row in first] == [(0, 1), (0, 2), (1, 1)]
     assert list(fedkd.load(left).rounds["round"]) == [1, 2, 1]
     assert not (tmp_path / "left" / "result.json").exists()
+    with pytest.raises(UsageError, match="in use by a run of this process"):
+        fedkd.run(resume=left)
     rows.close()
     assert json.loads((tmp_path / "left" / "result.json").read_text())["status"] == "interrupted"
     assert not (tmp_path / "left" / "lock").exists()

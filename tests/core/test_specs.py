@@ -193,3 +193,10 @@ def test_a_file_in_a_folder_with_a_space_or_a_comma(tmp_path):
     config = Config.parse({"compare": [text, "fedavg"]})
     assert [run.algorithm for run in config.runs("digits")] == ["ensemble", text, "fedavg"]
     assert default_out(config, text).name.startswith("mine-")
+
+
+def test_several_methods_with_commas():
+    with pytest.raises(UsageError, match="separate them by spaces, not by commas"):
+        specs.bind("algorithm", "fedavg,local")
+    with pytest.raises(UsageError, match="Unknown algorithm 'mine,local'"):
+        specs.bind("algorithm", "mine,local")

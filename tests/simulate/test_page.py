@@ -364,7 +364,7 @@ def test_curves_lie_where_their_values_are():
 
 
 @pytest.mark.parametrize(
-    ("x", "is_log"), [([1.0], False), ([1e-6], True), ([0.2, 300.0], True), (range(1, 501), False)]
+    ("x", "is_log"), [([1.0], False), ([1e-6], True), ([0.33], True), ([0.2, 300.0], True), (range(1, 501), False)]
 )
 def test_every_span_of_rounds_and_bytes_has_a_few_ticks(x, is_log):
     svg = charts.lines(

@@ -6,7 +6,6 @@ Its text follows from the files of the run directory alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +38,9 @@ def write_run(out: Path, result: Mapping[str, Any], curves: Curves) -> None:
     _write(out, page)
 
 
-def write_comparison(out: Path, settings: Sequence[Setting], choice: Choice) -> None:
-    """Write the page of a comparison into its directory."""
-    _write(out, partial(comparison_page, settings, choice, out))
+def write_comparison(out: Path, settings: Callable[[], Sequence[Setting]], choice: Choice) -> None:
+    """Write the page of a comparison into its directory. ``settings`` reads files of the runs, which may be damaged."""
+    _write(out, lambda: comparison_page(settings(), choice, out))
 
 
 def _write(out: Path, page: Callable[[], str]) -> None:

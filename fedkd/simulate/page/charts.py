@@ -216,7 +216,7 @@ def _logarithmic(low: float, high: float) -> Scale:
         ticks = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
         if len(ticks) <= 6:
             break
-    every = math.ceil(len(ticks) / 6)
+    every = max(1, math.ceil(len(ticks) / 6))  # there may be none
     return Scale(low, high, LEFT + 8, WIDTH - RIGHT - 8, ticks[::every] or [math.sqrt(low * high)], is_log=True)
 
 

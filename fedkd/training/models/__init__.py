@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,7 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from fedkd.core import quotes, specs
 from fedkd.core.catalog import CATALOG
-from fedkd.core.errors import DataError, UsageError
+from fedkd.core.errors import DataError, PluginError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -241,7 +242,10 @@ def check(text: str) -> None:
 
     """
     spec, file = pretrained(text)
-    specs.bind("model", spec, RESERVED)
+    parameters = inspect.signature(specs.bind("model", spec, RESERVED).func).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if specs.parse(spec).is_plugin and "classes" not in parameters and not takes_any:
+        raise PluginError(f"model {text!r} needs a parameter `classes`, the number of classes, which fedkd gives it.")
     if file is not None and not file.is_file():
         raise DataError(f"{text}: there is no file {file}.")
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedkd.core.catalog import CATALOG
-from fedkd.core.errors import UsageError
+from fedkd.core.errors import PluginError, UsageError
 from fedkd.training import models
 from fedkd.training.models import convolutional
 
@@ -235,3 +235,10 @@ def test_no_narrow_convolution_has_a_stride_and_one_pixel(model):
     for layer in models.build(model, 10, "group").modules():
         if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.in_channels < 8:
             assert layer.stride == (1, 1)
+
+
+def test_a_model_without_the_number_of_classes_is_named_before_a_run(tmp_path):
+    (tmp_path / "net.py").write_text("class Net:\n    def __init__(self, width=3): ...\n\ndef any(**options): ...\n")
+    with pytest.raises(PluginError, match="needs a parameter `classes`"):
+        models.check(f"{tmp_path}/net.py:Net")
+    models.check(f"{tmp_path}/net.py:any")
