@@ -135,11 +135,9 @@ def _draw(groups: Groups, settings: Settings, out: Path, labels: Mapping[str, st
     """A figure for each setting; none of a number that only whole runs have."""
     run_directory.create(out)
     known = numbers(row for _, curves in settings.values() for rows in curves.values() for row in rows)
-    if look.metric not in known and look.metric in numbers(run for runs, _ in settings.values() for run in runs):
+    if look.metric not in known:
         say(f"no figure is drawn: rounds have no {look.metric}.")
         return
-    if look.metric not in known:
-        raise UsageError(unknown("--metric of a figure", look.metric, known))
     for number, (title, (_, curves)) in enumerate(settings.items(), 1):
         about = figure.title(groups[title][0].config)
         file = f"curve-{number}" if len(settings) > 1 else "curve"
