@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedkd.core import run_directory
 from fedkd.core.config import Config
 from fedkd.core.errors import UsageError, unknown
+from fedkd.core.notes import say
 from fedkd.core.report import students
 from fedkd.distill import teacher_names
 from fedkd.simulate.page.reading import summaries
@@ -137,9 +138,12 @@ def simulated(files: Sequence[RunFiles]) -> tuple[list[Row], dict[tuple[str, int
             _check_numbers([*runs.values(), *(row for rows in own.values() for row in rows)])
         if not runs or not all(own.values()):
             raise UsageError(f"{one.path} has no round; it was interrupted or failed.")
-        for (_, seed), run in runs.items():
+        for (name, seed), run in runs.items():
             if run.get("unfinished"):
                 continue
+            if len(own[name, seed]) < run["rounds"]:
+                rounds = f"{len(own[name, seed])} of {run['rounds']} rounds of {name}, seed {seed}"
+                say(f"{one.path / 'rounds.jsonl'} has {rounds}; the file has lost lines, and curves end there.")
             if partitions.setdefault(seed, run.get("partition_sha256")) != run.get("partition_sha256"):
                 raise UsageError(
                     f"{one.path} has another partition than {files[0].path} with seed {seed}; they cannot be paired."

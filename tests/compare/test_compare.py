@@ -256,6 +256,16 @@ def test_a_torn_last_line_is_left_out(runs):
     assert read((runs / "torn",)) == read((runs / "first",))
 
 
+def test_lost_lines_of_a_run_that_has_ended_are_noticed(runs, tmp_path, capsys):
+    shutil.copytree(runs / "first", tmp_path / "run")
+    path = tmp_path / "run" / "rounds.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    compare(tmp_path / "run")
+    assert "rounds.jsonl has 1 of 2 rounds of" in capsys.readouterr().err
+    compare(runs / "first")
+    assert "has lost lines" not in capsys.readouterr().err
+
+
 def test_distillations_side_by_side(distillations):
     command = [
         sys.executable,
