@@ -212,10 +212,11 @@ def test_the_student_is_that_of_the_paper(trained, name):
     ours = algorithm.global_model(setup, algorithm.aggregate(setup, {}, updates, SEED))
     for (views, probs, _), soft_labels in zip(seen, distilled, strict=True):
         off = (views.int() - soft_labels.images.int()).abs()
-        assert (off > 1).double().mean() < 0.01  # where a gradient is almost zero, its sign is that of rounding
+        assert (off > 1).double().mean() < 0.02  # where a gradient is almost zero, its sign is that of rounding
         assert (probs - soft_labels.targets).abs().mean() < 1e-4
     start = setup.trainer.initial_weights(setup.student)
-    assert distance(ours, expected) < 0.02 * distance(start, expected)
+    # By CPU 0.004 to 0.037; without the boundary loss 0.17 and more.
+    assert distance(ours, expected) < 0.06 * distance(start, expected)
     assert (len(set(seen[-1][2].tolist())) > 1) == (algorithm_name(algorithm) == "co-boosting" and algorithm.epochs > 1)
 
 
