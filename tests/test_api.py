@@ -124,7 +124,7 @@ def test_a_program_with_its_own_objects_round_by_round(tmp_path):
     paths = {**os.environ, "PYTHONPATH": str(ROOT)}
     again = [sys.executable, "-m", "fedkd.simulate", "--resume", "run", "--rounds", "4"]
     refused = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False, env=paths)
-    assert "is known only there: continue it there, by fedkd.run(resume=RUN)" in refused.stderr
+    assert "is known only to the program or notebook that defines it" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert "__main__:Net,cnn:width=4 dsfl:temperature=0.2 __main__:halves" in shown
     assert "b'PNG'" in shown

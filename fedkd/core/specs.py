@@ -234,15 +234,13 @@ def _find(kind: str, spec: Spec) -> Callable[..., Any]:
     """The class or function itself."""
     if spec.is_plugin:
         return _import(kind, spec.name)
-    known = CATALOG[kind]
-    if spec.name in known:
-        return _import(kind, known[spec.name])
+    if spec.name in CATALOG[kind]:
+        return _import(kind, CATALOG[kind][spec.name])
     installed = {point.name: point for point in entry_points(group=f"fedkd.{kind}")}
     if spec.name not in installed:
-        message = unknown(kind, spec.name, {*known, *installed})
-        if "," in spec.name and spec.name.partition(",")[0] in {*known, *installed}:
-            raise UsageError(f"{spec.name!r} names several of {kind}: separate them by spaces, not by commas.")
-        raise UsageError(f"{message} A user-defined one is written package.module:Name or ./file.py:Name.")
+        own = "A user-defined one is written package.module:Name or ./file.py:Name."
+        hint = "Several are separated by spaces, not by commas." if "," in spec.name else own
+        raise UsageError(f"{unknown(kind, spec.name, {*CATALOG[kind], *installed})} {hint}")
     return _import(kind, installed[spec.name].value)
 
 
@@ -256,12 +254,9 @@ def _import(kind: str, path: str) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:  # anything that a user's module raises while it is imported
         raise PluginError(f"Cannot import {kind} {path!r}: {type(error).__name__}: {error}.") from error
     component = getattr(module, name, None)
-    if where == "__main__" and not callable(component):
-        raise PluginError(
-            f"{kind} {path!r} was defined by the notebook or program that started the run, and is known only there: "
-            "continue it there, by fedkd.run(resume=RUN)."
-        )
     if not callable(component):
+        if where == "__main__":
+            raise PluginError(f"{kind} {path!r} is known only to the program or notebook that defines it; go on there.")
         own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
         raise PluginError(unknown(f"name in {where}:", name, own))
     return component  # type: ignore[no-any-return]
@@ -276,8 +271,7 @@ def _module_of_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     loader = importlib.util.spec_from_file_location(name, path)
-    assert loader is not None
-    assert loader.loader is not None
+    assert loader is not None and loader.loader is not None  # noqa: PT018
     module = importlib.util.module_from_spec(loader)
     sys.modules[name] = module
     try:

@@ -196,7 +196,5 @@ def test_a_file_in_a_folder_with_a_space_or_a_comma(tmp_path):
 
 
 def test_several_methods_with_commas():
-    with pytest.raises(UsageError, match="separate them by spaces, not by commas"):
+    with pytest.raises(UsageError, match="Several are separated by spaces, not by commas"):
         specs.bind("algorithm", "fedavg,local")
-    with pytest.raises(UsageError, match="Unknown algorithm 'mine,local'"):
-        specs.bind("algorithm", "mine,local")
