@@ -13,10 +13,10 @@ RUN pip install --no-cache-dir -c constraints.txt uv \
 COPY fedkd fedkd
 # Any user may write to the folder of the runs, and to the cache.
 RUN uv pip install --system --no-deps --reinstall-package fedkd . \
-    && install -d -m 1777 /work /cache
+    && install -d -m 1777 /srv/fedkd /cache
 
 USER 1000:1000
-WORKDIR /work
+WORKDIR /srv/fedkd
 ENV HOME=/cache FEDKD_CACHE=/cache/fedkd
 ENTRYPOINT ["fedkd"]
 CMD ["--help"]

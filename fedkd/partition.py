@@ -16,8 +16,8 @@ from fedkd.core.errors import UsageError
 from fedkd.core.notes import plain
 from fedkd.core.report import figure, shares
 from fedkd.core.report.grid import Format
-from fedkd.data import partitioners, proxies, sources
-from fedkd.simulate import assignment, header
+from fedkd.data import partitioners
+from fedkd.simulate import assignment, checks, header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +51,9 @@ def partition(
     if out is not None and (out.suffix[1:] not in figure.FORMATS or not out.parent.is_dir()):
         raise UsageError(f"--out {out} is not usable: name a file .png, .svg or .pdf in a folder that exists.")
     config, _ = cli.configured(Config, scenario, flags)
-    check(config)
+    if config.partitioner == partitioners.OWN:
+        raise UsageError("--partitioner own: deployed nodes bring their own data, so there is nothing to assign.")
+    checks.check_data(config)
     with assignment.attributing(config):
         assigned = assignment.assign(config)
     view = Partitioned(config, assigned)
@@ -64,21 +66,6 @@ def partition(
         print({"markdown": grid.markdown, "latex": grid.latex, "csv": view.shares.csv}[form]().rstrip("\n"))
     if out is not None:
         view.shares.draw(out, view.title, columns)
-
-
-def check(config: Config) -> None:
-    """Refuse what cannot be used before anything heavy is imported.
-
-    Raises:
-        UsageError, PluginError: the first thing that cannot be used.
-
-    """
-    if config.partitioner == partitioners.OWN:
-        raise UsageError("--partitioner own: deployed nodes bring their own data, so there is nothing to assign.")
-    if config.dataset != "auto":
-        sources.named(config.dataset)
-    proxies.parse(config.proxy)
-    partitioners.check(config.partitioner)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -58,17 +58,17 @@ def test_a_script_without_a_guard_runs_once(tmp_path):
         "options = dict(dataset='digits', model='cnn:width=4', clients=2, rounds=1, workers='2', seeds=1)\n"
         "fedkd.run_simulation(fedkd.Config(**options, proxy='holdout:size=20', out='run'))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = program(["script.py"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("once") == 1
     assert "Traceback" not in done.stderr
+
+
+def program(arguments, folder, **options):
+    """What a Python process gives that runs in a folder, and knows fedkd."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, **options)
 
 
 NOTEBOOK = """
@@ -105,15 +105,7 @@ except fedkd.UsageError as error:
 
 def test_a_program_with_its_own_objects_round_by_round(tmp_path):
     """As a notebook: what it defines is in no file that another process could import."""
-    done = subprocess.run(
-        [sys.executable, "-"],
-        input=NOTEBOOK,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = program(["-"], tmp_path, input=NOTEBOOK)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     shown = [line for line in done.stdout.splitlines() if line]
@@ -121,9 +113,7 @@ def test_a_program_with_its_own_objects_round_by_round(tmp_path):
     assert "rest [3]" in shown
     hint = "fedkd: continue with: fedkd.run(resume='run') in the program that defines --partitioner __main__:halves"
     assert hint in done.stderr
-    paths = {**os.environ, "PYTHONPATH": str(ROOT)}
-    again = [sys.executable, "-m", "fedkd.simulate", "--resume", "run", "--rounds", "4"]
-    refused = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False, env=paths)
+    refused = program(["-m", "fedkd.simulate", "--resume", "run", "--rounds", "4"], tmp_path)
     assert "is known only to the program or notebook that defines it" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert "__main__:Net,cnn:width=4 dsfl:temperature=0.2 __main__:halves" in shown

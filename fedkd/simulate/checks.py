@@ -39,10 +39,7 @@ def check(config: Config, given: Collection[str] = ()) -> None:
         specs.call("codec", codec)
     for model in [*models.split(config.model), *([config.student] if config.student else [])]:
         models.check(model)
-    if config.dataset != "auto":
-        sources.named(config.dataset)
-    proxies.parse(config.proxy)
-    partitioners.check(config.partitioner)
+    check_data(config)
     stopping.check(config)
     trackers.named(config)
     if config.save == "clients" and config.partitioner == partitioners.OWN:
@@ -50,6 +47,19 @@ def check(config: Config, given: Collection[str] = ()) -> None:
     if config.validation and config.partitioner == partitioners.OWN:
         raise UsageError("--validation holds samples out of the training set, but deployed nodes keep their own data.")
     unused.say(config, given)
+
+
+def check_data(config: Config) -> None:
+    """Resolve the names of the data set, the proxy and the partitioner.
+
+    Raises:
+        UsageError, PluginError: the first thing that cannot be used.
+
+    """
+    if config.dataset != "auto":
+        sources.named(config.dataset)
+    proxies.parse(config.proxy)
+    partitioners.check(config.partitioner)
 
 
 def _check_algorithm(run: Config) -> None:
