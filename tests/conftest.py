@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,8 @@ class Wide(Pair):
 """
 ROOT = Path(__file__).parents[1]
 SAVEFIG = Figure.savefig
+#: The browser for the tests of pages; without one they are skipped.
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 #: Methods with a mentor on each client, which would be slow by their defaults.
 MENTORS = {name: f"{name}:model=cnn:width=4" for name in ("mentor", "fml", "fedkd-wu")}
 #: Methods whose server would take hours by their defaults.
@@ -189,6 +192,16 @@ def _handlers_of_signals() -> Iterator[None]:
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        yield started
+        started.close()
 
 
 @pytest.fixture

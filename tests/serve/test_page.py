@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import base64
-import shutil
 
 import pytest
 
 from fedkd.serve import images
+from tests.conftest import BROWSER
 from tests.serve import toy
 from tests.serve.toy import direct, encoded, noise, serving
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
 
 IMAGE = encoded(noise(5))
@@ -24,16 +23,6 @@ def file(tmp_path_factory):
     best = int(direct(path, noise(5)).argmax())
     names = [HIDDEN if c == best else "" if c == (best + 1) % 10 else f"class of {c}" for c in range(10)]
     return toy.write(path, about={**toy.ABOUT, "names": names})
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        yield started
-        started.close()
 
 
 @pytest.fixture

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from fedkd.compare.__main__ import compare
-from tests.conftest import simulated
+from tests.conftest import BROWSER, simulated
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
 
 A4 = 688  # pixels of the width of a page of paper without its margins
@@ -90,16 +87,6 @@ def files(tmp_path_factory):
     simulated(root / "other", algorithm="fedavg", **options)
     compare(root / "run", root / "other", by=("partitioner",), out=root / "table", name=(f"fedavg={'W' * 80}",))
     return [root / "run" / "report.html", root / "table" / "report.html"]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(params=[0, 1], ids=["run", "comparison"])
