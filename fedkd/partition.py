@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from fedkd.core import cli
 from fedkd.core.config import Config
 from fedkd.core.errors import UsageError
-from fedkd.core.notes import plain
+from fedkd.core.notes import plain, say
 from fedkd.core.report import figure, shares
 from fedkd.core.report.grid import Format
 from fedkd.data import partitioners
@@ -66,6 +66,7 @@ def partition(
         print({"markdown": grid.markdown, "latex": grid.latex, "csv": view.shares.csv}[form]().rstrip("\n"))
     if out is not None:
         view.shares.draw(out, view.title, columns)
+        say(f"{out} is written.")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -55,7 +55,11 @@ def compare(
     ] = "terminal",
     name: Annotated[
         tuple[str, ...],
-        Parameter(help="METHOD=NAME: a method's name in tables and figures.", consume_multiple=True, negative=()),
+        Parameter(
+            help="METHOD=NAME, VALUE=NAME: its name in tables and figures, such as 'fedavg=FedAvg (ours)'.",
+            consume_multiple=True,
+            negative=(),
+        ),
     ] = (),
     largest: Annotated[
         bool, Parameter(help="Also the largest test accuracy of all rounds or epochs, as in some papers.", negative=())
@@ -84,7 +88,7 @@ def compare(
     """
     if not runs:
         raise UsageError("Give at least one run directory, or a scenario file.")
-    labels = dict(map(_label, name))
+    labels: Mapping[str, str] = {}
     look = figure.Look(panel, metric, columns, style)
     figure.check(look)
     if any(path.suffix == ".toml" for path in runs):
@@ -93,25 +97,29 @@ def compare(
         planned = sweep.read(runs[0])
         out = out or Path("runs") / runs[0].stem
         _check_folder(out)
-        _check_names(labels, {cell.config.algorithm for cell in planned.cells})
-        runs, by, labels = tuple(sweep.run(planned, out)), tuple(planned.by), {**planned.labels, **labels}
+        labels = {**planned.labels, **_labels(name, planned.named)}
+        reading.titles({reading.values(cell.config.run_config(), planned.by) for cell in planned.cells}, labels)
+        runs, by, name = tuple(sweep.run(planned, out)), tuple(planned.by), ()
     _check_folder(out)
     files = [reading.read_run(path) for path in runs]
     if len({one.is_distilled for one in files}) == 2:
         raise UsageError("Name runs of fedkd.simulate or of fedkd.distill, not of both.")
     if files[0].is_distilled:
-        if out is not None or by or labels or target is not None:
+        if out is not None or by or name or target is not None:
             raise UsageError("--out, --by, --name and --target are for runs of fedkd.simulate.")
         rows = reading.distilled(files)
         records = [{"loss": one.config["loss"], **run} for one in files for run in one.result["runs"]]
         _show([students.side_by_side(rows), *([students.largest(rows)] if largest else [])], records, form)
         return
-    groups = reading.by_setting(files, by) if by else {"": files}
-    settings = {title: reading.simulated(each) for title, each in groups.items()}
-    _check_names(labels, {run["algorithm"] for found, _ in settings.values() for run in found})
+    found = reading.by_setting(files, by)
+    read = [reading.simulated(each) for each in found.values()]
+    methods = dict.fromkeys(run["algorithm"] for runs, _ in read for run in runs)
+    labels = labels or _labels(name, [*methods, *(value for values in found for value in values)])
+    titles = reading.titles(found, labels)
+    groups, settings = dict(zip(titles, found.values(), strict=True)), dict(zip(titles, read, strict=True))
     _show(_grids(settings, metric, target, labels, largest), _records(groups, settings, by, target, labels), form)
     if out is not None:
-        _draw(groups, settings, out, labels, look)
+        _draw(groups, settings, by, out, labels, look)
 
         def shown() -> list[Setting]:
             found = {title: [record(one.path, one.result) for one in each] for title, each in groups.items()}
@@ -125,13 +133,24 @@ def _check_folder(out: Path | None) -> None:
         raise UsageError(f"--out {out} is a run directory, whose curves would be replaced; name another directory.")
 
 
-def _check_names(labels: Mapping[str, str], methods: Iterable[str]) -> None:
-    for method in labels:
-        if method not in methods:
-            raise UsageError(unknown("method in --name", method, methods))
+def _labels(texts: Sequence[str], known: Collection[str]) -> dict[str, str]:
+    """The names in METHOD=NAME or VALUE=NAME, each for one of ``known``; specs have equal signs, too."""
+    labels = {}
+    for text in texts:
+        found = [each for each in known if text.startswith(f"{each}=") and len(text) > len(each) + 1]
+        if not found:
+            named, sign, _ = text.rpartition("=")
+            if not sign or text in (f"{each}=" for each in known):
+                raise UsageError(f"--name {text} cannot be read; write METHOD=NAME, such as 'fedavg=FedAvg (ours)'.")
+            raise UsageError(unknown("method or value in --name", named, known))
+        longest = max(found, key=len)
+        labels[longest] = text.removeprefix(f"{longest}=")
+    return labels
 
 
-def _draw(groups: Groups, settings: Settings, out: Path, labels: Mapping[str, str], look: figure.Look) -> None:
+def _draw(
+    groups: Groups, settings: Settings, by: Sequence[str], out: Path, labels: Mapping[str, str], look: figure.Look
+) -> None:
     """A figure for each setting; none of a number that only whole runs have."""
     run_directory.create(out)
     known = numbers(row for _, curves in settings.values() for rows in curves.values() for row in rows)
@@ -139,17 +158,9 @@ def _draw(groups: Groups, settings: Settings, out: Path, labels: Mapping[str, st
         say(f"no figure is drawn: rounds have no {look.metric}.")
         return
     for number, (title, (_, curves)) in enumerate(settings.items(), 1):
-        about = figure.title(groups[title][0].config)
+        about = figure.title(groups[title][0].config, by, title)
         file = f"curve-{number}" if len(settings) > 1 else "curve"
-        figure.draw(curves, f"{about}; {title}" if title else about, out, file, labels, look)
-
-
-def _label(text: str) -> tuple[str, str]:
-    """The method and its name, from METHOD=NAME; a method's options have equal signs, too, so the last one counts."""
-    method, sign, name = text.rpartition("=")
-    if not sign or not method or not name:
-        raise UsageError(f"--name {text} cannot be read; write METHOD=NAME, such as 'fedavg=FedAvg (ours)'.")
-    return method, name
+        figure.draw(curves, about, out, file, labels, look)
 
 
 def _grids(

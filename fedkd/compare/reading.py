@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkd.core import run_directory
 from fedkd.core.config import Config
-from fedkd.core.errors import UsageError, unknown
+from fedkd.core.errors import DataError, UsageError, unknown
 from fedkd.core.notes import say
 from fedkd.core.report import students
 from fedkd.distill import teacher_names
@@ -20,6 +18,8 @@ from fedkd.simulate.page.reading import summaries
 
 if TYPE_CHECKING:
     from fedkd.core.report.rows import Row
+
+Values = tuple[str, ...]  # of the options in which settings differ
 
 #: Options in which two runs may differ: methods, seeds, codecs and the machine.
 IGNORED = {"algorithm", "compare", "seed", "seeds", "evaluate-every", "uplink-codec", "downlink-codec"}
@@ -49,28 +49,25 @@ def read_run(path: Path) -> RunFiles:
 
     Raises:
         UsageError: it is not a run directory, or has nothing yet.
+        DataError: a file is damaged.
 
     """
-    with _readable(path):
-        config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
-        if (path / "result.json").exists():
-            result = json.loads((path / "result.json").read_text(encoding="utf-8"))
-        else:  # it is being written, or was killed
-            result = {**json.loads((path / "env.json").read_text(encoding="utf-8")), "runs": []}
-        return RunFiles(path, {**config, "dataset": result["dataset"]}, {**result, "runs": list(result["runs"])})
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
+    file = path / "result.json"
     try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else "its files are damaged"
-        raise UsageError(f"{path} is not the directory of a run ({reason}).") from error
+        with run_directory.readable(path / "config.toml"):
+            config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+        if not file.exists():  # it is being written, or was killed
+            file = path / "env.json"
+        result = {"runs": [], **run_directory.read_json(file)}
+    except OSError as error:
+        raise UsageError(f"{path} is not the directory of a run ({error.filename}: {error.strerror}).") from error
+    with run_directory.readable(file):
+        dataset = result.get("dataset", config["dataset"])  # a run that failed early has only its options
+        return RunFiles(path, {**config, "dataset": dataset}, {**result, "runs": list(result["runs"])})
 
 
-def by_setting(files: Sequence[RunFiles], by: Collection[str]) -> dict[str, list[RunFiles]]:
-    """The runs by their values of the options ``by``, as text.
+def by_setting(files: Sequence[RunFiles], by: Collection[str]) -> dict[Values, list[RunFiles]]:
+    """The runs by their `values` of the options ``by``.
 
     Raises:
         UsageError: there is no such option, or the runs differ in another one.
@@ -80,16 +77,29 @@ def by_setting(files: Sequence[RunFiles], by: Collection[str]) -> dict[str, list
         if key not in (known := [key for key in files[0].config if key not in IGNORED - CODECS]):
             raise UsageError(unknown("option of --by", key, known))
     _check_settings(files, IGNORED | set(by))
-    settings: dict[str, list[RunFiles]] = {}
+    settings: dict[Values, list[RunFiles]] = {}
     for one in files:
-        settings.setdefault(setting(one.config, by), []).append(one)
+        settings.setdefault(values(one.config, by), []).append(one)
     return settings
 
 
-def setting(options: Mapping[str, Any], by: Collection[str]) -> str:
-    """Values of options as the title of a column; a number has the name of its option."""
-    values = {key: options[key] for key in by}
-    return ", ".join(value if isinstance(value, str) and value else f"{key}={value}" for key, value in values.items())
+def values(options: Mapping[str, Any], by: Collection[str]) -> Values:
+    """Values of options as texts; a number has the name of its option."""
+    found = {key: options[key] for key in by}
+    return tuple(value if isinstance(value, str) and value else f"{key}={value}" for key, value in found.items())
+
+
+def titles(settings: Collection[Values], labels: Mapping[str, str]) -> list[str]:
+    """The title of each setting: its values, or names for them.
+
+    Raises:
+        UsageError: two have the same title.
+
+    """
+    found = [", ".join(labels.get(value, value) for value in each) for each in settings]
+    if twice := [title for title in found if found.count(title) > 1]:
+        raise UsageError(f"Two settings have the name {twice[0]!r}; give each another one.")
+    return found
 
 
 def _check_settings(files: Sequence[RunFiles], ignored: set[str]) -> None:
@@ -123,6 +133,7 @@ def simulated(files: Sequence[RunFiles]) -> tuple[list[Row], dict[tuple[str, int
     Raises:
         UsageError: a run has no round, they differ in more than `IGNORED` or in their partition, or one method and
             seed is in two runs.
+        DataError: a file is damaged.
 
     """
     _check_settings(files, IGNORED)
@@ -130,20 +141,26 @@ def simulated(files: Sequence[RunFiles]) -> tuple[list[Row], dict[tuple[str, int
     curves: dict[tuple[str, int], list[Row]] = {}
     partitions: dict[int, str | None] = {}
     for one in files:
-        with _readable(one.path):
+        file = one.path / "rounds.jsonl"
+        with run_directory.readable(one.path / "result.json"):
             own: dict[tuple[str, int], list[Row]] = {(run["algorithm"], run["seed"]): [] for run in one.result["runs"]}
-            for row in run_directory.rows(one.path / "rounds.jsonl"):
+            _check_numbers(one.result["runs"])
+        with run_directory.readable(file):
+            for row in run_directory.rows(file) if file.exists() else ():
                 own.setdefault((row["algorithm"], row["seed"]), []).append(row)
-            runs = {(run["algorithm"], run["seed"]): run for run in summaries(one.result["runs"], own)}
-            _check_numbers([*runs.values(), *(row for rows in own.values() for row in rows)])
-        if not runs or not all(own.values()):
+            _check_numbers(row for rows in own.values() for row in rows)
+        if lost := [f"{name}, seed {seed}" for (name, seed), rows in own.items() if not rows]:
+            raise DataError(f"{file} is missing or damaged: there is no round of {lost[0]}, which result.json has.")
+        if not own:
             raise UsageError(f"{one.path} has no round; it was interrupted or failed.")
+        with run_directory.readable(file):
+            runs = {(run["algorithm"], run["seed"]): run for run in summaries(one.result["runs"], own)}
         for (name, seed), run in runs.items():
             if run.get("unfinished"):
                 continue
             if len(own[name, seed]) < run["rounds"]:
                 rounds = f"{len(own[name, seed])} of {run['rounds']} rounds of {name}, seed {seed}"
-                say(f"{one.path / 'rounds.jsonl'} has {rounds}; the file has lost lines, and curves end there.")
+                say(f"{file} has {rounds}; the file has lost lines, and curves end there.")
             if partitions.setdefault(seed, run.get("partition_sha256")) != run.get("partition_sha256"):
                 raise UsageError(
                     f"{one.path} has another partition than {files[0].path} with seed {seed}; they cannot be paired."
@@ -172,7 +189,7 @@ def distilled(files: Sequence[RunFiles]) -> list[tuple[str, str, Sequence[studen
     for one in files:
         if one.result.get("status") != "ok":
             raise UsageError(f"{one.path} has not finished; it was interrupted or failed.")
-        with _readable(one.path):
+        with run_directory.readable(one.path / "result.json"):
             evaluations = [run["evaluation"] for run in one.result["runs"]]
             teachers = ", ".join(_teacher(name) for name in one.result["teachers"]) or "itself"
             rows.append((one.config["loss"], teachers, evaluations))

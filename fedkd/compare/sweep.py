@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from fedkd.compare import reading
 from fedkd.core import variables
 from fedkd.core.config import Config
 from fedkd.core.errors import FedkdError, UsageError, unknown
@@ -38,17 +39,23 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The runs of a scenario file, the options that differ between their settings, and the names of methods."""
+    """The runs of a scenario file, the options in which their settings differ, and names of methods and values."""
 
     cells: list[Cell]
     by: list[str]
     labels: Mapping[str, str]
 
+    @property
+    def named(self) -> list[str]:
+        """The methods, and the values in which settings differ: what can have a name."""
+        values = [value for cell in self.cells for value in reading.values(cell.config.run_config(), self.by)]
+        return list(dict.fromkeys([*(cell.config.algorithm for cell in self.cells), *values]))
+
 
 def read(path: Path) -> Sweep:
     """The runs of a scenario file: each combination of the values in ``[sweep]``, each method and each seed.
 
-    ``[names]`` has names of methods for tables and figures. Without a ``[sweep]``, all runs have one setting.
+    ``[names]`` has names of methods and values for tables and figures. Without a ``[sweep]`` there is one setting.
 
     Raises:
         UsageError: an option or a value is not known.
@@ -57,6 +64,9 @@ def read(path: Path) -> Sweep:
     values = from_file(path)
     labels = _table(path, values, "names")
     varied = underscored(_table(path, values, "sweep"))
+    for key, value in values.items():
+        if isinstance(value, dict):
+            raise UsageError(f"{path}: {unknown('table', key, ['sweep', 'names'])}")
     for key in varied:
         if key in REFUSED:
             raise UsageError(f"{path}: {key} is no option that a sweep may vary.")
@@ -77,18 +87,20 @@ def read(path: Path) -> Sweep:
         setting = dict(zip(lists, combination, strict=True))
         config = Config.parse({**values, **setting}, sources | dict.fromkeys(setting, f" in [sweep] of {path}"))
         cells += [_cell(path, run, setting) for run in config.runs(config.dataset)]
-    _check_cells(path, cells, labels)
-    return Sweep(cells, [key.replace("_", "-") for key, each in lists.items() if len(each) > 1], labels)
+    by = [key.replace("_", "-") for key, each in lists.items() if len(each) > 1]
+    sweep = Sweep(cells, by, labels)
+    _check_cells(path, sweep)
+    return sweep
 
 
-def _check_cells(path: Path, cells: Sequence[Cell], labels: Mapping[str, Any]) -> None:
-    """Refuse a run that is there twice, and what is no name of a method."""
+def _check_cells(path: Path, sweep: Sweep) -> None:
+    """Refuse a run that is there twice, and what is no name of a method or a value."""
+    cells = sweep.cells
     if twice := [cell.about for number, cell in enumerate(cells) if cell in cells[:number]]:
         raise UsageError(f"{path} has a run twice: {twice[0]}; remove one.")
-    known = list(dict.fromkeys(cell.config.algorithm for cell in cells))
-    for name, label in labels.items():
-        if name not in known:
-            raise UsageError(f"{path}: {unknown('method in [names]', name, known)}")
+    for name, label in sweep.labels.items():
+        if name not in sweep.named:
+            raise UsageError(f"{path}: {unknown('method or value in [names]', name, sweep.named)}")
         if not isinstance(label, str) or not label:
             raise UsageError(f"{path}: the name of {name} in [names] is {label!r}; write a text.")
 

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -242,6 +243,21 @@ def append(path: Path, row: Mapping[str, object]) -> None:
         file.write(line(row))
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What is read from a file in this block is as fedkd has written it; otherwise there is a `DataError`."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is damaged: it is not as fedkd has written it.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; a `DataError` if it is damaged."""
+    with readable(path):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
@@ -84,9 +83,10 @@ def measure(paper: Paper, cell: Cell, out: Path) -> Measured:
     file = out / ("epochs.jsonl" if paper.command == "distill" else "rounds.jsonl")
     rows, ended = run_directory.rows(file) if file.exists() else [], has_ended(out)
     if paper.command == "distill":
-        result = json.loads((out / "result.json").read_text(encoding="utf-8")) if ended else {"runs": []}
         network, _, name = cell.key.partition(".")
-        accuracies = [run["evaluation"][network][name or "accuracy"] for run in result["runs"]]
+        with run_directory.readable(out / "result.json"):
+            runs = run_directory.read_json(out / "result.json")["runs"] if ended else []
+            accuracies = [run["evaluation"][network][name or "accuracy"] for run in runs]
         length = max((row["number"] for row in rows if row["network"].startswith("student")), default=0)
     else:
         accuracies, length = [row[cell.key] for row in rows if row[cell.key] is not None], len(rows)

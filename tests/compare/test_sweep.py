@@ -73,11 +73,12 @@ def test_a_run_directory_is_named_by_what_gives_its_numbers(tmp_path, monkeypatc
         (("[sweep]", "[sweep]\nseed = [1, 2]"), "seed is no option that a sweep may vary"),
         (("[sweep]", "[sweep]\nworkers = [1, 2]"), "workers is no option that a sweep may vary"),
         (("[sweep]", "[sweep]\nseeds = [1, 2]"), "seeds is one number in .sweep."),
+        (("[sweep]", "[sweeep]"), "Unknown table 'sweeep'. Did you mean 'sweep'"),
         (("[sweep]\n", "sweep = 1\n[other]\n"), "sweep is a table: write .sweep."),
         (('"Local training"', "3"), "table.toml: the name of local in .names. is 3; write a text"),
         (('"Local training"', '""'), "the name of local in .names. is ''; write a text"),
         (('"dirichlet:alpha=1"', '"iid"'), "table.toml has a run twice: local, iid, cnn:width=4, seed 0; remove one"),
-        (("local =", "locl ="), "Unknown method in .names. 'locl'. Did you mean 'local'"),
+        (("local =", "locl ="), "Unknown method or value in .names. 'locl'. Did you mean 'local'"),
         (("clients = 3", "clients = 0"), "clients 0 in .*table.toml is not usable"),
         (("clients = 3", "clients = [3, 4]"), "clients .3, 4. in .*is not usable"),
     ],
@@ -90,8 +91,10 @@ def test_a_mistake_in_a_scenario_file(tmp_path, change, expected):
 def test_a_scenario_file_stands_alone(tmp_path):
     with pytest.raises(UsageError, match="A scenario file stands alone"):
         compare(scenario(tmp_path), tmp_path)
-    with pytest.raises(UsageError, match="Unknown method in --name 'locl'"):  # before anything is run
+    with pytest.raises(UsageError, match="Unknown method or value in --name 'locl'"):  # before anything is run
         compare(scenario(tmp_path), out=tmp_path / "out", name=("locl=Local",))
+    with pytest.raises(UsageError, match="Two settings have the name 'A'"):
+        compare(scenario(tmp_path), out=tmp_path / "out", name=("iid=A", "dirichlet:alpha=1=A"))
     assert not (tmp_path / "out").exists()
 
 

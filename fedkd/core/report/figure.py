@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -83,19 +83,23 @@ def of(curves: Curves, title: str, labels: Labels, look: Look) -> Picture:
             _label(axes, panel)
         for axes in panels[:, 0]:
             axes.set_ylabel(look.metric.replace("_", " ") + " (%)" * ("accuracy" in look.metric))
-        handles, texts = panels[0, 0].get_legend_handles_labels()
-        most = {0: min(6, max(3, len(texts) // 4)), 1: 2}.get(look.columns, 4)
+        drawn = [line for axes in panels.flat for line in axes.get_lines() if len(line.get_xdata())]
+        handles = {str(line.get_label()): line for line in drawn}  # one of each, if it is drawn at all
+        most = {0: min(6, max(3, len(handles) // 4)), 1: 2}.get(look.columns, 4)
         bands = "bands: standard deviation over seeds" if len(curves) > len(names) else None
         about = {"title": bands, "title_fontsize": 8, "fontsize": 8}
-        figure.legend(handles, texts, loc="outside lower center", ncols=most, frameon=False, **about)
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=most, frameon=False, **about)
         if not look.columns:  # a figure of a paper has a caption
             figure.suptitle(title, fontsize=10)
         return figure
 
 
-def title(options: Mapping[str, Any]) -> str:
-    """The setting of a run, from its options with dashes in their names."""
-    return f"{options['dataset']}, {options['clients']} clients, {options['partitioner']}, {options['model']}"
+def title(options: Mapping[str, Any], by: Collection[str] = (), setting: str = "") -> str:
+    """The setting of a run, from its options with dashes in their names; those of ``by`` are named by ``setting``."""
+    shown = {key: str(options[key]) for key in ("dataset", "clients", "partitioner", "model") if key not in by}
+    if "clients" in shown:
+        shown["clients"] += " clients"
+    return ", ".join([*shown.values(), *([setting] if setting else [])])
 
 
 def check(look: Look) -> None:
@@ -190,6 +194,7 @@ def _label(axes: Axes, panel: Panel) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if panel == "bytes":  # methods differ by orders of magnitude here
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.xaxis.set_minor_formatter(NullFormatter())

@@ -12,6 +12,7 @@ from rich.table import Table
 
 Format = Literal["terminal", "markdown", "latex"]
 LINE = 66  # characters, and two for the space after a column, that fit on a line of a paper in LaTeX
+_GREEK = "alpha beta gamma delta epsilon eta theta lambda mu nu pi rho sigma tau phi omega Sigma Omega"
 #: What LaTeX reads as a command, and signs of our tables that not all of its fonts have.
 _LATEX = {
     **{sign: f"\\{sign}" for sign in "&%#_${}"},
@@ -27,16 +28,18 @@ _LATEX = {
     "–": "--",
     "†": r"\textdagger{}",
     "…": r"\dots{}",
+    **{sign: rf"$\{name}$" for sign, name in zip("αβγδεηθλμνπρστφωΣΩ", _GREEK.split(), strict=True)},
 }
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as text: its titles, a row for each method, and a caption."""
+    """A table as text: its titles, a row for each method, a caption, and a name for references in LaTeX."""
 
     titles: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str
+    name: str = ""
 
     def rich(self) -> Table:
         """For a terminal."""
@@ -71,7 +74,8 @@ class Grid:
         """For a paper: a table of the package booktabs. Columns that do not fit beside each other go below."""
         parts = "\n\n\\medskip\n".join(map(self._tabular, self._fitting()))
         caption = rf"\caption{{{_escaped(self.caption)}}}"
-        return "\n".join([r"\begin{table}", r"\centering", parts, caption, r"\end{table}"])
+        label = [rf"\label{{tab:{re.sub('[^a-z0-9]+', '-', self.name.lower()).strip('-')}}}"] if self.name else []
+        return "\n".join([r"\begin{table}", r"\centering", parts, caption, *label, r"\end{table}"])
 
     def _fitting(self) -> list[list[int]]:
         """The numbers of the columns beside each other, each time after the first column."""

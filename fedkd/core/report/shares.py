@@ -152,9 +152,9 @@ class Shares:
         axes.tick_params(labelsize=6, length=2)
         axes.set_xlabel(axes.get_xlabel() or "client", fontsize=7)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.set_ylabel("class", fontsize=7)
         if len(self.classes) <= MOST_LABELS:
             names = [name if len(name) <= LABELS else f"{name[: LABELS - 1]}…" for name in self.classes]
             axes.set_yticks(range(len(names)), names)
         else:
-            axes.set_ylabel("class", fontsize=7)
             axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))

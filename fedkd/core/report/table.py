@@ -90,7 +90,7 @@ def side_by_side(runs: Sequence[Row], curves: Curves, labels: Labels = NO_LABELS
     if any(None in [row["test_accuracy"] for row in rows] for rows in curves.values()):
         caption.append("–: not evaluated in every round (--evaluate-every).")
     caption += [UNFINISHED] * _unfinished(runs)
-    return Grid(titles, rows, "\n".join(caption))
+    return Grid(titles, rows, "\n".join(caption), "methods")
 
 
 def costs(curves: Curves, target: float | None = None, labels: Labels = NO_LABELS, setting: str = "") -> Grid | None:
@@ -114,7 +114,7 @@ def costs(curves: Curves, target: float | None = None, labels: Labels = NO_LABEL
     caption = f"{setting}: " * bool(setting) + (
         f"Until the test accuracy first is {percent(accuracy)}, {which}; –: not with every seed, or not evaluated."
     )
-    return Grid(["method", "seeds", "rounds", "bytes, both directions", "training"], lines, caption)
+    return Grid(["method", "seeds", "rounds", "bytes, both directions", "training"], lines, caption, f"costs {setting}")
 
 
 def spent(target: float, rows: Sequence[Row]) -> Row:
@@ -143,7 +143,7 @@ def pivot(settings: Mapping[str, Sequence[Row]], metric: str, labels: Labels = N
     caption = [f"{metric.replace('_', ' ')}, {how_many}" + "; ±: standard deviation" * (max(counts) > 1) + "."]
     caption += [CLIENTS] * any(line[0].endswith("*") for line in lines)
     caption += [UNFINISHED] * any(map(_unfinished, settings.values()))
-    return Grid(["method", *settings], lines, "\n".join(caption))
+    return Grid(["method", *settings], lines, "\n".join(caption), metric)
 
 
 def largest(curves: Curves, labels: Labels = NO_LABELS) -> Grid:
@@ -154,7 +154,7 @@ def largest(curves: Curves, labels: Labels = NO_LABELS) -> Grid:
         most = [max((value for value in each if value is not None), default=None) for each in mine]
         lines.append([labels.get(name, name), _spread([each[-1] for each in mine]), _spread(most)])
     caption = "largest: of all rounds, chosen on the test set, so it is too high."
-    return Grid(["method", "last round", "largest on test"], lines, caption)
+    return Grid(["method", "last round", "largest on test"], lines, caption, "largest")
 
 
 def failures(curves: Curves) -> Grid | None:
@@ -186,7 +186,7 @@ def ledger(runs: Sequence[Row], labels: Labels = NO_LABELS) -> Grid:
         "entropy bound: of the symbols one by one, floats as encoded; serialized: with names and headers;\n"
         "break-even: proxy samples per round at which the uplink takes as many bytes as the student's weights."
     )
-    return Grid(["method", "float32", "entropy bound", "encoded", "serialized", "break-even"], rows, caption)
+    return Grid(["method", "float32", "entropy bound", "encoded", "serialized", "break-even"], rows, caption, "bytes")
 
 
 def _number(metric: str, values: Sequence[float | None]) -> str:

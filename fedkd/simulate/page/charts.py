@@ -23,6 +23,7 @@ LEFT, RIGHT, TOP = 46, 14, 12
 MARKERS = 14  # on a curve, at most
 LEVELS = 8  # shades of a picture
 DOT = 3.5  # radius
+LETTER = 8  # the width of a letter, about
 MANY = 200  # dots in a row, from which on they are small
 #: Paths around the point (0, 0) that are told from each other without color.
 _SHAPES = (
@@ -74,7 +75,7 @@ def lines(about: str, curves: Sequence[Curve], span: tuple[float, float], axis: 
     y = _linear(max(0.0, span[0]), min(100.0, span[1]), bottom, TOP, least=2.0)
     x = _logarithmic(min(places), max(places)) if is_log else _rounds(min(places), max(places))
     shown = [_curve(curve, x, y) for curve in curves]
-    texts = [(x(tick), size(1e6 * tick) if is_log else f"{tick:g}") for tick in x.ticks]
+    texts = _apart([(x(tick), size(1e6 * tick) if is_log else f"{tick:g}") for tick in x.ticks])
     axes = [_rows(y), *(_text(place, bottom + 17, label, "middle") for place, label in texts)]
     axes.append(tag("path", d=f"M{LEFT} {bottom}H{WIDTH - RIGHT}", class_="axis"))
     axes.append(_text((LEFT + WIDTH - RIGHT) / 2, height - 8, axis, "middle"))
@@ -97,11 +98,11 @@ def dots(about: str, groups: Sequence[tuple[str, int, Sequence[float]]]) -> Html
     bottom = top + each * len(groups)
     known = [value for *_, values in groups for value in values]
     x = _linear(max(0.0, min(known)), min(100.0, max(known)), 20, WIDTH - 20, least=5.0)
-    shown = [tag("path", d=f"M{x(tick)} {top}V{bottom}", class_="grid") for tick in x.ticks]
-    shown += [_text(x(tick), bottom + 17, f"{tick:g}%", "middle") for tick in x.ticks]
+    shown = [_text(x(tick), bottom + 17, f"{tick:g}%", "middle") for tick in x.ticks]
     for row, (name, index, values) in enumerate(groups):
         middle = top + each * row + 38
         shown.append(_text(4, middle - 22, _cut(name), "start", "name"))
+        shown += [tag("path", d=f"M{x(tick)} {middle - 17}V{middle + 17}", class_="grid") for tick in x.ticks]
         radius = DOT if len(values) <= MANY else DOT / 3
         circles = [tag("circle", cx=cx, cy=cy, r=radius) for cx, cy in _swarm([x(value) for value in values], middle)]
         shown.append(tag("g", *circles, class_=f"dot f{index % COLORS}"))
@@ -162,6 +163,15 @@ def _stroke(index: int) -> str:
 def _marker(index: int, x: float, y: float) -> Html:
     shape = _SHAPES[index % len(_SHAPES)]
     return tag("path", d=shape, class_=f"f{index % COLORS}", transform=f"translate({x:g} {y:g})")
+
+
+def _apart(texts: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Labels and their places, without those that would touch the one before."""
+    kept: list[tuple[float, str]] = []
+    for place, label in texts:
+        if not kept or place - kept[-1][0] > LETTER * (len(label) + len(kept[-1][1]) + 2) / 2:
+            kept.append((place, label))
+    return kept
 
 
 def _curve(curve: Curve, x: Scale, y: Scale) -> Html:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +55,7 @@ def record(path: Path, result: Mapping[str, Any]) -> Record:
         path,
         result,
         _toml(path / "config.toml"),
-        _json(path / "env.json"),
+        run_directory.read_json(path / "env.json") if (path / "env.json").exists() else {},
         _counts(path / "partition.npz"),
         _names(path),
         run_directory.rows(path / "errors.jsonl") if (path / "errors.jsonl").exists() else (),
@@ -74,11 +73,8 @@ def summaries(finished: Sequence[Row], curves: Curves) -> list[Row]:
 
 
 def _toml(path: Path) -> dict[str, Any]:
-    return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    with run_directory.readable(path):
+        return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _counts(path: Path) -> dict[int, Counts]:
@@ -87,7 +83,7 @@ def _counts(path: Path) -> dict[int, Counts]:
         return {}
     import numpy as np
 
-    with np.load(path) as arrays:
+    with run_directory.readable(path), np.load(path) as arrays:
         seeds = [name for name in arrays if name.endswith("_counts")]
         found = {int(name.removeprefix("seed").removesuffix("_counts")): arrays[name] for name in seeds}
     return {seed: counts for seed, counts in found.items() if counts.size and counts.sum(1).all()}
