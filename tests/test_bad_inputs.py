@@ -77,6 +77,14 @@ def narrow(*, classes: int):
     from torch import nn
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
 
+def lazy(*, classes: int):
+    from torch import nn
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))
+
+def fixed(*, classes: int):
+    from torch import nn
+    return nn.Sequential(nn.AdaptiveAvgPool3d((1, 1, classes)), nn.Flatten())
+
 def three():
     return 3
 
@@ -261,6 +269,8 @@ SIMULATE = [
     ("a model that fails", "--model ./mine.py:failing", 7, "failing failed before the first round: ZeroDivisionError"),
     ("a model that exits", "--model cnn:width=8,./mine.py:leaving", 7, "leaving failed .*SystemExit: 3"),
     ("a model of three classes", "--student ./mine.py:narrow", 7, r"returns \(2, 3\) for 2 images"),
+    ("a model with a lazy layer", "--model ./mine.py:lazy", 7, "has no shape for 1.weight; give its layer the number"),
+    ("a model without parameters", "--model ./mine.py:fixed", 7, "fixed has no parameters to train"),
     ("no codec", "--uplink-codec ./mine.py:three", 7, "not a subclass of fedkd.core.communication.codecs.Codec"),
     ("no data set", "--dataset ./mine.py:three", 7, "is int; a function or class that gives pairs"),
     ("no proxy", "--proxy ./mine.py:three", 7, "is int; a function or class that gives pairs"),
@@ -343,7 +353,7 @@ OTHERS = [
     ("a run and a distillation", "compare run distilled", 2, "not of both"),
     ("curves over those of a run", "compare run --out bare", 2, "--out bare is a run directory"),
     ("curves of a distillation", "compare distilled --out new", 2, "--out, --by, --name and --target are for runs of"),
-    ("a result of noise", "compare garbled", 2, "its files are damaged"),
+    ("a result of noise", "compare garbled", 3, "garbled/result.json is damaged"),
     ("an unknown kind", "list algorithms", 2, "Did you mean 'algorithm'"),
     ("no student", "distill --student resnet9", 2, "Did you mean 'resnet"),
     (

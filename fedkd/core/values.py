@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from fedkd.core.catalog import CATALOG
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
@@ -17,6 +19,9 @@ MAX_PROCESSES = 1024  # also of threads: PyTorch crashes long before 100,000
 def reason(error: ValidationError) -> str:
     """Why the first of the values is refused, as a clause."""
     first = error.errors()[0]
+    if first["type"] == "string_type":
+        is_component = first["loc"] and first["loc"][0] in CATALOG
+        return "it should be a text" + ", or a function or a class that returns it" * bool(is_component)
     is_nan = str(first["input"]).strip("+-").lower() == "nan"  # which is compared with a limit first
     return "it should be a number" if is_nan else first["msg"].removeprefix("Value error, ").lower()
 

@@ -215,7 +215,7 @@ def predict(
 
 
 def misfit(model: nn.Module, images: Tensor, classes: int) -> str:
-    """What a model returns for images [B, 3, H, W] instead of logits [B, C], in words; empty if nothing.
+    """What a model returns for images [B, 3, H, W] instead of logits [B, C], or else lacks, in words; empty if nothing.
 
     It is tried in evaluation and in training, which changes the statistics of its normalization layers.
     """
@@ -226,7 +226,7 @@ def misfit(model: nn.Module, images: Tensor, classes: int) -> str:
         what = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
         if what != expected:
             return f"returns {what} for {len(images)} images{mode}, not {expected}"
-    return ""
+    return "" if any(parameter.requires_grad for parameter in model.parameters()) else "has no parameters to train"
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from fedkd.algorithms.aggregators import trimmed_mean
 from fedkd.algorithms.dsfl import DSFL
 from fedkd.algorithms.fedavg import FedAvg, FedProx
 from fedkd.core import objects, specs
+from fedkd.core.config import Config
 from fedkd.core.errors import UsageError
 from fedkd.training.models import cnn, resnet8
 
@@ -100,3 +101,13 @@ def local():
 def test_mistakes_are_one_sentence(component, text):
     with pytest.raises(UsageError, match=text):
         objects.spec_of(component)
+
+
+def test_what_is_no_component_is_said():
+    for value in (None, 3, [1, 2], object()):
+        with pytest.raises(
+            UsageError, match=r"--dataset .* text, or a function or a class that"
+        ):
+            Config.parse(objects.as_options({"dataset": value}))
+    with pytest.raises(UsageError, match=r"--data-dir 3 is not usable: it should be a text.$"):
+        Config.parse({"data_dir": 3})

@@ -270,7 +270,14 @@ def is_built_in(text: str) -> bool:
 
 
 def build(text: str, classes: int, norm: Norm) -> nn.Module:
-    """A new module for a spec, without pretrained weights; ``norm`` applies if the spec does not give one."""
+    """A new module for a spec, without pretrained weights; ``norm`` applies if the spec does not give one.
+
+    Raises:
+        UsageError, PluginError: there is no such model, or it cannot be built, or it is not a whole one.
+
+    """
+    from torch.nn.parameter import is_lazy
+
     bound = specs.bind("model", pretrained(text)[0], RESERVED)
     if has_norm(text):
         bound.keywords.setdefault("norm", norm)
@@ -280,4 +287,6 @@ def build(text: str, classes: int, norm: Norm) -> nn.Module:
         if is_built_in(text):
             raise UsageError(f"model {text!r} cannot be used: {error}.") from error
         raise
+    if lazy := [name for name, tensor in module.named_parameters() if is_lazy(tensor)]:
+        raise PluginError(f"model {text!r} has no shape for {lazy[0]}; give its layer the number of inputs.")
     return module
