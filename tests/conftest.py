@@ -17,7 +17,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from fedkd.core import run_directory
+from fedkd.core import errors, run_directory
 from fedkd.core.communication.replies import Failure
 from fedkd.core.config import Config
 from fedkd.core.runtime import settle
@@ -36,6 +36,7 @@ TINY = {
     "model": "cnn:width=8",
     "partitioner": "iid",
     "local-epochs": 1,
+    "batch-size": 64,
     "learning-rate": 0.01,
     "distill-epochs": 1,
     "device": "cpu",
@@ -190,6 +191,7 @@ def _handlers_of_signals() -> Iterator[None]:
     """Undo what a command that runs in this process sets: processes that a later test starts would inherit it."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    errors._SIGNALED.clear()
     for number, handler in kept.items():
         signal.signal(number, handler)
 

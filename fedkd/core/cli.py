@@ -20,7 +20,15 @@ from cyclopts import App, CycloptsError, Group, Parameter, Token, convert
 
 from fedkd import __version__ as version
 from fedkd.core import run_directory, variables
-from fedkd.core.errors import FedkdError, Interrupted, StorageError, Terminated, UsageError
+from fedkd.core.errors import (
+    FedkdError,
+    Interrupted,
+    StorageError,
+    Terminated,
+    UsageError,
+    end_by_signal,
+    noticing_signals,
+)
 from fedkd.core.options import Options, from_file
 from fedkd.core.values import MAX_INTEGER
 
@@ -116,8 +124,9 @@ def run(app: App, argv: Sequence[str] | None = None) -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell sets it for commands in the background
             signal.signal(number, _end_in_order)
     try:
-        app(tokens, exit_on_error=False, print_error=False)
-        sys.stdout.flush()
+        with noticing_signals():
+            app(tokens, exit_on_error=False, print_error=False)
+            sys.stdout.flush()
     except CycloptsError as error:
         _fail(UsageError(_with_synonym(" ".join(str(error).split()))), as_json)
     except FedkdError as error:
@@ -165,9 +174,9 @@ def _end_in_order(signum: int, frame: object) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     if signum == signal.SIGINT:
-        raise Interrupted
+        end_by_signal(Interrupted())
     print("fedkd: terminated.", file=sys.stderr)
-    raise Terminated(128 + signum)
+    end_by_signal(Terminated(128 + signum))
 
 
 def _fail(error: FedkdError, as_json: bool) -> NoReturn:

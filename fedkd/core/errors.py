@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from typing import NoReturn
 
 LINE = 300  # characters of a client's text that are shown
 TEXT = 10_000  # characters of a client's text that are kept
@@ -78,6 +80,31 @@ class Interrupted(KeyboardInterrupt):
     A type of its own, since CPython ends by SIGINT and not with the exit code if KeyboardInterrupt itself passed
     through `exec` (as in a dataclass), even if it is handled later.
     """
+
+
+_SIGNALED: list[Interrupted | Terminated] = []  # of this process
+
+
+def end_by_signal(error: Interrupted | Terminated) -> NoReturn:
+    """Raise what a signal asks for, and remember it: C++ code, or a client that fails by it, can lose an exception."""
+    _SIGNALED[:] = [error]
+    raise error
+
+
+def check_signaled() -> None:
+    """Raise again what a signal has asked for."""
+    if _SIGNALED:
+        raise _SIGNALED[0]
+
+
+@contextmanager
+def noticing_signals() -> Iterator[None]:
+    """A block in which an error after a signal is that of the signal."""
+    try:
+        yield
+    except Exception:
+        check_signaled()
+        raise
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fedkd.core import cli, environment, quotes, run_directory, seeds, specs
-from fedkd.core.errors import FedkdError, PluginError, ResumeError, StorageError, UsageError
+from fedkd.core.errors import FedkdError, PluginError, ResumeError, StorageError, UsageError, noticing_signals
 from fedkd.core.notes import plain
 from fedkd.core.report import students as report
 from fedkd.core.report.grid import Grid
@@ -48,38 +48,39 @@ def run(config: DistillConfig, terms: Sequence[Term]) -> None:
     result: dict[str, Any] = {"status": "failed", "out": str(out), "dataset": config.dataset, "runs": []}
     progress, has_begun = Progress(config, screen), False
     try:
-        task, fallback = prepare(config)
-        result |= {"dataset": task.dataset, "dataset_fallback": fallback}
-        progress.restore()
-        has_begun = True
-        run_directory.write(out / "config.toml", run_directory.toml(config))  # of a resumed run: with other options
-        pretrained = models.digests([config.student])  # the weights of teachers are compared themselves
-        note = environment.keep(out, task.device, task.precision, task.dataset, fallback, pretrained)
-        screen.print(f"run directory: {out}")
-        if note:
-            screen.print(note)
-        _check_training_step(task, config, terms)
-        for line in _header(task, config, fallback):
-            screen.print(line)
-        with _attributing(config):
-            obtained, ranking = _obtain_teachers(task, config, terms, progress)
-        result |= {"teachers": [teacher.name for teacher in obtained], "ranking": ranking}
-        if ranking:
-            screen.show(_ranking_table(ranking))
-        for seed in range(config.seed, config.seed + config.seeds):
-            student = f"{STUDENT}.safetensors" if seed == config.seed else f"{STUDENT}-seed{seed}.safetensors"
-            seed_config = dataclasses.replace(config, seed=seed, seeds=1)
+        with noticing_signals():
+            task, fallback = prepare(config)
+            result |= {"dataset": task.dataset, "dataset_fallback": fallback}
+            progress.restore()
+            has_begun = True
+            run_directory.write(out / "config.toml", run_directory.toml(config))  # of a resumed run: with other options
+            pretrained = models.digests([config.student])  # the weights of teachers are compared themselves
+            note = environment.keep(out, task.device, task.precision, task.dataset, fallback, pretrained)
+            screen.print(f"run directory: {out}")
+            if note:
+                screen.print(note)
+            _check_training_step(task, config, terms)
+            for line in _header(task, config, fallback):
+                screen.print(line)
             with _attributing(config):
-                evaluation = _run_seed(task, seed_config, terms, obtained, progress, out / student)
-            result["runs"].append({"seed": seed, "evaluation": evaluation})
-        joined = report.joined([run["evaluation"] for run in result["runs"]])
-        for grid in (report.quality_table(joined), report.cost_table(joined), report.epochs_table(joined)):
-            screen.show(grid)
-        gains = report.gains([run["evaluation"] for run in result["runs"]])
-        result["gain"] = {"mean": fmean(gains), "std": stdev(gains) if len(gains) > 1 else None}
-        screen.print(f"{STUDENT} - {BASELINE} in percentage points, paired by seed: {points(gains)}")
-        report.draw(joined, f"{config.student} on {task.dataset}", out)
-        result["status"] = "ok"
+                obtained, ranking = _obtain_teachers(task, config, terms, progress)
+            result |= {"teachers": [teacher.name for teacher in obtained], "ranking": ranking}
+            if ranking:
+                screen.show(_ranking_table(ranking))
+            for seed in range(config.seed, config.seed + config.seeds):
+                student = f"{STUDENT}.safetensors" if seed == config.seed else f"{STUDENT}-seed{seed}.safetensors"
+                seed_config = dataclasses.replace(config, seed=seed, seeds=1)
+                with _attributing(config):
+                    evaluation = _run_seed(task, seed_config, terms, obtained, progress, out / student)
+                result["runs"].append({"seed": seed, "evaluation": evaluation})
+            joined = report.joined([run["evaluation"] for run in result["runs"]])
+            for grid in (report.quality_table(joined), report.cost_table(joined), report.epochs_table(joined)):
+                screen.show(grid)
+            gains = report.gains([run["evaluation"] for run in result["runs"]])
+            result["gain"] = {"mean": fmean(gains), "std": stdev(gains) if len(gains) > 1 else None}
+            screen.print(f"{STUDENT} - {BASELINE} in percentage points, paired by seed: {points(gains)}")
+            report.draw(joined, f"{config.student} on {task.dataset}", out)
+            result["status"] = "ok"
     except FedkdError as error:
         result |= {"code": error.code, "message": str(error)}
         has_begun &= not isinstance(error, ResumeError)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 
 from fedkd.core import cli, environment, run_directory, specs
-from fedkd.core.errors import DataError, FedkdError, ResumeError, StorageError
+from fedkd.core.errors import DataError, FedkdError, ResumeError, StorageError, check_signaled, noticing_signals
 from fedkd.core.report import figure, table
 from fedkd.core.report.screen import HEAD, Screen
 from fedkd.data.loading import choose_dataset
@@ -68,23 +68,24 @@ def run_all(config: Config, connect: Callable[[], RunExchange]) -> Iterator[Row]
     has_begun = False
     status, dataset, fallback, reason = "failed", config.dataset, "", dict[str, object]()
     try:
-        dataset, fallback = choose_dataset(config.dataset, config.data_dir)
-        runs = config.runs(dataset)
-        _prepare(runs, fallback, out, screen)
-        checkpoints = _restored(config, runs, rounds)
-        curves = [(run, rounds.curves[run.algorithm, run.seed]) for run in runs]
-        exchange = connect()
-        has_begun = True
-        with screen.progress(sum(run.rounds - len(rows) for run, rows in curves if not stopping.ended(run, rows))):
-            for run in runs:
-                is_first = all(row["evaluated_model"] == "clients" for row in finished)
-                start = checkpoints[run.algorithm, run.seed]
-                finished.append((yield from _run(run, exchange, out, screen, rounds, followers, start, is_first)))
-                followers.end(finished[-1])
-        figure.draw(rounds.curves, figure.title(runs[0].run_config()), out)
-        for grid in _tables(finished, rounds.curves):
-            screen.show(grid)
-        status = "ok"
+        with noticing_signals():
+            dataset, fallback = choose_dataset(config.dataset, config.data_dir)
+            runs = config.runs(dataset)
+            _prepare(runs, fallback, out, screen)
+            checkpoints = _restored(config, runs, rounds)
+            curves = [(run, rounds.curves[run.algorithm, run.seed]) for run in runs]
+            exchange = connect()
+            has_begun = True
+            with screen.progress(sum(run.rounds - len(rows) for run, rows in curves if not stopping.ended(run, rows))):
+                for run in runs:
+                    is_first = all(row["evaluated_model"] == "clients" for row in finished)
+                    start = checkpoints[run.algorithm, run.seed]
+                    finished.append((yield from _run(run, exchange, out, screen, rounds, followers, start, is_first)))
+                    followers.end(finished[-1])
+            figure.draw(rounds.curves, figure.title(runs[0].run_config()), out)
+            for grid in _tables(finished, rounds.curves):
+                screen.show(grid)
+            status = "ok"
     except FedkdError as error:
         if "Traceback" in error.details:
             run_directory.log(out, {"message": str(error), "details": error.details})
@@ -172,6 +173,7 @@ def _run(
         after=start.progress if start else None,
     )
     for round_, seconds in _timed(_attributed(run, _until_ended(run, rows, left))):
+        check_signaled()  # a client may have failed by a signal
         with _attributing(run):
             row, logits = _evaluated(experiment, watched, round_, seconds, rows)
         for failure in round_.failures:

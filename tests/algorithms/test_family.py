@@ -501,7 +501,10 @@ def test_counts_of_classes_that_do_not_add_up_are_refused(setup, counts):
     assert "add up" in call("fedproto").check_update(setup, update)
 
 
-@pytest.mark.parametrize("name", ["fedavgm", "fedbe", "scaffold", "fedema", "feddf"])
+@pytest.mark.parametrize(
+    "name",
+    ["fedavgm", "scaffold", "feddf", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fedbe", "fedema"))],
+)
 def test_running_statistics_stay_valid(name, tmp_path):
     """A variance with momentum, or drawn at random, would be negative and the student NaN."""
     rows = simulated(tmp_path, algorithm=name, norm="batch", partitioner="dirichlet:alpha=0.3", clients=5, rounds=4)

@@ -149,10 +149,7 @@ def test_every_command_has_its_version(name):
     ("arguments", "is_joined"),
     [
         (["list"], False),
-        (["list"], True),
         (["list", "--json"], True),
-        (["list", "--help"], False),
-        (["--version"], False),
         (["--version"], True),
     ],
 )

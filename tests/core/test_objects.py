@@ -105,9 +105,7 @@ def test_mistakes_are_one_sentence(component, text):
 
 def test_what_is_no_component_is_said():
     for value in (None, 3, [1, 2], object()):
-        with pytest.raises(
-            UsageError, match=r"--dataset .* text, or a function or a class that"
-        ):
+        with pytest.raises(UsageError, match=r"--dataset .* text, or a function or a class that"):
             Config.parse(objects.as_options({"dataset": value}))
     with pytest.raises(UsageError, match=r"--data-dir 3 is not usable: it should be a text.$"):
         Config.parse({"data_dir": 3})

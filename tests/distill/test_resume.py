@@ -132,7 +132,7 @@ def rows_of(out: Path) -> int:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-@pytest.mark.parametrize(("start", "kills"), [(command, 1), (Forked, 6)])
+@pytest.mark.parametrize(("start", "kills"), [(command, 1), (Forked, 3)])
 def test_a_run_that_was_killed_has_the_bits_of_one_that_was_not(tmp_path, start, kills, monkeypatch):
     whole = result_of(run(tmp_path / "whole"))
     out, source = tmp_path / "killed", random.Random(kills)

@@ -97,7 +97,7 @@ def test_a_resume_has_no_dry_run(tmp_path):
 
 def test_times_grow_with_batches_clients_and_rounds():
     """A client's batch takes 0.1 s, a batch of distillation 0.01 s; two clients train at once."""
-    config = tiny(clients=4, local_epochs=3, distill_epochs=2, rounds=10, evaluate_every=4)
+    config = tiny(clients=4, local_epochs=3, batch_size=32, distill_epochs=2, rounds=10, evaluate_every=4)
     experiment = prepare(config)
 
     def measured(steps: int) -> Measurement:

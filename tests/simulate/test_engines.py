@@ -56,7 +56,6 @@ class Failing(Algorithm):
 
 
 @ray
-@pytest.mark.slow
 def test_ray_gives_the_same_bits(tmp_path):
     """Also after the command was killed, once with a checkpoint and without one."""
     out, command = tmp_path / "ray", [sys.executable, "-m", "fedkd.simulate"]
@@ -130,9 +129,12 @@ cli.run(app)
 ENGINES = [{"workers": "1"}, {"workers": "2"}, pytest.param({"engine": "ray"}, marks=[ray, pytest.mark.slow])]
 
 
-@pytest.mark.parametrize("to_all", [False, True], ids=["to the command", "to its group"])
+SENT = [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGKILL, False)]  # the others are slow
+SENT += [pytest.param(number, not to_all, marks=pytest.mark.slow) for number, to_all in SENT]
+
+
 @pytest.mark.parametrize("engine", ENGINES, ids=["one", "two", "ray"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize(("number", "to_all"), SENT)
 def test_no_process_is_left_after_a_signal(tmp_path, engine, number, to_all):
     if "engine" in engine and (to_all, number) not in ((False, signal.SIGINT), (True, signal.SIGTERM)):
         pytest.skip("it takes 20 seconds to start; test_ray_gives_the_same_bits kills it")

@@ -149,7 +149,7 @@ def test_a_client_with_one_sample_sends_what_it_received(pixel):
 
 
 def test_scaffold_divides_by_the_steps_that_were_taken(pixel):
-    experiment = prepare(tiny(partitioner="size:sizes=1+65+33", model=pixel, local_epochs=3))
+    experiment = prepare(tiny(partitioner="size:sizes=1+65+33", model=pixel, local_epochs=3, batch_size=32))
     trainer = experiment.setup.trainer
     assert [trainer.steps(experiment.client(client, 1, {})) for client in range(3)] == [0, 6, 3]
 

@@ -113,6 +113,7 @@ def test_a_run_sends_the_same_bytes_and_repeats_its_bits(method, stacks, tmp_pat
 def test_a_client_that_fails_does_not_affect_the_others(stacks, tmp_path, capsys):
     (tmp_path / "failing.py").write_text(FAILING)
     changes = {"validation": 1300, "algorithm": f"{tmp_path}/failing.py:Failing", "min_clients": 1, "rounds": 1}
+    changes["batch_size"] = 32
     (row,) = simulated(tmp_path / "run", **changes)
     (failure,) = row["failures"]
     assert failure["client"] == 1
@@ -219,18 +220,19 @@ def _of_first(outputs, labels):
 @pytest.mark.parametrize(
     ("method", "optimizer", "schedule", "count"),
     [
-        ("fedmd", "sgd", "constant", 3),
-        ("fedmd", "sgd", "cosine", 3),
         ("fedmd", "adamw", "cosine", 3),
         ("moon", "sgd", "cosine", 2),
-        ("fedntd", "sgd", "constant", 2),
         ("fedgen", "sgd", "constant", 2),
-        ("fedhkd", "sgd", "constant", 2),
+        pytest.param("fedmd", "sgd", "constant", 3, marks=pytest.mark.slow),
+        pytest.param("fedmd", "sgd", "cosine", 3, marks=pytest.mark.slow),
+        pytest.param("fedntd", "sgd", "constant", 2, marks=pytest.mark.slow),
+        pytest.param("fedhkd", "sgd", "constant", 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_is_recorded_once_in_a_run(method, optimizer, schedule, count, stacks, tmp_path, monkeypatch):
     """Of the clients and of the server, for all rounds; the results are those of a run without recordings."""
     options = {"validation": 1300, "algorithm": method, "rounds": 3, "optimizer": optimizer, "schedule": schedule}
+    options["batch_size"] = 32
     expected, steps = simulated(tmp_path / "one", **options), []
     graphs.forget()
     monkeypatch.setattr(graphs, "recorder", lambda _: lambda run: (steps.append(run), run)[1])

@@ -206,8 +206,18 @@ def test_logits_become_probabilities_at_the_runs_temperature(generator, temperat
     assert ((back / temperature).softmax(-1) - (logits / temperature).softmax(-1)).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("text", ["float16", "bfloat16", "uint8", "bits:bits=3,coder=range", "top:k=3,coder=zstd"])
-@pytest.mark.parametrize("algorithm", ["dsfl", "kt-pfl", "selective-fd", "density", "fedproto", "scarlet"])
+CODECS = ["float16", "bfloat16", "uint8", "bits:bits=3,coder=range", "top:k=3,coder=zstd"]
+KINDS = ["dsfl", "kt-pfl", "selective-fd", "density", "fedproto", "scarlet"]
+
+
+@pytest.mark.parametrize(
+    ("text", "algorithm"),
+    [  # each codec with two or three kinds, each kind with two or three codecs; the other pairs are slow
+        pytest.param(text, algorithm, marks=[pytest.mark.slow] * ((row + column) % 2))
+        for row, text in enumerate(CODECS)
+        for column, algorithm in enumerate(KINDS)
+    ],
+)
 def test_every_codec_works_with_every_kind_of_update(tmp_path, text, algorithm):
     delta = f"{text}{',' if ':' in text else ':'}delta=true"
     rows = simulated(tmp_path, algorithm=algorithm, uplink_codec=delta, downlink_codec=text, rounds=3)

@@ -30,7 +30,7 @@ from tests.conftest import simulated, tiny
 from tests.simulate.test_resume import result_of, resume
 
 NONE = {"failures": [], "serialized": SerializedBytes(), "downlink": Traffic(), "uplink": Traffic()}
-SMALL = {"model": "cnn:width=4", "local_test": 0.3, "partitioner": "linear"}
+SMALL = {"model": "cnn:width=4", "local_test": 0.3, "partitioner": "linear", "batch_size": 32}
 
 # The local test split.
 
