@@ -55,6 +55,7 @@ def test_a_run_is_interrupted_all_the_same(tmp_path, monkeypatch, number, code, 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_distillation_is_interrupted_all_the_same(tmp_path, monkeypatch, number, code):
     out = tmp_path / "run"
+    monkeypatch.setenv("FEDKD_CACHE", str(tmp_path / "cache"))  # no network is there yet
     lost(monkeypatch, loop, "train", number, 2)
     words = ["--dataset", "digits", "--student", "cnn:width=4", "--teacher", "cnn:width=4", "--epochs", 1]
     assert ended(distill, [*words, "--out", out]) == code
