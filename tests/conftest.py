@@ -111,6 +111,11 @@ def is_over(status: Path) -> bool:
         return True
 
 
+def slow(*case: object) -> object:
+    """A case of a parametrized test that is left out unless slow tests are asked for."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 def simulated(out: Path, **changes: object) -> list[dict]:
     """Run in this process; the rows without the times."""
     simulate(tiny(out=str(out), **changes))

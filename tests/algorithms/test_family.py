@@ -19,7 +19,7 @@ from fedkd.core.tensors import equal, shapes, take
 from fedkd.simulate.experiment import prepare
 from fedkd.training import loop, models
 from fedkd.training.trainer import Trainer
-from tests.conftest import simulated, tiny
+from tests.conftest import simulated, slow, tiny
 
 PROBS = torch.full((40, 10), 0.1)
 EXACT = "donot_use_mm_for_euclid_dist"
@@ -503,7 +503,7 @@ def test_counts_of_classes_that_do_not_add_up_are_refused(setup, counts):
 
 @pytest.mark.parametrize(
     "name",
-    ["fedavgm", "scaffold", "feddf", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fedbe", "fedema"))],
+    ["fedavgm", "scaffold", "feddf", *map(slow, ("fedbe", "fedema"))],
 )
 def test_running_statistics_stay_valid(name, tmp_path):
     """A variance with momentum, or drawn at random, would be negative and the student NaN."""

@@ -22,11 +22,12 @@ from fedkd.core.errors import UsageError
 from fedkd.simulate.experiment import prepare
 from fedkd.training import graphs, models, optimizers
 from fedkd.training.losses.logits import kl
-from tests.conftest import simulated, tiny
+from tests.conftest import simulated, slow, tiny
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("algorithm", ["fedavg", "ensemble"])
+@pytest.mark.parametrize(
+    ("algorithm", "workers"), [("fedavg", 2), ("ensemble", 1), slow("fedavg", 1), slow("ensemble", 2)]
+)
 def test_a_run_equals_the_bare_loop_to_the_bit(tmp_path, algorithm, workers):
     """Against a loop without messages and algorithms, with torch.optim."""
     changes = {"algorithm": algorithm, "partitioner": "linear", "local_epochs": 2, "augment": True}
@@ -68,6 +69,7 @@ def test_the_workload_has_the_given_sizes():
     assert many.config.participation * 1000 == 4
 
 
+@pytest.mark.slow
 def test_stacks_are_run_and_reported():
     """Fedkd and the bare loop, as the command runs them."""
     work = Work(clients=2, images=16, rounds=2, model="cnn:width=8")

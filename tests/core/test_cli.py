@@ -15,7 +15,7 @@ from fedkd import __version__
 from fedkd.core import cli, variables
 from fedkd.core.catalog import CATALOG
 from fedkd.list import component
-from tests.conftest import FLAGS, ROOT, run
+from tests.conftest import FLAGS, ROOT, run, slow
 
 
 def fedkd(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -39,7 +39,9 @@ def options_of(shown: str) -> list[str]:
     return [line for line in ours if "--help" not in line and "--version" not in line]
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize(
+    "name", ["simulate", "distill", *map(slow, sorted(cli.COMMANDS.keys() - {"simulate", "distill"}))]
+)
 def test_a_subcommand_is_the_module_of_that_name(name):
     module = subprocess.run(
         [sys.executable, "-m", f"fedkd.{name}", "--help"], capture_output=True, text=True, cwd=ROOT, check=False

@@ -20,14 +20,14 @@ from fedkd.export import check, formats
 from fedkd.training import models
 from fedkd.training.models import checkpoint
 from fedkd.training.models.checkpoint import Student
-from tests.conftest import simulated
+from tests.conftest import simulated, slow
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-MODELS = ["cnn:width=8", "resnet8:width=8", "vit-tiny:depth=2", "row-gru", "bottleneck-resnet:width=8"]
-MODELS += ["lenet:projection=16", "mcmahan-cnn:gray=true"]
-DEEP = ["wrn-16-2:width=4", "vgg8:width=8", "vgg9:width=4", "vgg16:width=4", "mobilenetv2:width=0.25"]
+MODELS = ["cnn:width=8", "resnet8:width=8", "vit-tiny:depth=2", "row-gru"]
+OTHERS = ["bottleneck-resnet:width=8", "lenet:projection=16", "mcmahan-cnn:gray=true"]
+OTHERS += ["wrn-16-2:width=4", "vgg8:width=8", "vgg9:width=4", "vgg16:width=4", "mobilenetv2:width=0.25"]
 IMAGES = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -57,7 +57,7 @@ def listed(folder) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["onnx", "pt2", "pte"])
-@pytest.mark.parametrize("model", [*MODELS, *(pytest.param(model, marks=pytest.mark.slow) for model in DEEP)])
+@pytest.mark.parametrize("model", [*MODELS, *map(slow, OTHERS)])
 def test_a_file_has_the_same_outputs_as_the_student(model, name, tmp_path):
     if name == "pte":
         pytest.importorskip("executorch")

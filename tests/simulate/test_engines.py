@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedkd.core import tensors
-from tests.conftest import CODED, FLAGS, ROOT, TINY, run, simulated, wait_for
+from tests.conftest import CODED, FLAGS, ROOT, TINY, run, simulated, slow, wait_for
 
 ray = pytest.mark.skipif(
     subprocess.run([sys.executable, "-c", "import ray"], capture_output=True, check=False).returncode != 0,
@@ -56,6 +56,7 @@ class Failing(Algorithm):
 
 
 @ray
+@pytest.mark.slow
 def test_ray_gives_the_same_bits(tmp_path):
     """Also after the command was killed, once with a checkpoint and without one."""
     out, command = tmp_path / "ray", [sys.executable, "-m", "fedkd.simulate"]
@@ -130,7 +131,7 @@ ENGINES = [{"workers": "1"}, {"workers": "2"}, pytest.param({"engine": "ray"}, m
 
 
 SENT = [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGKILL, False)]  # the others are slow
-SENT += [pytest.param(number, not to_all, marks=pytest.mark.slow) for number, to_all in SENT]
+SENT += [slow(number, not to_all) for number, to_all in SENT]
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=["one", "two", "ray"])

@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 from fedkd.core import tensors
 from fedkd.simulate.flower import workers as pool
 from fedkd.simulate.flower.local_grid import LocalGrid, count_workers
-from tests.conftest import CODED, ROOT, is_over, simulated, wait_for
+from tests.conftest import CODED, ROOT, is_over, simulated, slow, wait_for
 
 DROPPING = """
 from torch import nn
@@ -28,7 +28,7 @@ def dropping(*, classes: int):
 """
 
 
-@pytest.mark.parametrize("model", ["cnn:width=8", "{own}:dropping"])
+@pytest.mark.parametrize("model", ["{own}:dropping", slow("cnn:width=8")])
 def test_the_number_of_workers_changes_no_bit(tmp_path, model):
     """Two and three processes against one, for a model without and with dropout."""
     (tmp_path / "models.py").write_text(DROPPING)

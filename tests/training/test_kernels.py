@@ -15,7 +15,7 @@ from fedkd.bench import kernels as bench
 from fedkd.core.seeds import seeded
 from fedkd.training import kernels, models, norm_kernels
 from fedkd.training.stack import Stack
-from tests.conftest import ROOT
+from tests.conftest import ROOT, slow
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -280,7 +280,7 @@ class _Compiled:
 
 
 @pytest.mark.skipif(find_spec("triton") is None or INTERPRETED, reason="needs Triton's compiler")
-@pytest.mark.parametrize("precision", bench.PRECISIONS)
+@pytest.mark.parametrize("precision", [*map(slow, ("ieee", "tf32")), "bfloat16"])
 def test_the_kernels_are_compiled_for_a_gpu_without_one(monkeypatch, tmp_path, precision):
     from fedkd.training import triton_kernels
 

@@ -28,6 +28,7 @@ from fedkd.training.stack import NotStackable, Stack, check
 from fedkd.training.stacked_loop import Learner
 from fedkd.training.terms import Features, Logits, Relations
 from fedkd.training.terms.objective import DistillationObjective, Taught, adapted_losses
+from tests.conftest import slow
 from tests.training import replays
 
 SIZES = (31, 1, 200, 33, 32)
@@ -178,7 +179,7 @@ def test_models_of_published_tables(spec):
     assert after_training(spec, jobs((9, 1, 8), pixels=16 if "lenet" in spec else 8), **options) <= limit
 
 
-@pytest.mark.parametrize("name", ["resnet", "mobilenet_v2", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", ["resnet", *map(slow, ("mobilenet_v2", "mobilenet_v3_small"))])
 def test_networks_of_torchvision(name, monkeypatch):
     """Narrow ones. The MobileNets have dropout; each client draws what it draws on its own."""
     library = pytest.importorskip("torchvision").models
@@ -539,7 +540,7 @@ def to_double(pixels: torch.Tensor) -> torch.Tensor:
     return SCALING(pixels).double()
 
 
-@pytest.mark.parametrize(("sizes", "count"), [((64, 64, 64), 1), ((63, 64, 40), 2), ((31, 1, 200, 33, 32), 4)])
+@pytest.mark.parametrize(("sizes", "count"), [slow((64, 64, 64), 1), slow((63, 64, 40), 2), ((31, 1, 200, 33, 32), 4)])
 def test_a_step_is_recorded_once_for_all_trainings(sizes, count, monkeypatch):
     """Once for each size of the stack and width of its batches, whatever the number of samples."""
     expected = train_again("resnet8:width=8,norm=batch", 4, sizes, record=False)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fedkd.training import models
+from tests.conftest import slow
 from tests.training.test_stack import SIZES, difference, jobs, own_networks, plain, stacked
 
 LIMIT = 1e-5  # or ten times as far as the plain loop
@@ -31,9 +32,7 @@ def narrow(name: str) -> nn.Module:
     return library.get_model(name, width_mult=0.25, num_classes=10)
 
 
-@pytest.mark.parametrize(
-    "spec", [*SMALL, *(pytest.param(spec, marks=pytest.mark.slow) for spec in [*DEEP, *TORCHVISION])]
-)
+@pytest.mark.parametrize("spec", [*SMALL, *map(slow, [*DEEP, *TORCHVISION])])
 def test_after_two_epochs_of_clients_of_all_sizes(spec, monkeypatch):
     if spec in TORCHVISION:
         monkeypatch.setattr(models, "build", lambda *_: narrow(spec))

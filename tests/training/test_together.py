@@ -17,7 +17,7 @@ from fedkd.simulate.flower.local_update import ClientRunner
 from fedkd.training import graphs, optimizers, together
 from fedkd.training import requests as kinds
 from fedkd.training.requests import Fit, Prediction, TaughtFit
-from tests.conftest import simulated, tiny
+from tests.conftest import simulated, slow, tiny
 
 NETWORKS = """
 import torch
@@ -223,10 +223,10 @@ def _of_first(outputs, labels):
         ("fedmd", "adamw", "cosine", 3),
         ("moon", "sgd", "cosine", 2),
         ("fedgen", "sgd", "constant", 2),
-        pytest.param("fedmd", "sgd", "constant", 3, marks=pytest.mark.slow),
-        pytest.param("fedmd", "sgd", "cosine", 3, marks=pytest.mark.slow),
-        pytest.param("fedntd", "sgd", "constant", 2, marks=pytest.mark.slow),
-        pytest.param("fedhkd", "sgd", "constant", 2, marks=pytest.mark.slow),
+        slow("fedmd", "sgd", "constant", 3),
+        slow("fedmd", "sgd", "cosine", 3),
+        slow("fedntd", "sgd", "constant", 2),
+        slow("fedhkd", "sgd", "constant", 2),
     ],
 )
 def test_a_step_is_recorded_once_in_a_run(method, optimizer, schedule, count, stacks, tmp_path, monkeypatch):
