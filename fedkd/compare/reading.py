@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,14 +116,22 @@ def _check_settings(files: Sequence[RunFiles], ignored: set[str]) -> None:
 
 
 #: Ends of the keys that hold a number, or none.
-NUMBERS = ("accuracy", "loss", "bytes", "seconds", "round", "rounds", "seed", "participants")
+NUMBERS = ("accuracy", "last5", "p10", "loss", "bytes", "seconds", "round", "rounds", "seed", "samples", "proxy_size")
+#: What tables and figures need of a round; of a run besides; and, where it was evaluated, of both.
+OF_ROUND = {"uplink_serialized_bytes", "downlink_serialized_bytes", "training_seconds"}
+OF_RUN = {"rounds", "evaluation_seconds", "float32_bytes", "encoded_bytes", "entropy_bound_bytes", "evaluated_model"}
+IF_EVALUATED = {"test_accuracy", "teacher_accuracy", "client_accuracy"}
 
 
-def _check_numbers(rows: Iterable[Row]) -> None:
+def _check_rows(file: Path, rows: Iterable[Row], needed: Collection[str]) -> None:
+    """Refuse rows that lack a key, or have something else in place of a number."""
     for row in rows:
+        lacking = [key for key in needed if row.get(key) is None] + [key for key in IF_EVALUATED if key not in row]
+        if lacking:
+            raise DataError(f"{file} has no {min(lacking)}; it is damaged, or of another version of fedkd.")
         for key, value in row.items():
             if key.endswith(NUMBERS) and not (value is None or isinstance(value, int | float)):
-                raise TypeError(f"{key} is {value!r}")
+                raise DataError(f"{file} is damaged: {key} is {reprlib.repr(value)}.")
 
 
 def simulated(files: Sequence[RunFiles]) -> tuple[list[Row], dict[tuple[str, int], list[Row]]]:
@@ -144,11 +153,12 @@ def simulated(files: Sequence[RunFiles]) -> tuple[list[Row], dict[tuple[str, int
         file = one.path / "rounds.jsonl"
         with run_directory.readable(one.path / "result.json"):
             own: dict[tuple[str, int], list[Row]] = {(run["algorithm"], run["seed"]): [] for run in one.result["runs"]}
-            _check_numbers(one.result["runs"])
+            _check_rows(one.path / "result.json", one.result["runs"], OF_ROUND | OF_RUN)
         with run_directory.readable(file):
             for row in run_directory.rows(file) if file.exists() else ():
                 own.setdefault((row["algorithm"], row["seed"]), []).append(row)
-            _check_numbers(row for rows in own.values() for row in rows)
+            rows = [row for each in own.values() for row in each]
+            _check_rows(file, rows, OF_ROUND | {"round"})
         if lost := [f"{name}, seed {seed}" for (name, seed), rows in own.items() if not rows]:
             raise DataError(f"{file} is missing or damaged: there is no round of {lost[0]}, which result.json has.")
         if not own:

@@ -362,6 +362,24 @@ def test_a_target_and_the_largest_accuracy_with_several_settings(runs, capsys):
     assert {record["rounds_to_target"] for record in json.loads(capsys.readouterr().out)} == {None}
 
 
+def test_a_result_that_lacks_any_key_is_read_or_is_a_sentence(runs, tmp_path):
+    """A result of an earlier version, for example."""
+    shutil.copytree(runs / "first", tmp_path / "run")
+    path = tmp_path / "run" / "result.json"
+    result = json.loads(path.read_text())
+    read_ones = []
+    for key in result["runs"][0].keys() - {"algorithm", "seed"}:
+        path.write_text(
+            json.dumps({**result, "runs": [{k: v for k, v in r.items() if k != key} for r in result["runs"]]})
+        )
+        try:
+            compare(tmp_path / "run")
+            read_ones.append(key)
+        except DataError as error:
+            assert f"result.json has no {key}; it is damaged, or of another version" in str(error)  # noqa: PT017
+    assert {"client_test_samples", "best_round", "local_accuracy", "break_even_proxy_size"} <= set(read_ones)
+
+
 @pytest.mark.parametrize(
     ("file", "changes"),
     [
@@ -370,6 +388,10 @@ def test_a_target_and_the_largest_accuracy_with_several_settings(runs, capsys):
         ("rounds.jsonl", {"uplink_serialized_bytes": [1]}),
         ("result.json", {"test_accuracy": "high"}),
         ("result.json", {"training_seconds": {}}),
+        ("result.json", {"evaluated_model": None}),
+        ("result.json", {"uplink_serialized_bytes": None}),
+        ("rounds.jsonl", {"downlink_serialized_bytes": None}),
+        ("rounds.jsonl", {"round": None}),
     ],
 )
 def test_numbers_that_are_none_are_named_damage(runs, tmp_path, file, changes):
@@ -381,5 +403,7 @@ def test_numbers_that_are_none_are_named_damage(runs, tmp_path, file, changes):
     else:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text("".join(f"{json.dumps({**row, **changes})}\n" for row in rows))
-    with pytest.raises(DataError, match=f"{file} is damaged"):
+    with pytest.raises(
+        DataError, match=f"{file} (is damaged|has no {next(iter(changes))}; it is damaged, or of another)"
+    ):
         compare(tmp_path / "run")

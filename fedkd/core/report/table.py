@@ -44,14 +44,10 @@ def side_by_side(runs: Sequence[Row], curves: Curves, labels: Labels = NO_LABELS
     rows = []
     for name in names:
         mine = [run for run in runs if run["algorithm"] == name]
-        cells = {key: _spread([run[key] for run in mine]) for key in ("test_accuracy", "test_accuracy_last5")}
-        cells |= {key: _spread([run[key] for run in mine]) for key in ("teacher_accuracy", "client_accuracy")}
-        if is_local:
-            keys = ("local_accuracy", "local_accuracy_p10", "student_local_accuracy")
-            cells |= {key: _spread([run[key] for run in mine]) for key in keys}
-        if is_validated:
-            cells |= {k: _spread([run[k] for run in mine]) for k in ("best_validation_accuracy", "best_test_accuracy")}
-        accuracy, *others = cells.values()
+        keys = ["test_accuracy", "test_accuracy_last5", "teacher_accuracy", "client_accuracy"]
+        keys += ["local_accuracy", "local_accuracy_p10", "student_local_accuracy"] * is_local
+        keys += ["best_validation_accuracy", "best_test_accuracy"] * is_validated
+        accuracy, *others = (_spread([run.get(key) for run in mine]) for key in keys)
         others += [f"{fmean(len(curves[name, run['seed']]) for run in mine):.1f}".removesuffix(".0")] * has_lengths
         rows.append(
             [
@@ -71,7 +67,8 @@ def side_by_side(runs: Sequence[Row], curves: Curves, labels: Labels = NO_LABELS
         "training: of clients and server; evaluation: of clients and student on the test set.",
     ]
     ended = [run for run in runs if not run.get("unfinished")] or [runs[0]]
-    if (sample := ended[0].get("client_test_samples")) != (whole := ended[0].get("test_samples")):
+    sample, whole = (ended[0].get(key) for key in ("client_test_samples", "test_samples"))
+    if None not in (sample, whole) and sample != whole:
         caption.append(
             f"teacher, clients: on {sample:,} of the {whole:,} test images, the same for all methods and seeds."
         )
