@@ -120,7 +120,8 @@ def _cell(path: Path, config: Config, setting: Mapping[str, Any]) -> Cell:
         check(config)
     except FedkdError as error:
         raise UsageError(f"{path}: {about}: {error}") from error
-    fixed = {key: each for key, each in config.run_config().items() if key.replace("-", "_") not in Config.MACHINE}
+    machine = Config.MACHINE - ({"precision"} if config.precision != "auto" else set())
+    fixed = {key: each for key, each in config.run_config().items() if key.replace("-", "_") not in machine}
     digest = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:8]
     words = re.sub(r"[^a-z0-9.]+", "-", about.lower()).strip("-")[:80]
     return Cell(config, about, f"{words}-{digest}")

@@ -58,6 +58,8 @@ def test_a_run_directory_is_named_by_what_gives_its_numbers(tmp_path, monkeypatc
     assert len(set(before)) == 4
     again = sweep.read(scenario(tmp_path, ("seeds = 2", "seeds = 3\nworkers = 2")))
     assert before == [cell.name for cell in again.cells if cell.config.seed < 2]
+    rounded = sweep.read(scenario(tmp_path, ("seeds = 2", 'seeds = 2\nprecision = "bfloat16"\ndevice = "cuda"')))
+    assert not set(before) & {cell.name for cell in rounded.cells}, "but what is computed with does"
     longer = [cell.name for cell in sweep.read(scenario(tmp_path, ("rounds = 1", "rounds = 2"))).cells]
     assert not set(before) & set(longer)
     monkeypatch.setenv("FEDKD_ROUNDS", "2")
