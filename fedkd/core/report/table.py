@@ -93,13 +93,14 @@ def side_by_side(runs: Sequence[Row], curves: Curves, labels: Labels = NO_LABELS
 def costs(curves: Curves, target: float | None = None, labels: Labels = NO_LABELS, setting: str = "") -> Grid | None:
     """Rounds, bytes and training time of each method until its test accuracy first is ``target``.
 
-    Without a target, it is the highest that all methods reached; None if there is none.
+    Without a target, it is the highest that all methods reached; None if there is none, or only one method.
     """
-    accuracy = common_accuracy(list(curves.values())) if target is None else target
+    names = list(dict.fromkeys(name for name, _ in curves))
+    accuracy = common_accuracy(list(curves.values())) if target is None and len(names) > 1 else target
     if accuracy is None:
         return None
     lines = []
-    for name in dict.fromkeys(name for name, _ in curves):
+    for name in names:
         each = [spent(accuracy, rows) for (algorithm, _), rows in curves.items() if algorithm == name]
         reached = [one for one in each if one["rounds_to_target"] is not None]
         cells = ["–"] * 3
