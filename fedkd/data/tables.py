@@ -116,7 +116,8 @@ def _loaded(source: Source) -> Mapping[str, Any]:
         if TEXT.get(root.suffix.lower()) == "csv":
             options |= {"keep_default_na": False, "na_values": [""]}  # a class may be called None or NA
         return datasets.load_dataset(kind, data_files=str(root), **options)  # type: ignore[no-any-return]
-    if not root.is_dir() and source.argument.startswith(("/", ".", "~")):
+    is_path = source.argument.startswith(("/", ".", "~")) or root.suffix.lower() in TEXT | BINARY
+    if not root.is_dir() and is_path:
         raise DataError(f"There is no folder or file {root}.")
     return datasets.load_dataset(str(root) if root.is_dir() else source.argument)  # type: ignore[no-any-return]
 

@@ -87,7 +87,8 @@ def _refuse_external(content: bytes, path: Path) -> None:
     try:
         model.ParseFromString(content)
     except Exception as error:  # protobuf's DecodeError
-        raise DataError(f"{path} is not an ONNX file, or is damaged.") from error
+        how = f"; export a student first: python -m fedkd.export {path} --to onnx" * (path.suffix == ".safetensors")
+        raise DataError(f"{path} is not an ONNX file, or is damaged{how}.") from error
     if not model.graph.node:
         raise DataError(f"{path} is not an ONNX file, or is empty.")
     pending: list[Any] = [model]

@@ -173,6 +173,7 @@ def _prepare(config: Config) -> Experiment:
         ),
         trainer=Trainer(config, classes, scaling, shares.flip, device, resolved, _are_worth_a_stack(config, partition)),
     )
+    _check_loss(config.loss, setup)
     codecs = algorithm.codecs or (config.uplink_codec, config.downlink_codec)
     uplink, downlink = (_codec(text, classes) for text in codecs)
     for model in {*names, setup.student}:
@@ -248,6 +249,23 @@ def _has_student(algorithm: Algorithm, setup: Setup) -> bool:
         raise
     except Exception:
         return False  # of a user-defined algorithm: attributed to it when it runs
+
+
+def _check_loss(text: str, setup: Setup) -> None:
+    """Try a user-defined loss on random logits, so that a mistake shows before the first round."""
+    import torch
+
+    if not specs.is_user_defined(text):
+        return
+    student, teacher = torch.randn(2, 8, setup.classes, generator=torch.Generator().manual_seed(0))
+    value = setup.distillation.loss(student.requires_grad_(), teacher.softmax(-1))
+    if not isinstance(value, torch.Tensor) or value.shape:
+        what = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise PluginError(f"--loss {text} returns {what}, not one number: a tensor of shape [], the mean of samples.")
+    if not value.requires_grad:
+        raise PluginError(f"--loss {text} has no gradient with respect to the student's logits.")
+    if not value.isfinite():
+        raise PluginError(f"--loss {text} is {value.item()} for random logits.")
 
 
 def _check_model(setup: Setup, model: str) -> None:

@@ -231,6 +231,12 @@ def test_errors_of_the_library_are_one_sentence(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_the_name_of_a_table_that_is_not_there_is_no_data_set_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"There is no folder or file letters\.parquet"):
+        seen("letters.parquet")
+
+
 def test_a_proxy_set_needs_no_labels(tmp_path):
     datasets.Dataset.from_dict({"picture": [png(v) for v in (1, 2)]}).to_parquet(str(tmp_path / "t.parquet"))
     values, labels, _ = seen(tmp_path / "t.parquet", labeled=False)

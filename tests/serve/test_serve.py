@@ -710,12 +710,14 @@ def command(*arguments):
 
 
 def test_mistakes_at_the_start_are_reported_in_one_sentence(file, tmp_path):
-    (tmp_path / "text.onnx").write_text("hello")
+    for name in ("text.onnx", "a.safetensors"):
+        (tmp_path / name).write_text("hello")
     with socket.create_server(("127.0.0.1", 0)) as occupied:
         port = occupied.getsockname()[1]
         for arguments, code, message in (
             ([tmp_path / "none.onnx"], 3, "There is no file"),
             ([tmp_path / "text.onnx"], 3, "not an ONNX file"),
+            ([tmp_path / "a.safetensors"], 3, "; export a student first: python -m fedkd.export"),
             ([file, "--port", port], 2, f"Cannot listen on port {port} of 127.0.0.1 (address already in use)"),
             ([file, "--max-batch", "0"], 2, "max-batch"),
             ([], 2, "FILE"),

@@ -277,7 +277,10 @@ def test_a_participation_below_one(tmp_path):
             "is not a subclass of fedkd.core.communication.codecs.Codec",
         ),
         ({"aggregator": "{own}:narrow"}, PluginError, "--aggregator .*:narrow returned \\[40, 3\\]"),
-        ({"loss": "{own}:vector"}, PluginError, "--loss .*:vector failed on the server"),
+        ({"loss": "{own}:vector"}, PluginError, r"--loss .*:vector returns \[8, 10\], not one number"),
+        ({"loss": "{own}:detached"}, PluginError, "--loss .*:detached has no gradient with respect to the student's"),
+        ({"loss": "{own}:infinite"}, PluginError, "--loss .*:infinite is inf for random logits"),
+        ({"model": "{own}:number"}, PluginError, "number' is int, not a torch.nn.Module"),
         ({"distill_learning_rate": 1e12}, RunError, "Round 1: the student of ensemble has diverged; lower"),
         ({"algorithm": "local", "learning_rate": 1e30}, RunError, "Round 1: the models of local have all diverged"),
         ({"algorithm": "central", "partitioner": "own"}, UsageError, "needs all data in one place"),
@@ -295,6 +298,9 @@ def test_what_cannot_work_is_one_sentence(tmp_path, changes, error, expected):
         "def notcodec():\n    return 3\n"
         "def narrow(logits, weights):\n    return logits[0, :, :3].softmax(-1)\n"
         "def vector(student_logits, teacher_probs):\n    return student_logits - teacher_probs\n"
+        "def detached(student_logits, teacher_probs):\n    return student_logits.detach().mean()\n"
+        "def infinite(student_logits, teacher_probs):\n    return student_logits.mean() / 0\n"
+        "def number(*, classes):\n    return 3\n"
         "def listed():\n    return [1]\n"
         "from fedkd.algorithms.fedavg import FedAvg\n"
         "class House: pass\n"

@@ -276,6 +276,7 @@ def build(text: str, classes: int, norm: Norm) -> nn.Module:
         UsageError, PluginError: there is no such model, or it cannot be built, or it is not a whole one.
 
     """
+    from torch import nn
     from torch.nn.parameter import is_lazy
 
     bound = specs.bind("model", pretrained(text)[0], RESERVED)
@@ -287,6 +288,8 @@ def build(text: str, classes: int, norm: Norm) -> nn.Module:
         if is_built_in(text):
             raise UsageError(f"model {text!r} cannot be used: {error}.") from error
         raise
+    if not isinstance(module, nn.Module):
+        raise PluginError(f"model {text!r} is {type(module).__name__}, not a torch.nn.Module.")
     if lazy := [name for name, tensor in module.named_parameters() if is_lazy(tensor)]:
         raise PluginError(f"model {text!r} has no shape for {lazy[0]}; give its layer the number of inputs.")
     return module
