@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -118,6 +119,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
 def last_line(failure: str) -> str:
     """The end of a traceback, which is what a person wants to read, in at most `LINE` printable characters."""
     line = (printable(failure).strip().splitlines() or ["no reason given"])[-1].rstrip(".")
+    line = re.sub(r"^fedkd\.core\.errors\.\w+: ", "", line)  # our own errors are sentences
     return line if len(line) <= LINE else f"{line[:LINE]}…"
 
 

@@ -56,7 +56,8 @@ def load(path: Path, threads: int = 1) -> Network:
     import numpy as np
 
     if not path.is_file():
-        hint = f" It is a directory; name a file in it, such as {path / 'student.onnx'}." if path.is_dir() else ""
+        hint = f" It is a directory; name a file in it that fedkd.export has written: {path / 'student.onnx'}."
+        hint *= path.is_dir()
         raise DataError(f"There is no file {path}.{hint}")
     if path.stat().st_size > MAX_BYTES:
         raise DataError(f"{path} is larger than an ONNX file can be.")

@@ -111,6 +111,7 @@ def test_ray_survives_its_clients(tmp_path, how, code):
 def test_what_ray_cannot_do_is_one_sentence(tmp_path):
     for flags, expected in (
         (["--ray-address", "127.0.0.1:1"], "cannot be reached"),
+        (["--ray-address", "auto"], "no Ray runs here; start it by ray start --head"),
         (["--client-gpus", "64"], "Ray has 0 of them"),
     ):
         process = run(*FLAGS, "--engine", "ray", *flags, "--json", "--out", tmp_path / "run")

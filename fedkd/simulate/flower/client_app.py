@@ -64,7 +64,7 @@ def only_declared(message: Message, context: Context, call_next: ClientAppCallab
     else:
         expected = expected_model(experiment, client) if kind == QUERY else expected_evaluation(experiment)
     if fault := undeclared_in_reply(reply.content, expected):
-        raise PluginError(f"The client was about to send {fault}; nothing was sent.")
+        raise PluginError(f"The client was about to send {fault}; nothing was sent. See upload_spec of the algorithm.")
     return reply
 
 

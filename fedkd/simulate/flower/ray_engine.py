@@ -184,6 +184,8 @@ def _connect(config: Config) -> None:
             runtime_env={"env_vars": {**ours, "PYTHONPATH": os.pathsep.join(sys.path)}},
         )
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        if address == "auto" and isinstance(error, ConnectionError):
+            raise UsageError("--ray-address auto: no Ray runs here; start it by ray start --head.") from error
         raise UsageError(f"--ray-address {address} cannot be used: {str(error).splitlines()[0]}") from error
     found = ray.cluster_resources()
     for kind, wanted in (("CPU", config.client_cpus), ("GPU", config.client_gpus)):
