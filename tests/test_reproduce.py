@@ -357,8 +357,9 @@ def test_each_table_is_known_to_its_command(name):
 def test_the_list_has_each_table_with_its_cost(monkeypatch, capsys):
     monkeypatch.setattr(speed, "images_per_second", lambda *_: 1e4)
     run()
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in papers.names())
+    shown = capsys.readouterr()
+    assert all(name in shown.out for name in papers.names())
+    assert shown.err == "", "options that a method does not use are named by its run"
 
 
 def test_the_cost_is_that_of_the_cores_in_use(paper, monkeypatch):

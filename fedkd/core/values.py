@@ -22,6 +22,8 @@ def reason(error: ValidationError) -> str:
     if first["type"] == "string_type":
         is_component = first["loc"] and first["loc"][0] in CATALOG
         return "it should be a text" + ", or a function or a class that returns it" * bool(is_component)
+    if first["type"].startswith("bool"):
+        return "it should be true or false"
     is_nan = str(first["input"]).strip("+-").lower() == "nan"  # which is compared with a limit first
     return "it should be a number" if is_nan else first["msg"].removeprefix("Value error, ").lower()
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -209,7 +211,8 @@ def _config(paper: Paper, options: Mapping[str, Any], scale: float, key: str, st
         if network not in ("teacher", "baseline", "student") or number not in ("", *OF_NETWORKS):
             raise UsageError(f"key {key}: it is teacher, baseline or student, and one of {', '.join(OF_NETWORKS)}.")
         distillation = DistillConfig.parse(options)
-        check_distillation(distillation)
+        with _without_notices():
+            check_distillation(distillation)
         epochs, teacher_epochs = (
             max(length and 1, round(length * scale)) for length in (distillation.epochs, distillation.teacher_epochs)
         )
@@ -221,8 +224,14 @@ def _config(paper: Paper, options: Mapping[str, Any], scale: float, key: str, st
     every = rounds if paper.measure == "last" else min(rounds, config.evaluate_every)
     config = dataclasses.replace(config, rounds=rounds, evaluate_every=every, stop_when=stop_when or config.stop_when)
     stopping.check(dataclasses.replace(config, stop_when=f"{key}>=0"))  # whether the run measures it
-    check(config)
+    with _without_notices():
+        check(config)
     return config
+
+
+def _without_notices() -> redirect_stderr[io.StringIO]:
+    """All rows of a table have the same options, which not every method uses: the runs say so, not a list of tables."""
+    return redirect_stderr(io.StringIO())
 
 
 def images(paper: Paper, config: Config | DistillConfig) -> float:

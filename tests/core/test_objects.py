@@ -109,3 +109,5 @@ def test_what_is_no_component_is_said():
             Config.parse(objects.as_options({"dataset": value}))
     with pytest.raises(UsageError, match=r"--data-dir 3 is not usable: it should be a text.$"):
         Config.parse({"data_dir": 3})
+    with pytest.raises(UsageError, match="--augment 'maybe' is not usable: it should be true or false"):
+        Config.parse({"augment": "maybe"})
