@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 DEALT = "dataset='digits' clients=3 rounds=2 proxy='holdout:size=40' model='cnn:width=8' partitioner='iid'"
-OPTIONS = "evaluate-every=2 local-epochs=1 learning-rate=0.01 distill-epochs=1 device='cpu'"
+OPTIONS = "evaluate-every=2 local-epochs=1 batch-size=64 learning-rate=0.01 distill-epochs=1 device='cpu'"
 OPTIONS += " algorithm='ensemble:downlink=labels'"
 
 
