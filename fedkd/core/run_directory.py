@@ -298,14 +298,14 @@ def toml(config: Options, *, only_changed: bool = False) -> str:
 def record_failure(out: Path, error: FedkdError) -> None:
     """Record in ``result.json`` what ended a run: Flower's engines exit with 0 even after a failure."""
     path = out / "result.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"status": "failed", "out": str(out)}
+    result = read_json(path) if path.exists() else {"status": "failed", "out": str(out)}
     write_json(path, {**result, "code": error.code, "message": str(error)})
 
 
 def read_failure(out: Path) -> FedkdError | None:
     """The error that ended a run, read from ``result.json``; None if there is none."""
     path = out / "result.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    result = read_json(path) if path.exists() else {}
     if "code" not in result:
         return None
     error = FedkdError(result["message"])

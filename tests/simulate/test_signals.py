@@ -40,16 +40,16 @@ def ended(app, arguments):
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 @pytest.mark.parametrize(
-    ("module", "name", "when", "rounds"),
-    [(tensors, "load", 2, 1), (loop, "train", 6, 1)],
+    ("module", "name", "when"),
+    [(tensors, "load", 2), (loop, "train", 6)],
     ids=["while a checkpoint is written", "in the training of a client"],
 )
-def test_a_run_is_interrupted_all_the_same(tmp_path, monkeypatch, number, code, module, name, when, rounds):
+def test_a_run_is_interrupted_all_the_same(tmp_path, monkeypatch, number, code, module, name, when):
     out = tmp_path / "run"
     lost(monkeypatch, module, name, number, when)
     assert ended(simulate, [*FLAGS, "--out", out]) == code
     assert json.loads((out / "result.json").read_text())["status"] == "interrupted"
-    assert len(run_directory.rows(out / "rounds.jsonl")) >= rounds
+    assert len(run_directory.rows(out / "rounds.jsonl")) >= 1
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)

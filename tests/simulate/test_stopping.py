@@ -24,8 +24,8 @@ from tests.conftest import ROOT, simulated, tiny
 from tests.simulate.test_resume import SMALL, result_of, resume, stop_after
 
 # With this seed the best rounds of both methods are not the last ones, and some accuracies are equal.
-EARLY = {"algorithm": "fedavg", "compare": "scarlet", **SMALL, "validation": 60, "patience": 3, "rounds": 8, "seed": 1}
-EARLY |= {"batch_size": 32}
+EARLY = {"algorithm": "fedavg", "compare": "scarlet", **SMALL, "validation": 60, "batch_size": 32}
+EARLY |= {"patience": 3, "rounds": 8, "seed": 1}
 
 
 def read(out, name="result.json"):

@@ -112,8 +112,8 @@ def test_a_run_sends_the_same_bytes_and_repeats_its_bits(method, stacks, tmp_pat
 
 def test_a_client_that_fails_does_not_affect_the_others(stacks, tmp_path, capsys):
     (tmp_path / "failing.py").write_text(FAILING)
-    changes = {"validation": 1300, "algorithm": f"{tmp_path}/failing.py:Failing", "min_clients": 1, "rounds": 1}
-    changes["batch_size"] = 32
+    algorithm = f"{tmp_path}/failing.py:Failing"
+    changes = {"validation": 1300, "algorithm": algorithm, "min_clients": 1, "rounds": 1, "batch_size": 32}
     (row,) = simulated(tmp_path / "run", **changes)
     (failure,) = row["failures"]
     assert failure["client"] == 1
@@ -231,8 +231,8 @@ def _of_first(outputs, labels):
 )
 def test_a_step_is_recorded_once_in_a_run(method, optimizer, schedule, count, stacks, tmp_path, monkeypatch):
     """Of the clients and of the server, for all rounds; the results are those of a run without recordings."""
-    options = {"validation": 1300, "algorithm": method, "rounds": 3, "optimizer": optimizer, "schedule": schedule}
-    options["batch_size"] = 32
+    options = {"validation": 1300, "algorithm": method, "rounds": 3, "batch_size": 32}
+    options |= {"optimizer": optimizer, "schedule": schedule}
     expected, steps = simulated(tmp_path / "one", **options), []
     graphs.forget()
     monkeypatch.setattr(graphs, "recorder", lambda _: lambda run: (steps.append(run), run)[1])

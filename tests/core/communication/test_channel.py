@@ -14,7 +14,7 @@ from fedkd.core.communication.channel import Channel
 from fedkd.core.communication.ledger import SerializedBytes
 from fedkd.core.communication.replies import Reply
 from fedkd.simulate import rounds
-from tests.conftest import reasons, simulated, tiny
+from tests.conftest import reasons, simulated, slow, tiny
 
 LOSSLESS = "float32:delta=true,coder=zstd"
 
@@ -213,7 +213,7 @@ KINDS = ["dsfl", "kt-pfl", "selective-fd", "density", "fedproto", "scarlet"]
 @pytest.mark.parametrize(
     ("text", "algorithm"),
     [  # each codec with two or three kinds, each kind with two or three codecs; the other pairs are slow
-        pytest.param(text, algorithm, marks=[pytest.mark.slow] * ((row + column) % 2))
+        slow(text, algorithm) if (row + column) % 2 else (text, algorithm)
         for row, text in enumerate(CODECS)
         for column, algorithm in enumerate(KINDS)
     ],
