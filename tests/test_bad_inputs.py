@@ -185,7 +185,7 @@ SIMULATE = [
     ("Ray's cluster", "--ray-address auto", 2, "need --engine ray"),
     ("Ray's CPUs", "--client-cpus 2", 2, "need --engine ray"),
     ("Ray's GPUs", "--client-gpus 0.5", 2, "need --engine ray"),
-    ("a GPU that is not there", "--device cuda:99", 2, "use cpu or auto"),
+    ("a GPU that is not there", "--device cuda:99", 2, r"(without CUDA|finds \d+ GPUs?); use cpu or auto"),
     ("a device without values", "--device meta", 2, "--device meta cannot be used here; use cpu or auto"),
     ("an unknown device", "--device abacus", 2, "--device abacus cannot be used here"),
     ("an unknown precision", "--precision fp8", 2, "--precision|precision 'fp8'"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from fedkd.algorithms.base import DISTILLATION, Algorithm, Client, Update
 from fedkd.core import specs
@@ -27,9 +27,11 @@ class Scaffold(Algorithm):
 
     With momentum, the gradients in that mean have the weights with which they moved the model (`total_step`), so
     that it stays a mean. Weights and the change of c_i are uploaded, weights and c are broadcast: twice FedAvg's
-    bytes. Means over clients are unweighted, as in the paper. c is the mean of the c_i only if every update is
-    accepted and no codec rounds it.
+    bytes. Means over clients are unweighted, as in the paper; with ``weighting="size"``, that of the weights is
+    FedAvg's, as in most public code. c is the mean of the c_i only if every update is accepted and no codec rounds it.
     """
+
+    weighting: Literal["uniform", "size"] = "uniform"
 
     ignores: ClassVar[frozenset[str]] = DISTILLATION
     assumes_sgd: ClassVar[bool] = True
@@ -68,11 +70,12 @@ class Scaffold(Algorithm):
         return {f"{prefix}/{name}": shape for prefix, those in named.items() for name, shape in those.items()}
 
     def aggregate(self, setup: Setup, state: Tensors, updates: Mapping[int, Update], seed: int) -> Tensors:
-        mean = weighted_mean([update.tensors for update in updates.values()], [1.0] * len(updates))
+        sizes = [update.examples if self.weighting == "size" else 1.0 for update in updates.values()]
+        weights = weighted_mean([take("student", update.tensors) for update in updates.values()], sizes)
+        changes = weighted_mean([take("control", update.tensors) for update in updates.values()], [1.0] * len(updates))
         share = len(updates) / setup.config.clients
-        changes = take("control", mean)
         control = {n: (c.double() + share * changes[n].double()).float() for n, c in take("control", state).items()}
-        return {**put("student", take("student", mean)), **put("control", control)}
+        return {**put("student", weights), **put("control", control)}
 
     def global_model(self, setup: Setup, state: Tensors) -> Tensors:
         return take("student", state)

@@ -81,5 +81,17 @@ def device(name: str) -> str:
     try:
         torch.zeros(1, device=name).item()  # read, since the device meta holds no values
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used here; use cpu or auto.") from error
+        raise UsageError(f"--device {name} cannot be used here{_reason(name)}; use cpu or auto.") from error
     return name
+
+
+def _reason(device: str) -> str:
+    """Why a GPU cannot be used, as far as PyTorch says; "" for other devices."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return ""
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]  # true with ROCm, too
+        return ", since this PyTorch is built without CUDA"
+    count = torch.cuda.device_count()
+    return f", where PyTorch finds {count} GPU{'s' * (count != 1)}"

@@ -228,6 +228,19 @@ def test_the_servers_control_variate_changes_by_the_fraction_of_participants(set
     assert all((tensor - 2 / 3).abs().max() < 1e-6 for tensor in tensors.take("control", new).values())
 
 
+@pytest.mark.parametrize(("text", "expected"), [("scaffold", 0.5), ("scaffold:weighting=size", 0.9)])
+def test_only_the_mean_of_the_weights_can_be_weighted_by_size(text, expected, setup):
+    algorithm = call(text)
+    state = algorithm.initial_state(setup)
+    updates = {
+        client: Update({name: torch.full_like(tensor, value) for name, tensor in state.items()}, size)
+        for client, value, size in ((0, 1.0, 9), (2, 0.0, 1))
+    }
+    new = algorithm.aggregate(setup, state, updates, seed=1)
+    assert all((tensor - expected).abs().max() < 1e-6 for tensor in tensors.take("student", new).values())
+    assert all((tensor - 2 / 3 * 0.5).abs().max() < 1e-6 for tensor in tensors.take("control", new).values())
+
+
 def test_models_drawn_around_the_clients_have_their_mean_and_variance():
     held = [{"w": torch.tensor([0.0, 5.0])}, {"w": torch.tensor([4.0, 5.0])}]
     drawn = torch.stack([m["w"] for m in fedbe.drawn_models(held, [1, 3], ["w"], 4000, "gaussian", seed=1)])
