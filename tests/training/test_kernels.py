@@ -222,7 +222,7 @@ def test_the_operator_of_group_normalization_can_be_compiled(shortcut):
 
 
 @needs_kernels
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", slow("bfloat16")])
 def test_a_stack_uses_the_kernels(precision, monkeypatch):
     """Its logits and gradients are those of PyTorch, and no weight is copied for a kernel."""
     with seeded(0):
