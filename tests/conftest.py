@@ -33,7 +33,7 @@ TINY = {
     "proxy": "holdout:size=40",
     "clients": 3,
     "rounds": 2,
-    "model": "cnn:width=4",
+    "model": "cnn:width=8",
     "partitioner": "iid",
     "local-epochs": 1,
     "batch-size": 64,

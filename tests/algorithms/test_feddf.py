@@ -12,7 +12,7 @@ from fedkd.core.errors import UsageError
 from fedkd.core.tensors import equal
 from fedkd.simulate.checks import check
 from fedkd.simulate.experiment import prepare
-from tests.conftest import TINY, tiny
+from tests.conftest import tiny
 
 
 def by_the_code(percentages, classes):
@@ -53,7 +53,7 @@ def experiment():
 def trained(experiment, noise):
     """Clients that are as good as each other, up to noise on their weights."""
     trainer, clients = experiment.setup.trainer, [experiment.client(c, 1, {}) for c in range(6)]
-    weights = trainer.initial_weights(TINY["model"])
+    weights = trainer.initial_weights("cnn:width=8")
     for client in clients:
         weights = trainer.train(client, weights)
     generator = torch.Generator().manual_seed(0)

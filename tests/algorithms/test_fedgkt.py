@@ -174,13 +174,13 @@ def test_a_client_with_more_samples_sends_the_same_part_of_them_in_each_round():
         ({"labels": torch.full((30,), 10)}, "labels that do not exist"),
         ({"labels": torch.full((30,), -1)}, "labels that do not exist"),
         ({"labels": torch.zeros(29, dtype=torch.int64)}, "other numbers of feature maps"),
-        ({"maps": torch.zeros(31, 16, 16, 4)}, "maps of shape"),
+        ({"maps": torch.zeros(31, 16, 16, 8)}, "maps of shape"),
     ],
 )
 def test_a_server_refuses_what_does_not_fit(changes, reason):
     experiment = prepare(tiny(algorithm=f"{GKT},samples=30"))
     algorithm, setup = experiment.algorithm, experiment.setup
-    maps, outputs = torch.zeros(30, 16, 16, 4), torch.zeros(30, 10)
+    maps, outputs = torch.zeros(30, 16, 16, 8), torch.zeros(30, 10)
     good = Update({"maps": maps, "outputs": outputs, "labels": torch.zeros(30, dtype=torch.int64)}, 100)
 
     def fault(update):

@@ -18,7 +18,7 @@ CHANGED = {
     "temperature": 3.0,
     "loss": "mse",
     "proxy-samples": 20,
-    "student": "cnn:width=6",
+    "student": "cnn:width=4",
     "distill-epochs": 3,
     "distill-learning-rate": 0.01,
     "distill-batch-size": 16,
