@@ -28,7 +28,7 @@ class Scaffold(Algorithm):
     With momentum, the gradients in that mean have the weights with which they moved the model (`total_step`), so
     that it stays a mean. Weights and the change of c_i are uploaded, weights and c are broadcast: twice FedAvg's
     bytes. Means over clients are unweighted, as in the paper; with ``weighting="size"``, that of the weights is
-    FedAvg's, as in most public code. c is the mean of the c_i only if every update is accepted and no codec rounds it.
+    FedAvg's, as in FedNTD's code. c is the mean of the c_i only if every update is accepted and no codec rounds it.
     """
 
     weighting: Literal["uniform", "size"] = "uniform"
