@@ -2,7 +2,7 @@
 
     python -m fedkd.bench.kernels --sweep
 
-Prints one JSON object a line. The tiles of ``fedkd.training.kernels`` are chosen from the sweep by hand; they are never
+Prints one JSON object a line. The tiles of `fedkd.training.kernels` are chosen from the sweep by hand; they are never
 chosen while a model is trained, since results would then differ from run to run.
 """
 
@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedkd.core.errors import UsageError
-from fedkd.training import kernels, norm_kernels
-from fedkd.training.kernels import Tile
+from fedkd.training.kernels import convolution, normalization
+from fedkd.training.kernels.convolution import Tile
 
 
 class Layer(NamedTuple):
@@ -70,7 +70,7 @@ class Case:
         size, dtype, memory = layer.size, PRECISIONS[precision], torch.channels_last
         self.x = random(clients * images, layer.channels, size, size).to(dtype, memory_format=memory)
         weight = random(clients, layer.outputs, layer.channels, layer.kernel, layer.kernel)
-        self.weight = kernels.taps_first(weight.to(dtype).float())
+        self.weight = convolution.taps_first(weight.to(dtype).float())
         result = (size + 2 * self.padding[0] - layer.kernel) // layer.stride + 1
         self.gradient = random(clients * images, layer.outputs, result, result).to(dtype, memory_format=memory)
 
@@ -79,20 +79,22 @@ class Case:
         channels, outputs, _, kernel, _ = self.layer
         options = (kernel, kernel), self.x.dtype, self.precision
         if name == "weight gradient":
-            return kernels.weight_gradient_tile(channels, outputs, *options)
+            return convolution.weight_gradient_tile(channels, outputs, *options)
         if name == "input gradient":
             channels, outputs = outputs, channels
-        return kernels.convolution_tile(channels, outputs, *options, name == "input gradient")
+        return convolution.convolution_tile(channels, outputs, *options, name == "input gradient")
 
     def run(self, name: str, tile: Tile) -> Tensor:
         """The result of a pass."""
         options = self.stride, self.padding, self.precision, tile
         if name == "forward":
-            return kernels.run_convolution(self.x, self.weight, None, *options)
+            return convolution.run_convolution(self.x, self.weight, None, *options)
         if name == "input gradient":
             size = self.x.shape[2:]
-            return kernels.run_convolution(self.gradient, self.weight.transpose(1, 2), None, *options, gradient_of=size)
-        return kernels.run_weight_gradient(self.x, self.gradient, len(self.weight), self.weight.shape[3:], *options)
+            return convolution.run_convolution(
+                self.gradient, self.weight.transpose(1, 2), None, *options, gradient_of=size
+            )
+        return convolution.run_weight_gradient(self.x, self.gradient, len(self.weight), self.weight.shape[3:], *options)
 
     def reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The results of PyTorch, client by client."""
@@ -113,7 +115,8 @@ class Case:
         elements = max(16, 1 << (channels * kernel**2 - 1).bit_length())
         block = min(64, max(16, 1 << (outputs - 1).bit_length()))
         if name == "weight gradient":
-            shapes = [(32, 64, 4), (32, 128, 4), (64, 64, 4), (64, 128, 4), (64, 128, 8), (32, 256, 8), (128, 64, 8)]
+            shapes = [(32, 32, 2), (32, 64, 2), (64, 64, 2), (32, 64, 4), (32, 128, 4), (64, 64, 4), (64, 128, 4)]
+            shapes += [(64, 128, 8), (32, 256, 8), (128, 64, 8)]
             for (positions, most, warps), stages, span in product(shapes, (1, 2), (256, 512, 1024, 2048)):
                 if most <= elements or most == 64:
                     yield Tile(positions, min(most, elements), block, warps, stages, span)
@@ -171,14 +174,14 @@ def norms(channels: int, size: int, precision: str, clients: int, images: int) -
     x, shortcut = case.x, case.gradient
     weight, bias = case.weight.flatten(1)[:, :channels].contiguous(), case.weight.flatten(1)[:, -channels:].contiguous()
     inputs = (x, weight, bias, shortcut, channels // 8, 1e-5, True)
-    results = norm_kernels._group_norm(*inputs)
+    results = normalization._group_norm(*inputs)
     parts = zip(x.double().chunk(clients), weight.double(), bias.double(), strict=True)
     exact = torch.cat([functional.group_norm(part, channels // 8, w, b) for part, w, b in parts])
     exact = (exact + shortcut.double()).relu()
-    backward = partial(norm_kernels._gradient, shortcut, x, results[0], weight, *results[1:], True, True)
+    backward = partial(normalization._gradient, shortcut, x, results[0], weight, *results[1:], True)
     return {
         "error": ((results[0] - exact).abs().max() / exact.abs().max()).item(),
-        "forward": microseconds(partial(norm_kernels._group_norm, *inputs)),
+        "forward": microseconds(partial(normalization._group_norm, *inputs)),
         "backward": microseconds(backward),
         "megabytes forward": 3 * x.nbytes / 1e6,
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fedkd.core.seeds import seeded
-from fedkd.training import kernels, norm_kernels, precision
+from fedkd.training import kernels, precision
+from fedkd.training.kernels import convolution, normalization, pooling
 
 if TYPE_CHECKING:
     from fedkd.core.tensors import Tensors
@@ -67,7 +69,7 @@ class Stack:
                 if old not in new:
                     values = torch.stack([each[f"{path}.{name}" if path else name] for each in weights]).to(old)
                     if isinstance(layer, _Conv2d) and values.dim() == 5 and layer._has_kernel(values):
-                        values = kernels.taps_first(values)
+                        values = convolution.taps_first(values)
                     new[old] = nn.Parameter(values, old.requires_grad) if tensors is layer._parameters else values
                 tensors[name] = new[old]
         self._tensors += new.values()
@@ -152,26 +154,6 @@ def check(module: nn.Module, x: Tensor) -> None:
         raise NotStackable("stacked, its outputs differ")
 
 
-def convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...] | str,
-    dilation: tuple[int, ...],
-    groups: int,
-) -> Tensor:
-    """The convolution of each client: x [K * B, C, H, W], weight [K, O, C / groups, h, w], bias [K, O].
-
-    One grouped convolution of PyTorch, whose channels are those of all clients.
-    """
-    count = len(weight)
-    channels = x.view(count, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
-    bias = None if bias is None else bias.flatten().to(x)
-    y = F.conv2d(channels, weight.flatten(0, 1).to(x), bias, stride, padding, dilation, count * groups)
-    return y.view(len(y), count, -1, *y.shape[2:]).transpose(0, 1).flatten(0, 1)
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The linear map of each client: x [K * B, ..., I], weight [K, O, I], bias [K, O].
 
@@ -197,12 +179,14 @@ class _Conv2d(_Layer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         x, stack = self._stack.cast(x), self._stack
         if self._has_kernel(x):
-            products: kernels.Precision = "tf32" if stack.precision == "tf32" else "ieee"
-            return kernels.conv2d(x, self.weight, self.bias, self.stride, self.padding, products)  # type: ignore[arg-type]
-        return convolution(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+            products: convolution.Precision = "tf32" if stack.precision == "tf32" else "ieee"
+            return convolution.conv2d(x, self.weight, self.bias, self.stride, self.padding, products)  # type: ignore[arg-type]
+        return convolution.grouped_conv2d(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
 
     def _has_kernel(self, x: Tensor) -> bool:
-        return not isinstance(self.padding, str) and kernels.covers(x, self.groups, self.dilation)  # type: ignore[arg-type]
+        return not isinstance(self.padding, str) and convolution.covers(x, self.groups, self.dilation)  # type: ignore[arg-type]
 
 
 class _Linear(_Layer, nn.Linear):
@@ -214,7 +198,8 @@ class _GroupNorm(_Layer, nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         x = self._stack.cast(x)
         if self.affine and x.dim() == 4 and kernels.is_available(x):
-            return norm_kernels.group_norm(x, self.weight, self.bias, self.num_groups, self.eps)
+            compute = partial(normalization.group_norm, x, self.weight, self.bias, self.num_groups, self.eps)
+            return normalization.Normalized(x, compute) if torch.is_grad_enabled() else compute()
         y = self._stack.split(F.group_norm(x, self.num_groups, eps=self.eps))
         if self.affine:
             y = y * _of_channels(self.weight, y) + _of_channels(self.bias, y)
@@ -262,6 +247,12 @@ class _BatchNorm(_Layer, nn.modules.batchnorm._BatchNorm):
         return mean, variance
 
 
+class _MaxPool2d(_Layer, nn.MaxPool2d):
+    def forward(self, x: Tensor) -> Tensor:
+        size = pooling.window(self)
+        return pooling.max_pool2d(x, size) if size and x.dim() == 4 and kernels.is_available(x) else super().forward(x)
+
+
 class _Embedding(_Layer, nn.Embedding):
     def forward(self, x: Tensor) -> Tensor:
         first = torch.arange(self._stack.count, device=x.device) * self.num_embeddings  # of a client
@@ -303,6 +294,7 @@ _LAYERS: dict[type[nn.Module], type[_Layer]] = {
     nn.LayerNorm: _LayerNorm,
     nn.BatchNorm1d: _BatchNorm,
     nn.BatchNorm2d: _BatchNorm,
+    nn.MaxPool2d: _MaxPool2d,
     nn.Embedding: _Embedding,
     nn.Dropout: _Dropout,
     nn.MultiheadAttention: _MultiheadAttention,

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch.nn import functional
 
 from fedkd.bench import kernels as bench
 from fedkd.core.seeds import seeded
-from fedkd.training import kernels, models, norm_kernels
+from fedkd.training import models
+from fedkd.training.kernels import convolution, normalization, pooling
 from fedkd.training.stack import Stack
 from tests.conftest import ROOT, slow
 
@@ -45,7 +47,8 @@ LAYERS = {
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_kernels_in_the_interpreter():
     """The tests below in another process: Triton reads the variable when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__]
+    files = [str(path) for path in Path(__file__).parent.glob("test_*kernels.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *files]
     env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=240, check=False)
     assert done.returncode == 0, done.stdout[-5000:]
@@ -74,7 +77,7 @@ def gradients(y, inputs, gradient):
 
 def computed(x, weight, bias, gradient, stride, padding, precision="ieee"):
     inputs = [None if tensor is None else tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
-    return gradients(kernels.conv2d(*inputs, stride, padding, precision), inputs, gradient)
+    return gradients(convolution.conv2d(*inputs, stride, padding, precision), inputs, gradient)
 
 
 def expected(x, weight, bias, gradient, stride, padding):
@@ -104,7 +107,7 @@ def test_a_convolution_equals_that_of_each_client(name, precision):
     assert_close(results, expected(*arguments), TOLERANCES[precision])
     assert {tensor.dtype for tensor in results} == {torch.float32}
     assert results[0].is_contiguous(memory_format=torch.channels_last)
-    assert results[2].stride() == kernels.taps_first(results[2]).stride()
+    assert results[2].stride() == convolution.taps_first(results[2]).stride()
 
 
 @needs_kernels
@@ -124,7 +127,7 @@ def test_results_depend_neither_on_strides_nor_on_other_clients_and_repeat():
     x, weight, bias, gradient, *rest = layer("several partial sums")
     rest.append("tf32")  # with the larger tiles; the benchmark below has the others, of ieee and bfloat16
     results = computed(x, weight, bias, gradient, *rest)
-    again = computed(x.contiguous(), kernels.taps_first(weight), bias, gradient.contiguous(), *rest)
+    again = computed(x.contiguous(), convolution.taps_first(weight), bias, gradient.contiguous(), *rest)
     assert all(map(torch.equal, results, again))
     last = computed(*(tensor.tensor_split(2)[1] for tensor in (x, weight, bias, gradient)), *rest)
     assert all(torch.equal(result.tensor_split(2)[1], part) for result, part in zip(results, last, strict=True))
@@ -156,69 +159,7 @@ def test_the_operator_can_be_compiled(bias):
     """Its fake tensors and gradients, as PyTorch checks them."""
     x, weight, bias, _, stride, padding = layer("one image, one client", bias=bias)
     tensors = [tensor if tensor is None else tensor.requires_grad_() for tensor in (x, weight, bias)]
-    torch.library.opcheck(kernels._conv2d, (*tensors, stride, padding, "ieee"))
-
-
-# Clients, images of each, channels, groups, size of the images.
-NORMS = {
-    "groups of eight": (2, 2, 16, 2, (5, 3)),
-    "three groups": (3, 1, 24, 3, (4, 4)),
-    "more than one block": (2, 2, 130, 13, (3, 1)),
-    "one group": (1, 2, 7, 1, (9, 9)),
-    "one large group": (1, 1, 96, 1, (8, 8)),
-}
-
-
-def normalized(name, dtype=torch.float32, shortcut=True, relu=True, only=slice(None)):
-    """The result and gradients of the kernel, and of PyTorch in float64, client by client."""
-    clients, images, channels, groups, size = NORMS[name]
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(clients, images, channels, *size)] * 3 + [(clients, channels)] * 2
-    x, gradient, addend, weight, bias = (torch.randn(shape, generator=generator).to(DEVICE)[only] for shape in shapes)
-    x, gradient, addend = (t.flatten(0, 1).to(dtype, memory_format=torch.channels_last) for t in (x, gradient, addend))
-    inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias, addend)[: 4 if shortcut else 3]]
-    y = norm_kernels.group_norm(*inputs[:3], groups, 1e-5, inputs[3] if shortcut else None, relu)
-    exact = [tensor.detach().cpu().double().requires_grad_() for tensor in inputs]
-    parts = zip(exact[0].chunk(len(weight)), exact[1], exact[2], strict=True)
-    reference = torch.cat([functional.group_norm(part, groups, w, b) for part, w, b in parts])
-    reference = reference + exact[3] if shortcut else reference
-    reference = reference.relu() if relu else reference
-    return gradients(y, inputs, gradient), gradients(reference, exact, gradient.cpu().double())
-
-
-@needs_kernels
-@pytest.mark.parametrize("name", NORMS)
-@pytest.mark.parametrize("shortcut", [True, False])
-@pytest.mark.parametrize("relu", [True, False])
-def test_group_normalization_equals_that_of_each_client(name, shortcut, relu):
-    results, references = normalized(name, shortcut=shortcut, relu=relu)
-    assert_close(results, references, TOLERANCES["ieee"])
-    assert results[0].is_contiguous(memory_format=torch.channels_last)
-
-
-@needs_kernels
-def test_group_normalization_of_bfloat16_has_float32_gradients_of_parameters():
-    results, references = normalized("groups of eight", torch.bfloat16)
-    assert_close(results, references, TOLERANCES["bfloat16"])
-    assert [tensor.dtype for tensor in results] == [torch.bfloat16] * 2 + [torch.float32] * 2 + [torch.bfloat16]
-
-
-@needs_kernels
-def test_group_normalization_repeats_and_is_independent_of_other_clients():
-    results, _ = normalized("three groups")
-    again, _ = normalized("three groups")
-    assert all(map(torch.equal, results, again))
-    last, _ = normalized("three groups", only=slice(2, None))
-    assert all(torch.equal(result[-len(part) :], part) for result, part in zip(results, last, strict=True))
-
-
-@needs_kernels
-@pytest.mark.parametrize("shortcut", [True, False])
-def test_the_operator_of_group_normalization_can_be_compiled(shortcut):
-    x = torch.randn(2, 4, 3, 3).to(DEVICE, memory_format=torch.channels_last).requires_grad_()
-    weight, bias = (torch.randn(1, 4).to(DEVICE).requires_grad_() for _ in range(2))
-    addend = torch.randn_like(x).requires_grad_() if shortcut else None
-    torch.library.opcheck(norm_kernels._group_norm, (x, weight, bias, addend, 2, 1e-5, True))
+    torch.library.opcheck(convolution._conv2d, (*tensors, stride, padding, "ieee"))
 
 
 @needs_kernels
@@ -228,9 +169,9 @@ def test_a_stack_uses_the_kernels(precision, monkeypatch):
     with seeded(0):
         own, calls = [models.build("resnet8:width=8", 10, "group").to(DEVICE) for _ in range(2)], []
     for name in ("conv2d", "taps_first"):
-        original = getattr(kernels, name)
+        original = getattr(convolution, name)
         monkeypatch.setattr(
-            kernels, name, lambda *rest, name=name, original=original: (calls.append(name), original(*rest))[1]
+            convolution, name, lambda *rest, name=name, original=original: (calls.append(name), original(*rest))[1]
         )
     stack = Stack(2, precision)
     network = stack.add(own[0], [each.state_dict() for each in own])
@@ -282,44 +223,55 @@ class _Compiled:
 @pytest.mark.skipif(find_spec("triton") is None or INTERPRETED, reason="needs Triton's compiler")
 @pytest.mark.parametrize("precision", [*map(slow, ("ieee", "tf32")), "bfloat16"])
 def test_the_kernels_are_compiled_for_a_gpu_without_one(monkeypatch, tmp_path, precision):
-    from fedkd.training import triton_kernels
+    from fedkd.training.kernels import triton_convolution, triton_normalization, triton_pooling
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    names = ("convolve", "weight_gradient", "add_parts", "group_norm", "group_norm_gradient")
-    compiled = {name: _Compiled(getattr(triton_kernels, name)) for name in names}
-    for name in names:
-        monkeypatch.setattr(triton_kernels, name, compiled[name])
+    compiled = {}
+    for module, names in (
+        (triton_convolution, ("convolve", "weight_gradient", "add_parts")),
+        (triton_normalization, ("group_norm", "group_norm_gradient")),
+        (triton_pooling, ("max_pool", "max_pool_gradient")),
+    ):
+        for name in names:
+            compiled[name] = _Compiled(getattr(module, name))
+            monkeypatch.setattr(module, name, compiled[name])
     case = bench.Case(bench.Layer(16, 32, 32, 3, 2), precision, clients=2, images=8)
     bias, ones = (torch.ones(2, channels, device=DEVICE) for channels in (32, 16))
     computed(case.x, case.weight, bias, case.gradient, case.stride, case.padding, case.precision)
     x = case.x.requires_grad_()
-    norm_kernels.group_norm(x, ones, ones, 2, 1e-5, torch.zeros_like(x), True).sum().backward()
+    normalization.group_norm(x, ones, ones, 2, 1e-5, torch.zeros_like(x), True).sum().backward()
+    pooling.max_pool2d(x, 2).sum().backward()
     assert {name: len(kernel.programs) for name, kernel in compiled.items()} == {
         "convolve": 2,
         "weight_gradient": 2,
         "add_parts": 3,
         "group_norm": 1,
         "group_norm_gradient": 1,
+        "max_pool": 1,
+        "max_pool_gradient": 1,
     }
+    # An image is read once: x, weight, bias, shortcut; gradient, x, y, weight, mean, scale; the window, the gradient.
+    loads = {name: kernel.programs[0].asm["ttgir"].count("tt.load") for name, kernel in compiled.items()}
+    assert loads["group_norm"] == 4
+    assert loads["group_norm_gradient"] == 6
+    assert loads["max_pool_gradient"] == 5
 
 
 def test_what_the_kernels_do_not_cover(monkeypatch):
     x = torch.zeros(1, 3, 4, 4, device=DEVICE)
-    monkeypatch.setattr(kernels, "_has_triton", lambda: True)
-    assert kernels.covers(x, 1, (1, 1)) == (INTERPRETED or DEVICE == "cuda")
+    monkeypatch.setattr("fedkd.training.kernels._has_triton", lambda: True)
+    assert convolution.covers(x, 1, (1, 1)) == (INTERPRETED or DEVICE == "cuda")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert kernels.covers(x.bfloat16(), 1, (1, 1))
-    assert not kernels.covers(x, 3, (1, 1))
-    assert not kernels.covers(x, 1, (1, 2))
-    assert not kernels.covers(x.double(), 1, (1, 1))
-    monkeypatch.setattr(kernels, "_has_triton", lambda: False)
-    assert not kernels.covers(x, 1, (1, 1))
+    assert convolution.covers(x.bfloat16(), 1, (1, 1))
+    assert not convolution.covers(x, 3, (1, 1))
+    assert not convolution.covers(x, 1, (1, 2))
+    assert not convolution.covers(x.double(), 1, (1, 1))
+    monkeypatch.setattr("fedkd.training.kernels._has_triton", lambda: False)
+    assert not convolution.covers(x, 1, (1, 1))
 
 
 def test_triton_is_imported_at_the_first_use():
-    code = (
-        "import sys, torch; from fedkd.training import kernels, norm_kernels; kernels.covers(torch.zeros(1), 1, (1, 1))"
-    )
-    code += "; print('triton' in sys.modules)"
+    code = "import sys, torch; from fedkd.training.kernels import convolution, normalization, pooling"
+    code += "; convolution.covers(torch.zeros(1), 1, (1, 1)); print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "False\n"

@@ -7,14 +7,14 @@ and type, and partial sums are added in a fixed order.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from fedkd.training.kernels import is_available
 
 Precision = Literal["ieee", "tf32"]
 
@@ -35,17 +35,6 @@ def covers(x: Tensor, groups: int, dilation: tuple[int, int]) -> bool:
     return groups == 1 and dilation == (1, 1) and is_available(x)
 
 
-def is_available(x: Tensor) -> bool:
-    """Whether there are kernels for the device and the type of x."""
-    runs = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return runs and x.dtype in (torch.float32, torch.bfloat16) and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -62,6 +51,26 @@ def conv2d(
     """
     y: Tensor = _conv2d(x, weight, bias, stride, padding, precision)
     return y
+
+
+def grouped_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """The convolution of each client: x [K * B, C, H, W], weight [K, O, C / groups, h, w], bias [K, O].
+
+    One convolution of PyTorch, whose channels are those of all clients: for what ``conv2d`` does not cover.
+    """
+    count = len(weight)
+    channels = x.view(count, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
+    bias = None if bias is None else bias.flatten().to(x)
+    y = functional.conv2d(channels, weight.flatten(0, 1).to(x), bias, stride, padding, dilation, count * groups)
+    return y.view(len(y), count, -1, *y.shape[2:]).transpose(0, 1).flatten(0, 1)
 
 
 def taps_first(weight: Tensor) -> Tensor:
@@ -175,14 +184,14 @@ def run_convolution(
     gradient_of: Sequence[int] | None = None,
 ) -> Tensor:
     """The convolution; or the gradient with respect to its input of the size ``gradient_of``, where x is that of y."""
-    from fedkd.training import triton_kernels
+    from fedkd.training.kernels import triton_convolution
 
     clients, outputs, _, *kernel = weight.shape
     y = _images(x, outputs, gradient_of or _result_size(x, weight, stride, padding))
     images = len(x) // clients
     grid = (_ceil(images * y[0, 0].numel(), tile.positions), _ceil(outputs, tile.outputs), clients)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        triton_kernels.convolve[grid](
+        triton_convolution.convolve[grid](
             x.contiguous(memory_format=torch.channels_last),
             weight,
             None if bias is None else bias.contiguous(),
@@ -208,7 +217,7 @@ def run_weight_gradient(
     tile: Tile,
 ) -> Tensor:
     """The gradient [K, O, C, h, w] with respect to the weight, of which ``kernel`` is (h, w)."""
-    from fedkd.training import triton_kernels
+    from fedkd.training.kernels import triton_convolution
 
     result = _weights(x, gradient, clients, kernel)
     outputs, size = gradient.shape[1], result[0].numel()
@@ -217,7 +226,7 @@ def run_weight_gradient(
     parts = result if count == 1 else x.new_empty((clients, count, size), dtype=torch.float32)
     blocks = _ceil(size // outputs, tile.elements) * _ceil(outputs, tile.outputs)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        triton_kernels.weight_gradient[blocks, count, clients](
+        triton_convolution.weight_gradient[blocks, count, clients](
             x.contiguous(memory_format=torch.channels_last),
             gradient.contiguous(memory_format=torch.channels_last),
             parts,
@@ -234,12 +243,12 @@ def run_weight_gradient(
 
 def add_parts(parts: Tensor, result: Tensor) -> None:
     """Write the sums of parts [K, count, ...] into the memory of the result, which has K times their size."""
-    from fedkd.training import triton_kernels
+    from fedkd.training.kernels import triton_convolution
 
     clients, count = parts.shape[:2]
     size = parts[0, 0].numel()
     with torch.cuda.device_of(parts):  # type: ignore[no-untyped-call]
-        triton_kernels.add_parts[_ceil(size, 256), clients](parts, result, count, size, 256)
+        triton_convolution.add_parts[_ceil(size, 256), clients](parts, result, count, size, 256)
 
 
 def _shape(
@@ -292,5 +301,9 @@ def weight_gradient_tile(
     span = 4096 if elements * outputs > 2**16 else 1024 if dtype == torch.bfloat16 else 512
     if dtype == torch.float32 and precision == "ieee":
         return Tile(16, _block(elements, 64), _block(outputs, 32), 4, 1, span)
-    # Tensor cores read transposed float32 only from shared memory written by threads, not by asynchronous copies.
-    return Tile(64, _block(elements, 64), _block(outputs, 64), 4, 1 if dtype == torch.float32 else 2, span)
+    if dtype == torch.float32:
+        # Instructions of four warps read float32 from shared memory only if the sum runs along its rows. Patches and
+        # gradients would be transposed into it, eight threads at a time waiting for one bank; two warps load them as
+        # they are.
+        return Tile(32, _block(elements, 64 if outputs <= 32 else 32), _block(outputs, 64), 2, 1, span)
+    return Tile(64, _block(elements, 64), _block(outputs, 64), 4, 2, span)

@@ -1,0 +1,230 @@
+"""Group normalization for K stacked clients in one kernel, with the shortcut and the ReLU that follow it (Triton).
+
+Like the convolution in ``kernels``: an operator of PyTorch, bitwise repeatable, each client independent of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+from fedkd.training.kernels.convolution import add_parts
+
+_RELU = (functional.relu, torch.relu, Tensor.relu)
+_ADD = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+
+
+class Normalized(Tensor):
+    """The result of `group_norm` before it is computed, so that a shortcut and ReLU can be part of the same kernel.
+
+    Networks are written as ever: of such a tensor, a sum with another tensor is such a tensor, and ReLU is computed by
+    the kernel. Every other use computes it first. It has a gradient. ``compute`` is `group_norm` with its inputs.
+    """
+
+    @staticmethod
+    def __new__(cls, x: Tensor, compute: Callable[..., Tensor], shortcut: Tensor | None = None) -> Normalized:
+        made: Normalized = Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device=x.device)
+        return made
+
+    def __init__(self, x: Tensor, compute: Callable[..., Tensor], shortcut: Tensor | None = None) -> None:
+        self._x, self._compute, self._shortcut = x, compute, shortcut
+        self._versions = self._current_versions()
+        self._value: Tensor | None = None
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in _RELU and args and args[0]._is_open():
+            result = args[0]._computed(relu=True)
+            if kwargs.get("inplace"):
+                args[0]._value = result
+            return result
+        if function in _ADD and len(args) == 2 and not kwargs:
+            this, other = args if isinstance(args[0], Normalized) else args[::-1]
+            if this._is_open() and this._takes(other):
+                other = other._computed() if isinstance(other, Normalized) else other
+                return Normalized(this._x, this._compute, other)
+        args, kwargs = pytree.tree_map_only(Normalized, Normalized._computed, (args, kwargs))
+        return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:
+        raise NotImplementedError(f"{function} of a normalization that is not computed")  # it has no memory
+
+    def _is_open(self) -> bool:
+        """Whether what follows can be computed with it."""
+        return self._value is None and torch.is_grad_enabled()
+
+    def _takes(self, other: Any) -> bool:
+        """Whether it can be its shortcut."""
+        is_alike = isinstance(other, Tensor) and (other.shape, other.dtype) == (self._x.shape, self._x.dtype)
+        return is_alike and self._shortcut is None
+
+    def _computed(self, relu: bool = False) -> Tensor:
+        """What it stands for, or ReLU of it."""
+        if self._value is not None:
+            return self._value
+        if self._versions != self._current_versions():
+            raise RuntimeError("the input of a normalization, or what was added to it, was changed in place")
+        with torch.enable_grad():
+            value = self._compute(shortcut=self._shortcut, relu=relu)
+        if not relu:
+            self._value = value
+        return value
+
+    def _current_versions(self) -> list[int]:
+        return [each._version for each in (self._x, self._shortcut) if each is not None]
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    epsilon: float = 1e-5,
+    shortcut: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """The normalized x [K*B, C, H, W], with each client's weight and bias [K, C], plus the shortcut; then ReLU.
+
+    x and the shortcut are float32 or bfloat16, in channels_last memory, and so is the result; what is between them is
+    float32. ``kernels.is_available(x)`` says whether it can be computed.
+    """
+    y: Tensor = _group_norm(x, weight, bias, shortcut, groups, epsilon, relu)[0]
+    return y
+
+
+@torch.library.custom_op("fedkd::group_norm", mutates_args=())
+def _group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, groups: int, epsilon: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, means and reciprocal standard deviations [K*B, groups]."""
+    from fedkd.training.kernels import triton_normalization
+
+    y, means, scales = _empty(x, groups)
+    grid, options, warps = _options(x, groups)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        triton_normalization.group_norm[grid](
+            _channels_last(x),
+            weight.contiguous(),
+            bias.contiguous(),
+            None if shortcut is None else _channels_last(shortcut),
+            y,
+            means,
+            scales,
+            len(x) // len(weight),
+            epsilon,
+            relu,
+            *options,
+            num_warps=warps,
+        )
+    return y, means, scales
+
+
+@_group_norm.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, groups: int, epsilon: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(x, groups)
+
+
+@torch.library.custom_op("fedkd::group_norm_gradient", mutates_args=())
+def _gradient(
+    gradient: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, means: Tensor, scales: Tensor, shortcut: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, of the shortcut (without elements if not asked for), and of weight and bias [2, K, C].
+
+    y is the result if it is one of ReLU.
+    """
+    from fedkd.training.kernels import triton_normalization
+
+    of_x, of_shortcut, of_parameters = _empty_gradients(x, weight, shortcut)
+    images = len(x) // len(weight)
+    parts = torch.empty((2, len(x), x.shape[1]), dtype=torch.float32, device=x.device)
+    grid, options, warps = _options(x, means.shape[1])
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        triton_normalization.group_norm_gradient[grid](
+            _channels_last(gradient),
+            _channels_last(x),
+            y,
+            weight.contiguous(),
+            means,
+            scales,
+            of_x,
+            of_shortcut if shortcut else None,
+            parts,
+            images,
+            *options,
+            num_warps=warps,
+        )
+    add_parts(parts.view(-1, images, x.shape[1]), of_parameters)
+    return of_x, of_shortcut, of_parameters
+
+
+@_gradient.register_fake
+def _(
+    gradient: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, means: Tensor, scales: Tensor, shortcut: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(x, weight, shortcut)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, _, shortcut, _, _, relu = inputs
+    y, means, scales = output
+    ctx.has_shortcut = shortcut is not None
+    ctx.mark_non_differentiable(means, scales)
+    ctx.set_materialize_grads(False)
+    # Without ReLU the next layer may work in place.
+    ctx.save_for_backward(x, y if relu else None, weight, means, scales)
+
+
+def _backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    x, y, *others = ctx.saved_tensors
+    of_x, of_shortcut, of_parameters = _gradient(gradient, x, y, *others, ctx.has_shortcut and y is not None)
+    of_shortcut = None if not ctx.has_shortcut else gradient if y is None else of_shortcut
+    return of_x, *of_parameters.unbind(), of_shortcut, None, None, None
+
+
+_group_norm.register_autograd(_backward, setup_context=_save)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _empty(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    means, scales = (torch.empty((len(x), groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    return y, means, scales
+
+
+def _empty_gradients(x: Tensor, weight: Tensor, shortcut: bool) -> tuple[Tensor, Tensor, Tensor]:
+    of_x = torch.empty_like(x, memory_format=torch.channels_last)
+    of_parameters = torch.empty((2, len(weight), x.shape[1]), dtype=torch.float32, device=x.device)
+    return of_x, torch.empty_like(of_x) if shortcut else x.new_empty(0), of_parameters
+
+
+def _options(x: Tensor, groups: int) -> tuple[tuple[int, int], tuple[int, ...], int]:
+    """The grid, the last arguments of both kernels, and the number of warps.
+
+    A block is whole groups of one image. Where all their positions fit into registers, they are read once.
+    """
+    images, channels, height, width = x.shape
+    size, positions = channels // groups, _power(height * width)
+    sector = 32 // x.element_size()  # memory is read in sectors of 32 bytes
+    block_channels = _power(max(size, min(channels, max(sector, min(64, 8192 // positions)))))
+    fits = positions * block_channels <= 16384
+    block_positions = positions if fits else max(1, 4096 // block_channels)
+    blocks = -(-groups // (block_channels // size))
+    warps = 16 if fits and positions * block_channels > 8192 else 8
+    return (images, blocks), (channels, groups, height * width, block_positions, block_channels), warps
+
+
+def _power(count: int) -> int:
+    """The smallest power of two from `count` on."""
+    return 1 << (count - 1).bit_length()

@@ -1,0 +1,86 @@
+"""Max pooling without overlap, in one kernel that keeps no indices (Triton; on a GPU).
+
+PyTorch's kernels for images in channels_last memory write and read eight bytes for each index.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+BLOCK = 1024
+
+
+def window(layer: nn.MaxPool2d) -> int:
+    """The size of the square windows of a layer that `max_pool2d` computes; of others 0."""
+    (height, width), stride, padding, dilation = map(
+        _pair, (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    )
+    is_covered = (height, stride, padding, dilation) == (width, (height, width), (0, 0), (1, 1))
+    return height if is_covered and not layer.ceil_mode and not layer.return_indices else 0
+
+
+def max_pool2d(x: Tensor, size: int) -> Tensor:
+    """The largest values [B, C, H // size, W // size] in windows of x [B, C, H, W], to the bit those of PyTorch.
+
+    x is float32 or bfloat16, in channels_last memory, and so is the result.
+    """
+    y: Tensor = _max_pool2d(x, size)
+    return y
+
+
+@torch.library.custom_op("fedkd::max_pool2d", mutates_args=())
+def _max_pool2d(x: Tensor, size: int) -> Tensor:
+    from fedkd.training.kernels import triton_pooling
+
+    y, x = _empty(x, size), x.contiguous(memory_format=torch.channels_last)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        triton_pooling.max_pool[_grid(y)](x, y, *x.shape[1:], size, BLOCK)
+    return y
+
+
+@_max_pool2d.register_fake
+def _(x: Tensor, size: int) -> Tensor:
+    return _empty(x, size)
+
+
+@torch.library.custom_op("fedkd::max_pool2d_gradient", mutates_args=())
+def _gradient(gradient: Tensor, x: Tensor, size: int) -> Tensor:
+    from fedkd.training.kernels import triton_pooling
+
+    of_x = torch.empty_like(x, memory_format=torch.channels_last)
+    if any(length % size for length in x.shape[2:]):  # outside of the windows
+        of_x.zero_()
+    gradient, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (gradient, x))
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        triton_pooling.max_pool_gradient[_grid(gradient)](gradient, x, of_x, *x.shape[1:], size, BLOCK)
+    return of_x
+
+
+@_gradient.register_fake
+def _(gradient: Tensor, x: Tensor, size: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+    x, ctx.size = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return _gradient(gradient, *ctx.saved_tensors, ctx.size), None
+
+
+_max_pool2d.register_autograd(_backward, setup_context=_save)
+
+
+def _empty(x: Tensor, size: int) -> Tensor:
+    shape = (*x.shape[:2], *(length // size for length in x.shape[2:]))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _grid(y: Tensor) -> tuple[int, int]:
+    return len(y), -(-y[0].numel() // BLOCK)
