@@ -108,7 +108,7 @@ def train(
 
         best = Best(stopping, tensors, sum(lengths), validate, result) if stopping else None
         for number, indices in enumerate(_order(sizes, lengths, generator), 1):
-            images = augmentation(pixels[indices].to(device), indices, generator)
+            images = augmentation(pixels.index_select(0, indices.to(pixels.device)).to(device), indices, generator)
             loss = objective(output_of(model, scaling(images), precision), targets[indices].to(device))
             if penalty is not None:
                 loss = loss + penalty(dict(model.named_parameters()))
