@@ -248,7 +248,7 @@ def add_parts(parts: Tensor, result: Tensor) -> None:
     clients, count = parts.shape[:2]
     size = parts[0, 0].numel()
     with torch.cuda.device_of(parts):  # type: ignore[no-untyped-call]
-        triton_convolution.add_parts[_ceil(size, 256), clients](parts, result, count, size, 256)
+        triton_convolution.add_parts[_ceil(size, 64), clients](parts, result, count, size, 16, 64)
 
 
 def _shape(

@@ -191,11 +191,13 @@ def weight_gradient(
 
 
 @triton.jit(do_not_specialize=["count"])
-def add_parts(parts, result, count, size: tl.constexpr, block: tl.constexpr):
-    """The sums [K, size] of parts [K, count, size], added in the order of the parts."""
+def add_parts(parts, result, count, size: tl.constexpr, block_parts: tl.constexpr, block: tl.constexpr):
+    """The sums [K, size] of parts [K, count, size], always added in the same order."""
     client = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * block + tl.arange(0, block)
-    total = tl.zeros((block,), tl.float32)
-    for part in range(count):
-        total += tl.load(parts + (client * count + part) * size + place, mask=place < size, other=0.0)
-    tl.store(result + client * size + place, total, mask=place < size)
+    total = tl.zeros((block_parts, block), tl.float32)
+    for start in range(0, count, block_parts):
+        part = start + tl.arange(0, block_parts)
+        exists = (part < count)[:, None] & (place < size)[None, :]
+        total += tl.load(parts + (client * count + part)[:, None] * size + place[None, :], mask=exists, other=0.0)
+    tl.store(result + client * size + place, tl.sum(total, 0), mask=place < size)
