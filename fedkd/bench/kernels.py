@@ -2,8 +2,8 @@
 
     python -m fedkd.bench.kernels --sweep
 
-Prints one JSON object a line. The tiles of `fedkd.training.kernels` are chosen from the sweep by hand; they are never
-chosen while a model is trained, since results would then differ from run to run.
+Prints one JSON object a line. The tiles of `fedkd.training.kernels.tiles` are chosen from the sweep by hand; they are
+never chosen while a model is trained, since results would then differ from run to run.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedkd.core.errors import UsageError
-from fedkd.training.kernels import convolution, normalization
-from fedkd.training.kernels.convolution import Tile
+from fedkd.training.kernels import convolution, normalization, tiles
+from fedkd.training.kernels.tiles import Tile
 
 
 class Layer(NamedTuple):
@@ -79,10 +79,10 @@ class Case:
         channels, outputs, _, kernel, _ = self.layer
         options = (kernel, kernel), self.x.dtype, self.precision
         if name == "weight gradient":
-            return convolution.weight_gradient_tile(channels, outputs, *options)
+            return tiles.weight_gradient_tile(channels, outputs, *options)
         if name == "input gradient":
             channels, outputs = outputs, channels
-        return convolution.convolution_tile(channels, outputs, *options, name == "input gradient")
+        return tiles.convolution_tile(channels, outputs, *options, name == "input gradient")
 
     def run(self, name: str, tile: Tile) -> Tensor:
         """The result of a pass."""
@@ -91,9 +91,7 @@ class Case:
             return convolution.run_convolution(self.x, self.weight, None, *options)
         if name == "input gradient":
             size = self.x.shape[2:]
-            return convolution.run_convolution(
-                self.gradient, self.weight.transpose(1, 2), None, *options, gradient_of=size
-            )
+            return convolution.run_input_gradient(self.gradient, self.weight, size, *options)
         return convolution.run_weight_gradient(self.x, self.gradient, len(self.weight), self.weight.shape[3:], *options)
 
     def reference(self, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -8,26 +8,17 @@ and type, and partial sums are added in a fixed order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from itertools import product
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fedkd.training.kernels import is_available
+from fedkd.training.kernels.tiles import Tile, convolution_tile, weight_gradient_tile
 
 Precision = Literal["ieee", "tf32"]
-
-
-class Tile(NamedTuple):
-    """How much a program of a kernel computes: blocks of a product, powers of two from 16."""
-
-    positions: int
-    elements: int
-    outputs: int
-    warps: int
-    stages: int
-    span: int = 0  # only of a weight gradient: the positions of one partial sum, a multiple of `positions`
 
 
 def covers(x: Tensor, groups: int, dilation: tuple[int, int]) -> bool:
@@ -98,7 +89,7 @@ def _input_gradient(
     gradient: Tensor, weight: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int], precision: str
 ) -> Tensor:
     tile = convolution_tile(weight.shape[1], weight.shape[2], weight.shape[3:], gradient.dtype, precision, True)
-    return run_convolution(gradient, weight.transpose(1, 2), None, stride, padding, precision, tile, gradient_of=size)
+    return run_input_gradient(gradient, weight, size, stride, padding, precision, tile)
 
 
 @_input_gradient.register_fake
@@ -181,14 +172,64 @@ def run_convolution(
     padding: Sequence[int],
     precision: str,
     tile: Tile,
-    gradient_of: Sequence[int] | None = None,
 ) -> Tensor:
-    """The convolution; or the gradient with respect to its input of the size ``gradient_of``, where x is that of y."""
+    """The convolution."""
+    y = _images(x, weight.shape[1], _result_size(x, weight, stride, padding))
+    _convolve(x, weight, bias, y, stride, padding, precision, tile)
+    return y
+
+
+def run_input_gradient(
+    gradient: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    precision: str,
+    tile: Tile,
+) -> Tensor:
+    """The gradient with respect to an input of this size (H, W).
+
+    A row (or column) of the input meets some rows of the kernel, the same as every row at a distance of the stride. So
+    these rows are a convolution without a stride, by a part of the kernel in reverse.
+    """
+    weight = weight.transpose(1, 2)
+    y = _images(gradient, weight.shape[1], size)
+    if any(step > length for step, length in zip(stride, weight.shape[3:], strict=True)):
+        y.zero_()  # there are rows without any
+    for first in product(*map(range, stride)):
+        ends = [divmod(f + pad, step) for f, pad, step in zip(first, padding, stride, strict=True)]
+        (rows, kernel_rows), (columns, kernel_columns) = (
+            (slice(start, None, step), slice(left, None, step))
+            for start, (_, left), step in zip(first, ends, stride, strict=True)
+        )
+        part, taps = y[..., rows, columns], weight[..., kernel_rows, kernel_columns]
+        if part.numel() and taps.numel():
+            pads = [length - 1 - end for length, (end, _) in zip(taps.shape[3:], ends, strict=True)]
+            _convolve(gradient, taps, None, part, (1, 1), pads, precision, tile, reverse=True)
+    return y
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    precision: str,
+    tile: Tile,
+    *,
+    reverse: bool = False,
+) -> None:
+    """Write the convolution of x into y; with ``reverse`` by the weight with its rows and columns in reverse."""
     from fedkd.training.kernels import triton_convolution
 
     clients, outputs, _, *kernel = weight.shape
-    y = _images(x, outputs, gradient_of or _result_size(x, weight, stride, padding))
-    images = len(x) // clients
+    images, strides, first = len(x) // clients, list(weight.stride()), 0
+    if reverse:
+        first = sum((length - 1) * step for length, step in zip(kernel, strides[3:], strict=True))
+        strides[3:] = [-step for step in strides[3:]]
     grid = (_ceil(images * y[0, 0].numel(), tile.positions), _ceil(outputs, tile.outputs), clients)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         triton_convolution.convolve[grid](
@@ -197,13 +238,14 @@ def run_convolution(
             None if bias is None else bias.contiguous(),
             y,
             images,
-            *weight.stride(),
+            first,
+            *strides,
             outputs,
             *_shape(x, y, kernel, stride, padding),
-            gradient_of is not None,
+            y.stride(0),
+            *y.stride()[2:],
             **_options(tile, x.dtype, precision),
         )
-    return y
 
 
 def run_weight_gradient(
@@ -270,40 +312,3 @@ def _options(tile: Tile, dtype: torch.dtype, precision: str) -> dict[str, Any]:
 
 def _ceil(count: int, size: int) -> int:
     return -(-count // size)
-
-
-def _block(count: int, largest: int) -> int:
-    """The smallest power of two from 16 that holds so many, and at most the largest."""
-    return min(largest, max(16, 1 << (count - 1).bit_length()))
-
-
-# Measured on an H200 for 20 clients with 32 images each: `python -m fedkd.bench.kernels --sweep`. One rule for all
-# layers of resnet8, resnet20 and cnn takes little longer than the fastest tile of each of them.
-def convolution_tile(
-    channels: int, outputs: int, kernel: Sequence[int], dtype: torch.dtype, precision: str, is_gradient: bool
-) -> Tile:
-    """The tile of a convolution with so many input and output channels; of an input gradient they are exchanged."""
-    elements = channels * kernel[0] * kernel[1]
-    if dtype == torch.float32 and precision == "ieee":  # without tensor cores; larger blocks are slow to compile
-        return Tile(64, 16, _block(outputs, 32), 4, 1)
-    block = _block(elements, 32), _block(outputs, 64)
-    if dtype == torch.bfloat16:
-        return Tile(256, *block, 8, 1)
-    return Tile(128, *block, 4, 3) if is_gradient else Tile(256, *block, 8, 2)
-
-
-def weight_gradient_tile(
-    channels: int, outputs: int, kernel: Sequence[int], dtype: torch.dtype, precision: str
-) -> Tile:
-    """The tile of a weight gradient."""
-    elements = channels * kernel[0] * kernel[1]
-    # Each partial sum is as large as the weights.
-    span = 4096 if elements * outputs > 2**16 else 1024 if dtype == torch.bfloat16 else 512
-    if dtype == torch.float32 and precision == "ieee":
-        return Tile(16, _block(elements, 64), _block(outputs, 32), 4, 1, span)
-    if dtype == torch.float32:
-        # Instructions of four warps read float32 from shared memory only if the sum runs along its rows. Patches and
-        # gradients would be transposed into it, eight threads at a time waiting for one bank; two warps load them as
-        # they are.
-        return Tile(32, _block(elements, 64 if outputs <= 32 else 32), _block(outputs, 64), 2, 1, span)
-    return Tile(64, _block(elements, 64), _block(outputs, 64), 4, 2, span)

@@ -22,18 +22,16 @@ def _add_product(total, a, b, precision: tl.constexpr):
 
 
 @triton.jit
-def _source(
-    position, offset, size: tl.constexpr, stride: tl.constexpr, padding: tl.constexpr, transposed: tl.constexpr
-):
+def _place(position, out_height: tl.constexpr, out_width: tl.constexpr):
+    """The image, row and column of a position."""
+    return position // (out_height * out_width), position // out_width % out_height, position % out_width
+
+
+@triton.jit
+def _source(position, offset, size: tl.constexpr, stride: tl.constexpr, padding: tl.constexpr):
     """The row (or column) of the input at an offset in the kernel, and whether there is one."""
-    if transposed:
-        shifted = position + padding - offset
-        source = shifted // stride
-        exists = (shifted >= 0) & (source * stride == shifted) & (source < size)
-    else:
-        source = position * stride + offset - padding
-        exists = (source >= 0) & (source < size)
-    return source, exists
+    source = position * stride + offset - padding
+    return source, (source >= 0) & (source < size)
 
 
 @triton.jit
@@ -53,19 +51,12 @@ def _patches(
     stride_width: tl.constexpr,
     padding_height: tl.constexpr,
     padding_width: tl.constexpr,
-    transposed: tl.constexpr,
 ):
     """A block [positions, kernel elements] of one client's matrix of patches."""
-    image = position // (out_height * out_width)
-    row = position // out_width % out_height
-    column = position % out_width
+    image, row, column = _place(position, out_height, out_width)
     tap, channel = element // channels, element % channels
-    h, h_exists = _source(
-        row[:, None], (tap // kernel_width)[None, :], height, stride_height, padding_height, transposed
-    )
-    w, w_exists = _source(
-        column[:, None], (tap % kernel_width)[None, :], width, stride_width, padding_width, transposed
-    )
+    h, h_exists = _source(row[:, None], (tap // kernel_width)[None, :], height, stride_height, padding_height)
+    w, w_exists = _source(column[:, None], (tap % kernel_width)[None, :], width, stride_width, padding_width)
     exists = h_exists & w_exists & (image < images)[:, None] & (tap < kernel_height * kernel_width)[None, :]
     first = (tl.program_id(2) * images + image).to(tl.int64) * (height * width * channels)
     return tl.load(x + first[:, None] + ((h * width + w) * channels + channel[None, :]), mask=exists, other=0.0)
@@ -78,6 +69,7 @@ def convolve(
     bias,
     y,
     images,
+    weight_first,
     weight_client,
     weight_out,
     weight_in,
@@ -95,7 +87,9 @@ def convolve(
     stride_width: tl.constexpr,
     padding_height: tl.constexpr,
     padding_width: tl.constexpr,
-    transposed: tl.constexpr,
+    y_image: tl.constexpr,
+    y_row: tl.constexpr,
+    y_column: tl.constexpr,
     precision: tl.constexpr,
     block_positions: tl.constexpr,
     block_elements: tl.constexpr,
@@ -103,8 +97,8 @@ def convolve(
 ):
     """The convolution [K, images, out_height, out_width, outputs] of x [K, images, height, width, channels].
 
-    The weights have any strides. If ``transposed``, it is the gradient of such a convolution with respect to its
-    input: the stride divides positions, and the kernel is read in reverse.
+    The weights have any strides, also negative ones, and begin at ``weight_first``; y has those of its images, rows and
+    columns.
     """
     client = tl.program_id(2).to(tl.int64)
     position = tl.program_id(0) * block_positions + tl.arange(0, block_positions)
@@ -114,10 +108,15 @@ def convolve(
         element = start + tl.arange(0, block_elements)
         patches = _patches(
             x, images, position, element, channels, height, width, out_height, out_width, kernel_height, kernel_width,
-            stride_height, stride_width, padding_height, padding_width, transposed,
+            stride_height, stride_width, padding_height, padding_width,
         )  # fmt: skip
         tap, channel = element // channels, element % channels
-        place = channel * weight_in + (tap // kernel_width) * weight_row + (tap % kernel_width) * weight_column
+        place = (
+            weight_first
+            + channel * weight_in
+            + (tap // kernel_width) * weight_row
+            + (tap % kernel_width) * weight_column
+        )
         filters = tl.load(
             weight + client * weight_client + place[:, None] + (output * weight_out)[None, :],
             mask=(tap < kernel_height * kernel_width)[:, None] & (output < outputs)[None, :],
@@ -126,11 +125,12 @@ def convolve(
         total = _add_product(total, patches, filters.to(patches.dtype), precision)
     if bias is not None:
         total += tl.load(bias + client * outputs + output, mask=output < outputs, other=0.0)[None, :]
-    count = images * (out_height * out_width)
+    image, row, column = _place(position, out_height, out_width)
+    place = (client * images + image) * y_image + row * y_row + column * y_column
     tl.store(
-        y + ((client * count + position) * outputs)[:, None] + output[None, :],
+        y + place[:, None] + output[None, :],
         total.to(y.dtype.element_ty),
-        mask=(position < count)[:, None] & (output < outputs)[None, :],
+        mask=(image < images)[:, None] & (output < outputs)[None, :],
     )
 
 
@@ -174,7 +174,7 @@ def weight_gradient(
         position = start + tl.arange(0, block_positions)
         patches = _patches(
             x, images, position, element, channels, height, width, out_height, out_width, kernel_height, kernel_width,
-            stride_height, stride_width, padding_height, padding_width, False,
+            stride_height, stride_width, padding_height, padding_width,
         )  # fmt: skip
         values = tl.load(
             gradient + ((client * count + position) * outputs)[:, None] + output[None, :],
@@ -191,7 +191,7 @@ def weight_gradient(
 
 
 @triton.jit(do_not_specialize=["count"])
-def add_parts(parts, result, count, size: tl.constexpr, block_parts: tl.constexpr, block: tl.constexpr):
+def add_parts(parts, result, count, size, block_parts: tl.constexpr, block: tl.constexpr):
     """The sums [K, size] of parts [K, count, size], always added in the same order."""
     client = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * block + tl.arange(0, block)
