@@ -172,14 +172,14 @@ def norms(channels: int, size: int, precision: str, clients: int, images: int) -
     x, shortcut = case.x, case.gradient
     weight, bias = case.weight.flatten(1)[:, :channels].contiguous(), case.weight.flatten(1)[:, -channels:].contiguous()
     inputs = (x, weight, bias, shortcut, channels // 8, 1e-5, True)
-    results = normalization._group_norm(*inputs)
+    results = normalization.run_group_norm(*inputs)
     parts = zip(x.double().chunk(clients), weight.double(), bias.double(), strict=True)
     exact = torch.cat([functional.group_norm(part, channels // 8, w, b) for part, w, b in parts])
     exact = (exact + shortcut.double()).relu()
-    backward = partial(normalization._gradient, shortcut, x, results[0], weight, *results[1:], True)
+    backward = partial(normalization.run_gradient, shortcut, x, results[0], weight, *results[1:], True)
     return {
         "error": ((results[0] - exact).abs().max() / exact.abs().max()).item(),
-        "forward": microseconds(partial(normalization._group_norm, *inputs)),
+        "forward": microseconds(partial(normalization.run_group_norm, *inputs)),
         "backward": microseconds(backward),
         "megabytes forward": 3 * x.nbytes / 1e6,
     }

@@ -154,15 +154,6 @@ def test_every_tile_of_a_sweep_computes_the_same(name):
 
 
 @needs_kernels
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_operator_can_be_compiled(bias):
-    """Its fake tensors and gradients, as PyTorch checks them."""
-    x, weight, bias, _, stride, padding = layer("one image, one client", bias=bias)
-    tensors = [tensor if tensor is None else tensor.requires_grad_() for tensor in (x, weight, bias)]
-    torch.library.opcheck(convolution._conv2d, (*tensors, stride, padding, "ieee"))
-
-
-@needs_kernels
 @pytest.mark.parametrize("precision", ["float32", slow("bfloat16")])
 def test_a_stack_uses_the_kernels(precision, monkeypatch):
     """Its logits and gradients are those of PyTorch, and no weight is copied for a kernel."""

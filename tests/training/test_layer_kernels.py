@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 from fedkd.core.seeds import seeded
-from fedkd.training.kernels import normalization, pooling
+from fedkd.training.kernels import convolution, normalization, pooling
 from fedkd.training.stack import Stack
+from tests.conftest import ROOT
 from tests.training.test_kernels import DEVICE, TOLERANCES, assert_close, gradients, needs_kernels
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -65,15 +69,6 @@ def test_group_normalization_repeats_and_is_independent_of_other_clients():
     assert all(map(torch.equal, results, again))
     last, _ = normalized("three groups", only=slice(2, None))
     assert all(torch.equal(result[-len(part) :], part) for result, part in zip(results, last, strict=True))
-
-
-@needs_kernels
-@pytest.mark.parametrize("shortcut", [True, False])
-def test_the_operator_of_group_normalization_can_be_compiled(shortcut):
-    x = torch.randn(2, 4, 3, 3).to(DEVICE, memory_format=torch.channels_last).requires_grad_()
-    weight, bias = (torch.randn(1, 4).to(DEVICE).requires_grad_() for _ in range(2))
-    addend = torch.randn_like(x).requires_grad_() if shortcut else None
-    torch.library.opcheck(normalization._group_norm, (x, weight, bias, addend, 2, 1e-5, True))
 
 
 # What follows a normalization y and another one u of x; whether a shortcut and ReLU are computed with them.
@@ -198,12 +193,37 @@ def test_pooling_equals_that_of_pytorch_to_the_bit(name, dtype):
 
 
 @needs_kernels
-def test_the_operator_of_pooling_can_be_compiled():
-    x = torch.randn(2, 3, 5, 4).to(DEVICE, memory_format=torch.channels_last).requires_grad_()
-    torch.library.opcheck(pooling._max_pool2d, (x, 2))
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: convolution.conv2d(x, torch.ones(1, 2, 8, 1, 1, device=DEVICE), None, (1, 1), (0, 0), "ieee"),
+        lambda x: normalization.group_norm(x, *torch.ones(2, 1, 8, device=DEVICE), 1),
+        lambda x: pooling.max_pool2d(x, 2),
+    ],
+)
+def test_there_are_no_second_derivatives(compute):
+    x = torch.randn(2, 8, 4, 4, device=DEVICE).requires_grad_()
+    (first,) = torch.autograd.grad(compute(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 def test_the_windows_that_the_kernel_covers():
     assert pooling.window(nn.MaxPool2d(2)) == pooling.window(nn.MaxPool2d((2, 2), 2)) == 2
     others = [((2, 3),), (3, 2), (2, 2, 1), (2, 2, 0, 2), (2, 2, 0, 1, True), (2, 2, 0, 1, False, True)]
     assert [pooling.window(nn.MaxPool2d(*options)) for options in others] == [0] * len(others)
+
+
+@needs_kernels
+def test_a_step_does_not_import_the_compiler():
+    """Which takes more than a second, in every process."""
+    code = f"""
+import sys, torch
+from torch import nn
+from fedkd.training.stack import Stack
+module = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(1, 8), nn.ReLU(), nn.MaxPool2d(2)).to({DEVICE!r})
+Stack(2).add(module, [module.state_dict()] * 2)(torch.ones(2, 3, 4, 4, device={DEVICE!r})).sum().backward()
+print([name for name in ("triton", "torch._dynamo") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "['triton']\n"

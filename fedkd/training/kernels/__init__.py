@@ -1,7 +1,7 @@
 """Layers of K stacked clients, each with its own weights, in one kernel (Triton; on a GPU).
 
-Each is an operator of PyTorch with a gradient, so it can be compiled and captured. Results are bitwise repeatable, and
-a client's results do not depend on the other clients.
+Results are bitwise repeatable, and a client's do not depend on the other clients. They are no operators of
+``torch.library``, whose first call imports PyTorch's compiler for more than a second.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Convolution for K stacked clients, each with its own weights, in one kernel (Triton; on a GPU).
 
-``conv2d`` is an operator of PyTorch with a gradient, so it can be compiled and captured. Its results are bitwise
-repeatable, and a client's results do not depend on the other clients: sizes of blocks are functions of a layer's shape
-and type, and partial sums are added in a fixed order.
+Results are bitwise repeatable, and a client's do not depend on the other clients: sizes of blocks are functions of a
+layer's shape and type, and partial sums are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fedkd.training.kernels import is_available
@@ -40,8 +40,8 @@ def conv2d(
     gradients and all sums are float32; ``precision`` is that of products of float32. Weights may have any strides.
     The fastest are those of ``taps_first``, which the gradient has.
     """
-    y: Tensor = _conv2d(x, weight, bias, stride, padding, precision)
-    return y
+    x = x.contiguous(memory_format=torch.channels_last)
+    return _Convolution.apply(x, weight, bias, stride, padding, precision)  # type: ignore[no-any-return]
 
 
 def grouped_conv2d(
@@ -69,84 +69,43 @@ def taps_first(weight: Tensor) -> Tensor:
     return weight.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2)
 
 
-@torch.library.custom_op("fedkd::conv2d", mutates_args=())
-def _conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], precision: str
-) -> Tensor:
-    tile = convolution_tile(weight.shape[2], weight.shape[1], weight.shape[3:], x.dtype, precision, False)
-    return run_convolution(x, weight, bias, stride, padding, precision, tile)
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        precision: Precision,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.options = stride, padding, precision
+        tile = convolution_tile(weight.shape[2], weight.shape[1], weight.shape[3:], x.dtype, precision, False)
+        return run_convolution(x, weight, bias, stride, padding, precision, tile)
 
-
-@_conv2d.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], precision: str
-) -> Tensor:
-    return _images(x, weight.shape[1], _result_size(x, weight, stride, padding))
-
-
-@torch.library.custom_op("fedkd::conv2d_input_gradient", mutates_args=())
-def _input_gradient(
-    gradient: Tensor, weight: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int], precision: str
-) -> Tensor:
-    tile = convolution_tile(weight.shape[1], weight.shape[2], weight.shape[3:], gradient.dtype, precision, True)
-    return run_input_gradient(gradient, weight, size, stride, padding, precision, tile)
-
-
-@_input_gradient.register_fake
-def _(
-    gradient: Tensor, weight: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int], precision: str
-) -> Tensor:
-    return _images(gradient, weight.shape[2], size)
-
-
-@torch.library.custom_op("fedkd::conv2d_weight_gradient", mutates_args=())
-def _weight_gradient(
-    x: Tensor,
-    gradient: Tensor,
-    clients: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    precision: str,
-) -> Tensor:
-    tile = weight_gradient_tile(x.shape[1], gradient.shape[1], kernel, x.dtype, precision)
-    return run_weight_gradient(x, gradient, clients, kernel, stride, padding, precision, tile)
-
-
-@_weight_gradient.register_fake
-def _(
-    x: Tensor,
-    gradient: Tensor,
-    clients: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    precision: str,
-) -> Tensor:
-    return _weights(x, gradient, clients, kernel)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.stride, ctx.padding, ctx.precision = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    clients, _, _, *kernel = weight.shape
-    of_x = of_weight = of_bias = None
-    if ctx.needs_input_grad[0]:
-        of_x = _input_gradient(gradient, weight, x.shape[2:], ctx.stride, ctx.padding, ctx.precision)
-    if ctx.needs_input_grad[1]:
-        of_weight = _weight_gradient(x, gradient, clients, kernel, ctx.stride, ctx.padding, ctx.precision)
-    if ctx.needs_input_grad[2]:
-        # A bias is the weight of a constant input. In a sum of PyTorch the order may depend on the number of clients.
-        ones = _images(gradient, 1, gradient.shape[2:]).fill_(1)
-        of_bias = _weight_gradient(ones, gradient, clients, (1, 1), (1, 1), (0, 0), "ieee").flatten(1)
-    return of_x, of_weight, of_bias, None, None, None
-
-
-_conv2d.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        clients, outputs, channels, *kernel = weight.shape
+        stride, padding, precision = ctx.options
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            tile = convolution_tile(outputs, channels, kernel, x.dtype, precision, True)
+            of_x = run_input_gradient(gradient, weight, x.shape[2:], stride, padding, precision, tile)
+        if ctx.needs_input_grad[1]:
+            tile = weight_gradient_tile(channels, outputs, kernel, x.dtype, precision)
+            of_weight = run_weight_gradient(x, gradient, clients, kernel, stride, padding, precision, tile)
+        if ctx.needs_input_grad[2]:
+            # A bias is the weight of a constant input. In a sum of PyTorch the order may depend on the number of
+            # clients.
+            ones = _images(gradient, 1, gradient.shape[2:]).fill_(1)
+            tile = weight_gradient_tile(1, outputs, (1, 1), x.dtype, "ieee")
+            of_bias = run_weight_gradient(ones, gradient, clients, (1, 1), (1, 1), (0, 0), "ieee", tile).flatten(1)
+        return of_x, of_weight, of_bias, None, None, None
 
 
 def _result_size(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> list[int]:

@@ -1,6 +1,6 @@
 """Group normalization for K stacked clients in one kernel, with the shortcut and the ReLU that follow it (Triton).
 
-Like the convolution in ``kernels``: an operator of PyTorch, bitwise repeatable, each client independent of the others.
+Like the convolution: bitwise repeatable, each client independent of the others.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
@@ -95,25 +96,55 @@ def group_norm(
     x and the shortcut are float32 or bfloat16, in channels_last memory, and so is the result; what is between them is
     float32. ``kernels.is_available(x)`` says whether it can be computed.
     """
-    y: Tensor = _group_norm(x, weight, bias, shortcut, groups, epsilon, relu)[0]
-    return y
+    x = x.contiguous(memory_format=torch.channels_last)
+    if shortcut is not None:
+        shortcut = shortcut.contiguous(memory_format=torch.channels_last)
+    return _Normalization.apply(x, weight, bias, shortcut, groups, epsilon, relu)  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op("fedkd::group_norm", mutates_args=())
-def _group_norm(
+class _Normalization(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        shortcut: Tensor | None,
+        groups: int,
+        epsilon: float,
+        relu: bool,
+    ) -> Tensor:
+        y, means, scales = run_group_norm(x, weight, bias, shortcut, groups, epsilon, relu)
+        ctx.has_shortcut = shortcut is not None
+        # Without ReLU the next layer may work in place.
+        ctx.save_for_backward(x, y if relu else None, weight, means, scales)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, weight, means, scales = ctx.saved_tensors
+        inputs = gradient, x, y, weight, means, scales
+        of_x, of_shortcut, of_parameters = run_gradient(*inputs, shortcut=ctx.has_shortcut and y is not None)
+        of_shortcut = None if not ctx.has_shortcut else gradient if y is None else of_shortcut
+        return of_x, *of_parameters.unbind(), of_shortcut, None, None, None
+
+
+def run_group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, groups: int, epsilon: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, means and reciprocal standard deviations [K*B, groups]."""
     from fedkd.training.kernels import triton_normalization
 
-    y, means, scales = _empty(x, groups)
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    means, scales = (torch.empty((len(x), groups), dtype=torch.float32, device=x.device) for _ in range(2))
     grid, options, warps = _options(x, groups)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         triton_normalization.group_norm[grid](
-            _channels_last(x),
+            x,
             weight.contiguous(),
             bias.contiguous(),
-            None if shortcut is None else _channels_last(shortcut),
+            shortcut,
             y,
             means,
             scales,
@@ -126,37 +157,31 @@ def _group_norm(
     return y, means, scales
 
 
-@_group_norm.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, groups: int, epsilon: float, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(x, groups)
-
-
-@torch.library.custom_op("fedkd::group_norm_gradient", mutates_args=())
-def _gradient(
+def run_gradient(
     gradient: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, means: Tensor, scales: Tensor, shortcut: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, of the shortcut (without elements if not asked for), and of weight and bias [2, K, C].
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The gradients of x, of the shortcut if asked for, and of weight and bias [2, K, C].
 
     y is the result if it is one of ReLU.
     """
     from fedkd.training.kernels import triton_normalization
 
-    of_x, of_shortcut, of_parameters = _empty_gradients(x, weight, shortcut)
+    of_x = torch.empty_like(x, memory_format=torch.channels_last)
+    of_shortcut = torch.empty_like(of_x) if shortcut else None
+    of_parameters = torch.empty((2, len(weight), x.shape[1]), dtype=torch.float32, device=x.device)
     images = len(x) // len(weight)
     parts = torch.empty((2, len(x), x.shape[1]), dtype=torch.float32, device=x.device)
     grid, options, warps = _options(x, means.shape[1])
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         triton_normalization.group_norm_gradient[grid](
-            _channels_last(gradient),
-            _channels_last(x),
+            gradient.contiguous(memory_format=torch.channels_last),
+            x,
             y,
             weight.contiguous(),
             means,
             scales,
             of_x,
-            of_shortcut if shortcut else None,
+            of_shortcut,
             parts,
             images,
             *options,
@@ -164,49 +189,6 @@ def _gradient(
         )
     add_parts(parts.view(-1, images, x.shape[1]), of_parameters)
     return of_x, of_shortcut, of_parameters
-
-
-@_gradient.register_fake
-def _(
-    gradient: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, means: Tensor, scales: Tensor, shortcut: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(x, weight, shortcut)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, _, shortcut, _, _, relu = inputs
-    y, means, scales = output
-    ctx.has_shortcut = shortcut is not None
-    ctx.mark_non_differentiable(means, scales)
-    ctx.set_materialize_grads(False)
-    # Without ReLU the next layer may work in place.
-    ctx.save_for_backward(x, y if relu else None, weight, means, scales)
-
-
-def _backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    x, y, *others = ctx.saved_tensors
-    of_x, of_shortcut, of_parameters = _gradient(gradient, x, y, *others, ctx.has_shortcut and y is not None)
-    of_shortcut = None if not ctx.has_shortcut else gradient if y is None else of_shortcut
-    return of_x, *of_parameters.unbind(), of_shortcut, None, None, None
-
-
-_group_norm.register_autograd(_backward, setup_context=_save)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _empty(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=torch.channels_last)
-    means, scales = (torch.empty((len(x), groups), dtype=torch.float32, device=x.device) for _ in range(2))
-    return y, means, scales
-
-
-def _empty_gradients(x: Tensor, weight: Tensor, shortcut: bool) -> tuple[Tensor, Tensor, Tensor]:
-    of_x = torch.empty_like(x, memory_format=torch.channels_last)
-    of_parameters = torch.empty((2, len(weight), x.shape[1]), dtype=torch.float32, device=x.device)
-    return of_x, torch.empty_like(of_x) if shortcut else x.new_empty(0), of_parameters
 
 
 def _options(x: Tensor, groups: int) -> tuple[tuple[int, int], tuple[int, ...], int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.utils import _pair
 
 BLOCK = 1024
@@ -28,58 +29,35 @@ def max_pool2d(x: Tensor, size: int) -> Tensor:
 
     x is float32 or bfloat16, in channels_last memory, and so is the result.
     """
-    y: Tensor = _max_pool2d(x, size)
-    return y
+    return _Pooling.apply(x.contiguous(memory_format=torch.channels_last), size)  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op("fedkd::max_pool2d", mutates_args=())
-def _max_pool2d(x: Tensor, size: int) -> Tensor:
-    from fedkd.training.kernels import triton_pooling
+class _Pooling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
+        from fedkd.training.kernels import triton_pooling
 
-    y, x = _empty(x, size), x.contiguous(memory_format=torch.channels_last)
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        triton_pooling.max_pool[_grid(y)](x, y, *x.shape[1:], size, BLOCK)
-    return y
+        ctx.save_for_backward(x)
+        ctx.size = size
+        shape = (*x.shape[:2], *(length // size for length in x.shape[2:]))
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            triton_pooling.max_pool[_grid(y)](x, y, *x.shape[1:], size, BLOCK)
+        return y
 
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        from fedkd.training.kernels import triton_pooling
 
-@_max_pool2d.register_fake
-def _(x: Tensor, size: int) -> Tensor:
-    return _empty(x, size)
-
-
-@torch.library.custom_op("fedkd::max_pool2d_gradient", mutates_args=())
-def _gradient(gradient: Tensor, x: Tensor, size: int) -> Tensor:
-    from fedkd.training.kernels import triton_pooling
-
-    of_x = torch.empty_like(x, memory_format=torch.channels_last)
-    if any(length % size for length in x.shape[2:]):  # outside of the windows
-        of_x.zero_()
-    gradient, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (gradient, x))
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        triton_pooling.max_pool_gradient[_grid(gradient)](gradient, x, of_x, *x.shape[1:], size, BLOCK)
-    return of_x
-
-
-@_gradient.register_fake
-def _(gradient: Tensor, x: Tensor, size: int) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
-    x, ctx.size = inputs
-    ctx.save_for_backward(x)
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    return _gradient(gradient, *ctx.saved_tensors, ctx.size), None
-
-
-_max_pool2d.register_autograd(_backward, setup_context=_save)
-
-
-def _empty(x: Tensor, size: int) -> Tensor:
-    shape = (*x.shape[:2], *(length // size for length in x.shape[2:]))
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        (x,), size = ctx.saved_tensors, ctx.size
+        of_x = torch.empty_like(x, memory_format=torch.channels_last)
+        if any(length % size for length in x.shape[2:]):  # outside of the windows
+            of_x.zero_()
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            triton_pooling.max_pool_gradient[_grid(gradient)](gradient, x, of_x, *x.shape[1:], size, BLOCK)
+        return of_x, None
 
 
 def _grid(y: Tensor) -> tuple[int, int]:
