@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,5 +55,13 @@ def restored() -> AbstractContextManager[None]:
     import torch
 
     # The devices are named, as PyTorch warns if it has to find out that there are several.
-    context: AbstractContextManager[None] = torch.random.fork_rng(range(torch.cuda.device_count()))
+    context: AbstractContextManager[None] = torch.random.fork_rng(range(_gpus()))
     return context
+
+
+@cache
+def _gpus() -> int:
+    """How many GPUs PyTorch finds. Without one, it looks for the driver at each call."""
+    import torch
+
+    return torch.cuda.device_count()

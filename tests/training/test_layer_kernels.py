@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -11,9 +12,12 @@ from torch import nn
 from torch.nn import functional
 
 from fedkd.core.seeds import seeded
+from fedkd.training import loop, models, optimizers
+from fedkd.training.batches import Job
 from fedkd.training.kernels import convolution, normalization, pooling
 from fedkd.training.stack import Stack
-from tests.conftest import ROOT
+from fedkd.training.stacked_loop import Learner, train
+from tests.conftest import ROOT, slow
 from tests.training.test_kernels import DEVICE, TOLERANCES, assert_close, gradients, needs_kernels
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -221,9 +225,44 @@ def test_a_step_does_not_import_the_compiler():
 import sys, torch
 from torch import nn
 from fedkd.training.stack import Stack
+from fedkd.training.stacked_loop import Learner, train
 module = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(1, 8), nn.ReLU(), nn.MaxPool2d(2)).to({DEVICE!r})
 Stack(2).add(module, [module.state_dict()] * 2)(torch.ones(2, 3, 4, 4, device={DEVICE!r})).sum().backward()
 print([name for name in ("triton", "torch._dynamo") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "['triton']\n"
+
+
+@needs_kernels
+@pytest.mark.parametrize("model", ["cnn:width=8", slow("resnet8:width=8")])
+def test_training_with_the_kernels_is_that_of_each_client(model):
+    """Weights after an epoch of clients with different numbers of images, with a batch that is padded."""
+    with seeded(0):
+        module = models.build(model, 4, "group").to(DEVICE, memory_format=torch.channels_last)
+        images, targets = torch.randint(256, (5, 8, 8, 3), dtype=torch.uint8), torch.randint(4, (5,))
+    own = [(images[:3].to(DEVICE), targets[:3].to(DEVICE)), (images[3:].to(DEVICE), targets[3:].to(DEVICE))]
+    augmentation, loss = loop.Augmentation(crop=True, flip=True), functional.cross_entropy
+    stack = Stack(2)
+    network = stack.add(module, [module.state_dict()] * 2)
+    state = optimizers.state_of(optimizers.sgd, list(network.parameters()))
+    learner = Learner(network, stack, optimizers.sgd(list(network.parameters()), 0.9, 0.0005, list(state)), state)
+    jobs = [Job(pixels, labels, loss, augmentation, seed) for seed, (pixels, labels) in enumerate(own)]
+    train(learner, jobs, lambda pixels: pixels.permute(0, 3, 1, 2) / 255, rates=[0.1], epochs=1, batch_size=2)
+    for client, job in enumerate(jobs):
+        alone = copy.deepcopy(module)
+        with Stack(1).computing():  # IEEE float32 on a GPU, too
+            loop.train(
+                alone,
+                optimizers.sgd(list(alone.parameters()), 0.9, 0.0005),
+                *(job.pixels, job.targets, loss, lambda pixels: pixels.permute(0, 3, 1, 2) / 255),
+                rates=[0.1],
+                epochs=1,
+                batch_size=2,
+                augmentation=augmentation,
+                seed=client,
+            )
+        for name, value in alone.state_dict().items():
+            assert (stack.weights(network)[client][name] - value.cpu()).abs().max() < (
+                1e-5 if DEVICE == "cpu" else 1e-3
+            )

@@ -85,7 +85,7 @@ def test_each_task_has_torchs_random_numbers_to_itself():
 def test_devices_are_named_where_random_numbers_are_restored(monkeypatch):
     """PyTorch warns on a machine with several GPUs if they are not."""
     named = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(seeds, "_gpus", lambda: 2)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: (named.append(list(devices)), nullcontext())[1])
     with seeds.seeded(3):
         pass
