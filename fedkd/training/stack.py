@@ -109,7 +109,8 @@ class Stack:
 
     def output_of(self, network: nn.Module, x: Tensor) -> Any:
         """What a network returns. Its layers have the precision of the stack; PyTorch casts for those that do not."""
-        return precision.output_of(network, x, self.precision if self.is_plain else "float32")
+        output = precision.output_of(network, x, self.precision if self.is_plain else "float32")
+        return normalization.computed(output)
 
     def cast(self, x: Tensor) -> Tensor:
         """Activations of floating point in the type in which layers compute."""

@@ -93,16 +93,10 @@ FOLLOWING = {
     "another type": (lambda y, u, x: (y + x.double()).relu().float(), [(False, False)]),
     "in place": (lambda y, u, x: y.add_(x).relu_(), [(False, False)]),
     "into another": (lambda y, u, x: (x * 1).add_(y), [(False, False)]),
-    "without a gradient": (lambda y, u, x: (_without_gradient(y, x), y + x)[1], [(False, False)]),
     "detached": (lambda y, u, x: y.detach() + x, [(False, False)]),
     "a shape": (lambda y, u, x: y.reshape(*y.shape[:2], -1).mean(-1, keepdim=True)[..., None], [(False, False)]),
     "pooling": (lambda y, u, x: functional.interpolate(nn.MaxPool2d(2)(y), scale_factor=2.0), [(False, False)]),
 }
-
-
-@torch.no_grad()
-def _without_gradient(y, x):
-    assert not (y + x).relu().requires_grad
 
 
 class Follows(nn.Module):
@@ -139,11 +133,11 @@ def test_what_follows_a_normalization_is_computed_with_it_where_it_can_be(name, 
     monkeypatch.setattr(normalization, "group_norm", noted)
     stack = Stack(2)
     network = stack.add(own[0], [each.state_dict() for each in own])
-    y = network(x)
+    y = stack.output_of(network, x)
     (y * direction).sum().backward()
     assert calls == expected
     with torch.inference_mode():
-        assert_close([network(x)], [y.detach().cpu().double()], 1e-5)
+        assert_close([stack.output_of(network, x)], [y.detach().cpu().double()], 1e-5)
     wanted = [each.cpu().double()(part) for each, part in zip(own, x.cpu().double().chunk(2), strict=True)]
     (torch.cat(wanted) * direction.cpu()).sum().backward()
     assert_close([y.detach()], [torch.cat(wanted).detach()], 1e-5)
@@ -163,6 +157,27 @@ def test_a_normalization_is_not_computed_of_what_was_changed_in_place(change):
     change(u, x)
     with pytest.raises(RuntimeError, match="changed in place"):
         y.relu()
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+@needs_kernels
+@pytest.mark.parametrize("use", [Double.apply, torch.no_grad()(lambda y: y.relu()), torch.no_grad()(lambda y: y + y)])
+def test_a_normalization_is_not_used_where_its_gradient_would_be_lost(use):
+    u, ones = torch.randn(2, 8, 3, 3, device=DEVICE), torch.ones(1, 8, device=DEVICE, requires_grad=True)
+    y = normalization.Normalized(u, lambda **rest: normalization.group_norm(u, ones, ones, 1, **rest))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="gradients are off"):
+            use(y)
+        assert y.mean().requires_grad
 
 
 # Images, channels, size of the images, size of the windows.

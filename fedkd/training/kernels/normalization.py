@@ -24,7 +24,10 @@ class Normalized(Tensor):
     """The result of `group_norm` before it is computed, so that a shortcut and ReLU can be part of the same kernel.
 
     Networks are written as ever: of such a tensor, a sum with another tensor is such a tensor, and ReLU is computed by
-    the kernel. Every other use computes it first. It has a gradient. ``compute`` is `group_norm` with its inputs.
+    the kernel. Every other use computes it first. ``compute`` is `group_norm` with its inputs.
+
+    It has a gradient, which would be lost in silence where gradients are off: inside of a `torch.autograd.Function`,
+    which takes it for a tensor without history. So there it cannot be used.
     """
 
     @staticmethod
@@ -39,32 +42,30 @@ class Normalized(Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not torch.is_grad_enabled():
+            raise RuntimeError("a normalization is used where gradients are off, as in a torch.autograd.Function")
         kwargs = kwargs or {}
-        if function in _RELU and args and args[0]._is_open():
+        if function in _RELU and args and args[0]._value is None:
             result = args[0]._computed(relu=True)
             if kwargs.get("inplace"):
                 args[0]._value = result
             return result
         if function in _ADD and len(args) == 2 and not kwargs:
             this, other = args if isinstance(args[0], Normalized) else args[::-1]
-            if this._is_open() and this._takes(other):
+            if this._takes(other):
                 other = other._computed() if isinstance(other, Normalized) else other
                 return Normalized(this._x, this._compute, other)
-        args, kwargs = pytree.tree_map_only(Normalized, Normalized._computed, (args, kwargs))
+        args, kwargs = computed((args, kwargs))
         return function(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:
         raise NotImplementedError(f"{function} of a normalization that is not computed")  # it has no memory
 
-    def _is_open(self) -> bool:
-        """Whether what follows can be computed with it."""
-        return self._value is None and torch.is_grad_enabled()
-
     def _takes(self, other: Any) -> bool:
         """Whether it can be its shortcut."""
         is_alike = isinstance(other, Tensor) and (other.shape, other.dtype) == (self._x.shape, self._x.dtype)
-        return is_alike and self._shortcut is None
+        return is_alike and self._shortcut is None and self._value is None
 
     def _computed(self, relu: bool = False) -> Tensor:
         """What it stands for, or ReLU of it."""
@@ -72,14 +73,18 @@ class Normalized(Tensor):
             return self._value
         if self._versions != self._current_versions():
             raise RuntimeError("the input of a normalization, or what was added to it, was changed in place")
-        with torch.enable_grad():
-            value = self._compute(shortcut=self._shortcut, relu=relu)
+        value = self._compute(shortcut=self._shortcut, relu=relu)
         if not relu:
             self._value = value
         return value
 
     def _current_versions(self) -> list[int]:
         return [each._version for each in (self._x, self._shortcut) if each is not None]
+
+
+def computed(output: Any) -> Any:
+    """The output of a network, with all its tensors computed."""
+    return pytree.tree_map_only(Normalized, Normalized._computed, output)
 
 
 def group_norm(
