@@ -200,7 +200,7 @@ class _GroupNorm(_Layer, nn.GroupNorm):
         x = self._stack.cast(x)
         if self.affine and x.dim() == 4 and kernels.is_available(x):
             compute = partial(normalization.group_norm, x, self.weight, self.bias, self.num_groups, self.eps)
-            return normalization.Normalized(x, compute) if torch.is_grad_enabled() else compute()
+            return normalization.Normalized(compute) if torch.is_grad_enabled() else compute()
         y = self._stack.split(F.group_norm(x, self.num_groups, eps=self.eps))
         if self.affine:
             y = y * _of_channels(self.weight, y) + _of_channels(self.bias, y)

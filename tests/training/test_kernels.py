@@ -233,7 +233,7 @@ def test_the_kernels_are_compiled_for_a_gpu_without_one(monkeypatch, tmp_path, p
     normalization.group_norm(x, ones, ones, 2, 1e-5, torch.zeros_like(x), True).sum().backward()
     pooling.max_pool2d(x, 2).sum().backward()
     assert {name: len(kernel.programs) for name, kernel in compiled.items()} == {
-        "convolve": 2,
+        "convolve": 5,  # the gradient of two rows and two columns is computed each on its own
         "weight_gradient": 2,
         "add_parts": 3,
         "group_norm": 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -93,10 +94,16 @@ FOLLOWING = {
     "another type": (lambda y, u, x: (y + x.double()).relu().float(), [(False, False)]),
     "in place": (lambda y, u, x: y.add_(x).relu_(), [(False, False)]),
     "into another": (lambda y, u, x: (x * 1).add_(y), [(False, False)]),
+    "without a gradient": (lambda y, u, x: (_without_gradient(y, x), y + x)[1], [(False, False)]),
     "detached": (lambda y, u, x: y.detach() + x, [(False, False)]),
     "a shape": (lambda y, u, x: y.reshape(*y.shape[:2], -1).mean(-1, keepdim=True)[..., None], [(False, False)]),
     "pooling": (lambda y, u, x: functional.interpolate(nn.MaxPool2d(2)(y), scale_factor=2.0), [(False, False)]),
 }
+
+
+@torch.no_grad()
+def _without_gradient(y, x):
+    assert not (y + x).relu().requires_grad
 
 
 class Follows(nn.Module):
@@ -149,14 +156,24 @@ def test_what_follows_a_normalization_is_computed_with_it_where_it_can_be(name, 
 
 
 @needs_kernels
-@pytest.mark.parametrize("change", [lambda u, x: u.mul_(2), lambda u, x: x.mul_(2)])
-def test_a_normalization_is_not_computed_of_what_was_changed_in_place(change):
-    u, x = (torch.randn(2, 8, 3, 3, device=DEVICE) for _ in range(2))
-    ones = torch.ones(1, 8, device=DEVICE)
-    y = normalization.Normalized(u, lambda **rest: normalization.group_norm(u, ones, ones, 1, **rest)) + x
-    change(u, x)
+@pytest.mark.parametrize("changed", ["input", "weight", "shortcut"])
+def test_a_normalization_is_not_computed_of_what_was_changed_in_place(changed):
+    tensors = {name: torch.ones(2, 8, 3, 3, device=DEVICE) for name in ("input", "shortcut")}
+    tensors |= {name: torch.ones(1, 8, device=DEVICE) for name in ("weight", "bias")}
+    inputs = tensors["input"], tensors["weight"], tensors["bias"], 1
+    y = normalization.Normalized(partial(normalization.group_norm, *inputs)) + tensors["shortcut"]
+    tensors[changed].mul_(2)
     with pytest.raises(RuntimeError, match="changed in place"):
         y.relu()
+
+
+@needs_kernels
+def test_the_gradient_of_relu_is_that_of_pytorch_where_values_are_no_numbers():
+    x, ones = torch.randn(1, 8, 2, 2, device=DEVICE), torch.ones(1, 8, device=DEVICE)
+    shortcut = torch.tensor([float("nan"), -9.0, 9.0, float("inf")] * 8, device=DEVICE).view(1, 8, 2, 2)
+    shortcut.requires_grad_()
+    normalization.group_norm(x, ones, ones, 1, 1e-5, shortcut, True).sum().backward()
+    assert shortcut.grad.flatten().tolist() == [1.0, 0.0, 1.0, 1.0] * 8
 
 
 class Double(torch.autograd.Function):
@@ -169,15 +186,22 @@ class Double(torch.autograd.Function):
         return gradient * 2
 
 
+class Hidden(Double):
+    """It switches gradients on, as functions do that compute their input again."""
+
+    @staticmethod
+    def forward(ctx, x):
+        with torch.enable_grad():
+            return (x.detach() * 2).detach()
+
+
 @needs_kernels
-@pytest.mark.parametrize("use", [Double.apply, torch.no_grad()(lambda y: y.relu()), torch.no_grad()(lambda y: y + y)])
-def test_a_normalization_is_not_used_where_its_gradient_would_be_lost(use):
+@pytest.mark.parametrize("function", [Double, Hidden])
+def test_a_gradient_that_would_be_lost_is_an_error(function):
     u, ones = torch.randn(2, 8, 3, 3, device=DEVICE), torch.ones(1, 8, device=DEVICE, requires_grad=True)
-    y = normalization.Normalized(u, lambda **rest: normalization.group_norm(u, ones, ones, 1, **rest))
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="gradients are off"):
-            use(y)
-        assert y.mean().requires_grad
+    y = normalization.Normalized(partial(normalization.group_norm, u, ones, ones, 1))
+    with pytest.raises(RuntimeError, match=r"ends in a torch\.autograd\.Function"):
+        (function.apply(y) + y).sum().backward()
 
 
 # Images, channels, size of the images, size of the windows.
@@ -229,30 +253,12 @@ def test_there_are_no_second_derivatives(compute):
 
 def test_the_windows_that_the_kernel_covers():
     assert pooling.window(nn.MaxPool2d(2)) == pooling.window(nn.MaxPool2d((2, 2), 2)) == 2
-    others = [((2, 3),), (3, 2), (2, 2, 1), (2, 2, 0, 2), (2, 2, 0, 1, True), (2, 2, 0, 1, False, True)]
+    others = [(5,), ((2, 3),), (3, 2), (2, 2, 1), (2, 2, 0, 2), (2, 2, 0, 1, True), (2, 2, 0, 1, False, True)]
     assert [pooling.window(nn.MaxPool2d(*options)) for options in others] == [0] * len(others)
 
 
-@needs_kernels
-def test_a_step_does_not_import_the_compiler():
-    """Which takes more than a second, in every process."""
-    code = f"""
-import sys, torch
-from torch import nn
-from fedkd.training.stack import Stack
-from fedkd.training.stacked_loop import Learner, train
-module = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(1, 8), nn.ReLU(), nn.MaxPool2d(2)).to({DEVICE!r})
-Stack(2).add(module, [module.state_dict()] * 2)(torch.ones(2, 3, 4, 4, device={DEVICE!r})).sum().backward()
-print([name for name in ("triton", "torch._dynamo") if name in sys.modules])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout == "['triton']\n"
-
-
-@needs_kernels
-@pytest.mark.parametrize("model", ["cnn:width=8", slow("resnet8:width=8")])
-def test_training_with_the_kernels_is_that_of_each_client(model):
-    """Weights after an epoch of clients with different numbers of images, with a batch that is padded."""
+def trained(model):
+    """A network, the jobs of two clients with different numbers of images, and their weights after an epoch."""
     with seeded(0):
         module = models.build(model, 4, "group").to(DEVICE, memory_format=torch.channels_last)
         images, targets = torch.randint(256, (5, 8, 8, 3), dtype=torch.uint8), torch.randint(4, (5,))
@@ -263,21 +269,39 @@ def test_training_with_the_kernels_is_that_of_each_client(model):
     state = optimizers.state_of(optimizers.sgd, list(network.parameters()))
     learner = Learner(network, stack, optimizers.sgd(list(network.parameters()), 0.9, 0.0005, list(state)), state)
     jobs = [Job(pixels, labels, loss, augmentation, seed) for seed, (pixels, labels) in enumerate(own)]
-    train(learner, jobs, lambda pixels: pixels.permute(0, 3, 1, 2) / 255, rates=[0.1], epochs=1, batch_size=2)
+    train(learner, jobs, scaling, rates=[0.1], epochs=1, batch_size=2)
+    return module, jobs, stack.weights(network)
+
+
+def scaling(pixels):
+    return pixels.permute(0, 3, 1, 2) / 255
+
+
+@needs_kernels
+@pytest.mark.parametrize("model", ["cnn:width=8", slow("resnet8:width=8")])
+def test_training_with_the_kernels_is_that_of_each_client(model):
+    module, jobs, found = trained(model)
     for client, job in enumerate(jobs):
         alone = copy.deepcopy(module)
         with Stack(1).computing():  # IEEE float32 on a GPU, too
             loop.train(
                 alone,
                 optimizers.sgd(list(alone.parameters()), 0.9, 0.0005),
-                *(job.pixels, job.targets, loss, lambda pixels: pixels.permute(0, 3, 1, 2) / 255),
+                *(job.pixels, job.targets, job.objective, scaling),
                 rates=[0.1],
                 epochs=1,
                 batch_size=2,
-                augmentation=augmentation,
+                augmentation=job.augmentation,
                 seed=client,
             )
         for name, value in alone.state_dict().items():
-            assert (stack.weights(network)[client][name] - value.cpu()).abs().max() < (
-                1e-5 if DEVICE == "cpu" else 1e-3
-            )
+            assert (found[client][name] - value.cpu()).abs().max() < (1e-5 if DEVICE == "cpu" else 1e-3)
+
+
+@needs_kernels
+def test_a_step_does_not_import_the_compiler():
+    """Which takes more than a second, in every process."""
+    code = "import sys; from tests.training.test_layer_kernels import trained; trained('cnn:width=8')"
+    code += "; print([name for name in ('triton', 'torch._dynamo') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "['triton']\n"

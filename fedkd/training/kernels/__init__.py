@@ -1,7 +1,7 @@
 """Layers of K stacked clients, each with its own weights, in one kernel (Triton; on a GPU).
 
-Results are bitwise repeatable, and a client's do not depend on the other clients. They are no operators of
-``torch.library``, whose first call imports PyTorch's compiler for more than a second.
+Results are bitwise repeatable, and a client's do not depend on the other clients. They are not operators
+of ``torch.library``: the first call of one imports PyTorch's compiler, which takes more than a second.
 """
 
 from __future__ import annotations

@@ -123,6 +123,7 @@ def _weights(x: Tensor, gradient: Tensor, clients: int, kernel: Sequence[int]) -
     return memory.permute(0, 4, 3, 1, 2)
 
 
+# Images of the functions below are in channels_last memory.
 def run_convolution(
     x: Tensor,
     weight: Tensor,
@@ -192,7 +193,7 @@ def _convolve(
     grid = (_ceil(images * y[0, 0].numel(), tile.positions), _ceil(outputs, tile.outputs), clients)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         triton_convolution.convolve[grid](
-            x.contiguous(memory_format=torch.channels_last),
+            x,
             weight,
             None if bias is None else bias.contiguous(),
             y,
@@ -228,8 +229,8 @@ def run_weight_gradient(
     blocks = _ceil(size // outputs, tile.elements) * _ceil(outputs, tile.outputs)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         triton_convolution.weight_gradient[blocks, count, clients](
-            x.contiguous(memory_format=torch.channels_last),
-            gradient.contiguous(memory_format=torch.channels_last),
+            x,
+            gradient,
             parts,
             images,
             tile.span,

@@ -5,7 +5,7 @@ Like the convolution: bitwise repeatable, each client independent of the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,35 +26,37 @@ class Normalized(Tensor):
     Networks are written as ever: of such a tensor, a sum with another tensor is such a tensor, and ReLU is computed by
     the kernel. Every other use computes it first. ``compute`` is `group_norm` with its inputs.
 
-    It has a gradient, which would be lost in silence where gradients are off: inside of a `torch.autograd.Function`,
-    which takes it for a tensor without history. So there it cannot be used.
+    A `torch.autograd.Function` takes it for a tensor without history, so that gradients would end there. They raise an
+    error instead.
     """
 
     @staticmethod
-    def __new__(cls, x: Tensor, compute: Callable[..., Tensor], shortcut: Tensor | None = None) -> Normalized:
-        made: Normalized = Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device=x.device)
+    def __new__(cls, compute: partial[Tensor], shortcut: Tensor | None = None) -> Normalized:
+        x = compute.args[0]
+        made: Normalized = Tensor._make_wrapper_subclass(
+            cls, x.shape, dtype=x.dtype, device=x.device, requires_grad=True
+        )
         return made
 
-    def __init__(self, x: Tensor, compute: Callable[..., Tensor], shortcut: Tensor | None = None) -> None:
-        self._x, self._compute, self._shortcut = x, compute, shortcut
+    def __init__(self, compute: partial[Tensor], shortcut: Tensor | None = None) -> None:
+        self._compute, self._shortcut = compute, shortcut
         self._versions = self._current_versions()
         self._value: Tensor | None = None
+        with torch._C.DisableTorchFunctionSubclass():
+            self.register_hook(_lost)  # type: ignore[no-untyped-call]
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not torch.is_grad_enabled():
-            raise RuntimeError("a normalization is used where gradients are off, as in a torch.autograd.Function")
         kwargs = kwargs or {}
-        if function in _RELU and args and args[0]._value is None:
+        if function in _RELU and args and args[0]._is_open():
             result = args[0]._computed(relu=True)
             if kwargs.get("inplace"):
                 args[0]._value = result
             return result
         if function in _ADD and len(args) == 2 and not kwargs:
             this, other = args if isinstance(args[0], Normalized) else args[::-1]
-            if this._takes(other):
-                other = other._computed() if isinstance(other, Normalized) else other
-                return Normalized(this._x, this._compute, other)
+            if this._is_open() and this._takes(other):
+                return Normalized(this._compute, computed(other))
         args, kwargs = computed((args, kwargs))
         return function(*args, **kwargs)
 
@@ -62,24 +64,34 @@ class Normalized(Tensor):
     def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:
         raise NotImplementedError(f"{function} of a normalization that is not computed")  # it has no memory
 
+    def _is_open(self) -> bool:
+        """Whether what follows can be computed with it, and has a gradient."""
+        return self._value is None and torch.is_grad_enabled()
+
     def _takes(self, other: Any) -> bool:
         """Whether it can be its shortcut."""
-        is_alike = isinstance(other, Tensor) and (other.shape, other.dtype) == (self._x.shape, self._x.dtype)
-        return is_alike and self._shortcut is None and self._value is None
+        x = self._compute.args[0]
+        is_alike = isinstance(other, Tensor) and (other.shape, other.dtype) == (x.shape, x.dtype)
+        return is_alike and self._shortcut is None
 
     def _computed(self, relu: bool = False) -> Tensor:
         """What it stands for, or ReLU of it."""
         if self._value is not None:
             return self._value
         if self._versions != self._current_versions():
-            raise RuntimeError("the input of a normalization, or what was added to it, was changed in place")
-        value = self._compute(shortcut=self._shortcut, relu=relu)
+            raise RuntimeError("what a normalization is computed from, or was added to it, was changed in place")
+        with torch.enable_grad():
+            value = self._compute(shortcut=self._shortcut, relu=relu)
         if not relu:
             self._value = value
         return value
 
     def _current_versions(self) -> list[int]:
-        return [each._version for each in (self._x, self._shortcut) if each is not None]
+        return [each._version for each in (*self._compute.args, self._shortcut) if isinstance(each, Tensor)]
+
+
+def _lost(gradient: Tensor) -> None:
+    raise RuntimeError("the gradient of a normalization ends in a torch.autograd.Function")
 
 
 def computed(output: Any) -> Any:

@@ -16,12 +16,15 @@ BLOCK = 1024
 
 
 def window(layer: nn.MaxPool2d) -> int:
-    """The size of the square windows of a layer that `max_pool2d` computes; of others 0."""
+    """The size of the square windows of a layer that `max_pool2d` computes; of others 0.
+
+    The code of a kernel has all places of a window, so larger ones would take long to compile.
+    """
     (height, width), stride, padding, dilation = map(
         _pair, (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     )
     is_covered = (height, stride, padding, dilation) == (width, (height, width), (0, 0), (1, 1))
-    return height if is_covered and not layer.ceil_mode and not layer.return_indices else 0
+    return height if is_covered and height <= 4 and not layer.ceil_mode and not layer.return_indices else 0
 
 
 def max_pool2d(x: Tensor, size: int) -> Tensor:

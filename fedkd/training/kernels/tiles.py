@@ -53,7 +53,7 @@ def weight_gradient_tile(
         return Tile(16, _block(elements, 64), _block(outputs, 32), 4, 1, span)
     if dtype == torch.float32:
         # Instructions of four warps read float32 from shared memory only if the sum runs along its rows. Patches and
-        # gradients would be transposed into it, eight threads at a time waiting for one bank; two warps load them as
-        # they are. Chosen by the compiled code, not measured yet.
+        # gradients would be transposed into it, and the stores of eight threads go to the same bank, one after the
+        # other; two warps read them as they are loaded. Chosen by the compiled code, not measured yet.
         return Tile(32, _block(elements, 64 if outputs <= 32 else 32), _block(outputs, 64), 2, 1, span)
     return Tile(64, _block(elements, 64), _block(outputs, 64), 4, 2, span)

@@ -97,8 +97,8 @@ def convolve(
 ):
     """The convolution [K, images, out_height, out_width, outputs] of x [K, images, height, width, channels].
 
-    The weights have any strides, also negative ones, and begin at ``weight_first``; y has those of its images, rows and
-    columns.
+    The weights have any strides, also negative ones, and begin at ``weight_first``. So have images, rows and columns of
+    y; its channels are adjacent.
     """
     client = tl.program_id(2).to(tl.int64)
     position = tl.program_id(0) * block_positions + tl.arange(0, block_positions)

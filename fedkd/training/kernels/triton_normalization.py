@@ -118,7 +118,7 @@ def group_norm_gradient(
         place = first + start * channels + offset
         values = tl.load(gradient + place, mask=exists, other=0.0).to(tl.float32)
         if y is not None:
-            values = tl.where(tl.load(y + place, mask=exists, other=0.0).to(tl.float32) > 0, values, 0.0)
+            values = tl.where(tl.load(y + place, mask=exists, other=0.0).to(tl.float32) <= 0, 0.0, values)
         normalized = (tl.load(x + place, mask=exists, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
         of_bias += values
         of_weight += values * normalized
@@ -130,7 +130,7 @@ def group_norm_gradient(
         place = first + start * channels + offset
         values = tl.load(gradient + place, mask=exists, other=0.0).to(tl.float32)
         if y is not None:
-            values = tl.where(tl.load(y + place, mask=exists, other=0.0).to(tl.float32) > 0, values, 0.0)
+            values = tl.where(tl.load(y + place, mask=exists, other=0.0).to(tl.float32) <= 0, 0.0, values)
         normalized = (tl.load(x + place, mask=exists, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
         of_one = (values * factor[None, :] - shift[None, :] - normalized * slope[None, :]) * scale[None, :]
         tl.store(of_x + place, of_one.to(of_x.dtype.element_ty), mask=exists)

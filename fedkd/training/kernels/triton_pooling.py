@@ -12,7 +12,7 @@ def _windows(
 ):
     """A block of results [rows, columns, channels] of one image: the places, in it and in x, and which of them exist.
 
-    Also the largest value in each window, and its number in the window: as in PyTorch the first one, or a NaN.
+    Also the largest value in each window, and its number there: as in PyTorch the first of equal ones, or the last NaN.
     """
     place = tl.program_id(1) * block + tl.arange(0, block)
     row, column = place // (width // size * channels), place // channels % (width // size)
