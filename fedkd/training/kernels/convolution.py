@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fedkd.training.kernels import is_available
-from fedkd.training.kernels.tiles import Tile, convolution_tile, weight_gradient_tile
+from fedkd.training.kernels.tiles import Tile, blocks, convolution_tile, weight_gradient_tile
 
 Precision = Literal["ieee", "tf32"]
 
@@ -108,19 +108,9 @@ class _Convolution(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None, None
 
 
-def _result_size(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> list[int]:
-    sizes = zip(x.shape[2:], weight.shape[3:], stride, padding, strict=True)
-    return [(size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in sizes]
-
-
 def _images(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     shape = (like.shape[0], channels, *size)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def _weights(x: Tensor, gradient: Tensor, clients: int, kernel: Sequence[int]) -> Tensor:
-    memory = torch.empty((clients, *kernel, x.shape[1], gradient.shape[1]), dtype=torch.float32, device=x.device)
-    return memory.permute(0, 4, 3, 1, 2)
 
 
 # Images of the functions below are in channels_last memory.
@@ -134,7 +124,8 @@ def run_convolution(
     tile: Tile,
 ) -> Tensor:
     """The convolution."""
-    y = _images(x, weight.shape[1], _result_size(x, weight, stride, padding))
+    sizes = zip(x.shape[2:], weight.shape[3:], stride, padding, strict=True)
+    y = _images(x, weight.shape[1], [(size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in sizes])
     _convolve(x, weight, bias, y, stride, padding, precision, tile)
     return y
 
@@ -190,7 +181,7 @@ def _convolve(
     if reverse:
         first = sum((length - 1) * step for length, step in zip(kernel, strides[3:], strict=True))
         strides[3:] = [-step for step in strides[3:]]
-    grid = (_ceil(images * y[0, 0].numel(), tile.positions), _ceil(outputs, tile.outputs), clients)
+    grid = (blocks(images * y[0, 0].numel(), tile.positions), blocks(outputs, tile.outputs), clients)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         triton_convolution.convolve[grid](
             x,
@@ -221,14 +212,15 @@ def run_weight_gradient(
     """The gradient [K, O, C, h, w] with respect to the weight, of which ``kernel`` is (h, w)."""
     from fedkd.training.kernels import triton_convolution
 
-    result = _weights(x, gradient, clients, kernel)
+    memory = torch.empty((clients, *kernel, x.shape[1], gradient.shape[1]), dtype=torch.float32, device=x.device)
+    result = memory.permute(0, 4, 3, 1, 2)  # as `taps_first`
     outputs, size = gradient.shape[1], result[0].numel()
     images = len(x) // clients
-    count = _ceil(images * gradient[0, 0].numel(), tile.span)
+    count = blocks(images * gradient[0, 0].numel(), tile.span)
     parts = result if count == 1 else x.new_empty((clients, count, size), dtype=torch.float32)
-    blocks = _ceil(size // outputs, tile.elements) * _ceil(outputs, tile.outputs)
+    products = blocks(size // outputs, tile.elements) * blocks(outputs, tile.outputs)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        triton_convolution.weight_gradient[blocks, count, clients](
+        triton_convolution.weight_gradient[products, count, clients](
             x,
             gradient,
             parts,
@@ -250,7 +242,7 @@ def add_parts(parts: Tensor, result: Tensor) -> None:
     clients, count = parts.shape[:2]
     size = parts[0, 0].numel()
     with torch.cuda.device_of(parts):  # type: ignore[no-untyped-call]
-        triton_convolution.add_parts[_ceil(size, 64), clients](parts, result, count, size, 16, 64)
+        triton_convolution.add_parts[blocks(size, 64), clients](parts, result, count, size, 16, 64)
 
 
 def _shape(
@@ -268,7 +260,3 @@ def _options(tile: Tile, dtype: torch.dtype, precision: str) -> dict[str, Any]:
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-
-
-def _ceil(count: int, size: int) -> int:
-    return -(-count // size)

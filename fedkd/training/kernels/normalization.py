@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from fedkd.training.kernels.convolution import add_parts
+from fedkd.training.kernels.tiles import blocks, power_of_two
 
 _RELU = (functional.relu, torch.relu, Tensor.relu)
 _ADD = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
@@ -214,16 +215,14 @@ def _options(x: Tensor, groups: int) -> tuple[tuple[int, int], tuple[int, ...], 
     A block is whole groups of one image. Where all their positions fit into registers, they are read once.
     """
     images, channels, height, width = x.shape
-    size, positions = channels // groups, _power(height * width)
+    size, positions = channels // groups, power_of_two(height * width)
     sector = 32 // x.element_size()  # memory is read in sectors of 32 bytes
-    block_channels = _power(max(size, min(channels, max(sector, min(64, 8192 // positions)))))
+    block_channels = power_of_two(max(size, min(channels, max(sector, min(64, 8192 // positions)))))
     fits = positions * block_channels <= 16384
     block_positions = positions if fits else max(1, 4096 // block_channels)
-    blocks = -(-groups // (block_channels // size))
     warps = 16 if fits and positions * block_channels > 8192 else 8
-    return (images, blocks), (channels, groups, height * width, block_positions, block_channels), warps
-
-
-def _power(count: int) -> int:
-    """The smallest power of two from `count` on."""
-    return 1 << (count - 1).bit_length()
+    return (
+        (images, blocks(groups, block_channels // size)),
+        (channels, groups, height * width, block_positions, block_channels),
+        warps,
+    )

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.utils import _pair
 
+from fedkd.training.kernels.tiles import blocks
+
 BLOCK = 1024
 
 
@@ -64,4 +66,4 @@ class _Pooling(torch.autograd.Function):
 
 
 def _grid(y: Tensor) -> tuple[int, int]:
-    return len(y), -(-y[0].numel() // BLOCK)
+    return len(y), blocks(y[0].numel(), BLOCK)

@@ -1,6 +1,6 @@
-"""How much a program of the kernels of a convolution computes: tables by the shape of a layer.
+"""How much a program of a kernel computes; for convolutions, tables by the shape of a layer.
 
-They are never measured while a model is trained, since results would differ from run to run.
+These are never measured while a model is trained, since results would differ from run to run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,19 @@ class Tile(NamedTuple):
     span: int = 0  # only of a weight gradient: the positions of one partial sum, a multiple of `positions`
 
 
+def power_of_two(count: int) -> int:
+    """The smallest one that is not less."""
+    return 1 << (count - 1).bit_length()
+
+
+def blocks(count: int, size: int) -> int:
+    """How many blocks of a size hold so many."""
+    return -(-count // size)
+
+
 def _block(count: int, largest: int) -> int:
     """The smallest power of two from 16 that holds so many, and at most the largest."""
-    return min(largest, max(16, 1 << (count - 1).bit_length()))
+    return min(largest, max(16, power_of_two(count)))
 
 
 # Measured on an H200 for 20 clients with 32 images each: `python -m fedkd.bench.kernels --sweep`. One rule for all

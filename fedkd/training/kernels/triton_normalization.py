@@ -78,6 +78,15 @@ def group_norm(
     tl.store(scales + place, scale, mask=known & (local % size == 0))
 
 
+@triton.jit
+def _read(gradient, x, y, place, exists, mean, scale):
+    """A block of the gradient, after that of ReLU if y is its result, and of the normalized x."""
+    values = tl.load(gradient + place, mask=exists, other=0.0).to(tl.float32)
+    if y is not None:
+        values = tl.where(tl.load(y + place, mask=exists, other=0.0).to(tl.float32) <= 0, 0.0, values)
+    return values, (tl.load(x + place, mask=exists, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
+
+
 @triton.jit(do_not_specialize=["images"])
 def group_norm_gradient(
     gradient,
@@ -116,10 +125,7 @@ def group_norm_gradient(
     for start in range(0, positions, block_positions):
         exists = (start + tl.arange(0, block_positions) < positions)[:, None] & known[None, :]
         place = first + start * channels + offset
-        values = tl.load(gradient + place, mask=exists, other=0.0).to(tl.float32)
-        if y is not None:
-            values = tl.where(tl.load(y + place, mask=exists, other=0.0).to(tl.float32) <= 0, 0.0, values)
-        normalized = (tl.load(x + place, mask=exists, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
+        values, normalized = _read(gradient, x, y, place, exists, mean, scale)
         of_bias += values
         of_weight += values * normalized
     sum_of_bias, sum_of_weight = tl.sum(of_bias, 0), tl.sum(of_weight, 0)
@@ -128,10 +134,7 @@ def group_norm_gradient(
     for start in range(0, positions, block_positions):
         exists = (start + tl.arange(0, block_positions) < positions)[:, None] & known[None, :]
         place = first + start * channels + offset
-        values = tl.load(gradient + place, mask=exists, other=0.0).to(tl.float32)
-        if y is not None:
-            values = tl.where(tl.load(y + place, mask=exists, other=0.0).to(tl.float32) <= 0, 0.0, values)
-        normalized = (tl.load(x + place, mask=exists, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
+        values, normalized = _read(gradient, x, y, place, exists, mean, scale)
         of_one = (values * factor[None, :] - shift[None, :] - normalized * slope[None, :]) * scale[None, :]
         tl.store(of_x + place, of_one.to(of_x.dtype.element_ty), mask=exists)
         if of_shortcut is not None:
